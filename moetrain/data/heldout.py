@@ -1,0 +1,79 @@
+"""Which documents are held out: decided by each document's content, never by its place, seed or machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from moetrain.data.documents import Part
+from moetrain.errors import UserError
+
+MAX_DOMAINS = 256  # a domain is a label to report by; more of them means that the column is not one
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The rule of one corpus. Identical documents always fall on the same side.
+
+    A document is held out iff its 64-bit content key is under ``val_fraction`` of the range. A domain of at
+    least two distinct documents that this leaves without one side gets it by ``exceptions``: its document of
+    smallest key is held out, or that of largest key is not. A domain of one distinct document is trained on.
+    """
+
+    val_fraction: float
+    exceptions: frozenset[int] = frozenset()
+
+    def __call__(self, key: int) -> bool:
+        return (key < self.val_fraction * 2.0**64) != (key in self.exceptions)
+
+
+@dataclass
+class Scan:
+    """What one pass over a corpus found. ``domains`` are in the order of their first appearance."""
+
+    held_out: HeldOut
+    documents: int = 0
+    train_bytes: int = 0  # before ``exceptions``, so close, not exact
+    domains: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Extremes:
+    low: int
+    high: int
+
+
+def scan(parts: Iterable[Part], val_fraction: float) -> Scan:
+    """Read every document once, keeping two keys a domain. Raises UserError for an empty corpus."""
+    rule = HeldOut(val_fraction)
+    result = Scan(rule)
+    extremes: dict[str, _Extremes] = {}
+    for part in parts:
+        before = result.documents
+        for document in part.cleaned():
+            key = document.key
+            result.documents += 1
+            if not rule(key):
+                result.train_bytes += len(document.raw)
+            seen = extremes.setdefault(document.domain, _Extremes(key, key))
+            seen.low, seen.high = min(seen.low, key), max(seen.high, key)
+            if len(extremes) > MAX_DOMAINS:
+                raise UserError(
+                    f"{part.label}: more than {MAX_DOMAINS} domains; data.domain_key must name a column of labels"
+                )
+        if result.documents == before:
+            raise UserError(f"{part.label} holds no text (0 documents that are not blank)")
+    result.domains = list(extremes)
+    result.held_out = HeldOut(val_fraction, frozenset(_exceptions(rule, extremes.values())))
+    return result
+
+
+def _exceptions(rule: HeldOut, domains: Iterable[_Extremes]) -> Iterable[int]:
+    for seen in domains:
+        if seen.low == seen.high:
+            if rule(seen.low):
+                yield seen.low
+        elif not rule(seen.low):
+            yield seen.low
+        elif rule(seen.high):
+            yield seen.high

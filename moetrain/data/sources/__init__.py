@@ -1,0 +1,67 @@
+"""Sources of documents, and the one place that maps a config to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moetrain.config.schema import (
+    DataConfig,
+    DomainsData,
+    HubData,
+    LocalData,
+    MixtureData,
+    MixturePart,
+    SourceKind,
+    StdlibData,
+)
+from moetrain.data.documents import Part, Source
+from moetrain.data.sources.domains import DOMAINS, DomainsSource
+from moetrain.data.sources.hub import HubSource
+from moetrain.data.sources.local import LocalSource
+from moetrain.data.sources.stdlib import StdlibSource
+from moetrain.errors import UserError
+
+__all__ = ["build_parts"]
+
+
+def build_parts(cfg: DataConfig, root: Path) -> list[Part]:
+    """The corpus's sources: one, or the parts of a mixture in the order of their names.
+
+    ``root`` is the cache folder. Raises UserError for paths that match nothing, unknown domains, packages
+    that are not there, and weights that are not positive.
+    """
+    if isinstance(cfg, MixtureData):
+        if not cfg.parts:
+            raise UserError("data.parts is empty: a mixture needs at least one part")
+        return [_mixture_part(name, cfg.parts[name], root) for name in sorted(cfg.parts)]
+    return [Part(_source(cfg, root))]
+
+
+def _source(cfg: DataConfig, root: Path) -> Source:
+    if isinstance(cfg, StdlibData):
+        return StdlibSource()
+    if isinstance(cfg, LocalData):
+        return LocalSource(cfg.path, cfg.format, cfg.text_key, cfg.domain_key)
+    if isinstance(cfg, HubData):
+        return HubSource(root, cfg.path, cfg.name, cfg.split, cfg.text_key, cfg.max_documents)
+    if isinstance(cfg, DomainsData):
+        return DomainsSource(root, cfg.domains)
+    raise UserError(f"data: {type(cfg).__name__} names no source; choose stdlib, local, hub, domains or mixture")
+
+
+def _mixture_part(name: str, part: MixturePart, root: Path) -> Part:
+    if not 0 < part.weight < float("inf"):
+        raise UserError(f"data.parts.{name}.weight={part.weight}: must be positive (or leave the part out)")
+    return Part(_part_source(name, part, root), name, part.weight)
+
+
+def _part_source(name: str, part: MixturePart, root: Path) -> Source:
+    if part.kind is SourceKind.stdlib:
+        return StdlibSource()
+    if part.kind is SourceKind.domains:
+        return DomainsSource(root, part.domains or DOMAINS)
+    if part.path is None:
+        raise UserError(f"data.parts.{name}.path is not set: kind {part.kind.value} needs it")
+    if part.kind is SourceKind.local:
+        return LocalSource(part.path, part.format, part.text_key)
+    return HubSource(root, part.path, text_key=part.text_key)

@@ -1,0 +1,73 @@
+"""Grouped-query attention by torch's scaled_dot_product_attention.
+
+Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys,
+P = (Q + 2G) H columns of the joint projection: all queries, all keys, all values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.errors import UserError
+from moetrain.models.cache import LayerCache
+from moetrain.models.norm import RMSNorm
+from moetrain.models.rope import Rope, apply_rope
+
+
+def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
+    """(query heads, key and value heads, head width), nulls resolved. Raises UserError where they do not fit."""
+    num_kv_heads = cfg.num_heads if cfg.num_kv_heads is None else cfg.num_kv_heads
+    if num_kv_heads < 1 or cfg.num_heads % num_kv_heads:
+        raise UserError(f"model.num_kv_heads={num_kv_heads} must divide model.num_heads={cfg.num_heads}")
+    if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
+        raise UserError(
+            f"model.num_heads={cfg.num_heads} must divide model.d_model={cfg.d_model}; else give model.head_dim"
+        )
+    head_dim = cfg.d_model // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"a head is {head_dim} wide (model.head_dim); rotary embedding needs an even width")
+    return cfg.num_heads, num_kv_heads, head_dim
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The normalisation of queries and keys follows ``cfg.qk_norm``."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = head_shape(cfg)
+        self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.d_model))
+        self.w_out_DQ = nn.Parameter(torch.empty(cfg.d_model, self.widths[0]))
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm is not QKNorm.none:
+            per_head = cfg.qk_norm is QKNorm.head
+            self.q_norm = RMSNorm(self.head_dim if per_head else self.widths[0], cfg.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if per_head else self.widths[1], cfg.norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """``mask`` [B or 1, 1, S, K] is added to the scores; None means causal, or all for one query."""
+        q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
+        q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
+        k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
+        if cache is not None:
+            k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
+        causal = mask is None and x_BSD.shape[1] > 1
+        grouped = self.num_heads != self.num_kv_heads
+        y_BQSH = F.scaled_dot_product_attention(
+            q_BQSH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+        return F.linear(y_BQSH.transpose(1, 2).flatten(2), self.w_out_DQ)
+
+    def _project(self, x_BSD: Tensor) -> list[Tensor]:
+        parts = list(F.linear(x_BSD, self.w_qkv_PD).split(self.widths, dim=-1))
+        if self.qk_norm is QKNorm.full:
+            parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
+        parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
+        if self.qk_norm is QKNorm.head:
+            parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
+        return parts

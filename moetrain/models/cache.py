@@ -1,0 +1,45 @@
+"""Keys and values of the tokens that generation has already seen, preallocated.
+
+Shapes: B batch, G key and value heads, S new tokens, C cached tokens, M capacity, H head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """One layer's keys and values. Memory is taken at the first use, in the dtype then seen."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys_BGMH: Tensor | None = None
+        self._values_BGMH: Tensor | None = None
+
+    def append(self, k_BGSH: Tensor, v_BGSH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store S new tokens and return all C + S. Raises ValueError beyond the capacity."""
+        end = self.length + k_BGSH.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were asked of it")
+        if self._keys_BGMH is None or self._values_BGMH is None:
+            batch, heads, _, width = k_BGSH.shape
+            self._keys_BGMH = k_BGSH.new_empty(batch, heads, self.capacity, width)
+            self._values_BGMH = torch.empty_like(self._keys_BGMH)
+        self._keys_BGMH[:, :, self.length : end] = k_BGSH
+        self._values_BGMH[:, :, self.length : end] = v_BGSH
+        self.length = end
+        return self._keys_BGMH[:, :, :end], self._values_BGMH[:, :, :end]
+
+
+class KVCache:
+    """One :class:`LayerCache` a layer. Every row of the batch has the same length."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.layers = [LayerCache(capacity) for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens cached so far."""
+        return self.layers[0].length

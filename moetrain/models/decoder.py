@@ -1,0 +1,186 @@
+"""The decoder: pre-norm blocks of attention and a feed-forward layer that is dense or MoE, by the config.
+
+Shapes: B batch, S sequence, T = B S tokens, D model, V vocabulary. The residual stream keeps the parameters'
+dtype (fp32 under bf16 autocast, where the matrix products alone are bf16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config.schema import ModelConfig
+from moetrain.errors import UserError
+from moetrain.models.attention import Attention
+from moetrain.models.cache import KVCache, LayerCache
+from moetrain.models.feed_forward import build_feed_forward
+from moetrain.models.mask import attention_mask
+from moetrain.models.norm import RMSNorm
+from moetrain.models.precision import product_dtype
+from moetrain.models.rope import Rope, rope_table
+from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+
+
+class DecoderOutput(NamedTuple):
+    """A pytree, as FSDP2 wants of a module's output. ``records`` has one entry per MoE layer, in order."""
+
+    hidden_BSD: Tensor
+    records: list[Routing]
+
+
+def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
+    """Whether layer ``layer`` (from 0) is MoE."""
+    return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    ``recompute`` keeps the block's inputs only and runs it again in the backward pass; the names of its
+    parameters do not change by it.
+    """
+
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
+        super().__init__()
+        self.recompute = False
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention = Attention(cfg)
+        self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        kind = "moe" if is_moe_layer(cfg, layer) else "swiglu"
+        self.feed_forward = build_feed_forward(kind, cfg, router, experts)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        ctx: RouterContext | None = None,
+        cache_layer: LayerCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        if self.recompute and torch.is_grad_enabled():
+            # The model draws no random numbers of torch's: a router's noise is a function of ctx.
+            return checkpoint(  # type: ignore[no-any-return]
+                self._forward, x_BSD, rope, mask, ctx, None, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._forward(x_BSD, rope, mask, ctx, cache_layer)
+
+    def _forward(
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        ctx: RouterContext | None,
+        cache_layer: LayerCache | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, cache_layer)
+        y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
+        return x_BSD + y_BSD, record
+
+
+class Decoder(nn.Module):
+    """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
+
+    Raises UserError where widths and heads do not fit, ValueError where the router's options do not.
+    Nothing in it depends on the device it is built on: under torch.device("meta") or fake tensors it can be
+    counted, and after ``to_empty`` initialised by :meth:`reset_parameters`.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, vocab_size: int
+    ) -> None:
+        super().__init__()
+        for key, value in (("num_layers", cfg.num_layers), ("moe_every", cfg.moe_every)):
+            if value < 1:
+                raise UserError(f"model.{key}={value} must be at least 1")
+        if cfg.sliding_window is not None and cfg.sliding_window < 1:
+            raise UserError(f"model.sliding_window={cfg.sliding_window} must be at least 1, or null for none")
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.embed_VD = nn.Parameter(torch.empty(vocab_size, cfg.d_model))
+        self.blocks = nn.ModuleList(Block(cfg, router, experts, layer) for layer in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head_VD = None if cfg.tie_embeddings else nn.Parameter(torch.empty(vocab_size, cfg.d_model))
+        self.reset_parameters()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, D]: the embedding's own where they are tied."""
+        return self.embed_VD if self.head_VD is None else self.head_VD
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        ctx: RouterContext | None = None,
+        doc_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
+        """Hidden states after the last norm, and the MoE layers' routings.
+
+        ``doc_ids_BS``: attention stays within tokens of one id; None is plainly causal. ``positions_BS``:
+        None counts from 0, or from the end of ``cache``, which the new tokens then join.
+        Raises ValueError for documents together with a cache.
+        """
+        if cache is not None and doc_ids_BS is not None:
+            raise ValueError("doc_ids_BS and cache do not go together: a cache holds one document a row")
+        (batch, seq), device = input_ids_BS.shape, input_ids_BS.device
+        cached = 0 if cache is None else cache.length
+        if positions_BS is None:
+            positions_BS = torch.arange(cached, cached + seq, device=device)[None]
+        ctx = RouterContext.default(batch, seq, device) if ctx is None else ctx
+        if ctx.token_ids_T is None:
+            ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
+        x_BSD = F.embedding(input_ids_BS, self.embed_VD)
+        rope = self._rope(positions_BS, x_BSD.dtype)
+        mask = attention_mask(
+            seq, cached, self.cfg.sliding_window, doc_ids_BS, product_dtype(x_BSD), device
+        )
+        records: list[Routing] = []
+        for layer, block in enumerate(self.blocks):
+            layer_ctx = ctx.at_layer(layer, records[-1] if records else None)
+            layer_cache = None if cache is None else cache.layers[layer]
+            x_BSD, record = block(x_BSD, rope, mask, layer_ctx, layer_cache)
+            if record is not None:
+                records.append(record)
+        return DecoderOutput(self.norm(x_BSD), records)
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        """[..., D] -> [..., V], in the dtype of the products (bf16 under autocast)."""
+        return F.linear(hidden_BSD, self.head_weight)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The MoE layers by their place in the decoder."""
+        layers = {i: block.feed_forward for i, block in enumerate(self.blocks)}
+        return {i: layer for i, layer in layers.items() if isinstance(layer, MoELayer)}
+
+    def set_recompute(self, on: bool) -> None:
+        """Recompute every block in the backward pass instead of keeping its activations."""
+        for block in self.blocks:
+            block.recompute = on  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew from torch's generator: normal(init_std), less for what adds to the residual.
+
+        Output projections take init_std / sqrt(2 num_layers), norms 1; routers keep their own draw.
+        """
+        std = self.cfg.init_std
+        out_std = std / (2 * self.cfg.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if ".router." in name:
+                continue
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                projects_out = ".w_out_" in name or ".w_down_" in name
+                parameter.normal_(0.0, out_std if projects_out else std)
+
+    def _rope(self, positions_BS: Tensor, dtype: torch.dtype) -> Rope:
+        head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]
+        wide = torch.promote_types(dtype, torch.float32)
+        return rope_table(positions_BS, head_dim, self.cfg.rope_theta, wide)

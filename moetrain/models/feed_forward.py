@@ -1,0 +1,67 @@
+"""The feed-forward half of a block: a registry of modules ``forward(x_BSD, ctx) -> (y_BSD, record or None)``.
+
+Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: a Routing for an MoE layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moetrain.config.schema import ModelConfig
+from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe.mlp import MLP
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+
+Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig], nn.Module]
+FEED_FORWARDS: dict[str, Builder] = {}
+
+
+def register_feed_forward(name: str) -> Callable[[Builder], Builder]:
+    """Decorator: make a builder known by name. A second use of a name is an error."""
+
+    def add(builder: Builder) -> Builder:
+        if FEED_FORWARDS.setdefault(name, builder) is not builder:
+            raise ValueError(f"feed-forward {name!r} is registered already")
+        return builder
+
+    return add
+
+
+def build_feed_forward(
+    name: str, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig
+) -> nn.Module:
+    """Raises ValueError for an unknown name."""
+    if name not in FEED_FORWARDS:
+        raise ValueError(f"unknown feed-forward {name!r}; known: {', '.join(sorted(FEED_FORWARDS))}")
+    return FEED_FORWARDS[name](cfg, router, experts)
+
+
+class DenseFeedForward(MLP):
+    """A plain feed-forward network behind the seam; it has nothing to record."""
+
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, ctx: RouterContext | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        return super().forward(x_BSD), None
+
+
+@register_feed_forward("swiglu")
+def _swiglu(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+    return DenseFeedForward(cfg.d_model, cfg.d_ff, "swiglu")
+
+
+@register_feed_forward("moe")
+def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+    return MoELayer(
+        d_model=cfg.d_model,
+        d_ff=cfg.d_ff_expert,
+        num_experts=cfg.num_experts,
+        router=router.name,
+        router_options=router,
+        activation=experts.activation.value,
+        backend=experts.backend.value,
+        num_shared_experts=cfg.num_shared_experts,
+        block=experts.block,
+    )

@@ -1,0 +1,8 @@
+"""Mixture-of-Experts layers: a router returns a Routing, a dispatcher names rows, experts compute them."""
+
+from moetrain.moe.context import RouterContext
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import ROUTERS, Router, build_router
+from moetrain.moe.routing import Routing
+
+__all__ = ["ROUTERS", "MoELayer", "Router", "RouterContext", "Routing", "build_router"]

@@ -1,0 +1,63 @@
+"""Controllers: small states that follow the load of the whole batch, once after each optimizer step.
+
+Shapes: L MoE layers, E experts. Counts are global (summed over ranks and micro-batches), so every rank makes
+the same update. State is fp32 and part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.routers import Router
+
+
+class Controller(Protocol):
+    """Updated after the step; ``tensors`` names what a checkpoint must hold besides the model's buffers."""
+
+    def update(self, demand_LE: Tensor) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+class BiasController:
+    """Aux-loss-free balance: each expert's selection bias moves by ``rate`` towards the mean load.
+
+    ``b_e += rate * sign(mean(c) - c_e)`` (Wang et al. 2024; DeepSeek-V3, section 2.1.2). The bias is the
+    router's own buffer, so the checkpoint holds it with the model.
+    """
+
+    def __init__(self, routers: Sequence[Router], rate: float) -> None:
+        self.routers, self.rate = list(routers), rate
+
+    @torch.no_grad()
+    def update(self, demand_LE: Tensor) -> None:
+        load_LE = demand_LE.to(torch.float64)
+        for router, load_E in zip(self.routers, load_LE, strict=True):
+            router.bias_E += self.rate * torch.sign(load_E.mean() - load_E).to(router.bias_E)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class RunningLoad:
+    """An exponential mean of the load shares, for the ``running`` scope: one step behind, and cheap.
+
+    Starts uniform, where the loss has the value 1 and no gradient.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.share_LE = torch.full((num_layers, num_experts), 1.0 / max(num_experts, 1))
+
+    @torch.no_grad()
+    def update(self, demand_LE: Tensor) -> None:
+        load_LE = demand_LE.double().cpu()
+        share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1)
+        self.share_LE.mul_(self.decay).add_(share_LE.float(), alpha=1 - self.decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"running_load": self.share_LE}

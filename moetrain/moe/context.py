@@ -1,0 +1,81 @@
+"""RouterContext: everything a router may look at besides its input, and its source of noise.
+
+Shapes: T = B * S tokens, flattened sequence by sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.moe.routing import Routing
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """One call's surroundings. ``sample_ids_B`` are global, so that noise follows the sample, not the rank.
+
+    valid_T     bool; None where every token is valid.
+    positions_T int64, each token's place in its sequence row (not in its document).
+    group       ranks among which tokens are coupled; None: this process alone.
+    prev        the previous MoE layer's Routing of the same forward pass.
+    """
+
+    batch: int
+    seq: int
+    sample_ids_B: Tensor
+    token_ids_T: Tensor | None = None
+    valid_T: Tensor | None = None
+    seed: int = 0
+    step: int = 0
+    layer: int = 0
+    group: dist.ProcessGroup | None = None
+    prev: Routing | None = None
+
+    @staticmethod
+    def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:
+        """The context of a call that gives none: fresh samples 0 to ``batch`` - 1, no padding."""
+        return RouterContext(batch, seq, torch.arange(batch, device=device))
+
+    def at_layer(self, layer: int, prev: Routing | None) -> RouterContext:
+        return replace(self, layer=layer, prev=prev)
+
+    @property
+    def positions_T(self) -> Tensor:
+        return torch.arange(self.seq, device=self.sample_ids_B.device).repeat(self.batch)
+
+    @property
+    def sequence_ids_T(self) -> Tensor:
+        """Row of the batch (0 to B - 1) of each token."""
+        return torch.arange(self.batch, device=self.sample_ids_B.device).repeat_interleave(self.seq)
+
+    def uniform(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+        """Noise in (0, 1), fp32, a pure function of (seed, step, layer, salt, sample id, position).
+
+        ``shape`` is (T,) or (T, n). Recompute, micro-batching and every layout draw the same numbers.
+        """
+        if shape[0] != self.batch * self.seq:
+            raise ValueError(f"uniform needs one row a token: {self.batch * self.seq}, not {shape[0]}")
+        key = torch.zeros((), dtype=torch.int64, device=self.sample_ids_B.device)
+        for part in (self.seed, self.step, self.layer, salt):
+            key = _mix(key + part)
+        key_T = _mix(_mix(key + self.sample_ids_B).repeat_interleave(self.seq) + self.positions_T)
+        if len(shape) > 1:
+            columns = torch.arange(shape[1], device=key_T.device)
+            key_T = _mix(key_T[:, None] + columns)
+        return ((key_T >> 41) & 0x7FFFFF).float() * 2.0**-23 + 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 (arithmetic wraps; shifts are made logical by masks)."""
+    x = x + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -1,0 +1,52 @@
+"""Stacked experts: one tensor a projection, the global expert dimension first.
+
+Shapes: E experts, D model, F hidden, P = 2F (gated: gate columns, then up columns) or F, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moetrain.moe.dispatch import Dispatched
+from moetrain.ops import expert_mlp
+from moetrain.ops.activations import is_gated
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of one width, computed together.
+
+    ``w_gate_up_EDF2`` is [E, D, 2F] for a gated activation and [E, D, F] for a plain one.
+    """
+
+    def __init__(
+        self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.activation, self.backend = activation, backend
+        width = 2 * d_ff if is_gated(activation) else d_ff
+        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(num_experts, d_model, width))
+        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        nn.init.normal_(self.w_gate_up_EDF2, std=d_model**-0.5)
+        nn.init.normal_(self.w_down_EFD, std=d_ff**-0.5)
+
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """out [R, D], each row times its routing weight, in the autocast dtype where one is on."""
+        x_XD = dispatched.source_XD
+        device = x_XD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
+        return expert_mlp(
+            x_XD,
+            dispatched.rows,
+            dispatched.weights_R,
+            _local(self.w_gate_up_EDF2),
+            _local(self.w_down_EFD),
+            self.activation,
+            self.backend,
+            dtype,
+        )
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight

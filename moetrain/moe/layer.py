@@ -1,0 +1,77 @@
+"""MoELayer: route, dispatch, compute, combine.
+
+Shapes: B batch, S sequence, T = B S tokens, D model, R computed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moetrain.moe.context import RouterContext
+from moetrain.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from moetrain.moe.experts import Experts
+from moetrain.moe.mlp import MLP
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers import build_router
+from moetrain.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Started:
+    """A layer between routing and computing; ``x_BSD`` is what the shared experts see by default."""
+
+    x_BSD: Tensor
+    routing: Routing
+    dispatched: Dispatched
+
+
+class MoELayer(nn.Module):
+    """y = sum over a token's assignments of weight * expert(x), plus the shared experts of x.
+
+    ``router`` is a key of ROUTERS; its options come as a dict or as the options dataclass.
+    Raises ValueError for an unknown router, option, activation or backend.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        router: str = "topk",
+        router_options: dict[str, Any] | RouterConfig | None = None,
+        activation: str = "swiglu",
+        backend: str = "auto",
+        num_shared_experts: int = 0,
+        block: int | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
+        self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
+        self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
+        self.shared = MLP(d_model, num_shared_experts * d_ff, activation) if num_shared_experts else None
+        self.dispatcher: Dispatcher = LocalDispatcher(block)
+
+    def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
+        return self.finish(self.start(x_BSD, ctx))
+
+    def start(
+        self, x_BSD: Tensor, ctx: RouterContext | None = None, router_input: Tensor | None = None
+    ) -> Started:
+        """Route (on ``router_input`` if given, same shape as x) and send rows on their way."""
+        batch, seq, width = x_BSD.shape
+        if ctx is None:
+            ctx = RouterContext.default(batch, seq, x_BSD.device)
+        seen = x_BSD if router_input is None else router_input
+        routing: Routing = self.router(seen.reshape(-1, width), ctx)
+        return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing))
+
+    def finish(self, started: Started, shared_input: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Compute and combine; returns y in the dtype of the experts' products, and the routing."""
+        out_RD = self.experts(started.dispatched)
+        y_BSD = self.dispatcher.combine(out_RD, started.dispatched.plan).view_as(started.x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(started.x_BSD if shared_input is None else shared_input)
+        return y_BSD, started.routing

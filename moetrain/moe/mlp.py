@@ -1,0 +1,28 @@
+"""A plain feed-forward network: the dense layer, and the shared experts of an MoE layer.
+
+Shapes: D model, F hidden, P = 2F (gated) or F; leading dimensions are free.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.ops.activations import activate, is_gated
+
+
+class MLP(nn.Module):
+    """``act(x @ w_up) @ w_down``; for a gated activation the gate rows of ``w_gate_up_PD`` come first."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu") -> None:
+        super().__init__()
+        self.activation = activation
+        width = 2 * d_ff if is_gated(activation) else d_ff
+        self.w_gate_up_PD = nn.Parameter(torch.empty(width, d_model))
+        self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
+        nn.init.normal_(self.w_gate_up_PD, std=d_model**-0.5)
+        nn.init.normal_(self.w_down_DF, std=d_ff**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(activate(F.linear(x, self.w_gate_up_PD), self.activation), self.w_down_DF)

@@ -1,0 +1,58 @@
+"""Options of routers and experts: plain frozen dataclasses, so that moe/ needs no config library."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+
+class Activation(Enum):
+    """Gated ones take w_gate_up (2F columns), plain ones w_up (F columns)."""
+
+    swiglu = "swiglu"
+    geglu = "geglu"
+    reglu = "reglu"
+    gelu = "gelu"
+    relu = "relu"
+    relu2 = "relu2"
+    silu = "silu"
+
+
+class Backend(Enum):
+    """``loop`` is the oracle; ``torch`` uses grouped matrix products; ``cpu`` works expert by expert in
+    cache-sized tiles; ``auto`` is ``cpu`` on a CPU and ``torch`` elsewhere."""
+
+    auto = "auto"
+    loop = "loop"
+    torch = "torch"
+    cpu = "cpu"
+
+
+class DropOrder(Enum):
+    """Which assignments over capacity survive: the first come, the heaviest, or a random subset."""
+
+    position = "position"
+    probability = "probability"
+    random = "random"
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    activation: Activation = Activation.swiglu
+    backend: Backend = Backend.auto
+    block: Optional[int] = None  # rows; null: 32 on a CPU, 128 on a GPU
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What every router shares. ``name`` is its key in ROUTERS.
+
+    ``group``: how many sequences form a routing group, the tokens that a capacity couples:
+    ``sequence`` (one) or a number that divides the micro-batch.
+    """
+
+    name: str = "topk"
+    group: str = "sequence"
+    capacity_factor: Optional[float] = None  # null: dropless
+    eval_capacity_factor: Optional[float] = None  # null: dropless in evaluation
+    min_capacity: int = 4
+    drop_order: DropOrder = DropOrder.position

@@ -1,0 +1,131 @@
+"""The router seam: a base class, a registry, and the one way to build a router.
+
+Shapes: T tokens, D model, E experts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.assign import apply_capacity
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routing import Routing
+
+
+class Router(nn.Module):
+    """Maps tokens to a Routing. Subclasses write ``route``; capacity is applied to whatever it returns.
+
+    ``bias_E`` is added to the scores for selection only (Wang et al. 2024, "Auxiliary-loss-free load
+    balancing"); a controller moves it, autograd never does. It stays fp32 through every cast.
+    """
+
+    is_router = True  # its parameters form an FSDP group of their own, in fp32
+    bias_E: Tensor
+    _fp32_buffers = ("bias_E",)
+
+    def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
+        super().__init__()
+        self.d_model, self.num_experts, self.options = d_model, num_experts, options
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        """The routing before any capacity."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing = self.route(x_TD, ctx)
+            options = self.options
+            factor = options.capacity_factor if self.training else options.eval_capacity_factor
+            if factor is None:
+                return routing
+            return apply_capacity(
+                routing, ctx, factor, options.min_capacity, options.drop_order, options.group
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        kept = {name: self._buffers[name] for name in self._fp32_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is None or after is None or after.dtype == before.dtype:
+                continue
+            fresh = torch.zeros_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+            self._buffers[name] = fresh
+        return self
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What the registry knows of a router: its class and the dataclass of its options."""
+
+    name: str
+    cls: type[Router]
+    options: type[RouterConfig]
+
+
+ROUTERS: dict[str, RouterSpec] = {}
+R = TypeVar("R", bound=type[Router])
+
+
+def register(name: str, options: type[RouterConfig]) -> Callable[[R], R]:
+    """Class decorator: make a router known as ``router=name``. A second use of a name is an error."""
+
+    def add(cls: R) -> R:
+        if name in ROUTERS and ROUTERS[name].cls is not cls:
+            raise ValueError(f"router {name!r} is registered already, by {ROUTERS[name].cls.__qualname__}")
+        ROUTERS[name] = RouterSpec(name, cls, options)
+        return cls
+
+    return add
+
+
+def build_router(
+    name: str, *, d_model: int, num_experts: int, options: RouterConfig | None = None, **overrides: Any
+) -> Router:
+    """A router by name; enum options may be given as strings. Works without options for any E >= 1.
+
+    Raises ValueError for an unknown name or option, with the nearest known one.
+    """
+    spec = ROUTERS.get(name)
+    if spec is None:
+        raise ValueError(f"unknown router {name!r}; {_nearest(name, ROUTERS)}")
+    if num_experts < 1 or d_model < 1:
+        raise ValueError(f"num_experts={num_experts} and d_model={d_model} must be at least 1")
+    if options is None:
+        options = spec.options(name=name)
+    return spec.cls(d_model, num_experts, _with_overrides(options, overrides))
+
+
+def _with_overrides(options: RouterConfig, overrides: dict[str, Any]) -> RouterConfig:
+    hints = get_type_hints(type(options))
+    known = [f.name for f in fields(options)]
+    values = {}
+    for key, value in overrides.items():
+        if key not in known:
+            raise ValueError(f"router {options.name!r} has no option {key!r}; {_nearest(key, known)}")
+        values[key] = _to_enum(hints[key], key, value)
+    return replace(options, **values)
+
+
+def _to_enum(hint: Any, key: str, value: Any) -> Any:
+    kinds = get_args(hint) if get_origin(hint) is Union else (hint,)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+            if value not in kind.__members__:
+                raise ValueError(f"{key}={value!r}; {_nearest(value, kind.__members__)}")
+            return kind[value]
+    return value
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

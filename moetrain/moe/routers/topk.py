@@ -1,0 +1,126 @@
+"""Top-k token choice: softmax before or after selection, sigmoid scores, group-limited selection.
+
+Shapes: T tokens, D model, E experts, K top-k, M groups of experts.
+Sources: Shazeer et al. 2017; Fedus et al. 2021 (k = 1, jitter); Jiang et al. 2024 (Mixtral: softmax over the
+chosen); DeepSeek-AI 2024 (V3: sigmoid scores, a bias for selection only, group-limited selection).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import Router, register
+from moetrain.moe.routing import Routing
+
+_JITTER_SALT = 0x717E
+
+
+class Score(Enum):
+    """``softmax`` over all experts; ``softmax_after``: over the chosen ones only; ``sigmoid`` each."""
+
+    softmax = "softmax"
+    softmax_after = "softmax_after"
+    sigmoid = "sigmoid"
+
+
+class GroupScore(Enum):
+    """What ranks a group of experts: the sum of its two best selection scores (DeepSeek-V3), or its best."""
+
+    top2 = "top2"
+    max = "max"
+
+
+@dataclass(frozen=True)
+class TopKOptions(RouterConfig):
+    name: str = "topk"
+    top_k: Optional[int] = None  # null: 2, or 1 where there is one expert
+    score: Score = Score.softmax
+    renormalize: bool = True  # chosen weights sum to 1; with softmax this equals softmax_after
+    route_scale: float = 1.0  # multiplies the weights
+    jitter: float = 0.0  # training only: inputs times U(1 - jitter, 1 + jitter)
+    num_groups: int = 1
+    top_groups: Optional[int] = None  # groups a token may choose from; null: all
+    group_score: GroupScore = GroupScore.top2
+
+
+@register("topk", TopKOptions)
+class TopKRouter(Router):
+    """Each token's K best experts. N = K times the valid tokens.
+
+    Raises ValueError where k > E, groups do not divide E, or the chosen groups hold fewer than k experts.
+    """
+
+    options: TopKOptions
+
+    def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
+        super().__init__(d_model, num_experts, options)
+        self.top_k = min(2, num_experts) if options.top_k is None else options.top_k
+        _check(options, self.top_k, num_experts)
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
+        nn.init.normal_(self.weight_ED, std=d_model**-0.5 * 0.5)
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD = x_TD.to(dtype)
+        if self.training and self.options.jitter:
+            noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(dtype)
+            x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
+        logits_TE = F.linear(x_TD, self.weight_ED.to(dtype))
+        sigmoid = self.options.score is Score.sigmoid
+        scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+        ids_TK = self._select(scores_TE.detach())
+        weights_TK = self._weights(scores_TE, logits_TE, ids_TK)
+        return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
+
+    def _select(self, scores_TE: Tensor) -> Tensor:
+        """The chosen experts, int64 [T, K]; the bias takes part here and nowhere else."""
+        selection_TE = scores_TE + self.bias_E
+        options = self.options
+        if options.num_groups > 1 and options.top_groups not in (None, options.num_groups):
+            selection_TE = self._limit_to_groups(selection_TE)
+        return selection_TE.topk(self.top_k, dim=-1).indices
+
+    def _limit_to_groups(self, selection_TE: Tensor) -> Tensor:
+        """-inf outside each token's best groups: 0 would beat real scores under a negative bias."""
+        options = self.options
+        grouped_TME = selection_TE.unflatten(-1, (options.num_groups, -1))
+        best = 2 if options.group_score is GroupScore.top2 else 1
+        score_TM = grouped_TME.topk(min(best, grouped_TME.shape[-1]), dim=-1).values.sum(-1)
+        kept_TM = torch.zeros_like(score_TM, dtype=torch.bool)
+        kept_TM.scatter_(-1, score_TM.topk(options.top_groups or options.num_groups, dim=-1).indices, True)
+        limited_TME: Tensor = grouped_TME.masked_fill(~kept_TM[..., None], float("-inf"))
+        return limited_TME.flatten(-2)
+
+    def _weights(self, scores_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        options = self.options
+        if options.score is Score.softmax_after:
+            weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
+        else:
+            weights_TK = scores_TE.gather(-1, ids_TK)
+            if options.renormalize:
+                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return weights_TK * options.route_scale if options.route_scale != 1.0 else weights_TK
+
+
+def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"router.top_k={top_k} must lie between 1 and num_experts={num_experts}")
+    if not 0 <= options.jitter < 1:
+        raise ValueError(f"router.jitter={options.jitter} must lie in [0, 1)")
+    if options.num_groups < 1 or num_experts % options.num_groups:
+        raise ValueError(f"router.num_groups={options.num_groups} must divide num_experts={num_experts}")
+    groups = options.num_groups if options.top_groups is None else options.top_groups
+    if not 1 <= groups <= options.num_groups:
+        raise ValueError(f"router.top_groups={groups} must lie between 1 and num_groups={options.num_groups}")
+    if top_k > groups * (num_experts // options.num_groups):
+        room = groups * (num_experts // options.num_groups)
+        raise ValueError(f"router.top_k={top_k} exceeds the {room} experts of {groups} groups")

@@ -1,0 +1,104 @@
+"""Routing: the one value that every router returns, and the only thing the layers below it see.
+
+Shapes: T tokens (B sequences of S, flattened), E experts overall, N assignments (any number),
+B sequences. Assignments are sorted by (expert, token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which token goes to which expert, and with which weight. Immutable; a pytree.
+
+    token_ids_N   int64, the token of each assignment, sorted by (expert, token).
+    weights_N     at least fp32, differentiable: what multiplies the expert's output.
+    counts_E      int64, assignments of each expert; sums to N.
+    num_tokens_B  int64, valid (unpadded) tokens of each sequence.
+    demand_BE     int64, assignments wanted per sequence and expert, before any capacity.
+    scores_TE     at least fp32: the router's affinities, for losses and metrics.
+    logits_TE     at least fp32: what the scores were made of.
+    valid_T       bool, or None where every token is valid.
+    forward_scale_N  multiplies the expert's output in the forward pass only (gradient estimators).
+    """
+
+    token_ids_N: Tensor
+    weights_N: Tensor
+    counts_E: Tensor
+    num_tokens_B: Tensor
+    demand_BE: Tensor
+    scores_TE: Tensor | None = None
+    logits_TE: Tensor | None = None
+    valid_T: Tensor | None = None
+    forward_scale_N: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_E.shape[0]
+
+    @property
+    def demand_E(self) -> Tensor:
+        """Assignments wanted per expert, before any capacity."""
+        return self.demand_BE.sum(0)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Valid tokens, a scalar."""
+        return self.num_tokens_B.sum()
+
+    def expert_ids_N(self) -> Tensor:
+        """The expert of each assignment, int64, non-decreasing."""
+        experts_E = torch.arange(self.num_experts, device=self.counts_E.device)
+        return torch.repeat_interleave(experts_E, self.counts_E, output_size=self.token_ids_N.shape[0])
+
+    def detach(self) -> Routing:
+        """The same routing without its autograd graph: what metrics and controllers may keep."""
+        return replace(
+            self, **{f.name: t.detach() for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        )
+
+    def check(self) -> None:
+        """Raise ValueError unless the invariants hold: for tests and for a user's own router."""
+        check_routing(self)
+
+
+def check_routing(r: Routing) -> None:
+    """Raise ValueError naming the first broken invariant of ``r``."""
+    n, num_tokens = r.token_ids_N.shape[0], int(r.num_tokens)
+    if int(r.counts_E.sum()) != n:
+        raise ValueError(f"counts_E sums to {int(r.counts_E.sum())}, but there are {n} assignments")
+    if r.weights_N.shape != (n,):
+        raise ValueError(f"weights_N has shape {tuple(r.weights_N.shape)}, expected ({n},)")
+    if r.weights_N.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"weights_N is {r.weights_N.dtype}, expected fp32 or fp64")
+    if r.demand_BE.shape != (r.num_tokens_B.shape[0], r.num_experts):
+        raise ValueError(f"demand_BE has shape {tuple(r.demand_BE.shape)}")
+    if bool((r.counts_E > r.demand_E).any()):
+        raise ValueError("an expert has more assignments than its demand")
+    if n:
+        size = int(r.token_ids_N.max()) + 1 + num_tokens
+        key_N = r.expert_ids_N() * size + r.token_ids_N
+        if bool((key_N[1:] <= key_N[:-1]).any()):
+            raise ValueError("assignments are not sorted by (expert, token), or one occurs twice")
+        if r.valid_T is not None and not bool(r.valid_T[r.token_ids_N].all()):
+            raise ValueError("a padding token is assigned to an expert")
+
+
+def _flatten(r: Routing) -> tuple[list[Any], None]:
+    return [getattr(r, f.name) for f in fields(Routing)], None
+
+
+def _unflatten(values: Any, context: None) -> Routing:
+    return Routing(*values)
+
+
+pytree.register_pytree_node(
+    Routing, _flatten, _unflatten, serialized_type_name="moetrain.moe.routing.Routing"
+)

@@ -1,0 +1,51 @@
+"""Sum chosen rows into each output token, in a fixed order, without atomics.
+
+Shapes: R rows, D width, T output tokens, N (row, token) pairs grouped by token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("moetrain::gather_sum", mutates_args=())
+def _gather_sum(rows_RD: Tensor, row_ids_N: Tensor, ends_T: Tensor, token_ids_R: Tensor) -> Tensor:
+    if rows_RD.shape[0] == 0:
+        return rows_RD.new_zeros(ends_T.shape[0], rows_RD.shape[1])
+    starts = torch.cat([ends_T.new_zeros(1), ends_T])
+    return F.embedding_bag(row_ids_N, rows_RD, starts, mode="sum", include_last_offset=True)
+
+
+@_gather_sum.register_fake
+def _(rows_RD: Tensor, row_ids_N: Tensor, ends_T: Tensor, token_ids_R: Tensor) -> Tensor:
+    return rows_RD.new_empty(ends_T.shape[0], rows_RD.shape[1])
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[3])
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, dy_TD: Tensor) -> tuple[Tensor, None, None, None]:
+    (token_ids_R,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    return gather_rows(dy_TD, token_ids_R), None, None, None
+
+
+_gather_sum.register_autograd(_backward, setup_context=_setup)
+
+
+def gather_sum(rows_RD: Tensor, row_ids_N: Tensor, ends_T: Tensor, token_ids_R: Tensor) -> Tensor:
+    """``y[t] = sum of rows[row_ids[j]] for j in [ends[t - 1], ends[t])``, accumulated in fp32 at least.
+
+    ``token_ids_R`` is the inverse map that backward needs: the token that each row goes to, -1 for padding.
+    """
+    return _gather_sum(rows_RD, row_ids_N, ends_T, token_ids_R)  # type: ignore[no-any-return]
+
+
+def gather_rows(source_XD: Tensor, ids_R: Tensor) -> Tensor:
+    """``source[ids]``, zero where an id is -1."""
+    if source_XD.shape[0] == 0:
+        return source_XD.new_zeros(ids_R.shape[0], source_XD.shape[1])
+    rows_RD = source_XD.index_select(0, ids_R.clamp(min=0))
+    return rows_RD.masked_fill_((ids_R < 0)[:, None], 0)

@@ -1,0 +1,108 @@
+"""Expert MLP, one expert at a time: gather, product, activation and product stay in cache.
+
+Shapes as in ``expert_mlp.py``; n rows of one expert. Rows of bf16 products are the aligned counts, because
+a CPU compiles one bf16 matmul kernel for every new row count; other dtypes compute the useful rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.activations import activate, activate_backward
+
+
+def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
+    """(expert, first row, useful rows, rows to compute, end of the segment) of each non-empty expert."""
+    start = 0
+    for expert, (rows, width) in enumerate(zip(useful, aligned, strict=True)):
+        if rows:
+            yield expert, start, rows, width if dtype is torch.bfloat16 else rows, start + width
+        start += width
+
+
+def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:
+    ids_n = ids_R[start : start + rows]
+    if rows == width:
+        return source_XD.index_select(0, ids_n)
+    x_nD = source_XD.new_empty(width, source_XD.shape[1])
+    torch.index_select(source_XD, 0, ids_n, out=x_nD[:rows])
+    x_nD[rows:].zero_()
+    return x_nD
+
+
+def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
+    return h_nF.mul_(weights_n.to(h_nF.dtype)[:, None])
+
+
+def forward(
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    useful: Sequence[int],
+    aligned: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(out [R, D], z [R, P])."""
+    dtype = source_XD.dtype
+    out_RD = source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2])
+    z_RP = source_XD.new_empty(ids_R.shape[0], w_up_EDP.shape[2])
+    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
+    for e, start, rows, width, end in _segments(useful, aligned, dtype):
+        stop = start + width
+        x_nD = _gather(source_XD, ids_R, start, rows, width)
+        z_nP = torch.mm(x_nD, w_ups[e].to(dtype), out=z_RP[start:stop])
+        h_nF = _weighted(activate(z_nP, activation), weights_R[start:stop])
+        torch.mm(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+        if stop < end:
+            out_RD[stop:end].zero_()
+            z_RP[stop:end].zero_()
+    return out_RD, z_RP
+
+
+def backward(
+    dout_RD: Tensor,
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    z_RP: Tensor,
+    useful: Sequence[int],
+    aligned: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+    dtype = source_XD.dtype
+    dx_RD = source_XD.new_empty(ids_R.shape[0], source_XD.shape[1])
+    dweights_R = torch.zeros_like(weights_R)
+    dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
+    for e, rows in enumerate(useful):
+        if not rows:
+            dw_up_EDP[e].zero_()
+            dw_down_EFD[e].zero_()
+    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
+    for e, start, rows, width, _end in _segments(useful, aligned, dtype):
+        stop = start + width
+        z_nP, dout_nD, weights_n = z_RP[start:stop], dout_RD[start:stop], weights_R[start:stop]
+        h_nF = activate(z_nP, activation)
+        dh_nF = torch.mm(dout_nD, w_downs[e].to(dtype).t())
+        # sum of products without a rounded product: the weight's gradient stays at least fp32
+        dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
+        _mm_into(_weighted(h_nF, weights_n).t(), dout_nD, dw_down_EFD[e])
+        dz_nP = torch.empty_like(z_nP)
+        activate_backward(_weighted(dh_nF, weights_n), z_nP, activation, dz_nP)
+        _mm_into(_gather(source_XD, ids_R, start, rows, width).t(), dz_nP, dw_up_EDP[e])
+        torch.mm(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+
+
+def _mm_into(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))

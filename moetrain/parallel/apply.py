@@ -1,0 +1,95 @@
+"""Lay a finished model out over the ranks: recompute, then compile, then FSDP2.
+
+The model is any module with ``blocks: nn.ModuleList``. Modules that carry ``is_router = True`` become an FSDP
+group of their own. No step renames a parameter, so state dicts fit every layout.
+
+One gradient rule: gradients are summed over ranks, never averaged. The loss is already divided by the
+number of valid tokens of the whole step, so the sum is the gradient that one process would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.parallel.mesh import Meshes
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def parallelize(
+    model: M, meshes: Meshes, recompute: bool = False, compile: bool = False, backend: str = "inductor"
+) -> M:
+    """Change ``model`` in place and return it. Build the optimizer afterwards: FSDP replaces parameters.
+
+    recompute  keep only each block's inputs for the backward pass, and run the block again there.
+    compile    torch.compile every block's forward with ``backend``.
+
+    Raises ValueError for a model without ``blocks``.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no nn.ModuleList named 'blocks'")
+    # Expert parallelism will go here: experts become DTensors on meshes.sparse before anything wraps them.
+    for block in blocks:
+        if recompute:
+            _set_forward(block, _recomputed(block.forward))
+        if compile:
+            _set_forward(block, torch.compile(block.forward, backend=backend))
+    if meshes.fsdp is not None:
+        _shard(model, blocks, meshes.fsdp)
+    return model
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Call before each micro-batch's forward: only the ``last`` backward of a step sums over the ranks.
+
+    Every rank must run the same number of micro-batches.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give the gathered weights back after forward passes without a backward (evaluation, sampling).
+
+    Until then ``model.parameters()`` yields the root's whole tensors instead of the optimizer's shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Replace the call, not the module: a wrapping module would put its own name into every parameter's."""
+    block.forward = forward
+
+
+def _shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
+    attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+    routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and any(m.parameters())]
+    for module in [*routers, *blocks, model]:
+        fully_shard(module, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if isinstance(model, FSDPModule):
+        # A rank whose tokens miss a parameter still takes part in that parameter's sum.
+        model.set_reduce_scatter_unused_params(True)
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(attributes[name])

@@ -1,0 +1,93 @@
+"""Gradient norm and clipping over parameters that live on different meshes, or on none.
+
+Each rank adds up its own shards; the partial sums of one mesh travel in one small all-reduce per sharded
+mesh dimension, and the meshes' totals are combined last. Replicated gradients are counted once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+_Layout = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and the dimensions of it that shard the gradient
+
+
+@torch.no_grad()
+def global_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+    """The norm (2 or inf) of all gradients taken as one vector: an fp64 scalar, the same on every rank.
+
+    A missing gradient counts as zero; nan counts as inf in the inf norm. Every rank must pass the same
+    parameters in the same order. Nothing waits for the device. Raises ValueError for another ``norm_type``
+    and for a gradient that is still a partial sum.
+    """
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type={norm_type} must be 2 or inf")
+    # Grouped by the parameter, not the gradient: ranks that miss a gradient still join the collective.
+    groups: dict[_Layout | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(_layout(parameter), []).append(parameter)
+    op = dist.ReduceOp.SUM if norm_type == 2.0 else dist.ReduceOp.MAX
+    totals = []
+    for layout, members in groups.items():
+        total = _local_total(members, norm_type)
+        if layout is not None:
+            mesh, dims = layout
+            for dim in dims:
+                dist.all_reduce(total, op=op, group=mesh.get_group(dim))
+        totals.append(total)
+    if not totals:
+        return torch.zeros((), dtype=torch.float64)
+    stacked = torch.stack([total.to(totals[0].device) for total in totals])
+    return stacked.sum().sqrt() if norm_type == 2.0 else stacked.amax()
+
+
+@torch.no_grad()
+def clip_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients by min(1, max_norm / norm) in place; returns the L2 norm from before.
+
+    A norm that is not finite leaves the gradients as they are, for the caller to judge. Nothing waits for
+    the device.
+    """
+    parameters = list(parameters)
+    norm = global_norm(parameters)
+    scale = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    for device in dict.fromkeys(g.device for g in grads):
+        torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
+    return norm
+
+
+def _local_total(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
+    """Sum of squares (or largest magnitude) of this rank's shards, fp64; norms are taken in fp32 or fp64."""
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    grads = [g for g in grads if g.numel()]
+    device = _local(parameters[0]).device
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = [
+        torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in grads
+    ]
+    norms_fp64 = torch.stack([n.to(device, torch.float64) for n in norms])
+    if norm_type == 2.0:
+        return norms_fp64.square().sum()
+    return norms_fp64.nan_to_num(nan=math.inf, posinf=math.inf).amax()  # a collective's max may drop a nan
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _layout(parameter: nn.Parameter) -> _Layout | None:
+    if not isinstance(parameter, DTensor):
+        return None
+    if any(placement.is_partial() for placement in parameter.placements):
+        raise ValueError(f"a parameter placed as {parameter.placements} is a partial sum")
+    sharded = tuple(dim for dim, placement in enumerate(parameter.placements) if placement.is_shard())
+    return parameter.device_mesh, sharded

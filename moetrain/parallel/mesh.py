@@ -1,0 +1,64 @@
+"""Device meshes: how the ranks are laid out. Dimensions are looked up by name, never by position.
+
+Two meshes lie over the same ranks: ``dense`` [dp_replicate, dp_shard] carries every ordinary parameter,
+``sparse`` [dp_replicate, efsdp, ep] the experts, with dp_shard = efsdp * ep: expert parallelism borrows
+data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.config.schema import ParallelConfig
+from moetrain.errors import UserError
+
+REPLICATE, SHARD = "dp_replicate", "dp_shard"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The layout of one run; ``dense`` and ``sparse`` are None where there is nothing to lay out."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+    dense: DeviceMesh | None = None
+    sparse: DeviceMesh | None = None  # built with expert parallelism; None while ep is 1
+
+    @property
+    def world(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp(self) -> DeviceMesh | None:
+        """What FSDP2 takes: 1-D to shard, 2-D to shard inside and replicate across (HSDP)."""
+        if self.dense is None:
+            return None
+        return self.dense if self.dp_replicate > 1 else self.dense[SHARD]
+
+
+def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> Meshes:
+    """Lay ``world`` ranks out as ``cfg`` says; an unset dp_shard fills the world.
+
+    Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
+    ``world`` and for an axis that is not available.
+    """
+    for axis in ("ep", "tp", "cp", "pp"):
+        if (size := getattr(cfg, axis)) != 1:
+            raise UserError(f"parallel.{axis}={size} is not available; set parallel.{axis}=1")
+    if cfg.dp_replicate < 1 or world % cfg.dp_replicate:
+        raise UserError(
+            f"parallel.dp_replicate={cfg.dp_replicate} does not divide the {world} ranks of this run"
+        )
+    shard = world // cfg.dp_replicate if cfg.dp_shard is None else cfg.dp_shard
+    if cfg.dp_replicate * shard != world:
+        raise UserError(
+            f"parallel.dp_replicate={cfg.dp_replicate} times parallel.dp_shard={shard} is "
+            f"{cfg.dp_replicate * shard}, but the run has {world} ranks; parallel.dp_shard=null fills them"
+        )
+    dense = None
+    if world > 1:
+        dense = init_device_mesh(device_type, (cfg.dp_replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+    return Meshes(cfg.dp_replicate, shard, cfg.ep, dense)

@@ -1,0 +1,300 @@
+"""torch.distributed.checkpoint's file storage, without its pickles and with an atomic, hashed end.
+
+DCP plans, deduplicates and reshards; this module changes what it leaves on disk. Its ``.metadata`` is a
+pickle: here it is JSON. Its byte entries are unpickled on load: here there are none, and loading one is an
+error. Tensor blocks are read by ``torch.load(weights_only=True)`` in DCP itself.
+
+A save is one pass of DCP's own protocol, so a failure on any rank reaches all of them: every rank hashes its
+file while writing it (:class:`JsonWriter.write_data`), and the coordinator writes the JSON files, then the
+manifest, and renames the temporary folder (:class:`JsonWriter.finish`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from moetrain.errors import UserError
+from moetrain.train.checkpoint_format import (
+    EXTRA,
+    MANIFEST,
+    METADATA,
+    FileRecord,
+    Manifest,
+    encode_manifest,
+    encode_metadata,
+)
+from moetrain.train.stopping import raising_peer_lost
+
+TEMPORARY = ".tmp_"
+T = TypeVar("T")
+
+# Saving without a process group is what was asked for; the background thread cannot mute this by itself.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Peers:
+    """The ranks that save and load together, over a gloo group of their own where that is needed.
+
+    ``group`` None is the default group. Background saving, and any backend but gloo, gets a new gloo group:
+    making one is itself collective.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, background: bool) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.world = 0, 1
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        base = group if group is not None else dist.group.WORLD
+        if background or dist.get_backend(base) != "gloo":
+            ranks = dist.get_process_group_ranks(base)
+            base = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))
+        self.group = base
+        self.rank, self.world = dist.get_rank(base), dist.get_world_size(base)
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, on every rank, in rank order."""
+        if self.world == 1:
+            return [value]
+        values = cast(list[T], [None] * self.world)
+        with raising_peer_lost("handling a checkpoint"):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = make()
+            except UserError as failure:
+                error = str(failure)
+        self.raise_together(error)
+        return cast(T, self.gather(value)[0])
+
+    def raise_together(self, error: str | None) -> None:
+        """Raise UserError with the first rank's error on every rank when any rank has one."""
+        for found in self.gather(error):
+            if found is not None:
+                raise UserError(found)
+
+
+class _HashedFile(io.BufferedIOBase):
+    """A file under construction: counts and hashes what passes and remembers why a write failed.
+
+    torch.save reports a full disk as a RuntimeError about stream positions; ``error`` keeps the cause.
+    """
+
+    def __init__(self, file: BinaryIO, hashed: bool) -> None:
+        self._file = file
+        self._digest = hashlib.sha256() if hashed else None
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        if self._digest is not None:
+            self._digest.update(data)
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        if self._file.closed:
+            return
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def record(self, name: str) -> FileRecord:
+        return FileRecord(name, self.size, None if self._digest is None else self._digest.hexdigest())
+
+
+class _HashingFileSystem(FileSystem):
+    """DCP's file system whose written files are recorded with size and hash, in ``records``."""
+
+    def __init__(self, hashed: bool) -> None:
+        self._hashed = hashed
+        self.records: list[FileRecord] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        name = os.path.basename(path)
+        stream: _HashedFile | None = None
+        try:
+            with open(path, "wb") as file:
+                stream = _HashedFile(cast(BinaryIO, file), self._hashed)
+                yield stream
+        except Exception as error:
+            cause = stream.error if stream is not None and stream.error is not None else error
+            if isinstance(cause, OSError):
+                # Plain and with the file's name: it travels to the other ranks.
+                raise OSError(cause.errno, cause.strerror, name) from None
+            raise
+        self.records.append(stream.record(name))
+
+    def write_text(self, folder: Path, name: str, text: str) -> None:
+        with self.create_stream(folder / name, "wb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class JsonWriter(dcp.FileSystemWriter):
+    """Writes one checkpoint into ``<folder of target>/.tmp_<name of target>`` and renames it to ``target``.
+
+    ``extra`` is the text of ``extra.json`` (the coordinator's counts). ``on_complete`` runs on the coordinator
+    after the rename; what it raises does not reach the saved checkpoint. Everything is fsynced in order:
+    files, folder, rename, parent folder.
+    """
+
+    def __init__(
+        self, target: Path, step: int, extra: str, hashed: bool, on_complete: Callable[[], None]
+    ) -> None:
+        self.temporary = target.parent / f"{TEMPORARY}{target.name}"
+        super().__init__(self.temporary, sync_files=True)
+        self._files = _HashingFileSystem(hashed)
+        self.fs = self._files
+        self._target, self._step, self._extra = target, step, extra
+        self._on_complete = on_complete
+        self._coordinator = False
+
+    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+        """A copy on the CPU, 0-dimensional DTensors included, so that training may go on."""
+        self.per_thread_copy_ahead = 0
+        return {
+            name: cast(torch.Tensor, value).detach().to("cpu", copy=True)
+            for name, value in state_dict.items()
+        }
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self._coordinator = is_coordinator
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if self._coordinator:  # the others write only after its plan has arrived
+            remove_folder(self.temporary)
+            self.temporary.mkdir(parents=True)
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """DCP's results, and one more per file: its record, under an index that no tensor has."""
+        self._files.records.clear()
+        results = super().write_data(plan, planner).value()
+        results += [WriteResult(MetadataIndex(f.name), f.size, f) for f in self._files.records]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for of_rank in results for result in of_rank]
+        records = [r.storage_data for r in written if isinstance(r.storage_data, FileRecord)]
+        blocks = {r.index: r.storage_data for r in written if not isinstance(r.storage_data, FileRecord)}
+        self._check_visible(records)
+        self._files.records.clear()
+        text = encode_metadata(dataclasses.replace(metadata, storage_data=blocks))
+        self._files.write_text(self.temporary, METADATA, text)
+        self._files.write_text(self.temporary, EXTRA, self._extra)
+        manifest = Manifest(self._step, tuple(records + self._files.records))
+        self._files.write_text(self.temporary, MANIFEST, encode_manifest(manifest).decode("ascii"))
+        sync_folder(self.temporary)
+        replace_folder(self.temporary, self._target)
+        self._on_complete()
+
+    def _check_visible(self, records: list[FileRecord]) -> None:
+        for record in records:
+            path = self.temporary / record.name
+            if not path.exists() or path.stat().st_size != record.size:
+                raise UserError(
+                    f"{path} was written by another rank and is not visible to rank 0: "
+                    "the run folder must be on storage that all nodes share"
+                )
+
+
+class JsonReader(dcp.FileSystemReader):
+    """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class TensorLoadPlanner(dcp.DefaultLoadPlanner):
+    """Names are taken as they are, and an entry that is not a tensor is refused, never unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
+        raise ValueError(f"{read_item.dest_index.fqn} is not stored as a tensor")
+
+
+def save_planner() -> SavePlanner:
+    return dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+def load_planner() -> LoadPlanner:
+    return TensorLoadPlanner()
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``; a folder already there steps aside first and is removed after."""
+    old = target.parent / f"{TEMPORARY}old_{target.name}"
+    remove_folder(old)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(source, target)
+    sync_folder(target.parent)
+    remove_folder(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there. A checkpoint first loses its name, so that none is ever half there."""
+    with contextlib.suppress(FileNotFoundError):
+        if not path.name.startswith(TEMPORARY):
+            hidden = path.parent / f"{TEMPORARY}delete_{path.name}"
+            shutil.rmtree(hidden, ignore_errors=True)
+            path = path.rename(hidden)
+        shutil.rmtree(path)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync of a folder's entries, on file systems that have it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,318 @@
+"""What a step is measured by: routing statistics, throughput, the loss monitor, and the rows they become.
+
+Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
+
+Shapes: T tokens, E experts, L MoE layers, C = 2E + 3 columns of sums (kept_E, demand_E, entropy, tokens
+with scores, tokens).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.moe.routing import Routing
+
+MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
+OTHER_DOMAINS = "other"
+_MONITOR_WARMUP = 10  # losses before a spike can be told from the first steps' fall
+
+
+class RoutingStats:
+    """Sums of one step's routing decisions, per MoE layer, over any number of micro-batches.
+
+    ``layers`` are the MoE layers' indices in the decoder. The sums live on ``device`` and nothing waits for
+    it before a :class:`RoutingSummary` is read. Counts come only from the records handed to :meth:`add`, so
+    a forward pass that runs twice (activation recompute) counts once.
+    """
+
+    def __init__(self, layers: Sequence[int], num_experts: int, device: torch.device | str = "cpu") -> None:
+        self.layers = tuple(layers)
+        self.num_experts = num_experts
+        self._sums_LC = torch.zeros(len(self.layers), 2 * num_experts + 3, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, records: Sequence[Routing]) -> None:
+        """Count one micro-batch: one record per MoE layer, in the order of ``layers``."""
+        if len(records) != len(self.layers):
+            raise ValueError(f"{len(records)} routing records for {len(self.layers)} MoE layers")
+        if any(r.num_experts != self.num_experts for r in records):
+            raise ValueError(f"{[r.num_experts for r in records]} experts a layer, not {self.num_experts}")
+        if records:
+            self._sums_LC += torch.stack([_sums_C(r) for r in records]).to(self._sums_LC.device)
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> RoutingSummary:
+        """The sums over ``group`` (None: this process alone) since the last call; starts again from zero.
+
+        One all-reduce for all layers, and none for a model without MoE layers.
+        """
+        sums_LC = self._sums_LC.clone()
+        self._sums_LC.zero_()
+        if group is not None and self.layers:
+            dist.all_reduce(sums_LC, group=group)
+        return RoutingSummary(self.layers, self.num_experts, sums_LC)
+
+
+def _sums_C(r: Routing) -> Tensor:
+    tokens = r.num_tokens.double()
+    entropy, scored = tokens.new_zeros(()), tokens.new_zeros(())
+    if r.scores_TE is not None:
+        entropy, scored = _entropy(r.scores_TE, r.valid_T), tokens
+    return torch.cat([r.counts_E.double(), r.demand_E.double(), torch.stack([entropy, scored, tokens])])
+
+
+def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Sum over valid tokens of the entropy, in nats, of the scores normalised to sum 1. fp64 scalar.
+
+    With s the scores and Z their sum, H = ln Z - (sum s ln s) / Z. A token without any score counts as 0.
+    """
+    scores_TE = scores_TE.detach()
+    total_T = scores_TE.sum(-1)
+    entropy_T = torch.log(total_T) - torch.special.xlogy(scores_TE, scores_TE).sum(-1) / total_T
+    unused_T = total_T == 0 if valid_T is None else (total_T == 0) | ~valid_T
+    total: Tensor = entropy_T.masked_fill(unused_T, 0.0).double().sum()
+    return total
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """One step's sums, on their device; only :meth:`metrics` and :meth:`load_LE` copy to the host."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    sums_LC: Tensor
+
+    @property
+    def counts_LE(self) -> Tensor:
+        """Assignments computed per layer and expert, int64: what a bias controller needs."""
+        return self.sums_LC[:, : self.num_experts].long()
+
+    @property
+    def demand_LE(self) -> Tensor:
+        """Assignments wanted before any capacity, int64."""
+        return self.sums_LC[:, self.num_experts : 2 * self.num_experts].long()
+
+    def metrics(self) -> dict[str, float]:
+        """``moe/<layer>/<name>`` -> value, six or fewer per layer. See ``docs/metrics.md``."""
+        row: dict[str, float] = {}
+        for layer, sums in zip(self.layers, self.sums_LC.tolist(), strict=True):
+            row |= {f"moe/{layer}/{k}": v for k, v in _layer_metrics(sums, self.num_experts).items()}
+        return row
+
+    def load_LE(self) -> list[list[float]]:
+        """Each expert's share of its layer's assignments, four digits; all 0 where nothing was routed."""
+        rows = []
+        for sums in self.sums_LC.tolist():
+            total = sum(sums[: self.num_experts])
+            rows.append([float(f"{n / total:.4g}") if total else 0.0 for n in sums[: self.num_experts]])
+        return rows
+
+    def load_row(self, step: int) -> dict[str, Any]:
+        """A row of ``load.jsonl``."""
+        return {"step": step, "layers": list(self.layers), "load": self.load_LE()}
+
+
+def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
+    kept = sums[:num_experts]
+    demand = sum(sums[num_experts : 2 * num_experts])
+    entropy, scored, tokens = sums[2 * num_experts :]
+    mean = sum(kept) / num_experts
+    deviation = math.sqrt(sum((n - mean) ** 2 for n in kept) / num_experts)
+    metrics = {
+        "max_load": max(kept) / mean if mean else 0.0,
+        "load_cv": deviation / mean if mean else 0.0,
+        "dead_experts": float(sum(n == 0 for n in kept)),
+        "drop_rate": (demand - sum(kept)) / demand if demand else 0.0,
+        "experts_per_token": sum(kept) / tokens if tokens else 0.0,
+    }
+    if scored:
+        metrics["entropy"] = entropy / scored
+    return metrics
+
+
+def load_every(steps: int, rows: int = 200) -> int:
+    """The interval, in steps, that gives ``load.jsonl`` of a run of ``steps`` steps at most ``rows`` rows."""
+    return max(1, math.ceil(steps / rows))
+
+
+class ThroughputMeter:
+    """Tokens per second over the last ``window`` steps; what runs inside :meth:`paused` does not count."""
+
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._recent: deque[tuple[int, float]] = deque(maxlen=window)
+        self._mark = clock()
+        self._depth = 0
+        self.seconds = 0.0  # spent in steps since the run began, over all resumes
+
+    def start(self) -> None:
+        """Begin to count now: call it just before the first step."""
+        self._mark = self._clock()
+
+    def step(self, tokens: int) -> float:
+        """End a step that trained on ``tokens`` tokens (of all ranks); return tokens per second."""
+        now = self._clock()
+        elapsed, self._mark = now - self._mark, now
+        self.seconds += elapsed
+        self._recent.append((tokens, elapsed))
+        spent = sum(t for _, t in self._recent)
+        return sum(n for n, _ in self._recent) / spent if spent > 0 else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For evaluation, checkpoints and sampling. May be nested."""
+        before, self._depth = self._clock(), self._depth + 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._mark += self._clock() - before
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+
+class LossMonitor:
+    """Tells a broken step by its loss and gradient norm (values that all ranks share).
+
+    The running mean is exponential with ``decay``, bias-corrected, over the losses that passed.
+    ``spike_factor`` None: only non-finite values are reported.
+    """
+
+    def __init__(self, spike_factor: float | None = None, decay: float = 0.95) -> None:
+        self.spike_factor = spike_factor
+        self.decay = decay
+        self._sum = 0.0
+        self._count = 0
+
+    @property
+    def mean(self) -> float:
+        """The running mean; NaN before the first loss."""
+        return self._sum / (1 - self.decay**self._count) if self._count else math.nan
+
+    def check(self, loss: float, grad_norm: float | None = None) -> str | None:
+        """What is wrong with this step, as a phrase for a message; None for a sound one, which is counted."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        mean = self.mean
+        if self.spike_factor and self._count >= _MONITOR_WARMUP and loss > self.spike_factor * mean:
+            return (
+                f"the loss {loss:.4g} is {loss / mean:.3g} times its running mean {mean:.4g} "
+                f"(train.spike_factor={self.spike_factor:g})"
+            )
+        self._sum = self.decay * self._sum + (1 - self.decay) * loss
+        self._count += 1
+        return None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._sum, self._count = state["sum"], int(state["count"])
+
+
+def step_row(
+    *,
+    step: int,
+    tokens: int,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    tokens_per_second: float,
+    routing: RoutingSummary | None = None,
+    aux: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, float]:
+    """A row of ``metrics.jsonl`` for one optimizer step; ``aux``: loss name -> one value per MoE layer."""
+    row: dict[str, float] = {
+        "step": step,
+        "tokens": tokens,
+        "train/loss": loss,
+        "train/lr": lr,
+        "train/grad_norm": grad_norm,
+        "tokens_per_second": tokens_per_second,
+    }
+    if routing is not None:
+        row |= routing.metrics()
+        for name, values in (aux or {}).items():
+            pairs = zip(routing.layers, values, strict=True)
+            row |= {f"moe/{layer}/aux/{name}": value for layer, value in pairs}
+    return row | {"time": time.time()}
+
+
+@dataclass(frozen=True)
+class EvalSums:
+    """Sums over predicted tokens: cross entropy in nats, the tokens, and the bytes of text they stand for."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __add__(self, other: EvalSums) -> EvalSums:
+        return EvalSums(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def eval_row(
+    step: int, tokens: int, total: EvalSums, domains: Mapping[str, EvalSums] | None = None
+) -> dict[str, float]:
+    """A row of ``metrics.jsonl`` for one evaluation after ``step`` steps and ``tokens`` training tokens."""
+    row: dict[str, float] = {
+        "step": step,
+        "tokens": tokens,
+        "val/loss": total.loss,
+        "val/perplexity": total.perplexity,
+        "val/bits_per_byte": total.bits_per_byte,
+    }
+    for name, sums in _largest(domains or {}).items():
+        row |= {f"val/{name}/loss": sums.loss, f"val/{name}/bits_per_byte": sums.bits_per_byte}
+    return row | {"time": time.time()}
+
+
+def _largest(domains: Mapping[str, EvalSums]) -> dict[str, EvalSums]:
+    if len(domains) <= MAX_DOMAINS:
+        return dict(domains)
+    ranked = sorted(domains.items(), key=lambda item: (-item[1].tokens, item[0]))
+    kept = dict(ranked[: MAX_DOMAINS - 1])
+    rest = [sums for _, sums in ranked[MAX_DOMAINS - 1 :]]
+    return kept | {OTHER_DOMAINS: sum(rest, kept.pop(OTHER_DOMAINS, EvalSums(0.0, 0, 0)))}
+
+
+def key_pattern(key: str) -> str:
+    """The documented form of a key: ``moe/3/entropy`` -> ``moe/<layer>/entropy``."""
+    key = re.sub(r"^moe/\d+/", "moe/<layer>/", key)
+    key = re.sub(r"^moe/<layer>/aux/.+", "moe/<layer>/aux/<loss>", key)
+    return re.sub(r"^val/.+/(loss|bits_per_byte)$", r"val/<domain>/\1", key)
+
+
+def worst_load(row: Mapping[str, Any]) -> tuple[int, float] | None:
+    """The layer with the largest ``max_load`` of a step's row, and the value; None without MoE layers."""
+    loads = [(v, int(k.split("/")[1])) for k, v in row.items() if re.fullmatch(r"moe/\d+/max_load", k)]
+    return (worst[1], worst[0]) if (worst := max(loads, default=None)) else None
