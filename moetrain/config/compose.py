@@ -1,7 +1,7 @@
 """Overrides -> frozen config, and config <-> YAML.
 
-``compose_train`` is what ``moetrain train`` does with its command line; ``to_yaml`` and ``load_yaml`` write and
-read ``runs/<name>/config.yaml``. Every refusal is a UserError of one line; nothing is written anywhere.
+``compose_train`` is what ``moetrain train`` does with its command line; ``to_yaml`` and ``load_yaml`` write
+and read ``runs/<name>/config.yaml``. Every refusal is a UserError of one line; nothing is written anywhere.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.editable import editable, freeze
-from moetrain.config.explain import COMPOSE_ERRORS, explain, nearest
-from moetrain.config.overrides import plugins_in, quote_texts
-from moetrain.config.schema import GenerateConfig, TrainConfig
+from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
+from moetrain.config.overrides import normalize, plugins_in
+from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register
 from moetrain.errors import UserError
 
@@ -55,12 +55,12 @@ def compose_arms(
 ) -> dict[str, TrainConfig]:
     """The config of each arm of ``cfg.compare``: the user's own ``overrides``, then the arm's."""
     arms = {}
-    for name, extra in (cfg.compare.arms if cfg.compare else {}).items():
+    for name, extra in cfg.compare.arms.items():
         try:
             arm = compose_train([*overrides, *extra], config_name, config_dir)
         except UserError as e:
             raise UserError(f"compare.arms.{name}: {e}") from e
-        arms[name] = dataclasses.replace(arm, compare=None)
+        arms[name] = dataclasses.replace(arm, compare=CompareConfig())
     return arms
 
 
@@ -109,24 +109,40 @@ def compose_node(
     return node
 
 
-def prepare(root: type, overrides: list[str], config_dir: str | None = None) -> list[str]:
-    """Import plugins, store the schemas, quote text: the overrides as Hydra is to read them."""
+def prepare(
+    root: type, overrides: list[str], config_dir: str | None = None, sweep: bool = False
+) -> list[str]:
+    """Import plugins and store the schemas; returns the overrides as Hydra is to read them."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: there is no such folder")
     import_plugins(plugins_in(overrides))
     register()
-    return quote_texts(root, overrides)
+    return normalize(root, overrides, sweep)
 
 
-def _compose(root: type, config_name: str, overrides: list[str], config_dir: str | None) -> Any:
-    quoted = prepare(root, overrides, config_dir)
+def check_composes(
+    root: type, overrides: list[str], config_name: str, config_dir: str | None = None
+) -> DictConfig:
+    """Compose without asking for missing values: what ``--cfg`` and ``--help`` print. UserError as ever."""
+    ready = prepare(root, overrides, config_dir)
     folder = str(Path(config_dir).resolve()) if config_dir is not None else None
     build = partial(compose_node, root, config_name, config_dir=folder)
     try:
-        node = build(quoted)
+        return build(ready)
     except COMPOSE_ERRORS as e:
-        raise explain(e, quoted, build) from e
-    cfg = _finish(root, node)
+        raise explain(e, ready, build, typed=dict(zip(ready, overrides, strict=True))) from e
+
+
+def from_node(root: type, node: DictConfig) -> Any:
+    """The frozen config of a node that Hydra composed, also in another process of a sweep."""
+    register()
+    if OmegaConf.get_type(node) is not editable(root):
+        node = _fit(root, node, "config")
+    return _finish(root, node)
+
+
+def _compose(root: type, config_name: str, overrides: list[str], config_dir: str | None) -> Any:
+    cfg = _finish(root, check_composes(root, overrides, config_name, config_dir))
     loaded = set(plugins_in(overrides))
     late = [p for p in cfg.plugins if p not in loaded]
     if late:
@@ -160,7 +176,13 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
         raise UserError(f"{where}{missing[0]} has no value; give it one: {missing[0]}=...")
     obj = OmegaConf.to_object(node)
     _refuse_extra_keys(obj, where)
-    return freeze(obj)
+    cfg = freeze(obj)
+    for group, tag in TAGS.items():
+        part = getattr(cfg, group, None)
+        name = getattr(part, tag, None)
+        if part is not None and class_of(group, name) is not type(part):
+            raise UserError(f"{where}{group}.{tag}={name}: only {group}={name} chooses another {group}")
+    return cfg
 
 
 def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
@@ -170,7 +192,7 @@ def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
     elif dataclasses.is_dataclass(obj):
         children, known = vars(obj), [f.name for f in dataclasses.fields(obj)]
         for key in children.keys() - set(known):
-            raise UserError(f"{where}unknown key {prefix}{key}{nearest(key, known)}")
+            raise UserError(where + unknown_key(prefix + key, known, []))
     else:
         return
     for key, child in children.items():

@@ -8,14 +8,14 @@ and ``freeze`` turns the finished object into the original, immutable classes.
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _ORIGINAL = "_moetrain_original"
 
 
-@lru_cache(maxsize=None)
+@cache
 def editable(cls: type) -> type:
     """The mutable mirror of a frozen dataclass; nested dataclasses and base classes are mirrored too."""
     bases = tuple(editable(b) for b in cls.__bases__ if dataclasses.is_dataclass(b))

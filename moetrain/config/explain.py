@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import BooleanNode, DictConfig, EnumNode, FloatNode, IntegerNode, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
+from moetrain.config.names import near_miss, nearest
+from moetrain.config.store import CONFIG_DIR, variants
 from moetrain.errors import UserError
 
 Compose = Callable[[list[str]], DictConfig]
 
-# What composing can raise over a user's input. Hydra uses plain ValueError, TypeError and AssertionError too.
+# What composing can raise over a user's input: besides their own classes, Hydra and OmegaConf let plain
+# ones through, such as an AttributeError for a key below null.
 COMPOSE_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -24,30 +27,30 @@ COMPOSE_ERRORS = (
     UnicodeDecodeError,
     ValueError,
     TypeError,
+    LookupError,
+    AttributeError,
     AssertionError,
 )
 
 
-def near_miss(word: str, known: Iterable[str]) -> str | None:
-    """The known name that ``word`` was probably meant to be, or None."""
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else None
+def explain(
+    error: Exception,
+    overrides: list[str],
+    compose: Compose,
+    where: str = "",
+    typed: dict[str, str] | None = None,
+) -> UserError:
+    """The one line for an exception that ``compose(overrides)`` raised.
 
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; known: a, b"``, with ``" (did you mean a?)"`` where one is near; schema names (``_x``) are left out."""
-    names = sorted(k for k in known if not k.startswith("_"))
-    close = near_miss(word, names)
-    hint = f" (did you mean {close}?)" if close else ""
-    return f"; known: {', '.join(names)}{hint}" if names else ""
-
-
-def explain(error: Exception, overrides: list[str], compose: Compose, where: str = "") -> UserError:
-    """The one line for an exception that ``compose(overrides)`` raised; ``where`` names a file, if one is read."""
+    ``where`` names the file that is read, if there is one; ``typed`` maps an override to what the user wrote.
+    """
+    typed, compose = typed or {}, _remembered(compose)
     if isinstance(error, OverrideParseException):
-        return UserError(_unreadable(error.override, str(error.__cause__ or error)))
+        return UserError(
+            _unreadable(typed.get(error.override, error.override), str(error.__cause__ or error))
+        )
     culprit = find_culprit(overrides, compose)
+    culprit = typed.get(culprit, culprit) if culprit else None
     if isinstance(error, MissingConfigException):
         return UserError(_missing_config(error, culprit))
     if isinstance(error, YAMLError):
@@ -57,8 +60,12 @@ def explain(error: Exception, overrides: list[str], compose: Compose, where: str
         return UserError(_other(error, culprit))
     where = where or culprit or _file_named_in(error)
     key = _full_key(cause, culprit)
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
-        return UserError(_unknown_key(where, key, cause.parent_node, _base_keys(compose)))
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(
+        cause.parent_node, DictConfig
+    ):
+        siblings = [str(k) for k in cause.parent_node if k != "hydra"]
+        said = "" if where == key else f"{where}: "
+        return UserError(said + unknown_key(key, siblings, _base_keys(compose)))
     return UserError(_bad_value(where, key, cause))
 
 
@@ -78,14 +85,33 @@ def key_of(override: str) -> str:
 
 
 def dotted_keys(node: Any, prefix: str = "") -> list[str]:
-    """Every key below a composed config, groups included, as it is typed on the command line."""
-    if not isinstance(node, DictConfig) or OmegaConf.is_missing({"x": node}, "x") or node._is_none():
+    """Every key below a plain dict, groups included, as it is typed on the command line."""
+    if not isinstance(node, dict):
         return []
-    keys = []
-    for name in node:
-        child = node._get_node(name)
-        keys += [f"{prefix}{name}", *dotted_keys(child, f"{prefix}{name}.")]
-    return keys
+    return [
+        k
+        for name, child in node.items()
+        for k in (f"{prefix}{name}", *dotted_keys(child, f"{prefix}{name}."))
+    ]
+
+
+def _remembered(compose: Compose) -> Compose:
+    """Looking for the culprit asks for the same compositions again and again."""
+    results: dict[tuple[str, ...], DictConfig | Exception] = {}
+
+    def once(overrides: list[str]) -> DictConfig:
+        key = tuple(overrides)
+        if key not in results:
+            try:
+                results[key] = compose(overrides)
+            except COMPOSE_ERRORS as e:
+                results[key] = e
+        result = results[key]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return once
 
 
 def _composes(compose: Compose, overrides: list[str]) -> bool:
@@ -97,10 +123,7 @@ def _composes(compose: Compose, overrides: list[str]) -> bool:
 
 
 def _base_keys(compose: Compose) -> list[str]:
-    try:
-        return dotted_keys(compose([]))
-    except COMPOSE_ERRORS:
-        return []
+    return dotted_keys(OmegaConf.to_container(compose([]))) if _composes(compose, []) else []
 
 
 def _file_named_in(error: Exception) -> str:
@@ -112,7 +135,14 @@ def _full_key(cause: OmegaConfBaseException, culprit: str | None) -> str:
     """A key inside a list or dict given on the command line is reported relative to it: put it in place."""
     key = str(cause.full_key or cause.key or "")
     stem = key_of(culprit) if culprit else ""
-    inside = stem and key != stem and not key.startswith(f"{stem}.") and not stem.startswith(f"{key}.")
+    if not key:
+        return stem
+    inside = (
+        stem
+        and key != stem
+        and not key.startswith((f"{stem}.", f"{stem}["))
+        and not stem.startswith(f"{key}.")
+    )
     return f"{stem}: {key}" if inside else key
 
 
@@ -121,7 +151,9 @@ def _unreadable(override: str, reason: str) -> str:
         return f"cannot read {override!r}: an override is key=value, as in model=tiny or train.steps=100"
     reason = reason.splitlines()[0]
     key, value = override.split("=", 1)
-    return f"cannot read {override!r} ({reason}); quote a value with special characters: '{key}=\"{value}\"'"
+    simple = re.fullmatch(r"[\w.+~/@]+", key) and not re.search("['\"]", value)
+    hint = f"; quote a value with special characters: '{key}=\"{value}\"'" if simple else ""
+    return f"cannot read {override!r} ({reason}){hint}"
 
 
 def _missing_config(error: MissingConfigException, culprit: str | None) -> str:
@@ -146,34 +178,46 @@ def _other(error: Exception, culprit: str | None) -> str:
     message = str(error)
     if culprit and "group override must be" in message:
         return f"{said}{key_of(culprit)} is a group; give the name of one of its options"
-    if culprit and isinstance(error, AssertionError):
-        parent = key_of(culprit).rpartition(".")[0]
-        return f"{said}{parent} is null, so it has no keys; give the whole of it: '+{parent.split('.')[0]}={{...}}'"
     if culprit and ("Ambiguous value" in message or "requires --multirun" in message):
         return f"{said}several values need -m (a sweep); for one list write {key_of(culprit)}=[a,b]"
+    if culprit and not key_of(culprit):
+        return _unreadable(culprit, "there is no key")
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return f"{said}{' '.join(lines[:2]) or type(error).__name__}"
 
 
-def _unknown_key(where: str, key: str, parent: Any, all_keys: list[str]) -> str:
+def unknown_key(key: str, siblings: list[str], all_keys: list[str]) -> str:
+    """``siblings``: the keys beside ``key``; ``all_keys``: every dotted key of the config."""
     last = key.replace(": ", ".").rpartition(".")[2]
-    siblings = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
     stem = key[: len(key) - len(last)]
-    close = near_miss(last, siblings)
-    if close:
+    if not stem:
+        siblings = siblings + sorted({p.name for p in CONFIG_DIR.iterdir() if p.is_dir()} - set(siblings))
+    close, owners = near_miss(last, siblings), _options_with(stem.rstrip("."), last)
+    if owners:
+        hint = f" ({' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it)"
+    elif close:
         hint = f" (did you mean {stem}{close}?)"
     else:
-        same = [k for k in all_keys if k.rpartition(".")[2] == last] or [near_miss(key, all_keys)]
-        hint = f" (did you mean {same[0]}?)" if same[0] else ""
-    said = f"{where}: " if where != key else ""
-    owner = stem.rstrip(".: ") or "the top level"
-    return f"{said}unknown key {key}{hint}; {owner} has: {', '.join(siblings)}"
+        same = [k for k in all_keys if k.rpartition(".")[2] == last]
+        meant = same[0] if same else near_miss(key, all_keys)
+        hint = f" (did you mean {meant}?)" if meant else ""
+    return f"unknown key {key}{hint}; {stem.rstrip('.: ') or 'the top level'} has: {', '.join(siblings)}"
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """The options of a group whose schema has ``key``: ``data.path`` -> ``data=hub``, ``data=local``."""
+    classes = variants().get(group, {})
+    return sorted(
+        f"{group}={n}" for n, c in classes.items() if key in {f.name for f in dataclasses.fields(c)}
+    )
 
 
 def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
     first = (cause.msg or str(cause)).splitlines()[0]
     expected, child = "", cause.child_node
-    if "is not Optional" in first:
+    if where.startswith("~"):
+        expected = f"{key} cannot be deleted, only set"
+    elif "is not Optional" in first:
         expected = f"{key} cannot be null"
     elif isinstance(child, EnumNode):
         names = list(child.enum_type.__members__)
@@ -181,8 +225,10 @@ def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
         hint = f" (did you mean {close}?)" if close else ""
         expected = f"{key} is one of {', '.join(names)}, not {cause.value}{hint}"
     elif isinstance(child, (IntegerNode, FloatNode, BooleanNode)):
-        kind = {IntegerNode: "a whole number", FloatNode: "a number", BooleanNode: "true or false"}[type(child)]
-        expected = f"{key} is {kind}, not {cause.value}"
+        kind = {IntegerNode: "a whole number", FloatNode: "a number", BooleanNode: "true or false"}[
+            type(child)
+        ]
+        expected = f"{key} is {kind}, not {cause.value!r}"
     elif isinstance(child, DictConfig) and "not a subclass" in first:
         expected = f"{key} is a group of keys{nearest('', map(str, child or []))}"
     elif isinstance(child, ListConfig):

@@ -1,4 +1,4 @@
-"""Overrides as typed on a command line: quoting free text for Hydra's grammar, and reading ``plugins``."""
+"""Overrides as typed on a command line, put into the words of Hydra's grammar; and reading ``plugins``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,35 @@ from moetrain.config.store import variants
 from moetrain.errors import UserError
 
 
-def quote_texts(root: type, overrides: list[str]) -> list[str]:
-    """Quote the values of keys that hold text, so that paths and prompts are taken as they are.
+def normalize(root: type, overrides: list[str], sweep: bool = False) -> list[str]:
+    """Overrides as Hydra is to read them, for the config class ``root``.
 
-    ``prompt=def f(x):`` or ``data.path=/x/[ab]*.txt`` are not in Hydra's grammar, and ``run.name=1e3``
-    would arrive as ``1000.0``. Left alone: quoted values, ``null`` and interpolations (``${...}``).
+    - Values of keys that hold text are quoted, so that paths and prompts are taken as they are: Hydra's
+      grammar has no ``prompt=def f(x):``, and ``run.name=1e3`` would arrive as ``1000.0``. Left alone are
+      quoted values, ``null``, interpolations (``${...}``), and all of a sweep, where a comma is a choice.
+    - An entry of a mapping (``data.parts.NAME``, ``compare.arms.NAME``) may be new: it needs no ``+``.
     """
-    return [_quote(o) if _is_text(root, _path_of(o)) else o for o in overrides]
+    return [_normalize_one(root, o, sweep) for o in overrides]
+
+
+def _normalize_one(root: type, override: str, sweep: bool) -> str:
+    path = _path_of(override)
+    if not sweep and any(h is str for h in _hints(root, path)):
+        override = _quote(override)
+    depth = _mapping_depth(root, path)
+    if not depth or override.startswith("~") or "=" not in override or (sweep and _is_sweep(override)):
+        return override
+    value = override.partition("=")[2]
+    for name in reversed(path[depth:]):
+        value = f"{{{name}: {value}}}"
+    return f"++{'.'.join(path[:depth])}={value}"
+
+
+def _is_sweep(override: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
 
 
 def plugins_in(overrides: list[str]) -> list[str]:
@@ -32,8 +54,9 @@ def plugins_in(overrides: list[str]) -> list[str]:
             value = OverridesParser.create().parse_override(override).value()
         except HydraException as e:
             raise UserError(f"{override}: plugins is a list of packages, as in plugins=[my_routers]") from e
-        names = value if isinstance(value, list) else [value]
-        if not all(isinstance(n, str) and n for n in names):
+        listed: list[Any] = value if isinstance(value, list) else [value]
+        names = [str(n) for n in listed if isinstance(n, str) and n]
+        if len(names) < len(listed):
             raise UserError(f"{override}: plugins is a list of packages, as in plugins=[my_routers]")
     return names
 
@@ -57,18 +80,24 @@ def _quote(override: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _is_text(hint: Any, path: list[str]) -> bool:
-    """Whether the key ``path`` below a config class holds a string in any of the classes it may have."""
-    hints = get_args(hint) if get_origin(hint) is Union else (hint,)
+def _mapping_depth(root: type, path: list[str]) -> int:
+    """How many parts of the path name a mapping: 2 for ``data.parts.NAME.kind``; 0 where there is none."""
+    for depth in range(1, len(path) + 1):
+        if any(get_origin(h) is dict for h in _hints(root, path[:depth])):
+            return depth
+    return 0
+
+
+def _hints(hint: Any, path: list[str]) -> list[Any]:
+    """The types that the key ``path`` below a config class may have, over all options of its group."""
+    options = get_args(hint) if get_origin(hint) is Union else (hint,)
     if not path:
-        return str in hints
-    for h in hints:
-        if get_origin(h) is dict:
-            return _is_text(get_args(h)[1], path[1:])
-        if not dataclasses.is_dataclass(h):
-            continue
-        found = get_type_hints(h).get(path[0])
-        options = variants().get(path[0], {}).values() if len(path) > 1 else ()
-        if any(_is_text(o, path[1:]) for o in (found, *options) if o is not None):
-            return True
-    return False
+        return list(options)
+    found = []
+    for option in options:
+        if get_origin(option) is dict:
+            found += _hints(get_args(option)[1], path[1:])
+        elif dataclasses.is_dataclass(option):
+            below = [get_type_hints(option).get(path[0]), *variants().get(path[0], {}).values()]
+            found += [h for b in below if b is not None for h in _hints(b, path[1:])]
+    return found

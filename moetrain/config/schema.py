@@ -318,7 +318,6 @@ class LoopConfig:
     precision: Precision = Precision.fp32
     recompute: bool = False
     compile: bool = False
-    log_every: int = 1
     eval_every: int = 100  # steps; 0: only at the end
     eval_samples: Optional[int] = None  # sequences; null: the whole held-out split
     on_nonfinite: OnNonFinite = OnNonFinite.stop
@@ -329,7 +328,10 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train several variants of one config, each over all seeds, as a resumable queue of runs."""
+    """Train several variants of one config, each over all seeds, as a resumable queue of runs.
+
+    Without arms there is no comparison: one run.
+    """
 
     arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -352,7 +354,7 @@ class TrainConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    compare: Optional[CompareConfig] = None
+    compare: CompareConfig = field(default_factory=CompareConfig)
     resume: str = "auto"  # auto | none | a checkpoint's path
     plugins: list[str] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ option, stored as ``<group>/_<option>``: names that begin with ``_`` are never s
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from moetrain.config import schema as s
 from moetrain.config.editable import editable
-from moetrain.config.explain import nearest
+from moetrain.config.names import nearest
 from moetrain.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -44,6 +45,11 @@ def variants() -> dict[str, dict[str, type]]:
 
 def register() -> None:
     """Store every schema with Hydra; call again after plugins were imported."""
+    _register(tuple(variants()["router"]))
+
+
+@cache
+def _register(routers: tuple[str, ...]) -> None:
     store = ConfigStore.instance()
     store.store(name="_train", node=editable(s.TrainConfig))
     store.store(name="_generate", node=editable(s.GenerateConfig))
@@ -75,6 +81,8 @@ def class_of(group: str, tag: object) -> type:
     known = variants()[group]
     if not isinstance(tag, str) or tag not in known:
         hint = nearest(str(tag), known)
-        plugin = "; a plugin's router needs plugins=[package] on the command line" if group == "router" else ""
+        plugin = (
+            "; a plugin's router needs plugins=[package] on the command line" if group == "router" else ""
+        )
         raise UserError(f"{group}.{TAGS[group]}={tag} is not known{hint}{plugin}")
     return known[tag]

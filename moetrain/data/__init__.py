@@ -1,0 +1,30 @@
+"""Text to batches: sources, tokenizers, memory-mapped shards, packing, and a resumable order of samples."""
+
+from moetrain.data.batch import IGNORE, Batch, bits_per_byte
+from moetrain.data.cache import cache_root
+from moetrain.data.corpus import Corpus, prepare
+from moetrain.data.loader import TrainLoader, val_batches
+from moetrain.data.order import MixtureOrder, Order, SampleOrder
+from moetrain.data.packing import PackedSplit, Rows
+from moetrain.data.sources.domains import fetch_domains
+from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "MixtureOrder",
+    "Order",
+    "PackedSplit",
+    "Rows",
+    "SampleOrder",
+    "Tokenizer",
+    "TrainLoader",
+    "bits_per_byte",
+    "cache_root",
+    "fetch_domains",
+    "load_tokenizer",
+    "prepare",
+    "val_batches",
+]

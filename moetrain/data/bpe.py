@@ -43,7 +43,7 @@ def cached_bpe(parts: Iterable[Part], scanned: Scan, vocab_size: int, root: Path
 
 
 def sample(parts: Iterable[Part], scanned: Scan) -> Iterator[str]:
-    """About ``SAMPLE_BYTES`` of training text, in pieces chosen by their content: every domain keeps its share."""
+    """About ``SAMPLE_BYTES`` of training text, in pieces chosen by content: domains keep their shares."""
     share = min(1.0, SAMPLE_BYTES / max(1, scanned.train_bytes))
     for part in parts:
         for document in part.cleaned():

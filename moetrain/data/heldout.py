@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moetrain.data.documents import Part
@@ -17,7 +17,8 @@ class HeldOut:
 
     A document is held out iff its 64-bit content key is under ``val_fraction`` of the range. A domain of at
     least two distinct documents that this leaves without one side gets it by ``exceptions``: its document of
-    smallest key is held out, or that of largest key is not. A domain of one distinct document is trained on.
+    smallest key is held out, or that of largest key is not. A domain of one distinct document is trained on,
+    unless all domains are such: then the smallest key of all is held out.
     """
 
     val_fraction: float
@@ -59,21 +60,28 @@ def scan(parts: Iterable[Part], val_fraction: float) -> Scan:
             seen.low, seen.high = min(seen.low, key), max(seen.high, key)
             if len(extremes) > MAX_DOMAINS:
                 raise UserError(
-                    f"{part.label}: more than {MAX_DOMAINS} domains; data.domain_key must name a column of labels"
+                    f"{part.label}: more than {MAX_DOMAINS} domains; "
+                    "data.domain_key must name a column of labels"
                 )
         if result.documents == before:
             raise UserError(f"{part.label} holds no text (0 documents that are not blank)")
     result.domains = list(extremes)
-    result.held_out = HeldOut(val_fraction, frozenset(_exceptions(rule, extremes.values())))
+    result.held_out = HeldOut(val_fraction, frozenset(_exceptions(rule, list(extremes.values()))))
     return result
 
 
-def _exceptions(rule: HeldOut, domains: Iterable[_Extremes]) -> Iterable[int]:
+def _exceptions(rule: HeldOut, domains: Sequence[_Extremes]) -> set[int]:
+    """The keys to flip. Any domain of two distinct documents ends with one on each side."""
+    flipped = set()
     for seen in domains:
         if seen.low == seen.high:
             if rule(seen.low):
-                yield seen.low
+                flipped.add(seen.low)
         elif not rule(seen.low):
-            yield seen.low
+            flipped.add(seen.low)
         elif rule(seen.high):
-            yield seen.high
+            flipped.add(seen.high)
+    lowest = {seen.low for seen in domains}
+    if len(lowest) > 1 and all(seen.low == seen.high for seen in domains):  # nothing is held out yet
+        flipped ^= {min(lowest)}
+    return flipped

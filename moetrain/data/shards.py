@@ -181,7 +181,9 @@ def _check_file(folder: Path, file: dict[str, Any], full: bool) -> None:
 def _open_stream(folder: Path, name: str, dtype: str, entry: dict[str, Any]) -> TokenStream:
     def column(suffix: str, kind: str) -> npt.NDArray[Any]:
         path = folder / f"{name}-{suffix}.bin"
-        return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.zeros(0, kind)
+        return np.memmap(path, kind, "r").view(np.ndarray)
 
     shards = [column(f"tokens-{index:05d}", dtype) for index in range(entry["shards"])]
     return TokenStream(

@@ -19,7 +19,16 @@ from moetrain.errors import UserError
 
 EOS = "<|endoftext|>"
 _BYTES_CLASS = "moetrain.bytes"
-_EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[EOS]", "<|im_end|>")
+_EOS_NAMES = (
+    EOS,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|eos|>",
+    "[EOS]",
+    "<|im_end|>",
+)
 
 
 class Tokenizer(Protocol):

@@ -59,24 +59,43 @@ def _rows(chunk: int | None, head_weight_VD: Tensor) -> int:
     return chunk or max(_MIN_ROWS, _CHUNK_ELEMENTS // head_weight_VD.shape[0])
 
 
-def _chunks(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Iterator[tuple[Any, ...]]:
-    """Per chunk: its slice, hidden rows, log-probabilities (a fresh tensor), labels made safe, and which count."""
-    wide = torch.promote_types(weight_VD.dtype, torch.float32)
+class _Buffers:
+    """Room for one chunk's logits and probabilities, used again by every chunk: fresh pages cost more than GEMMs."""
+
+    def __init__(self, rows: int, weight_VD: Tensor) -> None:
+        vocab, self.dtype = weight_VD.shape[0], weight_VD.dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.product_cV = weight_VD.new_empty(rows, vocab)
+        self.wide_cV = self.product_cV if wide is self.dtype else weight_VD.new_empty(rows, vocab, dtype=wide)
+        self.p_cV = torch.empty_like(self.wide_cV)
+
+    def logits(self, hidden_cD: Tensor, weight_VD: Tensor) -> Tensor:
+        """hidden @ weight.T in the products' dtype, widened to at least fp32."""
+        rows = hidden_cD.shape[0]
+        torch.mm(hidden_cD, weight_VD.t(), out=self.product_cV[:rows])
+        return self.wide_cV[:rows].copy_(self.product_cV[:rows])
+
+    def probabilities(self, logits_cV: Tensor) -> Tensor:
+        return torch.softmax(logits_cV, dim=-1, out=self.p_cV[: logits_cV.shape[0]])
+
+
+def _chunks(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int, buffers: _Buffers)-> Iterator[tuple[Any, ...]]:
     for start in range(0, hidden_nD.shape[0], rows):
         at = slice(start, start + rows)
         hidden_cD = hidden_nD[at].to(weight_VD.dtype)
-        logp_cV = torch.log_softmax(hidden_cD @ weight_VD.t(), dim=-1, dtype=wide)
         valid_c = labels_n[at] != IGNORED
-        yield at, hidden_cD, logp_cV, labels_n[at].where(valid_c, 0), valid_c
+        yield at, hidden_cD, buffers.logits(hidden_cD, weight_VD), labels_n[at].where(valid_c, 0)[:, None], valid_c[:, None]
 
 
 def _nll(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
     dtype = product_dtype(hidden_nD)
-    nll_n = hidden_nD.new_zeros(hidden_nD.shape[0], dtype=torch.promote_types(dtype, torch.float32))
+    nll_n1 = hidden_nD.new_empty(hidden_nD.shape[0], 1, dtype=torch.promote_types(dtype, torch.float32))
+    buffers = _Buffers(rows, weight_VD.to(dtype))
     with torch.autocast(hidden_nD.device.type, enabled=False):
-        for at, _, logp_cV, label_c, valid_c in _chunks(hidden_nD, weight_VD.to(dtype), labels_n, rows):
-            nll_n[at] = -logp_cV.gather(-1, label_c[:, None]).squeeze(-1) * valid_c
-    return nll_n
+        for at, _, logits_cV, label_c1, valid_c1 in _chunks(hidden_nD, weight_VD.to(dtype), labels_n, rows, buffers):
+            nll_c1 = logits_cV.logsumexp(-1, keepdim=True) - logits_cV.gather(-1, label_c1)
+            nll_n1[at] = nll_c1.where(valid_c1, 0)
+    return nll_n1.squeeze(-1)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -84,22 +103,28 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
         dtype = product_dtype(hidden_nD)
         wide = torch.promote_types(dtype, torch.float32)
-        nll_n = hidden_nD.new_zeros(hidden_nD.shape[0], dtype=wide)
+        nll = hidden_nD.new_zeros((), dtype=wide)
         dhidden_nD = torch.empty_like(hidden_nD)
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide)
         with torch.autocast(hidden_nD.device.type, enabled=False):
             cast_VD = weight_VD.to(dtype)
-            for at, hidden_cD, p_cV, label_c, valid_c in _chunks(hidden_nD, cast_VD, labels_n, rows):
-                nll_n[at] = -p_cV.gather(-1, label_c[:, None]).squeeze(-1) * valid_c
-                p_cV.exp_().scatter_add_(-1, label_c[:, None], p_cV.new_full((len(label_c), 1), -1.0))
-                dlogits_cV = p_cV.mul_(valid_c[:, None]).to(dtype)
-                dhidden_nD[at] = dlogits_cV @ cast_VD
+            buffers = _Buffers(rows, cast_VD)
+            for at, hidden_cD, logits_cV, label_c1, valid_c1 in _chunks(hidden_nD, cast_VD, labels_n, rows, buffers):
+                p_cV = buffers.probabilities(logits_cV)
+                top_c1, where_c1 = logits_cV.max(-1, keepdim=True)
+                lse_c1 = top_c1 - p_cV.gather(-1, where_c1).log()
+                nll_c1 = lse_c1 - logits_cV.gather(-1, label_c1)
+                nll += nll_c1.where(valid_c1, 0).sum()
+                p_cV.scatter_(-1, label_c1, torch.expm1(-nll_c1))
+                dlogits_cV = p_cV if dtype is wide else buffers.product_cV[:len(p_cV)].copy_(p_cV)
+                dhidden_nD[at] = (dlogits_cV @ cast_VD).mul_(valid_c1)
+                hidden_cD = hidden_cD * valid_c1
                 if dtype is wide:
                     dweight_VD.addmm_(dlogits_cV.t(), hidden_cD)
                 else:
                     dweight_VD.add_(dlogits_cV.t() @ hidden_cD)
         ctx.save_for_backward(dhidden_nD, dweight_VD.to(weight_VD.dtype))
-        return nll_n.sum()
+        return nll
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

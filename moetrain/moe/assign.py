@@ -72,6 +72,8 @@ def count_BE(ids_TK: Tensor, ctx: RouterContext, num_experts: int) -> Tensor:
 
 def sequences_per_group(group: str, batch: int) -> int:
     """How many sequences share a routing group; raises ValueError where they do not divide the batch."""
+    if group != "sequence" and not (group.isdecimal() and int(group)):
+        raise ValueError(f"router.group={group!r} must be 'sequence' or a positive number of sequences")
     size = 1 if group == "sequence" else int(group)
     if batch % size:
         raise ValueError(f"router.group={group} does not divide a batch of {batch} sequences")

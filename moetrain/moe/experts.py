@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.moe.dispatch import Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
+from moetrain.ops.expert_mlp import BACKENDS
 
 
 class Experts(nn.Module):
@@ -24,6 +25,8 @@ class Experts(nn.Module):
         self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu", backend: str = "auto"
     ) -> None:
         super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(BACKENDS)}")
         self.activation, self.backend = activation, backend
         width = 2 * d_ff if is_gated(activation) else d_ff
         self.w_gate_up_EDF2 = nn.Parameter(torch.empty(num_experts, d_model, width))

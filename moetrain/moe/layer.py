@@ -64,6 +64,8 @@ class MoELayer(nn.Module):
         batch, seq, width = x_BSD.shape
         if ctx is None:
             ctx = RouterContext.default(batch, seq, x_BSD.device)
+        if (ctx.batch, ctx.seq) != (batch, seq):
+            raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         seen = x_BSD if router_input is None else router_input
         routing: Routing = self.router(seen.reshape(-1, width), ctx)
         return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing))

@@ -154,6 +154,7 @@ def _(
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     source_XD, ids_R, weights_R, w_up, w_down, by_source_N, ends_X, *static = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else backward gets zeros of the size of z
     ctx.save_for_backward(source_XD, ids_R, weights_R, w_up, w_down, output[1], by_source_N, ends_X)
     ctx.static = static
 

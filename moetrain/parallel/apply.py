@@ -81,7 +81,7 @@ def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 def _shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
-    routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and any(m.parameters())]
+    routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)
     for module in model.modules():

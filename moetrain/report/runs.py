@@ -31,7 +31,8 @@ class Loads:
     @property
     def relative_PLE(self) -> Array:
         """Times the uniform share: 1 is perfect balance, 0 a dead expert."""
-        return self.share_PLE * self.share_PLE.shape[2]
+        relative_PLE: Array = self.share_PLE * self.share_PLE.shape[2]
+        return relative_PLE
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ def read_run(path: Path, name: str | None = None) -> RunData:
     check_run_folder(path)
     notes: list[str] = []
     rows = list(_read_jsonl(path / "metrics.jsonl", notes))
-    if not rows:
+    if not rows and not notes:
         notes.append("metrics.jsonl holds no step yet")
     return RunData(
         name=name or path.resolve().name,
         path=path,
         rows=rows,
         loads=_read_loads(path / "load.jsonl", notes),
-        summary=_read_object(path / "summary.json", notes),
+        summary=_read_object(path / "summary.json", notes),  # there is none before the run's end
         environment=_read_object(path / "environment.json", notes),
         config_text=_read_text(path / "config.yaml", notes) or "",
         samples=_read_samples(path / "samples", notes),
@@ -152,7 +153,9 @@ def _read_text(path: Path, notes: list[str]) -> str | None:
 
 def _read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     broken = 0
-    for line in (_read_text(path, notes) or "").splitlines():
+    for line in (_read_text(path, notes) or "").rstrip("\n").split("\n"):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except ValueError:
@@ -168,7 +171,7 @@ def _read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    text = _read_text(path, notes)
+    text = _read_text(path, notes) if path.exists() else None
     if text is None:
         return {}
     try:

@@ -22,11 +22,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.logger import _dcp_logger
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -44,10 +44,13 @@ from moetrain.train.checkpoint_format import (
 from moetrain.train.stopping import raising_peer_lost
 
 TEMPORARY = ".tmp_"
+_OLD = f"{TEMPORARY}old_"
 T = TypeVar("T")
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+# It logs every exception with its traceback; what the user needs of one is in the error that is raised.
+_dcp_logger.propagate = False
 
 
 class Peers:
@@ -169,12 +172,12 @@ class _HashingFileSystem(FileSystem):
             os.fsync(stream.fileno())
 
 
-class JsonWriter(dcp.FileSystemWriter):
+class JsonWriter(FileSystemWriter):
     """Writes one checkpoint into ``<folder of target>/.tmp_<name of target>`` and renames it to ``target``.
 
-    ``extra`` is the text of ``extra.json`` (the coordinator's counts). ``on_complete`` runs on the coordinator
-    after the rename; what it raises does not reach the saved checkpoint. Everything is fsynced in order:
-    files, folder, rename, parent folder.
+    ``extra`` is the text of ``extra.json`` (the coordinator's counts). ``on_complete`` runs on the
+    coordinator after the rename and must not raise. Everything is fsynced in order: files, folder, rename,
+    parent folder.
     """
 
     def __init__(
@@ -188,13 +191,10 @@ class JsonWriter(dcp.FileSystemWriter):
         self._on_complete = on_complete
         self._coordinator = False
 
-    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy on the CPU, 0-dimensional DTensors included, so that training may go on."""
         self.per_thread_copy_ahead = 0
-        return {
-            name: cast(torch.Tensor, value).detach().to("cpu", copy=True)
-            for name, value in state_dict.items()
-        }
+        return {name: value.detach().to("cpu", copy=True) for name, value in state_dict.items()}
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
@@ -240,7 +240,7 @@ class JsonWriter(dcp.FileSystemWriter):
                 )
 
 
-class JsonReader(dcp.FileSystemReader):
+class JsonReader(FileSystemReader):
     """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
@@ -251,7 +251,7 @@ class JsonReader(dcp.FileSystemReader):
         return self._metadata
 
 
-class TensorLoadPlanner(dcp.DefaultLoadPlanner):
+class TensorLoadPlanner(DefaultLoadPlanner):
     """Names are taken as they are, and an entry that is not a tensor is refused, never unpickled."""
 
     def __init__(self) -> None:
@@ -262,7 +262,7 @@ class TensorLoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def save_planner() -> SavePlanner:
-    return dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 def load_planner() -> LoadPlanner:
@@ -271,23 +271,37 @@ def load_planner() -> LoadPlanner:
 
 def replace_folder(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``; a folder already there steps aside first and is removed after."""
-    old = target.parent / f"{TEMPORARY}old_{target.name}"
+    old = target.parent / f"{_OLD}{target.name}"
     remove_folder(old)
     if target.exists():
         os.replace(target, old)
     os.replace(source, target)
     sync_folder(target.parent)
-    remove_folder(old)
+    with contextlib.suppress(OSError):  # the next start tries again
+        remove_folder(old)
+
+
+def clean_folder(folder: Path) -> None:
+    """Remove what a killed process left; what :func:`replace_folder` had set aside gets its name back."""
+    for old in folder.glob(f"{_OLD}*"):
+        target = folder / old.name.removeprefix(_OLD)
+        if not target.exists():
+            os.replace(old, target)
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        remove_folder(leftover)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder if it is there. A checkpoint first loses its name, so that none is ever half there."""
+    """Remove ``path`` if it is there. A checkpoint first loses its name, so that none is ever half there."""
     with contextlib.suppress(FileNotFoundError):
         if not path.name.startswith(TEMPORARY):
             hidden = path.parent / f"{TEMPORARY}delete_{path.name}"
-            shutil.rmtree(hidden, ignore_errors=True)
+            remove_folder(hidden)
             path = path.rename(hidden)
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync_folder(path: Path) -> None:

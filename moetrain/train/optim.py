@@ -101,14 +101,14 @@ def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:
     """Trainable parameters by group name, in the model's order; groups without a member are absent."""
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True]
     of_routers = {id(p) for router in routers for p in router.parameters()}
-    of_blocks = {id(p) for p in getattr(model, "blocks", model).parameters()}
+    hidden = {id(p) for p in getattr(model, "blocks", model).parameters()} - of_routers
     groups: dict[str, list[Named]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if not _is_matrix(model, name, parameter):
             kind = NO_DECAY
-        elif muon and id(parameter) in of_blocks - of_routers and _can_orthogonalize(parameter):
+        elif muon and id(parameter) in hidden and _can_orthogonalize(parameter):
             kind = MUON
         else:
             kind = DECAY

@@ -57,7 +57,7 @@ class StopFlag:
     Used as a context manager: inside it SIGINT and SIGTERM set the flag, and a second signal leaves at once
     even while the main thread waits in a collective (a small thread listens); outside it the earlier handlers
     are back. ``stop_file`` (rank 0 looks) is the same as a SIGTERM and is removed when it has been obeyed.
-    ``group`` carries the agreement: a gloo group where there is one, None for the default group. Under torchrun
+    ``group`` carries the agreement, None for the default one; it needs gloo or a CUDA device. Under torchrun
     signals within ``grace_seconds`` of the first count as one, because torchrun sends each a second time.
     Entered outside the main thread, only the STOP file works.
     """
@@ -119,7 +119,7 @@ class StopFlag:
         return self.reason is not None
 
     def agree(self) -> bool:
-        """Whether any rank has been asked to stop: the same answer on every rank. Once per step, on all ranks.
+        """Whether any rank has been asked to stop: the same answer on every rank. Once a step, on all ranks.
 
         One all-reduce of four bytes. Raises PeerLostError when it fails: see the module's text.
         """
@@ -184,8 +184,12 @@ class StopFlag:
 
 
 def _device_for(group: dist.ProcessGroup | None) -> torch.device:
-    backends = str(dist.get_backend(group))
-    return torch.device("cuda", torch.cuda.current_device()) if backends == "nccl" else torch.device("cpu")
+    group = dist.group.WORLD if group is None else group
+    cpu = torch.device("cpu")
+    # get_backend() names one backend only, also for a group that has gloo for the CPU and nccl for CUDA.
+    if group is None or cpu in group._device_types:
+        return cpu
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 _active: StopFlag | None = None

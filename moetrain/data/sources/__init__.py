@@ -46,7 +46,9 @@ def _source(cfg: DataConfig, root: Path) -> Source:
         return HubSource(root, cfg.path, cfg.name, cfg.split, cfg.text_key, cfg.max_documents)
     if isinstance(cfg, DomainsData):
         return DomainsSource(root, cfg.domains)
-    raise UserError(f"data: {type(cfg).__name__} names no source; choose stdlib, local, hub, domains or mixture")
+    raise UserError(
+        f"data: {type(cfg).__name__} names no source; choose stdlib, local, hub, domains or mixture"
+    )
 
 
 def _mixture_part(name: str, part: MixturePart, root: Path) -> Part:

@@ -81,7 +81,8 @@ class DomainsSource:
 
     def fingerprint(self) -> str:
         listing = [
-            (name, [(file.name, file.stat().st_size) for file in files]) for name, files in self._files.items()
+            (name, [(file.name, file.stat().st_size) for file in files])
+            for name, files in self._files.items()
         ]
         python = self._python.fingerprint() if "python" in self.domains else ""
         return digest_of("domains", self.domains, listing, python)

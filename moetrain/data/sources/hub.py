@@ -62,8 +62,8 @@ class HubSource:
         except Exception as error:  # the network, the hub and the data set's own format fail in many ways
             lines = str(error).splitlines() or [""]
             raise UserError(
-                f"data=hub: cannot stream {self.path} (split {self.split}): {type(error).__name__}: {lines[0]}; "
-                "check the name and the network, or use data=local"
+                f"data=hub: cannot stream {self.path} (split {self.split}): {type(error).__name__}: "
+                f"{lines[0]}; check the name and the network, or use data=local"
             ) from error
 
     def spool(self, rows: Iterable[dict[str, Any]], target: Path) -> None:

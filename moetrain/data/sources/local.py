@@ -1,4 +1,4 @@
-"""Source ``local``: files of the user's own. Text files are one document each; jsonl and parquet one a row."""
+"""Source ``local``: the user's own files. A text file is one document; a row of jsonl or parquet is one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class LocalSource:
 
     def _text_document(self, file: Path) -> Document:
         if self.domain_key is not None:
-            raise UserError(f"data.domain_key={self.domain_key}: {file} is plain text, which has no such column")
+            raise UserError(
+                f"data.domain_key={self.domain_key}: {file} is plain text, which has no such column"
+            )
         try:
             raw = file.read_bytes()
             text = raw.decode("utf-8-sig")
@@ -115,7 +117,9 @@ def find_files(path: str) -> list[Path]:
     else:
         found = [Path(name) for name in glob.glob(expanded, recursive=True) if not os.path.isdir(name)]
     if not found:
-        raise UserError(f"data.path={path} matches no file (looked from {os.getcwd()}): check the path or glob")
+        raise UserError(
+            f"data.path={path} matches no file (looked from {os.getcwd()}): check the path or glob"
+        )
     return sorted(found)
 
 

@@ -1,4 +1,4 @@
-"""The ``datasets`` library: imported only when needed, and kept off the network while it reads local files."""
+"""The ``datasets`` library: imported when needed, and kept off the network while it reads local files."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def offline_datasets(needed_for: str) -> Iterator[Any]:
     silenced: its errors reach the user once, as ours.
     """
     datasets = import_datasets(needed_for)
-    constants = importlib.import_module("huggingface_hub.constants")
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    logging: Any = importlib.import_module("datasets.utils.logging")
     holders = (constants, datasets.config)
     flags = [getattr(holder, "HF_HUB_OFFLINE", False) for holder in holders]
     variable = os.environ.get("HF_HUB_OFFLINE")
-    verbosity = datasets.logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for holder in holders:
         holder.HF_HUB_OFFLINE = True
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield datasets
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         for holder, flag in zip(holders, flags, strict=True):
             holder.HF_HUB_OFFLINE = flag
         if variable is None:

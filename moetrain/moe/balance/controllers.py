@@ -56,7 +56,9 @@ class RunningLoad:
     @torch.no_grad()
     def update(self, demand_LE: Tensor) -> None:
         load_LE = demand_LE.double().cpu()
-        share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1)
+        total_L1 = load_LE.sum(-1, keepdim=True)
+        # a layer that routed nothing teaches nothing: its row keeps its value, and its sum of 1
+        share_LE = torch.where(total_L1 > 0, load_LE / total_L1.clamp(min=1), self.share_LE)
         self.share_LE.mul_(self.decay).add_(share_LE.float(), alpha=1 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:

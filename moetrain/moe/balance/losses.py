@@ -78,7 +78,7 @@ def balance_loss(routing: Routing, form: str, scope: str, totals: StepTotals, la
     p_TE = probabilities(routing)
     batch, num_experts = routing.demand_BE.shape
     share_BE = _share(routing, form, scope, totals, layer).to(p_TE.dtype)
-    p_BE = p_TE.reshape(batch, -1, num_experts).sum(1)
+    p_BE = p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
     return (share_BE * p_BE).sum() * (num_experts / totals.num_tokens)
 
 
@@ -88,14 +88,15 @@ def _share(routing: Routing, form: str, scope: str, totals: StepTotals, layer: i
     if scope == "running":
         if totals.running_LE is None:
             raise ValueError("the running scope needs totals.running_LE")
-        share = totals.running_LE[layer : layer + 1].double()
+        share = totals.running_LE[layer : layer + 1].to(routing.demand_BE.device, torch.float64)
         per_token = routing.demand_E.sum() / routing.num_tokens.clamp(min=1)
     else:
         if scope == "global_batch":
             counts_LE = totals.first_LE if first else totals.demand_LE
             if counts_LE is None:
                 raise ValueError("the global_batch scope needs the step's counts in totals")
-            load, tokens = counts_LE[layer : layer + 1].double(), torch.as_tensor(totals.num_tokens)
+            load = counts_LE[layer : layer + 1].to(routing.demand_BE.device, torch.float64)
+            tokens = load.new_tensor(totals.num_tokens)
         else:
             load = (first_choices_BE(routing) if first else routing.demand_BE).double()
             tokens = routing.num_tokens_B[:, None].double()

@@ -33,6 +33,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__()
+        _check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
@@ -61,6 +62,15 @@ class Router(nn.Module):
             fresh = torch.zeros_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
             self._buffers[name] = fresh
         return self
+
+
+def _check_capacity(options: RouterConfig) -> None:
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(options, key)
+        if factor is not None and not factor > 0:
+            raise ValueError(f"router.{key}={factor} must be positive, or null for dropless")
+    if options.min_capacity < 0:
+        raise ValueError(f"router.min_capacity={options.min_capacity} must not be negative")
 
 
 @dataclass(frozen=True)

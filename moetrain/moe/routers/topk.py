@@ -106,7 +106,9 @@ class TopKRouter(Router):
             weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
         else:
             weights_TK = scores_TE.gather(-1, ids_TK)
-            if options.renormalize:
+            if options.renormalize and self.top_k == 1:
+                weights_TK = weights_TK * 0 + 1  # the quotient's gradient would be rounding noise, not zero
+            elif options.renormalize:
                 weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return weights_TK * options.route_scale if options.route_scale != 1.0 else weights_TK
 

@@ -1,0 +1,154 @@
+"""Whole training steps side by side: a 22.6 M parameter model (6 layers, D 256, sequence 512), fused AdamW.
+
+    python benchmarks/step.py [--dtypes fp32 bf16] [--repetitions 30] [--sequences 4] [--out FILE]
+
+Forward, loss, backward, clip to norm 1 and update, on random tokens that are new in every step; all models
+in one interleaved pass. The balance loss is on in all MoE models (coefficient 0.01).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import interleaved, machine, medians, ratio, write_json
+from torch import Tensor, nn
+
+VOCAB, WIDTH, LAYERS, HEADS, SEQ = 4096, 256, 6, 4, 512
+EXPERTS, TOP_K, HIDDEN = 8, 2, 512
+Loss = Callable[[Tensor], Tensor]
+
+
+def ours() -> tuple[nn.Module, Loss]:
+    from moetrain.config.schema import LossConfig, ModelConfig
+    from moetrain.models.decoder import Decoder
+    from moetrain.moe.balance import StepTotals, make_terms, total_loss
+    from moetrain.moe.options import ExpertsConfig
+    from moetrain.moe.routers.topk import TopKOptions
+    from moetrain.train.task import NextToken
+
+    cfg = ModelConfig(
+        d_model=WIDTH, num_layers=LAYERS, num_heads=HEADS, num_experts=EXPERTS, d_ff_expert=HIDDEN,
+        tie_embeddings=False,
+    )  # fmt: skip
+    task = NextToken(Decoder(cfg, TopKOptions(top_k=TOP_K), ExpertsConfig(), VOCAB))
+    terms = make_terms([LossConfig()])
+
+    def loss(ids_BS: Tensor) -> Tensor:
+        labels_BS = torch.cat([ids_BS[:, 1:], torch.full_like(ids_BS[:, :1], -100)], dim=1)
+        out = task(ids_BS, labels_BS)
+        demand_LE = torch.stack([r.demand_E for r in out.records])
+        extra, _ = total_loss(out.records, terms, StepTotals(ids_BS.numel(), demand_LE))
+        return out.nll_sum / (labels_BS != -100).sum() + extra
+
+    return task, loss
+
+
+def from_transformers(kind: str) -> tuple[nn.Module, Loss]:
+    import transformers
+
+    shared: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS, "max_position_embeddings": SEQ, "tie_word_embeddings": False,
+        "use_cache": False, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    moe = {"output_router_logits": True, "router_aux_loss_coef": 0.01, "num_experts_per_tok": TOP_K}
+    if kind == "Llama":
+        config = transformers.LlamaConfig(**shared, intermediate_size=TOP_K * HIDDEN)
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    elif kind == "Mixtral":
+        config = transformers.MixtralConfig(
+            **shared, **moe, intermediate_size=HIDDEN, num_local_experts=EXPERTS
+        )
+        model = transformers.MixtralForCausalLM(config)
+    else:
+        config = transformers.Qwen3MoeConfig(
+            **shared, **moe, head_dim=WIDTH // HEADS, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
+            norm_topk_prob=True,
+        )  # fmt: skip
+        model = transformers.Qwen3MoeForCausalLM(config)
+    if kind != "Llama":
+        model.set_experts_implementation("grouped_mm")
+    model.train()
+    return model, lambda ids_BS: model(input_ids=ids_BS, labels=ids_BS).loss
+
+
+BUILDERS: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
+    "dense Llama": lambda: from_transformers("Llama"),
+    "moetrain": ours,
+    "transformers Mixtral": lambda: from_transformers("Mixtral"),
+    "transformers Qwen3-MoE": lambda: from_transformers("Qwen3"),
+}
+
+
+def measure(bf16: bool, repetitions: int, sequences: int) -> dict[str, Any]:
+    steps: dict[str, Callable[[int], None]] = {}
+    sizes: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    torch.manual_seed(1)
+    data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(repetitions + 1)]
+    for name, builder in BUILDERS.items():
+        try:
+            torch.manual_seed(0)
+            model, loss = builder()
+        except ImportError as error:
+            skipped[name] = str(error)
+            continue
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        sizes[name] = sum(p.numel() for p in model.parameters())
+
+        def step(repetition: int, model: nn.Module = model, loss: Loss = loss, opt: Any = optimizer) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                value = loss(data[repetition])
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+        steps[name] = step
+    times = interleaved(steps, repetitions)
+    middle = medians(times)
+    return {
+        "skipped": skipped,
+        "models": {
+            name: {
+                "tokens_per_second": sequences * SEQ / middle[name],
+                "speedup_of_ours": ratio(times, name, "moetrain"),
+                "parameters": sizes[name],
+            }
+            for name in steps
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "machine": machine(), "repetitions": args.repetitions, "tokens": args.sequences * SEQ, "dtypes": {},
+    }  # fmt: skip
+    print(result["machine"])
+    for dtype in args.dtypes:
+        figures = measure(dtype == "bf16", args.repetitions, args.sequences)
+        result["dtypes"][dtype] = figures
+        print(f"\n{dtype}, {args.sequences} x {SEQ} tokens a step")
+        for name, f in figures["models"].items():
+            print(
+                f"  {name:24} {f['tokens_per_second']:7,.0f} tokens/s  ours is {f['speedup_of_ours']:.2f}x  "
+                f"{f['parameters'] / 1e6:.2f} M parameters"
+            )
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

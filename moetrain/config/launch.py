@@ -1,0 +1,22 @@
+"""What torchrun's environment says of this process, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+from moetrain.errors import UserError
+
+
+def world_size() -> int:
+    """How many ranks were started; 1 without torchrun."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"the environment's WORLD_SIZE={text} must be a number from 1 up, as torchrun sets it"
+        )
+    return int(text)
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for all; true without torchrun."""
+    return os.environ.get("RANK", "0") == "0"

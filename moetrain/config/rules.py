@@ -1,0 +1,33 @@
+"""Small helpers of the rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moetrain.errors import UserError
+
+
+def at_least(section: str, config: Any, low: float, *names: str) -> None:
+    """Each of the named keys, unless null, is a finite number of at least ``low``."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= low):
+            raise UserError(f"{section}.{name}={value} must be {f'{low:g} or more' if low else '0 or more'}")
+
+
+def above_zero(section: str, config: Any, *names: str) -> None:
+    """Each of the named keys, unless null, is a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{section}.{name}={value} must be above 0")
+
+
+def within(key: str, value: float, low: float, high: float, *, open_low: bool, open_high: bool) -> None:
+    """``value`` lies between ``low`` and ``high``; an open end is left out."""
+    above = low < value if open_low else low <= value
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise UserError(f"{key}={value} must lie in {left}{low:g}, {high:g}{right}")

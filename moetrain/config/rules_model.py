@@ -1,0 +1,172 @@
+"""Rules about the model, the router, the experts and the balance losses."""
+
+from __future__ import annotations
+
+import math
+
+from moetrain.config.rules import above_zero, at_least, within
+from moetrain.config.schema import ModelConfig, TokenizerKind, TrainConfig
+from moetrain.errors import UserError
+
+_BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
+
+
+def sizes(cfg: TrainConfig, world: int) -> None:
+    m = cfg.model
+    at_least("model", m, 1, "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+    at_least("model", m, 1, "d_ff_expert", "moe_every", "vocab_size", "sliding_window")
+    at_least("model", m, 0, "num_experts", "num_shared_experts", "first_dense", "init_std")
+    above_zero("model", m, "rope_theta", "norm_eps")
+    at_least("experts", cfg.experts, 1, "block")
+
+
+def heads_divide_width(cfg: TrainConfig, world: int) -> None:
+    m = cfg.model
+    if m.head_dim is None and m.d_model % m.num_heads:
+        raise UserError(
+            f"model.num_heads={m.num_heads} does not divide model.d_model={m.d_model}: "
+            f"take {_divisor_near(m.d_model, m.num_heads)} heads, or set model.head_dim"
+        )
+
+
+def head_dim_is_even(cfg: TrainConfig, world: int) -> None:
+    """RoPE turns pairs of elements."""
+    m = cfg.model
+    head_dim = m.head_dim if m.head_dim is not None else m.d_model // m.num_heads
+    if head_dim % 2:
+        made = (
+            "" if m.head_dim is not None else f" = model.d_model={m.d_model} / model.num_heads={m.num_heads}"
+        )
+        raise UserError(f"model.head_dim={head_dim}{made} must be even: RoPE turns pairs of elements")
+
+
+def kv_heads_divide_heads(cfg: TrainConfig, world: int) -> None:
+    m = cfg.model
+    if m.num_kv_heads is not None and m.num_heads % m.num_kv_heads:
+        raise UserError(
+            f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}: "
+            f"take {_divisor_near(m.num_heads, m.num_kv_heads)}"
+        )
+
+
+def first_dense_fits(cfg: TrainConfig, world: int) -> None:
+    m = cfg.model
+    if m.first_dense > m.num_layers:
+        raise UserError(f"model.first_dense={m.first_dense} exceeds model.num_layers={m.num_layers}")
+
+
+def moe_layers_exist(cfg: TrainConfig, world: int) -> None:
+    """Experts that no layer uses are a mistake; a dense model says ``num_experts=0``."""
+    m = cfg.model
+    if m.num_experts and not _moe_layers(m):
+        raise UserError(
+            f"model.num_experts={m.num_experts}, but model.moe_every={m.moe_every} and "
+            f"model.first_dense={m.first_dense} leave none of the {m.num_layers} layers MoE: "
+            "lower them, or set model.num_experts=0 for a dense model"
+        )
+
+
+def vocabulary_is_large_enough(cfg: TrainConfig, world: int) -> None:
+    """A tokenizer from a file is measured when the data are prepared."""
+    tokenizer, vocab_size = cfg.data.tokenizer, cfg.model.vocab_size
+    needed = {TokenizerKind.bytes: _BYTES_VOCAB, TokenizerKind.bpe: tokenizer.vocab_size}.get(tokenizer.kind)
+    if vocab_size is not None and needed is not None and vocab_size < needed:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {needed} "
+            f"(data.tokenizer.kind={tokenizer.kind.name}): raise it, or set model.vocab_size=null"
+        )
+
+
+def top_k_fits(cfg: TrainConfig, world: int) -> None:
+    top_k, experts = getattr(cfg.router, "top_k", None), cfg.model.num_experts
+    if experts and top_k is not None and not 1 <= top_k <= experts:
+        raise UserError(
+            f"router.top_k={top_k} must lie between 1 and model.num_experts={experts}: "
+            "lower router.top_k or raise model.num_experts"
+        )
+
+
+def expert_groups_fit(cfg: TrainConfig, world: int) -> None:
+    experts, groups = cfg.model.num_experts, getattr(cfg.router, "num_groups", 1)
+    chosen = getattr(cfg.router, "top_groups", None)
+    if groups < 1 or experts % groups:
+        raise UserError(
+            f"router.num_groups={groups} does not divide model.num_experts={experts}: "
+            f"take {_divisor_near(experts, groups)}"
+        )
+    if chosen is not None and not 1 <= chosen <= groups:
+        raise UserError(f"router.top_groups={chosen} must lie between 1 and router.num_groups={groups}")
+
+
+def router_numbers(cfg: TrainConfig, world: int) -> None:
+    router = cfg.router
+    above_zero("router", router, "capacity_factor", "eval_capacity_factor")
+    at_least("router", router, 0, "min_capacity")
+    if hasattr(router, "jitter"):
+        within("router.jitter", router.jitter, 0, 1, open_low=False, open_high=True)
+
+
+def router_accepts_its_options(cfg: TrainConfig, world: int) -> None:
+    """Whatever else the router itself refuses; it is built without memory. A plugin's rules live there."""
+    if not cfg.model.num_experts:
+        return
+    import torch
+
+    from moetrain.moe.routers import build_router
+
+    try:
+        with torch.device("meta"):
+            build_router(
+                cfg.router.name,
+                d_model=cfg.model.d_model,
+                num_experts=cfg.model.num_experts,
+                options=cfg.router,
+            )
+    except ValueError as e:
+        raise UserError(f"router={cfg.router.name}: {e}") from e
+
+
+def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
+    group, micro = cfg.router.group, cfg.train.micro_batch_size
+    if group == "sequence":
+        return
+    if not group.isdecimal() or int(group) < 1:
+        raise UserError(f"router.group={group} must be sequence, or a number of sequences from 1 up")
+    if micro % int(group):
+        raise UserError(
+            f"router.group={group} does not divide train.micro_batch_size={micro}: "
+            f"a routing group lies in one micro-batch; take {_divisor_near(micro, int(group))}"
+        )
+
+
+def balance_numbers(cfg: TrainConfig, world: int) -> None:
+    for i, loss in enumerate(cfg.balance.losses):
+        at_least(f"balance.losses.{i}", loss, 0, "coef")
+    at_least("balance", cfg.balance, 0, "bias_rate")
+
+
+def _moe_layers(m: ModelConfig) -> list[int]:
+    return [i for i in range(m.first_dense, m.num_layers) if (i + 1) % m.moe_every == 0]
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    """The divisor of ``number`` nearest to ``wanted`` (in ratio)."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / max(wanted, 1))))
+
+
+RULES = (
+    sizes,
+    heads_divide_width,
+    head_dim_is_even,
+    kv_heads_divide_heads,
+    first_dense_fits,
+    moe_layers_exist,
+    vocabulary_is_large_enough,
+    router_numbers,
+    top_k_fits,
+    expert_groups_fit,
+    router_accepts_its_options,
+    routing_group_divides_micro_batch,
+    balance_numbers,
+)

@@ -1,0 +1,53 @@
+"""Batch: what one forward and backward of the model gets. B sequences of S positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that has no target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """CPU tensors, int64 but for ``valid_BS``.
+
+    input_ids_BS    the tokens read.
+    labels_BS       the token that follows each; IGNORE where there is none to predict: padding and, when
+                    attention stays within documents, the step from one document to the next.
+    doc_ids_BS      same number in a row = same document; None: attention crosses documents.
+    positions_BS    place within the document's part of the row; None: 0 to S - 1 for every row.
+    sample_ids_B    place of each row in the run's order (training) or in the held-out split.
+    domain_ids_BS   index into ``Corpus.domains``: the label's domain; without label, the input's.
+    byte_counts_BS  bytes of text that each label stands for, 0 without label; see ``bits_per_byte``.
+    valid_BS        bool, False on padding; None: no padding in this batch.
+    num_targets     how many labels are not IGNORE.
+    """
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    doc_ids_BS: Tensor | None
+    positions_BS: Tensor | None
+    sample_ids_B: Tensor
+    domain_ids_BS: Tensor
+    byte_counts_BS: Tensor
+    valid_BS: Tensor | None
+    num_targets: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return Batch(**(values | tensors))
+
+
+def bits_per_byte(nll_nats: float, byte_count: float, byte_scale: float = 1.0) -> float:
+    """Bits spent per byte of text: ``nll_nats`` summed over some labels, ``byte_count`` over the same ones.
+
+    The end-of-text token costs bits and stands for no byte. ``byte_scale`` is the split's: 1 where the
+    tokenizer's lengths are exact. NaN when no byte was scored.
+    """
+    return nll_nats / math.log(2) / (byte_count * byte_scale) if byte_count else math.nan

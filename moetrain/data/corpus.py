@@ -1,0 +1,120 @@
+"""``prepare``: from a config to a tokenised corpus, made once and opened from the cache afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.schema import DataConfig, TokenizerConfig, TokenizerKind
+from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
+from moetrain.data.cache import build_once, cache_root
+from moetrain.data.documents import Part, digest_of
+from moetrain.data.ingest import stream_name, write_corpus
+from moetrain.data.order import MixtureOrder, Order, SampleOrder
+from moetrain.data.packing import PackedSplit, Packing
+from moetrain.data.shards import FORMAT, damaged, open_store
+from moetrain.data.sources import build_parts
+from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moetrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both sides of a tokenised corpus, and the order in which to train on it.
+
+    ``fingerprint`` depends on the tokens and on ``seq_len``, not on where the text lies. ``domains`` names
+    the domain ids of the batches. ``order`` is a SampleOrder, or a MixtureOrder, of the seed given. ``val``
+    holds all held-out text of all parts, whatever their weights.
+    """
+
+    tokenizer: Tokenizer
+    train: PackedSplit
+    val: PackedSplit
+    domains: tuple[str, ...]
+    fingerprint: str
+    order: Order
+    folder: Path
+
+
+def prepare(cfg: DataConfig, seed: int = 0) -> Corpus:
+    """Tokenise the text of ``cfg`` into the cache, unless it is there, and open it.
+
+    Safe to call from several processes at once: one works, the others wait. The folder's key holds the
+    sources' fingerprints, the tokenizer and ``val_fraction``, so that changed text is prepared anew. Raises
+    UserError for everything that the user can mend.
+    """
+    if cfg.seq_len < 1:
+        raise UserError(f"data.seq_len={cfg.seq_len}: must be at least 1")
+    if not 0 < cfg.val_fraction < 1:
+        raise UserError(f"data.val_fraction={cfg.val_fraction}: must lie between 0 and 1")
+    root = cache_root(cfg.cache_dir)
+    tokenizer = _given_tokenizer(cfg.tokenizer)
+    parts = build_parts(cfg, root)
+    key = _key(cfg, parts, tokenizer)
+    folder = root / "corpora" / f"{type(cfg).__name__.removesuffix('Data').lower()}-{key[:20]}"
+
+    def build(temporary: Path) -> None:
+        write_corpus(temporary, cfg, parts, tokenizer, root)
+        if _key(cfg, parts, tokenizer) != key:
+            raise UserError(f"{', '.join(part.label for part in parts)}: changed while being read; run again")
+
+    build_once(folder, build)
+    return _open(folder, cfg, parts, seed)
+
+
+def _given_tokenizer(cfg: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer, or None when it has yet to be trained."""
+    if cfg.kind is TokenizerKind.bytes:
+        return ByteTokenizer()
+    if cfg.kind is TokenizerKind.bpe:
+        check_vocab_size(cfg.vocab_size)
+        return None
+    if cfg.path is None:
+        raise UserError(
+            "data.tokenizer.path is not set: kind file needs a tokenizer.json or a folder with one"
+        )
+    return load_tokenizer(cfg.path)
+
+
+def _key(cfg: DataConfig, parts: Sequence[Part], tokenizer: Tokenizer | None) -> str:
+    sources = [(part.name, part.source.fingerprint()) for part in parts]
+    tokens = tokenizer.fingerprint if tokenizer else digest_of("bpe", cfg.tokenizer.vocab_size, SAMPLE_BYTES)
+    return digest_of(FORMAT, sources, tokens, cfg.val_fraction)
+
+
+def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Corpus:
+    manifest, streams = open_store(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+        raise damaged(folder, f"{folder / 'tokenizer'} is not the tokenizer that it was made with")
+    fingerprint = digest_of(tokenizer.fingerprint, _hashes(manifest), cfg.seq_len)
+
+    def split(side: str) -> PackedSplit:
+        packing = Packing(
+            seq_len=cfg.seq_len,
+            eos_id=tokenizer.eos_id,
+            keep_documents=not cfg.cross_document_attention,
+            reset_positions=cfg.reset_positions,
+            pad_last=side == "val",
+        )
+        chosen = [streams[stream_name(index, side)] for index in range(len(parts))]
+        return PackedSplit(chosen, packing, tokenizer.token_bytes(), digest_of(fingerprint, side))
+
+    train = split("train")
+    for part, length, tokens in zip(parts, train.part_lengths, train.part_tokens, strict=True):
+        if not length:
+            raise UserError(
+                f"{part.label}: its training side has {tokens} tokens, fewer than one sequence of "
+                f"data.seq_len={cfg.seq_len} and its last label: give more text, or lower data.seq_len"
+            )
+    order: Order = SampleOrder(len(train), seed)
+    if len(parts) > 1:
+        order = MixtureOrder(train.part_lengths, [part.weight for part in parts], seed)
+    return Corpus(tokenizer, train, split("val"), tuple(manifest["domains"]), fingerprint, order, folder)
+
+
+def _hashes(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    streams = manifest["streams"].values()
+    return sorted((file["name"], file["sha256"]) for entry in streams for file in entry["files"])

@@ -1,0 +1,80 @@
+"""``moetrain report`` and ``moetrain status``: plain arguments, no Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetrain.report.page import write_report
+from moetrain.report.runs import RunData, check_run_folder, read_runs
+from moetrain.report.tables import NOTHING, duration, latest, planned_steps, status, whole
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """Write the report of the run folders in ``argv`` and print its path. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="moetrain report", description="Plots and tables of one or more runs in one HTML file."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as runs/NAME")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run folder; for several runs, in the working directory",
+    )
+    args = parser.parse_args(argv)
+    default = args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html")
+    print(write_report(args.runs, args.output or default))
+    return 0
+
+
+def status_command(argv: Sequence[str]) -> int:
+    """Print one line per run folder: step, loss, speed, last checkpoint, state. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="moetrain status", description="Where each run stands.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as runs/NAME")
+    for path in (runs := parser.parse_args(argv).runs):
+        check_run_folder(path)
+    head = ["run", "step", "loss", "val loss", "tokens/s", "last checkpoint", "state"]
+    print(_aligned([head, *(_status_row(run) for run in read_runs(runs))]))
+    return 0
+
+
+def last_checkpoint(run_dir: Path) -> str | None:
+    """Name of the checkpoint with the highest step; unfinished ones (hidden or ``.tmp``) do not count."""
+    folder = run_dir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    found = [(int(m.group(1)), name) for name in names if (m := re.fullmatch(r"[A-Za-z]\w*?(\d+)", name))]
+    return max(found)[1] if found else None
+
+
+def _status_row(run: RunData) -> list[str]:
+    step, planned, speed = run.last("step"), planned_steps(run), run.last("tokens_per_second")
+    done = f"{step:.0f}" if math.isfinite(step) else NOTHING
+    return [
+        run.name,
+        f"{done}/{planned:.0f}" if math.isfinite(planned) else done,
+        latest(run, "train/loss", 4),
+        latest(run, "val/loss", 4),
+        whole(speed),
+        last_checkpoint(run.path) or NOTHING,
+        _state(run),
+    ]
+
+
+def _state(run: RunData) -> str:
+    """As in the report; a run without a summary also tells how long ago it last wrote a step."""
+    when = run.last("time")
+    if run.summary or not math.isfinite(when):
+        return status(run)
+    return f"unfinished, last step {duration(max(0.0, time.time() - when))} ago"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

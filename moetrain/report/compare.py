@@ -1,0 +1,119 @@
+"""Arms of an experiment against each other: each arm is one config trained over several seeds."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from moetrain.errors import UserError
+from moetrain.report.plotting import MISSING, has_matplotlib, label, new_figure, run_style, say_empty, style
+from moetrain.report.runs import Array, RunData, read_run
+from moetrain.report.tables import NOTHING, fact, speed
+
+KEY = "val/bits_per_byte"
+
+
+def comparison_figure(arms: Mapping[str, Sequence[Path]], out: Path) -> Path:
+    """Draw validation bits per byte over training tokens as a PNG: thin lines for seeds, strong for means.
+
+    ``arms``: name -> run folders. The mean covers the evaluations that all of the arm's runs have.
+    Raises UserError without matplotlib, for a path that is no run folder, or where ``out`` cannot be written.
+    """
+    if not has_matplotlib():
+        raise UserError(MISSING)
+    with style():
+        figure = new_figure(7.0, 4.2)
+        axes = figure.subplots()
+        for i, (name, paths) in enumerate(arms.items()):
+            curves = [c for c in (_curve(read_run(path)) for path in paths) if c]
+            look = run_style(i)
+            for curve in curves:
+                axes.plot(*_sorted(curve), color=look["color"], linewidth=0.8, alpha=0.45)
+            if curves:
+                common = set.intersection(*(set(curve) for curve in curves))
+                mean = {x: sum(curve[x] for curve in curves) / len(curves) for x in common}
+                axes.plot(
+                    *_sorted(mean), label=_arm_label(name, len(curves)), marker="o", markersize=4, **look
+                )
+        axes.set(
+            xlabel="training tokens", ylabel="validation bits per byte", title="Validation bits per byte"
+        )
+        if axes.lines:
+            from matplotlib.ticker import EngFormatter
+
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.legend()
+        else:
+            say_empty(axes, "no evaluation yet")
+        _save(figure, out)
+    return out
+
+
+def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
+    """Markdown: one row per arm, mean and sample standard deviation over its runs of the last evaluation."""
+    columns: list[tuple[str, Callable[[list[RunData]], str]]] = [
+        ("validation bits per byte", lambda runs: _mean_std([r.last(KEY) for r in runs], 4)),
+        ("validation loss (nats/token)", lambda runs: _mean_std([r.last("val/loss") for r in runs], 4)),
+        ("parameters", lambda runs: _millions([fact(r, "params_total") for r in runs])),
+        ("active parameters", lambda runs: _millions([fact(r, "params_active") for r in runs])),
+        ("forward MFLOPs/token", lambda runs: _millions([fact(r, "flops_per_token") for r in runs], "")),
+        ("training tokens", lambda runs: _millions([r.last("tokens") for r in runs])),
+        ("tokens/s", lambda runs: _mean_std([speed(r) for r in runs], 0)),
+    ]
+    lines = ["| | runs | " + " | ".join(name for name, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * (len(columns) + 1))
+    for name, paths in arms.items():
+        runs = [read_run(path) for path in paths]
+        cells = [name.replace("|", "\\|"), str(len(runs)), *(text(runs) for _, text in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _curve(run: RunData) -> dict[float, float]:
+    """Tokens -> bits per byte of each evaluation; or the tokens of the step's training row."""
+    steps, values = run.series(KEY)
+    tokens = dict(zip(*(a.tolist() for a in run.series("tokens")), strict=True))
+    pairs = zip(steps.tolist(), values.tolist(), strict=True)
+    return {tokens[s]: v for s, v in pairs if s in tokens and math.isfinite(v)}
+
+
+def _sorted(curve: Mapping[float, float]) -> tuple[Array, Array]:
+    x = sorted(curve)
+    return np.array(x), np.array([curve[i] for i in x])
+
+
+def _arm_label(name: str, count: int) -> str:
+    return label(f"{name} (mean of {count})" if count > 1 else name)
+
+
+def _save(figure: object, out: Path) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", dpi=160)  # type: ignore[attr-defined]
+        os.replace(temporary, out)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _mean_std(values: Sequence[float], digits: int) -> str:
+    """``1.9876 ± 0.0123``; without the second part for one value; ``-`` if any value is missing."""
+    if not values or not all(math.isfinite(v) for v in values):
+        return NOTHING
+    mean = f"{np.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):,.{digits}f}"
+
+
+def _millions(values: Sequence[float], unit: str = " M") -> str:
+    """Millions with three digits; a range where the runs differ."""
+    if not values or not all(math.isfinite(v) for v in values):
+        return NOTHING
+    low, high = (f"{v / 1e6:.3g}" if v < 1e9 else f"{v / 1e6:,.0f}" for v in (min(values), max(values)))
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"

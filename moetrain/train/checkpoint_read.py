@@ -1,0 +1,174 @@
+"""Finding, checking and loading checkpoints; nothing here writes.
+
+Everything is collective over ``peers``: the ranks share the hashing between them, and all of them return the
+same or raise the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from moetrain.errors import UserError
+from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
+from moetrain.train.checkpoint_io import JsonReader, Peers, load_planner
+from moetrain.train.stopping import raising_peer_lost
+
+CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
+_STEP = re.compile(r"step_(\d{8,})")
+_LISTED = 10  # names in one message
+
+log = logging.getLogger(__name__)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The checkpoint after ``step`` optimizer steps, in a run's ``folder`` of checkpoints."""
+    return folder / f"step_{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in ``folder``, oldest first, damaged ones included."""
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"the checkpoint folder {folder} cannot be read: {error.strerror}") from error
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
+def problems_of(path: Path, peers: Peers) -> list[str]:
+    """What is wrong with the checkpoint at ``path``, one line per file, the same on every rank."""
+    found = [problem for share in peers.gather(verify(path, peers.rank, peers.world)) for problem in share]
+    return list(dict.fromkeys(found))
+
+
+def require_intact(path: Path, peers: Peers) -> None:
+    """Raises UserError naming the first damaged files of the checkpoint at ``path``."""
+    if not peers.from_first(path.is_dir):
+        raise UserError(f"there is no checkpoint at {path}")
+    problems = problems_of(path, peers)
+    if problems:
+        raise UserError(f"checkpoint {path} is damaged or incomplete: {listing(problems, '; ')}")
+
+
+def newest_valid(folder: Path, peers: Peers) -> Path | None:
+    """The newest intact checkpoint in ``folder``; a damaged one is named in a warning and passed over."""
+    for step in reversed(peers.from_first(lambda: steps_in(folder))):
+        path = step_folder(folder, step)
+        problems = problems_of(path, peers)
+        if not problems:
+            return path
+        if peers.rank == 0:
+            log.warning("checkpoint %s is damaged and is passed over: %s", path, listing(problems, "; "))
+    return None
+
+
+def find_checkpoint(path: Path, peers: Peers | None = None) -> Path:
+    """The intact checkpoint that ``path`` means: itself, or the newest valid one of a run folder.
+
+    Raises UserError when there is none or it is damaged.
+    """
+    peers = Peers(None, background=False) if peers is None else peers
+    path = Path(path)
+    for folder in (path / CHECKPOINTS, path):
+        count = len(peers.from_first(lambda folder=folder: steps_in(folder)))  # type: ignore[misc]
+        if count:
+            newest = newest_valid(folder, peers)
+            if newest is None:
+                raise UserError(f"all {count} checkpoint(s) in {folder} are damaged")
+            return newest
+    require_intact(path, peers)
+    return path
+
+
+def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Find the checkpoint that ``path`` means, fill ``tensors`` from it and return its extra; see the others.
+
+    Writes nothing, so that it may look into the folder of a running training.
+    """
+    peers = Peers(None, background=False)
+    return fill(find_checkpoint(path, peers), tensors, prefix, peers)
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    try:
+        return cast(dict[str, Any], json.loads((path / EXTRA).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / EXTRA} cannot be read: {error}") from error
+
+
+def fill(path: Path, tensors: Mapping[str, Tensor], prefix: str, peers: Peers) -> dict[str, Any]:
+    """Fill ``tensors`` in place from the intact checkpoint ``path``; returns its extra.
+
+    Only names that start with ``prefix`` count, and among them the two sides must agree in names, global
+    shapes and dtypes; else one UserError lists what differs and nothing has been changed.
+    """
+    metadata, complaint = _read_metadata(path)
+    peers.raise_together(complaint or _difference(path, metadata, tensors, prefix))
+    try:
+        with torch.no_grad(), raising_peer_lost(f"loading {path}"):
+            dcp_load(
+                dict(tensors),
+                storage_reader=JsonReader(path, metadata),
+                planner=load_planner(),
+                process_group=peers.group,
+                no_dist=peers.group is None,
+            )
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise UserError(f"checkpoint {path} cannot be read: rank {rank}: {one_line(cause)}") from error
+    return read_extra(path)
+
+
+def _read_metadata(path: Path) -> tuple[Metadata, str | None]:
+    try:
+        return decode_metadata((path / METADATA).read_text()), None
+    except (OSError, FormatError, UnicodeDecodeError) as error:
+        return Metadata({}), f"checkpoint {path} cannot be read: {METADATA}: {error}"
+
+
+def _difference(path: Path, metadata: Metadata, tensors: Mapping[str, Tensor], prefix: str) -> str | None:
+    """One line on how the stored names, shapes and dtypes differ from ``tensors``; None if they agree."""
+    stored: dict[str, Any] = {n: e for n, e in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+    complaints = [f"{name} is not in the checkpoint" for name in tensors if name not in stored]
+    complaints += [f"{name} is in the checkpoint only" for name in stored if name not in tensors]
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            complaints.append(f"{name} is on the meta device: it has no memory to load into")
+        elif name in stored:
+            there = _describe(stored[name].properties.dtype, stored[name].size)
+            here = _describe(tensor.dtype, tensor.shape)
+            if there != here:
+                complaints.append(f"{name} is {there} in the checkpoint and {here} here")
+    if not complaints:
+        return None
+    head = f"checkpoint {path} is of another model or optimizer: {len(complaints)} difference(s): "
+    return head + listing(complaints, "; ")
+
+
+def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{dtype_name(dtype)}{list(shape)}"
+
+
+def listing(items: Sequence[str], separator: str) -> str:
+    """At most ten of ``items``, and how many more there are."""
+    more = len(items) - _LISTED
+    return separator.join([*items[:_LISTED], *([f"and {more} more"] if more > 0 else [])])
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,50 @@
+"""Evaluation on held-out documents: exact sums over all ranks, in total and per domain.
+
+Shapes: B batch, S sequence, M domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from moetrain.data import Batch
+from moetrain.parallel.apply import reshard
+from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.train.metrics import EvalSums
+from moetrain.train.task import NextToken, batch_arguments
+
+
+@torch.no_grad()
+def evaluate(
+    task: NextToken, batches: Iterable[Batch], domains: Sequence[str], seed: int
+) -> tuple[EvalSums, dict[str, EvalSums]]:
+    """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
+
+    Changes nothing that training sees: no gradient, no router state, no random state.
+    """
+    device = next(task.parameters()).device
+    sums = torch.zeros(3, max(len(domains), 1), dtype=torch.float64, device=device)  # nats, tokens, bytes
+    was_training = task.training
+    task.eval()
+    try:
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            output = task(**batch_arguments(batch, seed, step=0), per_token=True)
+            asked_BS = batch.labels_BS != -100
+            domain_n = batch.domain_ids_BS[asked_BS]
+            for row, values_BS in enumerate((output.nll_BS, asked_BS, batch.byte_counts_BS)):
+                sums[row].index_add_(0, domain_n, values_BS[asked_BS].double())
+        reshard(task)
+    finally:
+        task.train(was_training)
+    all_reduce_sum_(sums)
+    columns = sums.t().tolist()
+    per_domain = {
+        name: EvalSums(nats, int(tokens), int(size))
+        for name, (nats, tokens, size) in zip(domains, columns, strict=False)
+        if tokens
+    }
+    total = sums.sum(1).tolist()
+    return EvalSums(total[0], int(total[1]), int(total[2])), per_domain

@@ -1,0 +1,259 @@
+"""``moetrain train``: build everything that a config names, train, and leave a finished run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.config.compose import to_yaml
+from moetrain.config.schema import Precision, TrainConfig
+from moetrain.config.validate import validate
+from moetrain.data import Corpus, TrainLoader, prepare, val_batches
+from moetrain.errors import UserError
+from moetrain.models.count import count_parameters, flops_per_token
+from moetrain.models.decoder import Decoder
+from moetrain.moe.balance import BiasController, Controller, RunningLoad, make_terms
+from moetrain.parallel.apply import parallelize
+from moetrain.parallel.distributed import (
+    barrier,
+    broadcast_object,
+    init_from_env,
+    is_main,
+    local_world,
+    rank,
+    shutdown,
+    world,
+)
+from moetrain.parallel.mesh import build_meshes
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.evaluate import evaluate
+from moetrain.train.loop import Loop, Surroundings
+from moetrain.train.metrics import LossMonitor, ThroughputMeter, eval_row
+from moetrain.train.optim import build_optimizer
+from moetrain.train.progress import build_progress
+from moetrain.train.run_dir import RunDir, write_atomic
+from moetrain.train.sample import TOKENIZER, write_sample
+from moetrain.train.state import TrainState
+from moetrain.train.step import TrainStep
+from moetrain.train.stopping import StopFlag, peer_lost
+from moetrain.train.task import NextToken
+from moetrain.train.trackers import build_tracker
+
+_AUTOCAST = {Precision.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run's parts, from config to live objects."""
+
+    corpus: Corpus
+    state: TrainState
+    step: TrainStep
+    summary: dict[str, Any]
+
+
+def train(cfg: TrainConfig) -> int:
+    """Train as ``cfg`` says; returns the exit code. Raises UserError for what the user can mend."""
+    device = resolve_device(cfg.train.device)
+    warnings = validate(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    init_from_env(device=device)
+    try:
+        return _train(cfg, device, warnings)
+    except Exception as error:
+        if world() > 1 and peer_lost(error):
+            print(f"moetrain: error: rank {rank()}: {error}", flush=True)
+            os._exit(1)  # leaving the process group could wait for the dead rank
+        raise
+    finally:
+        shutdown()
+
+
+def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:
+    started = time.monotonic()
+    _set_up_torch(cfg, device)
+    run_dir = RunDir(run_path(cfg), rank())
+    checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
+    resume_from = checkpointer.resolve(cfg.resume)
+    built = build(cfg, device)
+    state = built.state
+    if resume_from is not None:
+        state.load(checkpointer, resume_from)
+    run_dir.truncate_after(state.step)
+    run_dir.write_config(to_yaml(cfg))
+    run_dir.write_environment(cfg.train.seed, world())
+    if is_main():
+        built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
+    tracker = build_tracker(cfg.tracker, rank())
+    tracker.start(run_dir.path, json.loads(json.dumps(built.summary)), state.step)
+    ok = False
+    try:
+        with (
+            build_progress(cfg.train.steps, state.step, rank()) as progress,
+            StopFlag(run_dir.stop_file) as stop,
+        ):
+            for line in [*warnings, *_opening_lines(cfg, run_dir, built, resume_from)]:
+                progress.say(line)
+            around = Surroundings(run_dir, checkpointer, tracker, progress, stop)
+            judge = partial(_evaluate, cfg, built)
+            loop = Loop(state, built.step, judge, around, cfg.train, cfg.checkpoint, cfg.schedule)
+            finished = loop.run()
+        ok = True
+        _close(cfg, run_dir, built, finished, stop.reason, time.monotonic() - started)
+    finally:
+        tracker.finish(ok)
+        state.loader.close()
+        run_dir.close()
+    return 0
+
+
+def build(cfg: TrainConfig, device: str) -> Built:
+    """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait."""
+    corpus = _prepare_in_turn(cfg)
+    vocab_size = _vocab_size(cfg, corpus)
+    torch.manual_seed(cfg.train.seed)
+    try:
+        model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if cfg.train.precision is Precision.fp64:
+        model = model.double()
+    counts = count_parameters(model)
+    task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
+    parallelize(task, build_meshes(cfg.parallel, world(), device), cfg.train.recompute, cfg.train.compile)
+    optimizer = build_optimizer(task, cfg.optim)
+    sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
+    loader = TrainLoader(
+        corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world()
+    )
+    controllers = _controllers(cfg, model)
+    monitor = LossMonitor(cfg.train.spike_factor)
+    terms = make_terms(cfg.balance.losses)
+    step = TrainStep(
+        task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed
+    )
+    state = TrainState(task, optimizer, controllers, loader, monitor, ThroughputMeter())
+    summary = {
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "flops_per_token": flops_per_token(cfg.model, cfg.router, cfg.data.seq_len, vocab_size),
+        "vocab_size": vocab_size,
+        "train_tokens": corpus.train.num_tokens,
+        "val_tokens": corpus.val.num_tokens,
+    }
+    return Built(corpus, state, step, summary)
+
+
+def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
+    layers = model.moe_layers()
+    controllers: list[Controller] = []
+    if layers and cfg.balance.bias_rate:
+        controllers.append(BiasController([m.router for m in layers.values()], cfg.balance.bias_rate))
+    if layers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
+        controllers.append(RunningLoad(len(layers), cfg.model.num_experts))
+    return controllers
+
+
+def _prepare_in_turn(cfg: TrainConfig) -> Corpus:
+    if is_main():
+        corpus = prepare(cfg.data, cfg.train.seed)
+        barrier()
+        return corpus
+    barrier()
+    return prepare(cfg.data, cfg.train.seed)
+
+
+def _vocab_size(cfg: TrainConfig, corpus: Corpus) -> int:
+    needed = corpus.tokenizer.vocab_size
+    if cfg.model.vocab_size is not None and cfg.model.vocab_size < needed:
+        raise UserError(
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's {needed}: "
+            "raise it, or set model.vocab_size=null"
+        )
+    return cfg.model.vocab_size or needed
+
+
+def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
+    batches = val_batches(
+        built.corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, rank(), world()
+    )
+    total, domains = evaluate(built.state.task, batches, built.corpus.domains, cfg.train.seed)
+    return eval_row(built.state.step, built.state.tokens, total, domains)
+
+
+def run_path(cfg: TrainConfig) -> Path:
+    """The run's folder, the same on all ranks: rank 0's clock names a run that has no name."""
+    if cfg.run.dir is not None:
+        return Path(cfg.run.dir)
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return Path(cfg.run.root) / (cfg.run.name or str(broadcast_object(now)))
+
+
+def resolve_device(device: str) -> str:
+    """cpu or cuda; ``auto`` takes a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _set_up_torch(cfg: TrainConfig, device: str) -> None:
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cfg.train.threads or max(1, cores // local_world()))
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+
+
+def _opening_lines(cfg: TrainConfig, run_dir: RunDir, built: Built, resumed: Path | None) -> list[str]:
+    s = built.summary
+    where = f"{world()} process(es) on {platform.processor() or platform.machine()}, {cfg.train.precision.value}"
+    lines = [
+        f"run folder {run_dir.path}  ({where})",
+        f"{s['params_total'] / 1e6:.2f} M parameters, {s['params_active'] / 1e6:.2f} M active per token; "
+        f"{s['train_tokens'] / 1e6:.2f} M training tokens, vocabulary {s['vocab_size']}",
+    ]
+    if resumed is not None:
+        lines.append(f"resuming from {resumed}: {built.state.step} steps done")
+    return lines
+
+
+def _close(
+    cfg: TrainConfig, run_dir: RunDir, built: Built, finished: bool, reason: str | None, seconds: float
+) -> None:
+    """The sample, the summary, the report, and a last line that says what to do next."""
+    from moetrain.report import write_report
+
+    state = built.state
+    if not finished:
+        if is_main():
+            print(
+                f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}; "
+                "the same command goes on from there"
+            )
+        return
+    text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
+    if not is_main():
+        return
+    from moetrain.train.run_dir import read_metrics
+
+    last = [row for row in read_metrics(run_dir.path) if "val/loss" in row][-1]
+    summary = built.summary | {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "train_seconds": round(state.meter.seconds, 1),
+        "wall_seconds": round(seconds, 1),
+        **{key: last[key] for key in ("val/loss", "val/perplexity", "val/bits_per_byte")},
+    }
+    write_atomic(run_dir.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report = write_report([run_dir.path], run_dir.report_file)
+    print(f"\nsample:\n{text}\n")
+    print(f"validation: loss {last['val/loss']:.4f}, {last['val/bits_per_byte']:.4f} bits per byte")
+    print(f"report: {report}")
+    print(f"write more: moetrain generate checkpoint={run_dir.path} prompt='def '")

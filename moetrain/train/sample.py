@@ -1,0 +1,102 @@
+"""Text from a model: the sample at the end of training, and ``moetrain generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from moetrain.config.compose import load_yaml
+from moetrain.config.schema import GenerateConfig, LoopConfig, Precision
+from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.errors import UserError
+from moetrain.models.decoder import Decoder
+from moetrain.models.generate import generate
+from moetrain.parallel.apply import reshard
+from moetrain.parallel.distributed import is_main
+from moetrain.train.checkpoint_read import CHECKPOINTS, find_checkpoint, load_checkpoint
+from moetrain.train.run_dir import RunDir, write_atomic
+from moetrain.train.state_dict import MODEL, model_tensors
+from moetrain.train.task import NextToken
+
+TOKENIZER = "tokenizer"  # the folder of a run folder that holds its tokenizer
+_TEMPERATURE, _TOP_P = 0.8, 0.95
+
+
+def write_sample(task: NextToken, tokenizer: Tokenizer, cfg: LoopConfig, run_dir: RunDir, step: int) -> str:
+    """Continue ``train.sample_prompt``, keep the text in ``samples/`` and return it. All ranks take part."""
+    if isinstance(task, FSDPModule):
+        task.unshard()
+    try:
+        text = continue_text(
+            task.model, tokenizer, cfg.sample_prompt, cfg.sample_tokens, _TEMPERATURE, None, _TOP_P, cfg.seed
+        )
+    finally:
+        reshard(task)
+    if is_main():
+        write_atomic(run_dir.samples / f"step_{step:08d}.txt", text + "\n")
+    return text
+
+
+def continue_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> str:
+    """``prompt`` and what the model writes after it; an empty prompt starts a document."""
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    was_training = model.training
+    model.eval()
+    try:
+        new_ids = generate(
+            model,
+            prompt_ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            eos_id=tokenizer.eos_id,
+        )
+    finally:
+        model.train(was_training)
+    return prompt + tokenizer.decode(new_ids)
+
+
+def generate_app(cfg: GenerateConfig) -> int:
+    """``moetrain generate``: print the prompt and its continuation. Returns the exit code."""
+    prompt = _prompt(cfg)
+    checkpoint = find_checkpoint(Path(cfg.checkpoint))
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+    trained = load_yaml(run_dir / "config.yaml")
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
+    vocab_size = trained.model.vocab_size or tokenizer.vocab_size
+    model = Decoder(trained.model, trained.router, trained.experts, vocab_size)
+    if trained.train.precision is Precision.fp64 or cfg.precision is Precision.fp64:
+        model = model.double()
+    load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL)
+    model = model.to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
+        text = continue_text(
+            model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
+        )
+    print(text)
+    return 0
+
+
+def _prompt(cfg: GenerateConfig) -> str:
+    if (cfg.prompt is None) == (cfg.prompt_file is None):
+        raise UserError("give exactly one of prompt=... and prompt_file=...")
+    if cfg.prompt is not None:
+        return cfg.prompt
+    try:
+        return Path(str(cfg.prompt_file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file={cfg.prompt_file} cannot be read as text: {error}") from None

@@ -1,0 +1,64 @@
+"""What a checkpoint holds: everything that the next step depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.data import TrainLoader
+from moetrain.moe.balance import Controller
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.metrics import LossMonitor, ThroughputMeter
+from moetrain.train.rng import rng_state, set_rng_state
+from moetrain.train.state_dict import model_tensors, optimizer_tensors
+from moetrain.train.task import NextToken
+
+
+@dataclass
+class TrainState:
+    """The live objects of a run, and its position. ``step`` counts finished optimizer steps."""
+
+    task: NextToken
+    optimizer: torch.optim.Optimizer
+    controllers: Sequence[Controller]
+    loader: TrainLoader
+    monitor: LossMonitor
+    meter: ThroughputMeter
+    step: int = 0
+    tokens: int = 0
+    skipped: tuple[int, ...] = ()  # steps (from 0) whose update was withheld
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor; a load fills them in place."""
+        tensors = model_tensors(self.task.model) | optimizer_tensors(self.task.model, self.optimizer)
+        for controller in self.controllers:
+            tensors |= {f"controller.{name}": tensor for name, tensor in controller.tensors().items()}
+        return tensors
+
+    def save(self, checkpointer: Checkpointer) -> Path:
+        """Write a checkpoint of the state after ``step`` steps."""
+        extra: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": list(self.skipped),
+            "loader": self.loader.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "meter": self.meter.state_dict(),
+            "rng": rng_state(),
+        }
+        return checkpointer.save(self.step, self.tensors(), extra)
+
+    def load(self, checkpointer: Checkpointer, path: Path) -> None:
+        """Become the state that the checkpoint at ``path`` holds."""
+        extra = checkpointer.load(path, self.tensors())
+        self.step, self.tokens = int(extra["step"]), int(extra["tokens"])
+        self.skipped = tuple(extra["skipped"])
+        self.loader.load_state_dict(extra["loader"])
+        self.monitor.load_state_dict(extra["monitor"])
+        self.meter.load_state_dict(extra["meter"])
+        set_rng_state(extra["rng"])

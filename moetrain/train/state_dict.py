@@ -1,0 +1,175 @@
+"""A model's and an optimizer's state as named tensors, and the random generators' as JSON.
+
+The tensors are the live ones, not copies: saving reads them, and loading fills them in place, which is all
+that restoring takes. Names are those of the unwrapped model (``torch.compile`` and activation checkpointing
+add nothing), so that they do not depend on how it runs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moetrain.errors import UserError
+
+MODEL, OPTIM = "model.", "optim."
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WORD = np.dtype("<u4")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """``model.<name>`` -> parameter or persistent buffer. A tied tensor comes once, under its first name.
+
+    Parameters sharded by FSDP2 come as DTensors, also right after a forward pass that left them gathered.
+    """
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} in the model's state is a {type(value).__name__}, not a tensor")
+        if id(value) not in seen:
+            seen.add(id(value))
+            named[MODEL + _plain(name)] = value
+    return named
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """``optim.<parameter name>.<key>`` -> state tensor, for every parameter that the optimizer updates.
+
+    State that does not exist yet, because no step was taken, is made: zeros, in the shapes of a first step.
+    Parameters, gradients and random generators stay as they are. Learning rates and the like are not state:
+    they come from the config. Raises TypeError for state that is not a tensor and ValueError for a parameter
+    that is not the model's.
+    """
+    names = {id(p): name.removeprefix(MODEL) for name, p in model_tensors(model).items()}
+    named: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in names:
+                raise ValueError(
+                    f"the optimizer updates a parameter of shape {list(p.shape)} not in the model"
+                )
+            if p.requires_grad and not optimizer.state.get(p):
+                _make_state(optimizer, group, p)
+            for key, value in optimizer.state.get(p, {}).items():
+                if value is None:
+                    continue
+                if not isinstance(value, Tensor):
+                    kind = type(value).__name__
+                    raise TypeError(f"optimizer state {key} of {names[id(p)]} is a {kind}, not a tensor")
+                named[f"{OPTIM}{names[id(p)]}.{key}"] = value
+    return named
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into the optimizer the values of its names in ``tensors``, of which others are left aside.
+
+    Nothing to do for the tensors of :func:`optimizer_tensors` itself, which are the optimizer's own. Raises
+    ValueError if a name is missing.
+    """
+    own = optimizer_tensors(model, optimizer)
+    missing = [name for name in own if name not in tensors]
+    if missing:
+        raise ValueError(f"{len(missing)} optimizer tensors are missing, the first is {missing[0]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensors[name] is not tensor:
+                tensor.copy_(tensors[name])
+
+
+def _make_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> None:
+    """Give ``p`` the state that a first step makes, all zero, by taking that step on a stand-in for ``p``."""
+    stand_in = torch.zeros_like(p).requires_grad_()
+    stand_in.grad = torch.zeros_like(p)
+    groups = optimizer.param_groups
+    own = [(g["params"], g["lr"]) for g in groups]
+    devices = [p.device.index] if p.is_cuda else []
+    try:
+        for g in groups:
+            g["params"] = [stand_in] if g is group else []
+            # A rate of zero: the step may skip what it would look up for a parameter that it knows.
+            g["lr"] = torch.zeros_like(g["lr"]) if isinstance(g["lr"], Tensor) else 0.0
+        with torch.random.fork_rng(devices=devices):
+            optimizer.step()
+    finally:
+        for g, (params, lr) in zip(groups, own, strict=True):
+            g["params"], g["lr"] = params, lr
+        state = optimizer.state.pop(stand_in, {})
+    for value in state.values():
+        if isinstance(value, Tensor):
+            value.zero_()
+    if state:
+        optimizer.state[p] = state
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random generators: torch's (and its current CUDA device's, if any), numpy's and Python's.
+
+    JSON-able, with byte and word states in hexadecimal. Noise that must not depend on the layout is stateless
+    and needs none of this; one rank's state is enough for the rest.
+    """
+    version, words, gauss = random.getstate()
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    state: dict[str, Any] = {
+        "torch": _hex(torch.get_rng_state().numpy()),
+        "python": {"version": version, "words": _hex(np.array(words, _WORD)), "gauss": gauss},
+        "numpy": {
+            "generator": numpy["bit_generator"],
+            "words": _hex(numpy["state"]["key"].astype(_WORD)),
+            "position": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _hex(torch.cuda.get_rng_state().numpy())
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned. A CUDA state is left aside on a machine without CUDA.
+
+    Raises UserError for a state that this version of Python, numpy or torch does not take.
+    """
+    try:
+        python, numpy = state["python"], state["numpy"]
+        random.setstate((python["version"], tuple(_words(python["words"]).tolist()), python["gauss"]))
+        np.random.set_state(
+            (
+                numpy["generator"],
+                _words(numpy["words"]),
+                numpy["position"],
+                numpy["has_gauss"],
+                numpy["gauss"],
+            )
+        )
+        torch.set_rng_state(_bytes(state["torch"]))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's random state does not fit this installation: {error!r}") from error
+
+
+def _hex(array: Any) -> str:
+    data: bytes = array.tobytes()
+    return data.hex()
+
+
+def _words(text: str) -> Any:
+    return np.frombuffer(bytes.fromhex(text), _WORD)
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,145 @@
+"""One optimizer step: micro-batches, balance losses, one gradient rule, clip, update, controllers.
+
+Shapes: L MoE layers, E experts.
+
+The gradient rule: every loss is divided by the step's global count before its backward pass, and gradients
+are summed over micro-batches and ranks. Nothing is averaged, so no layout changes what a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.data import Batch
+from moetrain.moe import Routing
+from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
+from moetrain.moe.balance.losses import first_choices_BE
+from moetrain.parallel.apply import sync_gradients
+from moetrain.parallel.clip import clip_, global_norm
+from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.train.metrics import LossMonitor, RoutingStats, RoutingSummary
+from moetrain.train.task import NextToken, batch_arguments
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. ``problem`` is a phrase where the update was withheld, else None."""
+
+    loss: float  # nats per target token, of the global batch
+    grad_norm: float
+    tokens: int  # target tokens and all others, of the global batch
+    aux: dict[str, list[float]]
+    routing: RoutingSummary
+    problem: str | None
+
+
+class TrainStep:
+    """Runs optimizer steps on a task; holds no state of its own beyond what it was given."""
+
+    def __init__(
+        self,
+        task: NextToken,
+        optimizer: torch.optim.Optimizer,
+        terms: Sequence[LossTerm],
+        controllers: Sequence[Controller],
+        monitor: LossMonitor,
+        clip_norm: float | None,
+        seed: int,
+    ) -> None:
+        self.task, self.optimizer, self.terms, self.controllers = task, optimizer, terms, controllers
+        self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
+        layers = task.model.moe_layers()
+        self.device = next(task.parameters()).device
+        num_experts = next(iter(layers.values())).router.num_experts if layers else 0
+        self.stats = RoutingStats(list(layers), num_experts, self.device)
+        self._counts_globally = bool(layers) and any(t.scope == "global_batch" for t in terms if t.name != "z")
+        self._counts_first = any(t.name == "gshard_first" for t in terms)
+        self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
+
+    def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
+        """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
+        batches = [batch.to(self.device) for batch in batches]
+        targets, tokens = self._global_counts(batches)
+        counts = self._count_ahead(step, batches) if self._counts_globally and len(batches) > 1 else None
+        nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        aux_sums: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            sync_gradients(self.task, last=index == len(batches) - 1)
+            output = self.task(**batch_arguments(batch, self.seed, step))
+            totals = self._totals(tokens, output.records, counts)
+            extra, raw = total_loss(output.records, self.terms, totals)
+            loss = output.nll_sum / max(targets, 1)
+            (loss if extra is None else loss + extra).backward()
+            nll_sum += output.nll_sum.detach()
+            self.stats.add([record.detach() for record in output.records])
+            for key, values_L in raw.items():
+                aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
+        return self._finish(nll_sum, aux_sums, targets, tokens)
+
+    def _finish(
+        self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int
+    ) -> StepResult:
+        all_reduce_sum_(nll_sum, *aux_sums.values())
+        routing = self.stats.reduce(dist.group.WORLD if dist.is_initialized() else None)
+        parameters = list(self.task.parameters())
+        norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
+        loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
+        problem = self.monitor.check(loss, grad_norm)
+        if problem is None:
+            self.optimizer.step()
+            for controller in self.controllers:
+                controller.update(routing.demand_LE)
+        else:
+            problem += self._culprit()
+        self.optimizer.zero_grad(set_to_none=True)
+        aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
+        return StepResult(loss, grad_norm, tokens, aux, routing, problem)
+
+    def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """(target tokens, valid tokens) of the whole step."""
+        counts = torch.tensor(
+            [sum(b.num_targets for b in batches), sum(_valid_tokens(b) for b in batches)], dtype=torch.int64
+        )
+        all_reduce_sum_(counts)
+        return int(counts[0]), int(counts[1])
+
+    def _totals(self, tokens: int, records: list[Routing], counts: tuple[Tensor, Tensor] | None) -> StepTotals:
+        if self._counts_globally and counts is None:  # one micro-batch: its own forward has the counts
+            counts = self._summed([records])
+        running_LE = None if self._running is None else self._running.share_LE.to(self.device)
+        if counts is None:
+            return StepTotals(max(tokens, 1), running_LE=running_LE)
+        return StepTotals(max(tokens, 1), counts[0], counts[1], running_LE)
+
+    @torch.no_grad()
+    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """The step's load before its first backward pass: one forward without gradient per micro-batch."""
+        return self._summed([self.task(**batch_arguments(b, self.seed, step)).records for b in batches])
+
+    def _summed(self, records: list[list[Routing]]) -> tuple[Tensor, Tensor]:
+        demand_LE = sum(torch.stack([r.demand_E for r in routings]) for routings in records)
+        assert isinstance(demand_LE, Tensor)
+        first_LE = torch.zeros_like(demand_LE)
+        if self._counts_first:
+            for routings in records:
+                first_LE += torch.stack([first_choices_BE(r).sum(0) for r in routings])
+        all_reduce_sum_(demand_LE, first_LE)
+        return demand_LE, first_LE
+
+    def _culprit(self) -> str:
+        """The first parameter with a gradient that is not finite, of this rank's shards, as a phrase."""
+        for name, parameter in self.task.named_parameters():
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            if grad is not None and not bool(grad.isfinite().all()):
+                return f"; first parameter with a gradient that is not finite: {name.removeprefix('model.')}"
+        return ""
+
+
+def _valid_tokens(batch: Batch) -> int:
+    return batch.input_ids_BS.numel() if batch.valid_BS is None else int(batch.valid_BS.sum())

@@ -1,0 +1,90 @@
+"""The training task: a batch becomes a sum of losses, a count, and the routings of its MoE layers.
+
+Shapes: B batch, S sequence, T = B S tokens, V vocabulary. Next-token prediction is the one task today.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.data import Batch
+from moetrain.models.cache import KVCache
+from moetrain.models.decoder import Decoder
+from moetrain.models.loss import cross_entropy_sum, token_nll
+from moetrain.moe import RouterContext, Routing
+
+
+class TaskOutput(NamedTuple):
+    """A pytree, as FSDP2 wants of a module's output; what was not asked for is None."""
+
+    nll_sum: Tensor | None
+    nll_BS: Tensor | None
+    logits_BSV: Tensor | None
+    records: list[Routing]
+
+
+class NextToken(nn.Module):
+    """The root module of training: the decoder and its loss, so that FSDP gathers the head's weight for both.
+
+    ``autocast_dtype`` is that of the matrix products; None leaves the parameters' own.
+    """
+
+    def __init__(self, model: Decoder, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """What ``parallelize`` wraps one by one."""
+        return self.model.blocks
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        ctx: RouterContext | None = None,
+        doc_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        per_token: bool = False,
+    ) -> TaskOutput:
+        """With labels: the summed loss in nats, or each token's (``per_token``, no gradient); else logits."""
+        with self._autocast(input_ids_BS.device.type):
+            hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache)
+            if labels_BS is None:
+                return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
+            if per_token:
+                nll_BS = token_nll(hidden_BSD, self.model.head_weight, labels_BS)
+                return TaskOutput(None, nll_BS, None, records)
+            nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, labels_BS)
+            return TaskOutput(nll_sum, None, None, records)
+
+    def _autocast(self, device: str) -> AbstractContextManager[object]:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(device, dtype=self.autocast_dtype, enabled=enabled)
+
+
+def batch_arguments(batch: Batch, seed: int, step: int) -> dict[str, object]:
+    """The keyword arguments of :class:`NextToken` for a batch (labels included)."""
+    rows, seq = batch.input_ids_BS.shape
+    ctx = RouterContext(
+        batch=rows,
+        seq=seq,
+        sample_ids_B=batch.sample_ids_B,
+        token_ids_T=batch.input_ids_BS.reshape(-1),
+        valid_T=None if batch.valid_BS is None else batch.valid_BS.reshape(-1),
+        seed=seed,
+        step=step,
+    )
+    return {
+        "input_ids_BS": batch.input_ids_BS,
+        "labels_BS": batch.labels_BS,
+        "ctx": ctx,
+        "doc_ids_BS": batch.doc_ids_BS,
+        "positions_BS": batch.positions_BS,
+    }

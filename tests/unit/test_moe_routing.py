@@ -1,0 +1,130 @@
+"""The Routing value and the context's noise.
+
+Shapes: T tokens, E experts, N assignments, B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moetrain.moe import RouterContext, Routing, build_router
+
+
+def routing() -> Routing:
+    """Five tokens of two sequences, four experts; expert 1 is empty, token 3 is padding."""
+    return Routing(
+        token_ids_N=torch.tensor([0, 2, 4, 1, 2]),
+        weights_N=torch.tensor([0.5, 0.25, 1.0, 0.5, 0.75]),
+        counts_E=torch.tensor([3, 0, 1, 1]),
+        num_tokens_B=torch.tensor([3, 1]),
+        demand_BE=torch.tensor([[2, 0, 1, 1], [1, 0, 0, 0]]),
+        valid_T=torch.tensor([True, True, True, False, True]),
+    )
+
+
+def test_a_good_routing_passes() -> None:
+    r = routing()
+    r.check()
+    assert r.expert_ids_N().tolist() == [0, 0, 0, 2, 3]
+    assert (r.num_experts, int(r.num_tokens), r.demand_E.tolist()) == (4, 4, [3, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts_E": torch.tensor([3, 0, 1, 0])}, "counts_E sums to 4, but there are 5 assignments"),
+        ({"weights_N": torch.ones(5, 1)}, r"weights_N has shape \(5, 1\), expected \(5,\)"),
+        ({"weights_N": torch.ones(5).bfloat16()}, "weights_N is torch.bfloat16, expected fp32 or fp64"),
+        ({"demand_BE": torch.ones(4, 4).long()}, r"demand_BE has shape \(4, 4\)"),
+        ({"demand_BE": torch.tensor([[2, 0, 1, 1], [0, 0, 0, 0]])}, "more assignments than its demand"),
+        ({"token_ids_N": torch.tensor([2, 0, 4, 1, 2])}, "not sorted"),
+        ({"token_ids_N": torch.tensor([0, 2, 2, 1, 2])}, "or one occurs twice"),
+        ({"token_ids_N": torch.tensor([0, 2, 3, 1, 2])}, "a padding token is assigned"),
+    ],
+)
+def test_broken_invariants_are_named(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(routing(), **change).check()
+
+
+def test_it_is_immutable_and_a_pytree() -> None:
+    r = routing()
+    with pytest.raises(FrozenInstanceError):
+        r.counts_E = r.counts_E  # type: ignore[misc]
+    leaves, structure = pytree.tree_flatten(r)
+    again = pytree.tree_unflatten(leaves, structure)
+    assert isinstance(again, Routing)
+    assert all(getattr(again, f.name) is getattr(r, f.name) for f in fields(Routing))
+    doubled = pytree.tree_map(lambda t: t * 2 if isinstance(t, Tensor) and t.is_floating_point() else t, r)
+    assert torch.equal(doubled.weights_N, r.weights_N * 2)
+    assert doubled.scores_TE is None
+
+
+def test_detach_cuts_every_field_from_the_graph() -> None:
+    router = build_router("topk", d_model=3, num_experts=5)
+    live = router(torch.randn(6, 3), RouterContext.default(2, 3))
+    assert live.weights_N.requires_grad
+    assert live.scores_TE.requires_grad
+    cut = live.detach()
+    for f in fields(Routing):
+        one, other = getattr(live, f.name), getattr(cut, f.name)
+        assert (one is None) == (other is None)
+        assert other is None or (not other.requires_grad and torch.equal(one, other))
+
+
+def context(**changes: Any) -> RouterContext:
+    ctx = RouterContext(3, 4, torch.tensor([5, 2**40, 0]), seed=-3, step=10**9, layer=2)
+    return replace(ctx, **changes)
+
+
+def test_noise_equals_the_integer_arithmetic_of_its_definition() -> None:
+    ctx = context()
+    for columns in (None, 5):
+        got = ctx.uniform((12,) if columns is None else (12, columns), salt=77)
+        assert got.dtype == torch.float32
+        for b, sample in enumerate(ctx.sample_ids_B.tolist()):
+            for s in range(4):
+                for c in [None] if columns is None else range(columns):
+                    want = oracle.uniform(-3, 10**9, 2, 77, sample, s, c)
+                    assert float(got[4 * b + s] if c is None else got[4 * b + s, c]) == want
+
+
+def test_noise_is_uniform_open_and_unlike_under_every_part_of_its_key() -> None:
+    ctx = RouterContext(64, 32, torch.arange(64), seed=1)
+    draws = [ctx.uniform((2048, 4))] + [
+        replace(ctx, **change).uniform((2048, 4), salt)
+        for change, salt in [
+            ({"seed": 2}, 0), ({"step": 1}, 0), ({"layer": 1}, 0), ({}, 1), ({"sample_ids_B": torch.arange(64) + 64}, 0)
+        ]
+    ]  # fmt: skip
+    for u in draws:
+        assert 0 < float(u.min()) < 0.001
+        assert 0.999 < float(u.max()) < 1
+        assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    one = draws[0].view(64, 32, 4)
+    pairs = [(a, b) for i, a in enumerate(draws) for b in draws[:i]]
+    pairs += [(one[1:], one[:-1]), (one[:, 1:], one[:, :-1]), (one[..., 1:], one[..., :-1])]
+    for a, b in pairs:  # other keys, neighbouring samples, positions and columns
+        both = torch.stack([a.flatten(), b.flatten()]).double()
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 5 / both.shape[1] ** 0.5
+
+
+def test_noise_wants_one_row_a_token() -> None:
+    with pytest.raises(ValueError, match="uniform needs one row a token: 12, not 11"):
+        context().uniform((11, 2))
+
+
+def test_contexts_move_on_by_value() -> None:
+    ctx, prev = context(), routing()
+    moved = ctx.at_layer(7, prev)
+    assert (moved.layer, moved.prev, ctx.layer, ctx.prev) == (7, prev, 2, None)
+    assert ctx.positions_T.tolist() == [0, 1, 2, 3] * 3
+    assert ctx.sequence_ids_T.tolist() == [0] * 4 + [1] * 4 + [2] * 4
