@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(_without_launcher_options(args))
     except UserError as e:
-        return _fail(e, 2)
+        return _fail(e, e.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `moetrain train --cfg job | head`

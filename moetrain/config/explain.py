@@ -58,7 +58,8 @@ def explain(
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if not isinstance(cause, OmegaConfBaseException):
         return UserError(_other(error, culprit))
-    where = where or culprit or _file_named_in(error)
+    file = _file_named_in(error)
+    where = where or ": ".join(part for part in (culprit, file) if part) or "config"
     key = _full_key(cause, culprit)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(
         cause.parent_node, DictConfig
@@ -128,7 +129,7 @@ def _base_keys(compose: Compose) -> list[str]:
 
 def _file_named_in(error: Exception) -> str:
     found = re.match(r"In '([^']+)'", str(error))
-    return f"{found.group(1)}.yaml" if found else "config"
+    return f"{found.group(1)}.yaml" if found else ""
 
 
 def _full_key(cause: OmegaConfBaseException, culprit: str | None) -> str:
@@ -176,12 +177,12 @@ def _other(error: Exception, culprit: str | None) -> str:
     """Errors without a node: a group given a number, a key below null, a sweep without -m."""
     said = f"{culprit}: " if culprit else ""
     message = str(error)
+    if culprit and not key_of(culprit):
+        return _unreadable(culprit, "there is no key")
     if culprit and "group override must be" in message:
         return f"{said}{key_of(culprit)} is a group; give the name of one of its options"
     if culprit and ("Ambiguous value" in message or "requires --multirun" in message):
         return f"{said}several values need -m (a sweep); for one list write {key_of(culprit)}=[a,b]"
-    if culprit and not key_of(culprit):
-        return _unreadable(culprit, "there is no key")
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return f"{said}{' '.join(lines[:2]) or type(error).__name__}"
 

@@ -100,11 +100,11 @@ def _jobs(overrides: list[str]) -> list[list[str]]:
         raise explain(e, [], lambda _: OmegaConf.create()) from e
     choices = []
     for o in parsed:
-        if o.is_hydra_override():
-            continue
         key = o.get_key_element()
         if o.is_discrete_sweep():
             choices.append([f"{key}={value}" for value in o.sweep_string_iterator()])
         elif not o.is_sweep_override():
             choices.append([o.input_line or ""])
+        elif not any(line.startswith("hydra/sweeper=") for line in overrides):
+            raise UserError(f"{o.input_line}: a sweep takes values (a,b), choice() or range()")
     return [list(combination) for combination in itertools.product(*choices)]

@@ -18,13 +18,13 @@ from moetrain.models.rope import Rope, apply_rope
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
-    """(query heads, key and value heads, head width), nulls resolved. Raises UserError where they do not fit."""
+    """(query heads, key and value heads, head width), nulls resolved. Raises UserError if they do not fit."""
     num_kv_heads = cfg.num_heads if cfg.num_kv_heads is None else cfg.num_kv_heads
     if num_kv_heads < 1 or cfg.num_heads % num_kv_heads:
         raise UserError(f"model.num_kv_heads={num_kv_heads} must divide model.num_heads={cfg.num_heads}")
     if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
         raise UserError(
-            f"model.num_heads={cfg.num_heads} must divide model.d_model={cfg.d_model}; else give model.head_dim"
+            f"model.num_heads={cfg.num_heads} must divide model.d_model={cfg.d_model}; or set model.head_dim"
         )
     head_dim = cfg.d_model // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
     if head_dim < 2 or head_dim % 2:

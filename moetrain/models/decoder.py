@@ -87,8 +87,7 @@ class Decoder(nn.Module):
     """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
 
     Raises UserError where widths and heads do not fit, ValueError where the router's options do not.
-    Nothing in it depends on the device it is built on: under torch.device("meta") or fake tensors it can be
-    counted, and after ``to_empty`` initialised by :meth:`reset_parameters`.
+    It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
     """
 
     def __init__(
@@ -137,9 +136,7 @@ class Decoder(nn.Module):
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
         x_BSD = F.embedding(input_ids_BS, self.embed_VD)
         rope = self._rope(positions_BS, x_BSD.dtype)
-        mask = attention_mask(
-            seq, cached, self.cfg.sliding_window, doc_ids_BS, product_dtype(x_BSD), device
-        )
+        mask = attention_mask(seq, cached, self.cfg.sliding_window, doc_ids_BS, product_dtype(x_BSD), device)
         records: list[Routing] = []
         for layer, block in enumerate(self.blocks):
             layer_ctx = ctx.at_layer(layer, records[-1] if records else None)

@@ -8,7 +8,7 @@ does): three matrix products in all, as without chunks, and nothing is recompute
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from moetrain.models.precision import product_dtype
 
 IGNORED = -100  # a label that asks for nothing
 _CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which stays near the cache
-_MIN_ROWS = 128  # fewer rows waste the matrix product
+_MIN_ROWS = 256  # fewer rows waste the matrix products
 
 
 def cross_entropy_sum(
@@ -26,14 +26,15 @@ def cross_entropy_sum(
 ) -> tuple[Tensor, Tensor]:
     """(sum of -log p(label) in nats, number of labels), labels of -100 left out of both.
 
-    The sum is fp64 for fp64 input, else fp32; the count is an int64 scalar. Under autocast the three products
-    run in its dtype and the rest in fp32. ``chunk``: rows at a time; None chooses.
+    The sum is fp64 for fp64 input, else fp32; the count is an int64 scalar tensor. Under autocast the three
+    products run in its dtype and the rest in fp32. ``chunk``: rows at a time; None chooses.
+    Raises ValueError where the shapes of hidden and labels differ.
     """
     hidden_nD, labels_n = _flatten(hidden_BSD, labels_BS)
     count = (labels_n != IGNORED).sum()
-    rows = _rows(chunk, head_weight_VD)
+    rows = _rows(chunk, head_weight_VD, hidden_nD)
     if torch.is_grad_enabled() and (hidden_nD.requires_grad or head_weight_VD.requires_grad):
-        total: Tensor = _CrossEntropySum.apply(hidden_nD, head_weight_VD, labels_n, rows)
+        total: Tensor = _CrossEntropySum.apply(hidden_nD, head_weight_VD, labels_n, rows)  # type: ignore[no-untyped-call]
         return total, count
     return _nll(hidden_nD, head_weight_VD, labels_n, rows).sum(), count
 
@@ -44,7 +45,8 @@ def token_nll(
 ) -> Tensor:
     """-log p(label) in nats per token, [B, S], 0 where the label is -100. For evaluation: no gradient."""
     hidden_nD, labels_n = _flatten(hidden_BSD, labels_BS)
-    return _nll(hidden_nD, head_weight_VD, labels_n, _rows(chunk, head_weight_VD)).view(labels_BS.shape)
+    rows = _rows(chunk, head_weight_VD, hidden_nD)
+    return _nll(hidden_nD, head_weight_VD, labels_n, rows).view(labels_BS.shape)
 
 
 def _flatten(hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,81 +55,92 @@ def _flatten(hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), labels_BS.reshape(-1)
 
 
-def _rows(chunk: int | None, head_weight_VD: Tensor) -> int:
+def _rows(chunk: int | None, head_weight_VD: Tensor, hidden_nD: Tensor) -> int:
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 row")
-    return chunk or max(_MIN_ROWS, _CHUNK_ELEMENTS // head_weight_VD.shape[0])
+    rows = chunk or max(_MIN_ROWS, _CHUNK_ELEMENTS // head_weight_VD.shape[0])
+    return min(rows, max(1, hidden_nD.shape[0]))
 
 
-class _Buffers:
-    """Room for one chunk's logits and probabilities, used again by every chunk: fresh pages cost more than GEMMs."""
+class _Chunk(NamedTuple):
+    """``logits_cV`` lies in a buffer that the next chunk overwrites; ignored labels read 0."""
+
+    at: slice
+    hidden_cD: Tensor
+    logits_cV: Tensor
+    label_c1: Tensor
+    valid_c1: Tensor
+
+
+class _Logits:
+    """Room for one chunk, used again by every chunk: fresh pages cost as much as a matrix product."""
 
     def __init__(self, rows: int, weight_VD: Tensor) -> None:
-        vocab, self.dtype = weight_VD.shape[0], weight_VD.dtype
-        wide = torch.promote_types(self.dtype, torch.float32)
-        self.product_cV = weight_VD.new_empty(rows, vocab)
-        self.wide_cV = self.product_cV if wide is self.dtype else weight_VD.new_empty(rows, vocab, dtype=wide)
-        self.p_cV = torch.empty_like(self.wide_cV)
+        self.weight_VD = weight_VD
+        self.dtype, self.wide = weight_VD.dtype, torch.promote_types(weight_VD.dtype, torch.float32)
+        self.product_cV = weight_VD.new_empty(rows, weight_VD.shape[0])
+        narrow = self.dtype is not self.wide
+        self.wide_cV = torch.empty_like(self.product_cV, dtype=self.wide) if narrow else self.product_cV
 
-    def logits(self, hidden_cD: Tensor, weight_VD: Tensor) -> Tensor:
-        """hidden @ weight.T in the products' dtype, widened to at least fp32."""
+    def chunks(self, hidden_nD: Tensor, labels_n: Tensor) -> Iterator[_Chunk]:
+        rows = self.product_cV.shape[0]
+        for start in range(0, hidden_nD.shape[0], rows):
+            at = slice(start, start + rows)
+            hidden_cD = hidden_nD[at].to(self.dtype)
+            valid_c = labels_n[at] != IGNORED
+            label_c1 = labels_n[at].where(valid_c, 0)[:, None]
+            yield _Chunk(at, hidden_cD, self._logits(hidden_cD), label_c1, valid_c[:, None])
+
+    def _logits(self, hidden_cD: Tensor) -> Tensor:
         rows = hidden_cD.shape[0]
-        torch.mm(hidden_cD, weight_VD.t(), out=self.product_cV[:rows])
-        return self.wide_cV[:rows].copy_(self.product_cV[:rows])
-
-    def probabilities(self, logits_cV: Tensor) -> Tensor:
-        return torch.softmax(logits_cV, dim=-1, out=self.p_cV[: logits_cV.shape[0]])
-
-
-def _chunks(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int, buffers: _Buffers)-> Iterator[tuple[Any, ...]]:
-    for start in range(0, hidden_nD.shape[0], rows):
-        at = slice(start, start + rows)
-        hidden_cD = hidden_nD[at].to(weight_VD.dtype)
-        valid_c = labels_n[at] != IGNORED
-        yield at, hidden_cD, buffers.logits(hidden_cD, weight_VD), labels_n[at].where(valid_c, 0)[:, None], valid_c[:, None]
+        product_cV = torch.mm(hidden_cD, self.weight_VD.t(), out=self.product_cV[:rows])
+        return product_cV if self.dtype is self.wide else self.wide_cV[:rows].copy_(product_cV)
 
 
 def _nll(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
-    dtype = product_dtype(hidden_nD)
-    nll_n1 = hidden_nD.new_empty(hidden_nD.shape[0], 1, dtype=torch.promote_types(dtype, torch.float32))
-    buffers = _Buffers(rows, weight_VD.to(dtype))
-    with torch.autocast(hidden_nD.device.type, enabled=False):
-        for at, _, logits_cV, label_c1, valid_c1 in _chunks(hidden_nD, weight_VD.to(dtype), labels_n, rows, buffers):
-            nll_c1 = logits_cV.logsumexp(-1, keepdim=True) - logits_cV.gather(-1, label_c1)
-            nll_n1[at] = nll_c1.where(valid_c1, 0)
+    with torch.no_grad():
+        room = _Logits(rows, weight_VD.to(product_dtype(hidden_nD)))
+        nll_n1 = torch.empty(hidden_nD.shape[0], 1, dtype=room.wide, device=hidden_nD.device)
+        with torch.autocast(hidden_nD.device.type, enabled=False):
+            for c in room.chunks(hidden_nD, labels_n):
+                nll_c1 = c.logits_cV.logsumexp(-1, keepdim=True) - c.logits_cV.gather(-1, c.label_c1)
+                nll_n1[c.at] = nll_c1.where(c.valid_c1, 0)
     return nll_n1.squeeze(-1)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
-        dtype = product_dtype(hidden_nD)
-        wide = torch.promote_types(dtype, torch.float32)
-        nll = hidden_nD.new_zeros((), dtype=wide)
+        room = _Logits(rows, weight_VD.to(product_dtype(hidden_nD)))
+        total = torch.zeros((), dtype=room.wide, device=hidden_nD.device)
         dhidden_nD = torch.empty_like(hidden_nD)
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=room.wide)
+        p_room_cV = torch.empty_like(room.wide_cV)
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            cast_VD = weight_VD.to(dtype)
-            buffers = _Buffers(rows, cast_VD)
-            for at, hidden_cD, logits_cV, label_c1, valid_c1 in _chunks(hidden_nD, cast_VD, labels_n, rows, buffers):
-                p_cV = buffers.probabilities(logits_cV)
-                top_c1, where_c1 = logits_cV.max(-1, keepdim=True)
-                lse_c1 = top_c1 - p_cV.gather(-1, where_c1).log()
-                nll_c1 = lse_c1 - logits_cV.gather(-1, label_c1)
-                nll += nll_c1.where(valid_c1, 0).sum()
-                p_cV.scatter_(-1, label_c1, torch.expm1(-nll_c1))
-                dlogits_cV = p_cV if dtype is wide else buffers.product_cV[:len(p_cV)].copy_(p_cV)
-                dhidden_nD[at] = (dlogits_cV @ cast_VD).mul_(valid_c1)
-                hidden_cD = hidden_cD * valid_c1
-                if dtype is wide:
-                    dweight_VD.addmm_(dlogits_cV.t(), hidden_cD)
-                else:
-                    dweight_VD.add_(dlogits_cV.t() @ hidden_cD)
+            for c in room.chunks(hidden_nD, labels_n):
+                p_cV = torch.softmax(c.logits_cV, dim=-1, out=p_room_cV[: c.logits_cV.shape[0]])
+                # The largest probability is at least 1 / V, so its logarithm is safe: this is logsumexp.
+                top_c1, top_id_c1 = c.logits_cV.max(-1, keepdim=True)
+                lse_c1 = top_c1 - p_cV.gather(-1, top_id_c1).log()
+                nll_c1 = lse_c1 - c.logits_cV.gather(-1, c.label_c1)
+                total += nll_c1.where(c.valid_c1, 0).sum()
+                # p - 1 at the label, without cancellation, before any rounding to bf16.
+                dlogits_cV = p_cV.scatter_(-1, c.label_c1, torch.expm1(-nll_c1)).to(room.dtype)
+                dhidden_nD[c.at] = (dlogits_cV @ room.weight_VD).mul_(c.valid_c1)
+                _add_product(dweight_VD, dlogits_cV, c.hidden_cD * c.valid_c1)
         ctx.save_for_backward(dhidden_nD, dweight_VD.to(weight_VD.dtype))
-        return nll
+        return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dhidden_nD, dweight_VD = ctx.saved_tensors
         return dhidden_nD * grad, dweight_VD * grad, None, None
+
+
+def _add_product(total_VD: Tensor, left_cV: Tensor, right_cD: Tensor) -> None:
+    """total += left.T @ right; where the product is bf16, the sum over chunks is still fp32."""
+    if left_cV.dtype is total_VD.dtype:
+        total_VD.addmm_(left_cV.t(), right_cD)
+    else:
+        total_VD.add_(left_cV.t() @ right_cD)

@@ -25,10 +25,11 @@ class _RMSNormCPU(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
-        return (x * rstd).mul_(weight_D)
+        y: Tensor = (x * rstd).mul_(weight_D)
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, rstd = ctx.saved_tensors
         width = x.shape[-1]
@@ -51,7 +52,7 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x_wide, weight_D = x.to(dtype), self.weight_D.to(dtype)
         if x.device.type == "cpu":
-            y: Tensor = _RMSNormCPU.apply(x_wide, weight_D, self.eps)
+            y: Tensor = _RMSNormCPU.apply(x_wide, weight_D, self.eps)  # type: ignore[no-untyped-call]
         else:
             y = F.rms_norm(x_wide, weight_D.shape, weight_D, self.eps)
         return y.to(x.dtype)

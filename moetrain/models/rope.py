@@ -30,7 +30,7 @@ def rope_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 def apply_rope(x_BSNH: Tensor, rope: Rope) -> Tensor:
     """x with every head rotated, in x's dtype; the rotation itself is done in the table's."""
-    y: Tensor = _Rotate.apply(x_BSNH, *rope)
+    y: Tensor = _Rotate.apply(x_BSNH, *rope)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -51,6 +51,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x_BSNH, cos_BS1H, sin_BS1h, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BSNH: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(grad_BSNH, *ctx.saved_tensors, -1), None, None
+        cos_BS1H, sin_BS1h = ctx.saved_tensors
+        return _rotate(grad_BSNH, cos_BS1H, sin_BS1h, -1), None, None

@@ -58,7 +58,9 @@ class LocalDispatcher:
 
     def __init__(self, block: int | None = None) -> None:
         if block is not None and block < 1:
-            raise ValueError(f"experts.block={block} must be at least 1 row, or null for the device's default")
+            raise ValueError(
+                f"experts.block={block} must be at least 1 row, or null for the device's default"
+            )
         self.block = block
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:

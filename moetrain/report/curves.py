@@ -11,6 +11,7 @@ import numpy as np
 
 from moetrain.report.plotting import (
     COLOURS,
+    GUIDE,
     SMOOTHING,
     Plot,
     image,
@@ -47,7 +48,7 @@ class LayerFigure:
 LAYER_FIGURES = (
     LayerFigure("max_load", "Busiest expert", "max / mean load", "1 is perfect balance."),
     LayerFigure("load_cv", "Spread of the load", "std / mean load", "0 is perfect balance."),
-    LayerFigure("entropy", "Router entropy", "entropy (nats)", "The dotted line is a uniform router."),
+    LayerFigure("entropy", "Router entropy", "entropy (nats)", "Low: each token is sure of its experts."),
     LayerFigure("drop_rate", "Dropped assignments", "dropped (%)", "Wanted but over capacity.", percent=True),
     LayerFigure("dead_experts", "Dead experts", "experts without a token", "Experts idle for a whole step."),
 )
@@ -116,7 +117,7 @@ def simple_plot(
     positive = values[np.isfinite(values) & (values > 0)]
     limits = None
     if log and len(positive) and positive.max() > 5 * positive.min():
-        log_axis(axes)
+        log_axis(axes, math.log10(positive.max() / positive.min()))
     else:
         limits = robust_limits(values)
     caption = SMOOTHED if noisy else ""
@@ -152,19 +153,22 @@ def layer_plot(runs: Sequence[RunData], what: LayerFigure) -> Plot | None:
         else:
             _layers_together(axes, curves, label(run.name), run_style(i))
         seen += [y for _, y in curves.values()]
-    if what.name == "entropy":
-        for count in {run.loads.share_PLE.shape[2] for _, run in runs_with if run.loads is not None}:
-            axes.axhline(math.log(count), color="#777777", linestyle=":", linewidth=1)
-    if what.name == "drop_rate" and not any(np.nansum(y) for y in seen):
+    caption = f"{what.note} Running mean over a fortieth of the run."
+    experts = {run.loads.share_PLE.shape[2] for _, run in runs_with if run.loads is not None}
+    if what.name == "entropy" and experts:
+        caption += " The dotted line is a uniform router."
+        for count in experts:
+            axes.axhline(math.log(count), color="#777777", linestyle=":", linewidth=1, gid=GUIDE)
+    none_dropped = what.name == "drop_rate" and not any(np.nansum(y) for y in seen)
+    if none_dropped:
         axes.set_ylim(0, 1)
         say_empty(axes, "none at any step")
-    caption = f"{what.note} Running mean over a fortieth of the run."
     if len(runs) > 1:
         caption += " Line: mean over the MoE layers; band: from the lowest to the highest layer."
     elif len(curves) > MAX_LINES:
         caption += f" {MAX_LINES} of {len(curves)} MoE layers are drawn; black is the mean over all."
     limits = robust_limits(np.concatenate(seen))
-    return _finish(figure, axes, what.title, what.unit, seen, caption, limits=limits)
+    return _finish(figure, axes, what.title, what.unit, seen, caption, legend=not none_dropped, limits=limits)
 
 
 def never_dead(runs: Sequence[RunData]) -> bool:

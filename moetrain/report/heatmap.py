@@ -67,9 +67,8 @@ def final_map(loads: Loads, name: str) -> Plot:
         _write_values(axes, relative_LE, mesh.norm)
     _colour_bar(figure, mesh, axes, relative_LE)
     first, last = loads.steps[-count], loads.steps[-1]
-    caption = (
-        f"Mean of the {count} recorded steps from {first:.0f} to {last:.0f}. White is the uniform share."
-    )
+    span = f"Mean of the {count} recorded steps from {first:.0f} to" if count > 1 else "Recorded at step"
+    caption = f"{span} {last:.0f}. White is the uniform share."
     return Plot(image(figure, f"{name}: expert load at the end, layer by expert"), caption, wide=True)
 
 

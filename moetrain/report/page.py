@@ -112,12 +112,10 @@ def _plots(runs: Sequence[RunData]) -> Iterator[str]:
         return
     with style():
         yield _grid(_training_plots(runs))
-        routed = [run for run in runs if run.loads is not None or run.layers("max_load")]
-        if not routed:
-            return
-        yield "<h2>Routing</h2>"
-        yield _grid(_routing_plots(routed))
-        if any(run.layers("dead_experts") for run in routed) and curves.never_dead(routed):
+        if any(run.layers("max_load") for run in runs):
+            yield "<h2>Routing</h2>"
+            yield _grid(_routing_plots(runs))
+        if any(run.layers("dead_experts") for run in runs) and curves.never_dead(runs):
             yield '<p class="muted">No expert was without a token at any recorded step.</p>'
         mapped = [run for run in runs if run.loads is not None]
         for run in mapped[:MAX_MAPS]:

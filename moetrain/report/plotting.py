@@ -22,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3
 DASHES = ("-", "--", ":", "-.")  # the next style once the colours are used up
 MISSING = "Plots need matplotlib: pip install 'moetrain[plot]'"
 MAX_POINTS = 600
+GUIDE = "guide"  # marks a line that spans the axes and is no data
 SMOOTHING = 40  # the running mean's window is this part of the run
 
 _STYLE: Any = {
@@ -159,7 +160,8 @@ def step_axis(axes: Any, label: str = "step") -> None:
 
     axes.set_xlabel(label)
     axes.margins(x=0.02)
-    points = np.concatenate([line.get_xdata() for line in axes.lines] or [np.zeros(0)])
+    curves = [line.get_xdata() for line in axes.lines if line.get_gid() != GUIDE]
+    points = np.concatenate([*curves, np.zeros(0)])
     if len(points) and points.min() == points.max():
         axes.set_xlim(points[0] - 1, points[0] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
@@ -167,15 +169,14 @@ def step_axis(axes: Any, label: str = "step") -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def log_axis(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers: the decades, and 2 and 5 between them."""
-    from matplotlib.ticker import FuncFormatter
+def log_axis(axes: Any, decades: float) -> None:
+    """A logarithmic y axis with plain numbers: the decades, and over few of them 2 and 5 as well."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    )
+    between = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.yaxis.set_minor_formatter(between if decades < 3 else NullFormatter())
 
 
 def trace(axes: Any, x: Array, y: Array, name: str, look: dict[str, Any], raw: bool = True) -> None:

@@ -81,7 +81,7 @@ class Checkpointer:
         self.dir = Path(dir)
         self.last_saved: int | None = None  # the step of this object's newest completed save
         self._keep_last, self._async, self._hash = keep_last, async_save, hash
-        self._peers = Peers(group, background=async_save)
+        self._peers = Peers(group)
         self._pending: tuple[Future[Any], _Save] | None = None
         self._intact: set[Path] = set()
         self._peers.from_first(self._clean)

@@ -19,6 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Generator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
@@ -45,6 +46,7 @@ from moetrain.train.stopping import raising_peer_lost
 
 TEMPORARY = ".tmp_"
 _OLD = f"{TEMPORARY}old_"
+_TIMEOUT = timedelta(hours=1)  # a dead rank closes its connections and is noticed at once
 T = TypeVar("T")
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.
@@ -54,23 +56,20 @@ _dcp_logger.propagate = False
 
 
 class Peers:
-    """The ranks that save and load together, over a gloo group of their own where that is needed.
+    """The ranks that save and load together, over a gloo group of their own: making one is collective.
 
-    ``group`` None is the default group. Background saving, and any backend but gloo, gets a new gloo group:
-    making one is itself collective.
+    The group is not the training's, whose collectives may run at the same time and whose time-out is shorter
+    than a large checkpoint may take. ``group`` None means all ranks; without a process group there is one.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, background: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group: dist.ProcessGroup | None = None
         self.rank, self.world = 0, 1
         if not (dist.is_available() and dist.is_initialized()):
             return
-        base = group if group is not None else dist.group.WORLD
-        if background or dist.get_backend(base) != "gloo":
-            ranks = dist.get_process_group_ranks(base)
-            base = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))
-        self.group = base
-        self.rank, self.world = dist.get_rank(base), dist.get_world_size(base)
+        ranks = dist.get_process_group_ranks(group)
+        self.group = cast(dist.ProcessGroup, dist.new_group(ranks, timeout=_TIMEOUT, backend="gloo"))
+        self.rank, self.world = dist.get_rank(self.group), len(ranks)
 
     def gather(self, value: T) -> list[T]:
         """``value`` of every rank, on every rank, in rank order."""

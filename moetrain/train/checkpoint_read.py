@@ -79,7 +79,7 @@ def find_checkpoint(path: Path, peers: Peers | None = None) -> Path:
 
     Raises UserError when there is none or it is damaged.
     """
-    peers = Peers(None, background=False) if peers is None else peers
+    peers = Peers() if peers is None else peers
     path = Path(path)
     for folder in (path / CHECKPOINTS, path):
         count = len(peers.from_first(lambda folder=folder: steps_in(folder)))  # type: ignore[misc]
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], prefix: str = "")
 
     Writes nothing, so that it may look into the folder of a running training.
     """
-    peers = Peers(None, background=False)
+    peers = Peers()
     return fill(find_checkpoint(path, peers), tensors, prefix, peers)
 
 

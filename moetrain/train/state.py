@@ -14,8 +14,7 @@ from moetrain.data import TrainLoader
 from moetrain.moe.balance import Controller
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.metrics import LossMonitor, ThroughputMeter
-from moetrain.train.rng import rng_state, set_rng_state
-from moetrain.train.state_dict import model_tensors, optimizer_tensors
+from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.train.task import NextToken
 
 

@@ -1,7 +1,7 @@
 """The shapes and settings of the layer's parity tests, and the two runs that they compare.
 
-Shapes: B batch, S sequence, T = B S, D model, E experts, F hidden. All five are distinct primes wherever a case
-does not need a special value, so that no two dimensions can be mistaken for each other.
+Shapes: B batch, S sequence, T = B S, D model, E experts, F hidden. All five are distinct primes wherever a
+case does not need a special value, so that no two dimensions can be mistaken for each other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ class Case:
         return replace(self, shape=(batch, seq, 4 * width, 4 * hidden, experts))
 
 
-SHAPES = [(2, 3, 5, 7, 11), (3, 5, 7, 11, 2), (5, 2, 3, 13, 7), (2, 7, 13, 3, 5), (3, 2, 11, 5, 7), (2, 11, 3, 5, 7)]
+SHAPES = [
+    (2, 3, 5, 7, 11),
+    (3, 5, 7, 11, 2),
+    (5, 2, 3, 13, 7),
+    (2, 7, 13, 3, 5),
+    (3, 2, 11, 5, 7),
+    (2, 11, 3, 5, 7),
+]
 ALL = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu")
 SCORES = ("softmax", "softmax_after", "sigmoid")
 GROUPED = oracle.Spec(score="sigmoid", top_k=3, num_groups=3, top_groups=2, route_scale=2.5)

@@ -40,7 +40,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Weights:
-    """fp64 leaves. The shared expert's matrices are [2Q or Q, D] and [D, Q], as a linear layer stores them."""
+    """fp64 leaves. The shared expert's matrices are [2Q or Q, D] and [D, Q], as linear layers store them."""
 
     router_ED: Tensor
     up_EDP: Tensor
@@ -79,7 +79,9 @@ def layer(
     kept = keep(wanted, spec, batch, seq, weights.router_ED.shape[0], drop_noise_TE)
     rows = [x_BSD.new_zeros(width) for _ in range(batch * seq)]
     for c in kept:
-        y_D = feed_forward(x_TD[c.token], weights.up_EDP[c.expert], weights.down_EFD[c.expert], spec.activation)
+        y_D = feed_forward(
+            x_TD[c.token], weights.up_EDP[c.expert], weights.down_EFD[c.expert], spec.activation
+        )
         rows[c.token] = rows[c.token] + c.weight * y_D
     if weights.shared_up is not None and weights.shared_down is not None:
         up, down = weights.shared_up.t(), weights.shared_down.t()
@@ -175,7 +177,9 @@ def sigmoid(z: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-z))
 
 
-def uniform(seed: int, step: int, layer: int, salt: int, sample: int, position: int, column: int | None) -> float:
+def uniform(
+    seed: int, step: int, layer: int, salt: int, sample: int, position: int, column: int | None
+) -> float:
     """The counter-based noise in Python's integers: a chain of splitmix64 finalisers, 23 bits, mid-cell."""
     key = 0
     for part in (seed, step, layer, salt, sample, position) + (() if column is None else (column,)):

@@ -29,7 +29,10 @@ def pieces(size: int) -> Pieces:
     return [slice(i, i + size) for i in range(0, B, size)]
 
 
-UNEVEN_RANKS = {"2 ranks": [pieces(4)[:1], pieces(4)[1:]], "3 ranks": [[slice(0, 3)], [slice(3, 4)], [slice(4, 6), slice(6, 8)]]}
+UNEVEN_RANKS = {
+    "2 ranks": [pieces(4)[:1], pieces(4)[1:]],
+    "3 ranks": [[slice(0, 3)], [slice(3, 4)], [slice(4, 6), slice(6, 8)]],
+}
 
 
 class Stack(torch.nn.Module):
@@ -39,14 +42,18 @@ class Stack(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         options = {"top_k": 2, "score": score, "capacity_factor": 1.2, "min_capacity": 1, "jitter": 0.1}
-        self.layers = torch.nn.ModuleList([MoELayer(D, 5, E, router_options=options) for _ in range(num_layers)])
+        self.layers = torch.nn.ModuleList(
+            [MoELayer(D, 5, E, router_options=options) for _ in range(num_layers)]
+        )
         self.double()
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext, recompute: bool) -> tuple[Tensor, list[Routing]]:
         routings: list[Routing] = []
         for i, layer in enumerate(self.layers):
             here = ctx.at_layer(i, routings[-1] if routings else None)
-            y, routing = checkpoint(layer, x_BSD, here, use_reentrant=False) if recompute else layer(x_BSD, here)
+            y, routing = (
+                checkpoint(layer, x_BSD, here, use_reentrant=False) if recompute else layer(x_BSD, here)
+            )
             x_BSD = x_BSD + y
             routings.append(routing)
         return x_BSD, routings
@@ -56,7 +63,9 @@ def batch() -> tuple[Tensor, Tensor, RouterContext]:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, D, dtype=torch.float64)
     x_BSD[:, :, 0] += torch.linspace(-2, 2, B)[:, None]  # sequences that prefer different experts
-    ctx = RouterContext(B, S, torch.arange(B) + 40, seed=2, step=3, valid_T=torch.ones(B * S, dtype=torch.bool))
+    ctx = RouterContext(
+        B, S, torch.arange(B) + 40, seed=2, step=3, valid_T=torch.ones(B * S, dtype=torch.bool)
+    )
     return x_BSD, torch.randn(B, S, D, dtype=torch.float64), ctx
 
 
@@ -68,9 +77,8 @@ def step(
     valid_BS = torch.arange(S) < LENGTHS[:, None]
 
     def forward(rows: slice, again: bool) -> tuple[Tensor, list[Routing]]:
-        ctx = replace(
-            whole, batch=rows.stop - rows.start, sample_ids_B=whole.sample_ids_B[rows], valid_T=valid_BS[rows].reshape(-1)
-        )  # fmt: skip
+        ids_B, valid_T = whole.sample_ids_B[rows], valid_BS[rows].reshape(-1)
+        ctx = replace(whole, batch=len(ids_B), sample_ids_B=ids_B, valid_T=valid_T)
         y, routings = model(x_BSD[rows], ctx, again)
         return (y * g_BSD[rows] * valid_BS[rows][..., None]).sum(), routings
 
@@ -156,7 +164,7 @@ def test_scopes_are_different_losses(form: str) -> None:
     for one in SCOPES:
         for other in SCOPES:
             assert one == other or router_difference(grads[one], grads[other]) > 1e-3
-    # where they must agree: a micro-batch of everything is the global batch, one of one sequence is a sequence
+    # where they must agree: one micro-batch of everything is the global batch
     whole = [step(model, terms_of(form, scope), [WHOLE])[0] for scope in ("micro", "global_batch")]
     assert router_difference(*whole) < 1e-10
 

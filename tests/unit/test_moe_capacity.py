@@ -53,9 +53,15 @@ def pairs(routing: Routing) -> dict[tuple[int, int], float]:
     st.booleans(), st.integers(0, 99), st.data(),
 )  # fmt: skip
 def test_kept_is_the_smaller_of_demand_and_capacity(
-    shape: tuple[int, int, int], order: str, per_group: int, minimum: int, tenths: int, padded: bool, seed: int,
+    shape: tuple[int, int, int],
+    order: str,
+    per_group: int,
+    minimum: int,
+    tenths: int,
+    padded: bool,
+    seed: int,
     data: st.DataObject,
-) -> None:  # fmt: skip
+) -> None:
     num_groups, seq, num_experts = shape
     batch, k = num_groups * per_group, data.draw(st.integers(1, num_experts))
     valid_T = torch.rand(batch * seq, generator=torch.Generator().manual_seed(seed)) < 0.7 if padded else None
@@ -87,7 +93,11 @@ def test_a_capacity_of_all_tokens_drops_nothing(order: str) -> None:
     negative = full_routing(ctx, 5, 2, 0)
     for weights_N in (negative.weights_N, negative.weights_N - 7, torch.zeros_like(negative.weights_N)):
         routing = replace(negative, weights_N=weights_N)
-        for factor in (2.5, 3.0, 100.0):  # 2.5: exactly 13 places an expert; the rest more than there are tokens
+        for factor in (
+            2.5,
+            3.0,
+            100.0,
+        ):  # 2.5: exactly 13 places an expert; the rest more than there are tokens
             kept = limit(routing, ctx, factor, order)
             assert torch.equal(kept.token_ids_N, routing.token_ids_N)
             assert torch.equal(kept.weights_N, routing.weights_N)
@@ -163,8 +173,13 @@ def test_groups_couple_their_sequences() -> None:
 
 @pytest.mark.parametrize(
     ("group", "message"),
-    [("3", "router.group=3 does not divide a batch of 2 sequences"), ("0", "positive"), ("-1", "positive"), ("all", "positive")],
-)  # fmt: skip
+    [
+        ("3", "does not divide a batch of 2 sequences"),
+        ("0", "positive"),
+        ("-1", "positive"),
+        ("all", "positive"),
+    ],
+)
 def test_impossible_groups_are_refused(group: str, message: str) -> None:
     ctx = RouterContext.default(2, 3)
     with pytest.raises(ValueError, match=message):
@@ -182,7 +197,9 @@ def test_random_survival_does_not_depend_on_the_position() -> None:
         assert int(kept.counts_E[0]) == capacity
         survived_T[kept.token_ids_N] += 1
     fair = draws * capacity / tokens
-    statistic = float(((survived_T - fair) ** 2 / fair).sum()) / ((1 - capacity / tokens) * tokens / (tokens - 1))
+    statistic = float(((survived_T - fair) ** 2 / fair).sum()) / (
+        (1 - capacity / tokens) * tokens / (tokens - 1)
+    )
     assert 1e-3 < stats.chi2.sf(statistic, tokens - 1) < 1 - 1e-3
 
 
@@ -192,7 +209,9 @@ def test_random_survival_differs_between_steps_samples_and_experts_but_not_betwe
 
     def survivors(ctx: RouterContext) -> list[list[int]]:
         kept = set(pairs(limit(routing, ctx, 0.5, "random")))
-        return [[t - 16 * b for t in range(16 * b, 16 * b + 16) if (e, t) in kept] for b in (0, 1) for e in (0, 1)]
+        return [
+            [t - 16 * b for t in range(16 * b, 16 * b + 16) if (e, t) in kept] for b in (0, 1) for e in (0, 1)
+        ]
 
     now = survivors(ctx)
     assert now == survivors(ctx)

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer, RouterContext, Routing
@@ -114,7 +115,7 @@ def test_recompute_is_bit_equal(options: dict[str, Any]) -> None:
     plain, routing = run(False)
     again, recomputed = run(True)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
-    for one, other in zip(torch.utils._pytree.tree_leaves(routing), torch.utils._pytree.tree_leaves(recomputed)):
+    for one, other in zip(tree_leaves(routing), tree_leaves(recomputed), strict=True):
         assert one is other is None or torch.equal(one, other)
 
 
@@ -158,7 +159,9 @@ def test_forward_scale_multiplies_values_and_leaves_gradients_alone(backend: str
     torch.testing.assert_close(grads, plain_grads, rtol=0, atol=1e-12)
     want = torch.zeros(13, 5, dtype=torch.float64)
     up, down = (w.detach() for w in layer.experts.parameters())
-    for t, e, w, s in zip(routing.token_ids_N, routing.expert_ids_N(), routing.weights_N, scale_N, strict=True):
+    for t, e, w, s in zip(
+        routing.token_ids_N, routing.expert_ids_N(), routing.weights_N, scale_N, strict=True
+    ):
         want[t] += s * w.detach() * oracle.feed_forward(x_TD[t], up[e], down[e], "swiglu")
     torch.testing.assert_close(y_TD, want, rtol=0, atol=1e-12)
 
@@ -177,7 +180,10 @@ def test_start_and_finish_take_other_inputs_for_router_and_shared_experts() -> N
 
 def test_forward_leaves_no_trace_in_the_layer() -> None:
     layer = make(router_options={"jitter": 0.1, "capacity_factor": 1.0}, num_shared_experts=1)
-    before, attributes = copy.deepcopy(layer.state_dict()), set(vars(layer.router)) | set(vars(layer.dispatcher))
+    before, attributes = (
+        copy.deepcopy(layer.state_dict()),
+        set(vars(layer.router)) | set(vars(layer.dispatcher)),
+    )
     for training in (True, False):
         layer.train(training)
         layer(torch.randn(2, 3, 5, dtype=torch.float64))

@@ -94,7 +94,11 @@ def test_fp32_grouped_path_equals_the_oracle(case: Case, monkeypatch: pytest.Mon
     ("dtype", "width", "reason"), [(torch.float64, 8, "float64"), (torch.float32, 7, "multiples of 16 bytes")]
 )
 def test_the_torch_backend_says_once_where_it_leaves_the_grouped_path(
-    dtype: torch.dtype, width: int, reason: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    dtype: torch.dtype,
+    width: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     monkeypatch.setattr(importlib.import_module("moetrain.ops.grouped_mm"), "_said", set())
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")  # so that using it would be an error

@@ -57,8 +57,8 @@ def bound(layer: MoELayer, x_TD: Tensor) -> Tensor:
     """A running error bound of y in bf16, to first order in U, from the exact values' magnitudes.
 
     Rounded: both operands of each product, each product's result, the gate's activation, its product with
-    up, the routing weight, its product with the hidden row, and the sum over a token's experts. |silu'| < 1.1.
-    Sums are fp32, so their own error is far below U.
+    up, the routing weight, its product with the hidden row, and the sum over a token's experts. |silu'| < 1.1
+    and sums are fp32, so their own error is far below U.
     """
     layer = layer.double()
     up, down = layer.experts.w_gate_up_EDF2.detach(), layer.experts.w_down_EFD.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,9 +56,8 @@ def test_every_router_works_without_options(name: str, num_experts: int) -> None
 )
 def test_impossible_routers_are_refused_by_name(kwargs: dict[str, Any], message: str) -> None:
     arguments = {"name": "topk", "d_model": 5, "num_experts": 6, **kwargs}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         build_router(arguments.pop("name"), **arguments)
-    assert message in str(error.value)
 
 
 def test_options_come_as_strings_enums_or_a_dataclass() -> None:
@@ -95,7 +95,9 @@ def test_a_users_own_router_gets_capacity_and_a_layer() -> None:
             return from_token_choice(ids_TK, x_TD.new_ones(x_TD.shape[0], 1), ctx, self.num_experts)
 
     x_BSD = torch.randn(2, 9, 3)
-    y, routing = MoELayer(3, 5, 4, router="first", router_options={"capacity_factor": 1.0, "min_capacity": 0})(x_BSD)
+    y, routing = MoELayer(
+        3, 5, 4, router="first", router_options={"capacity_factor": 1.0, "min_capacity": 0}
+    )(x_BSD)
     assert routing.counts_E.tolist() == [6, 0, 0, 0]  # ceil(9 / 4) a sequence
     assert (y.abs().sum(-1) > 0).sum(1).tolist() == [3, 3]
     with pytest.raises(ValueError, match="router 'first' is registered already"):

@@ -102,7 +102,8 @@ def test_noise_is_uniform_open_and_unlike_under_every_part_of_its_key() -> None:
     draws = [ctx.uniform((2048, 4))] + [
         replace(ctx, **change).uniform((2048, 4), salt)
         for change, salt in [
-            ({"seed": 2}, 0), ({"step": 1}, 0), ({"layer": 1}, 0), ({}, 1), ({"sample_ids_B": torch.arange(64) + 64}, 0)
+            ({"seed": 2}, 0), ({"step": 1}, 0), ({"layer": 1}, 0), ({}, 1),
+            ({"sample_ids_B": torch.arange(64) + 64}, 0),
         ]
     ]  # fmt: skip
     for u in draws:

@@ -1,7 +1,7 @@
 """Top-k routing: algebraic properties on random logits, groups and bias, jitter, ties.
 
-Shapes: T tokens, D model, E experts, K top-k, M groups. Routers here have D = E and an identity matrix where a
-test wants to choose the logits themselves.
+Shapes: T tokens, D model, E experts, K top-k, M groups. Routers here have D = E and an identity matrix where
+a test wants to choose the logits themselves.
 """
 
 from __future__ import annotations
@@ -75,15 +75,25 @@ def test_weights_are_the_scores_of_the_k_best(
     tokens, num_experts, _ = size
     k = data.draw(st.integers(1, num_experts))
     z_TE = logits(*size)
-    p_TE = torch.exp(z_TE) / torch.exp(z_TE).sum(-1, keepdim=True) if score == "softmax" else 1 / (1 + (-z_TE).exp())
+    p_TE = (
+        torch.exp(z_TE) / torch.exp(z_TE).sum(-1, keepdim=True)
+        if score == "softmax"
+        else 1 / (1 + (-z_TE).exp())
+    )
     routing = route(z_TE, top_k=k, score=score, renormalize=False, route_scale=1.5)
     g_TE, hits_TE = dense(routing), chosen(routing)
     torch.testing.assert_close(g_TE, torch.where(hits_TE, 1.5 * p_TE, 0.0), rtol=0, atol=1e-12)
     assert (hits_TE.sum(-1) == k).all()
     if k < num_experts:
-        assert (z_TE.masked_fill(~hits_TE, torch.inf).amin(-1) >= z_TE.masked_fill(hits_TE, -torch.inf).amax(-1)).all()
+        assert (
+            z_TE.masked_fill(~hits_TE, torch.inf).amin(-1) >= z_TE.masked_fill(hits_TE, -torch.inf).amax(-1)
+        ).all()
     if score == "softmax":
-        assert (g_TE.sum(-1) < 1.5).all() if k < num_experts else torch.allclose(g_TE.sum(-1), g_TE.new_tensor(1.5))
+        assert (
+            (g_TE.sum(-1) < 1.5).all()
+            if k < num_experts
+            else torch.allclose(g_TE.sum(-1), g_TE.new_tensor(1.5))
+        )
     assert routing.demand_E.tolist() == routing.counts_E.tolist() == hits_TE.sum(0).tolist()
     assert int(routing.counts_E.sum()) == k * tokens
 
@@ -132,7 +142,13 @@ def test_group_limited_choice(seed: int, layout: tuple[int, int], data: st.DataO
     merit = data.draw(st.sampled_from(["top2", "max"]))
     shift = data.draw(st.sampled_from([0.0, -5.0, 0.25]))
     bias = [round(b * 64) / 64 + shift for b in logits(1, num_experts, seed)[0].tolist()]
-    options = {"top_k": k, "score": "sigmoid", "num_groups": num_groups, "top_groups": top_groups, "group_score": merit}
+    options = {
+        "top_k": k,
+        "score": "sigmoid",
+        "num_groups": num_groups,
+        "top_groups": top_groups,
+        "group_score": merit,
+    }
     router = identity_router(num_experts, **options)
     router.bias_E.copy_(torch.tensor(bias))
     z_TE = logits(11, num_experts, seed + 1)
@@ -217,7 +233,9 @@ def test_ties_give_a_valid_routing(score: str, num_experts: int) -> None:
         routing = route(torch.zeros(13, num_experts, dtype=torch.float64), top_k=k, score=score)
         torch.testing.assert_close(routing.weights_N, torch.full((13 * k,), 1 / k).double())
         assert int(routing.counts_E.sum()) == 13 * k
-        assert torch.equal(routing.token_ids_N, route(torch.zeros(13, num_experts).double(), top_k=k).token_ids_N)
+        assert torch.equal(
+            routing.token_ids_N, route(torch.zeros(13, num_experts).double(), top_k=k).token_ids_N
+        )
 
 
 @pytest.mark.parametrize("score", ["softmax", "softmax_after", "sigmoid"])

@@ -20,7 +20,9 @@ COUNTS = [[3, 5, 2], [0, 7, 0, 1], [0, 0], [11], [1, 0, 0, 13, 2, 0]]
 
 def by_hand(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     experts = [e for e, c in enumerate(counts) for _ in range(c)]
-    return torch.stack([rows[r] @ weights[e] for r, e in enumerate(experts)]) if experts else rows @ weights[0]
+    return (
+        torch.stack([rows[r] @ weights[e] for r, e in enumerate(experts)]) if experts else rows @ weights[0]
+    )
 
 
 def run(rows: Tensor, weights: Tensor, counts: list[int], how: str) -> dict[str, Tensor]:
@@ -80,9 +82,11 @@ def test_wrong_operands_are_refused() -> None:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(0, 5), min_size=0, max_size=9), st.integers(0, 4), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.integers(0, 5), min_size=0, max_size=9), st.integers(0, 4), st.randoms(use_true_random=False)
+)
 def test_gather_sum_and_gather_rows(sizes: list[int], padding: int, random: object) -> None:
-    """Any number of rows a token, rows in any order, padding between them; the two are each other's adjoint."""
+    """Any number of rows a token, in any order, padding between them; the two are each other's adjoint."""
     tokens = [t for t, size in enumerate(sizes) for _ in range(size)] + [-1] * padding
     random.shuffle(tokens)
     ids_R = torch.tensor(tokens, dtype=torch.int64)

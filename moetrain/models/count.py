@@ -1,0 +1,158 @@
+"""Parameters and floating-point operations of a decoder, exact, from its modules' own shapes.
+
+Shapes: E experts, K experts per token, S sequence, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.config.schema import ModelConfig
+from moetrain.models.attention import head_shape
+from moetrain.models.decoder import Decoder
+from moetrain.moe import MoELayer
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by kind. A tied matrix counts once, as ``embedding``; ``head`` is then 0.
+
+    ``experts_active`` are those of the K of E experts that one token passes through.
+    """
+
+    embedding: int = 0
+    head: int = 0
+    attention: int = 0
+    dense: int = 0
+    shared: int = 0
+    experts: int = 0
+    experts_active: int = 0
+    router: int = 0
+    norms: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.active - self.experts_active + self.experts
+
+    @property
+    def active(self) -> int:
+        """What one token passes through, the whole embedding and head included, as model cards count it."""
+        inner = self.attention + self.dense + self.shared + self.experts_active + self.router + self.norms
+        return inner + self.embedding + self.head
+
+    @property
+    def active_without_embeddings(self) -> int:
+        """``active`` less the embedding and the head."""
+        return self.active - self.embedding - self.head
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward floating-point operations per token, two per multiply-add, matrix products only.
+
+    ``scores``: queries by keys, and weights by values. Embedding look-ups, norms, rotations, activations,
+    softmax and the sorting of tokens are left out. Training costs three times the forward pass (two
+    products in the backward pass for each forward one), recomputation not included.
+    """
+
+    projections: int
+    scores: float
+    dense: int
+    shared: int
+    experts: int
+    router: int
+    head: int
+
+    @property
+    def forward(self) -> float:
+        inner = self.projections + self.scores + self.dense + self.shared + self.experts + self.router
+        return inner + self.head
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+
+def abstract_decoder(
+    cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig | None, vocab_size: int
+) -> Decoder:
+    """The model without its memory, on the meta device, at any size."""
+    with torch.device("meta"):
+        return Decoder(cfg, router, experts or ExpertsConfig(), vocab_size)
+
+
+def count_parameters(model: Decoder) -> Counts:
+    """Exact counts of a model on any device; sharded parameters count in their global shape."""
+    layers = model.moe_layers()
+    counts = dict.fromkeys(Counts.__dataclass_fields__, 0)
+    for name, parameter in model.named_parameters():
+        kind = _kind(name, parameter.ndim)
+        counts[kind] += parameter.numel()
+        if kind == "experts":
+            layer = layers[int(name.split(".")[1])]
+            counts["experts_active"] += parameter.numel() // parameter.shape[0] * experts_per_token(layer)
+    return Counts(**counts)
+
+
+def experts_per_token(layer: MoELayer) -> int:
+    """K: the router's ``top_k``. A router that fixes no such number counts as using every expert."""
+    return int(getattr(layer.router, "top_k", layer.router.num_experts))
+
+
+def flops_breakdown(
+    cfg: ModelConfig,
+    router: RouterConfig,
+    seq_len: int,
+    vocab_size: int | None = None,
+    experts: ExpertsConfig | None = None,
+    causal: bool = True,
+) -> Flops:
+    """Forward operations per token, averaged over a sequence of ``seq_len`` that is one document.
+
+    ``causal``: a query counts the keys that it may see, (S + 1) / 2 on average without a sliding window;
+    otherwise all S, as a kernel without skipping computes them. Capacity drops and padding rows are not
+    counted. ``vocab_size`` null: the config's own. Raises ValueError where neither says it.
+    """
+    vocab_size = cfg.vocab_size if vocab_size is None else vocab_size
+    if vocab_size is None:
+        raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
+    counts = count_parameters(abstract_decoder(cfg, router, experts, vocab_size))
+    num_heads, _, head_dim = head_shape(cfg)
+    window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
+    seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
+    return Flops(
+        projections=2 * counts.attention,
+        scores=cfg.num_layers * 2 * 2 * num_heads * head_dim * seen / seq_len,
+        dense=2 * counts.dense,
+        shared=2 * counts.shared,
+        experts=2 * counts.experts_active,
+        router=2 * counts.router,
+        head=2 * vocab_size * cfg.d_model,
+    )
+
+
+def flops_per_token(
+    cfg: ModelConfig,
+    router: RouterConfig,
+    seq_len: int,
+    vocab_size: int | None = None,
+    experts: ExpertsConfig | None = None,
+) -> float:
+    """Forward operations per token with causal attention: the sum of :func:`flops_breakdown`."""
+    return flops_breakdown(cfg, router, seq_len, vocab_size, experts).forward
+
+
+def _kind(name: str, ndim: int) -> str:
+    if ".router." in name:
+        return "router"
+    if ndim == 1:
+        return "norms"
+    if name in ("embed_VD", "head_VD"):
+        return "embedding" if name == "embed_VD" else "head"
+    for part, kind in ((".attention.", "attention"), (".experts.", "experts"), (".shared.", "shared")):
+        if part in name:
+            return kind
+    return "dense"

@@ -1,0 +1,344 @@
+"""Every cross-field rule: what it refuses, what it says, and the nearest values that it accepts."""
+
+import dataclasses
+import os
+
+import pytest
+
+from moetrain.config import rules_data, rules_model, rules_train
+from moetrain.config import validate as validate_module
+from moetrain.config.compose import compose_train
+from moetrain.config.rules_train import _installed
+from moetrain.config.schema import (
+    DomainsData,
+    EngineConfig,
+    GenerateConfig,
+    HubData,
+    LocalData,
+    LossConfig,
+    MixtureData,
+    MixturePart,
+    MuonConfig,
+    SourceKind,
+    TokenizerConfig,
+    TokenizerKind,
+    WandbTracker,
+)
+from moetrain.config.validate import validate, validate_generate
+from moetrain.errors import UserError
+
+SHAPE = {"model.d_model": 240, "model.num_heads": 6, "model.num_layers": 4, "model.num_experts": 12}
+LOOP = {
+    "data.seq_len": 64,
+    "train.micro_batch_size": 6,
+    "train.global_batch_tokens": 6 * 64 * 2,
+    "train.steps": 100,
+    "schedule.horizon": 100,
+    "schedule.warmup_steps": 10,
+}
+
+
+def change(cfg, changes):
+    """A copy of a frozen config with dotted keys set."""
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        parents = [cfg]
+        for name in path:
+            parents.append(getattr(parents[-1], name))
+        new = dataclasses.replace(parents[-1], **{last: value})
+        for parent, name in zip(reversed(parents[:-1]), reversed(path), strict=True):
+            new = dataclasses.replace(parent, **{name: new})
+        cfg = new
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def base():
+    return change(compose_train([]), {**SHAPE, **LOOP})
+
+
+NAN, INF = float("nan"), float("inf")
+LOSS = LossConfig()
+
+REFUSED = [
+    ({"model.d_model": 0}, "model.d_model=0 must be 1 or more"),
+    ({"model.num_layers": -1}, "model.num_layers=-1"),
+    ({"model.d_ff_expert": 0}, "model.d_ff_expert=0"),
+    ({"model.moe_every": 0}, "model.moe_every=0"),
+    ({"model.num_experts": -1}, "model.num_experts=-1 must be 0 or more"),
+    ({"model.num_shared_experts": -1}, "model.num_shared_experts=-1"),
+    ({"model.sliding_window": 0}, "model.sliding_window=0 must be 1 or more"),
+    ({"model.rope_theta": 0.0}, "model.rope_theta=0.0 must be above 0"),
+    ({"model.norm_eps": NAN}, "model.norm_eps=nan"),
+    ({"experts.block": 0}, "experts.block=0"),
+    ({"model.num_heads": 7}, "model.num_heads=7 does not divide model.d_model=240: take 8 heads"),
+    ({"model.num_heads": 16}, "model.head_dim=15 = model.d_model=240 / model.num_heads=16 must be even"),
+    ({"model.head_dim": 33}, "model.head_dim=33 must be even"),
+    ({"model.num_kv_heads": 4}, "model.num_kv_heads=4 does not divide model.num_heads=6: take 3"),
+    ({"model.first_dense": 5}, "model.first_dense=5 exceeds model.num_layers=4"),
+    ({"model.moe_every": 5}, "model.moe_every=5", "none of the 4 layers MoE", "model.num_experts=0"),
+    ({"model.first_dense": 4}, "model.first_dense=4", "none of the 4 layers MoE"),
+    ({"model.vocab_size": 300}, "model.vocab_size=300", "the tokenizer's 512"),
+    (
+        {"model.vocab_size": 256, "data.tokenizer": TokenizerConfig(kind=TokenizerKind.bytes)},
+        "model.vocab_size=256",
+        "the tokenizer's 257",
+    ),
+    ({"router.top_k": 13}, "router.top_k=13", "model.num_experts=12"),
+    ({"router.top_k": 0}, "router.top_k=0"),
+    ({"router.num_groups": 5}, "router.num_groups=5 does not divide model.num_experts=12: take 6"),
+    ({"router.num_groups": 0}, "router.num_groups=0"),
+    ({"router.num_groups": 4, "router.top_groups": 5}, "router.top_groups=5", "router.num_groups=4"),
+    ({"router.num_groups": 6, "router.top_groups": 1, "router.top_k": 3}, "router=topk", "top_k=3"),
+    ({"router.capacity_factor": 0.0}, "router.capacity_factor=0.0 must be above 0"),
+    ({"router.eval_capacity_factor": INF}, "router.eval_capacity_factor=inf"),
+    ({"router.min_capacity": -1}, "router.min_capacity=-1"),
+    ({"router.jitter": 1.0}, "router.jitter=1.0 must lie in [0, 1)"),
+    ({"router.group": "4"}, "router.group=4 does not divide train.micro_batch_size=6", "take 3"),
+    ({"router.group": "0"}, "router.group=0 must be sequence, or a number"),
+    ({"router.group": "batch"}, "router.group=batch must be sequence, or a number"),
+    ({"balance.losses": [LOSS, dataclasses.replace(LOSS, coef=-1.0)]}, "balance.losses.1.coef=-1.0"),
+    ({"balance.losses": [dataclasses.replace(LOSS, coef=INF)]}, "balance.losses.0.coef=inf"),
+    ({"balance.bias_rate": -0.1}, "balance.bias_rate=-0.1"),
+    ({"data.seq_len": 1}, "data.seq_len=1 must be 2 or more"),
+    ({"data.val_fraction": 0.0}, "data.val_fraction=0.0 must lie in (0, 1)"),
+    ({"data.val_fraction": 1.0}, "data.val_fraction=1.0 must lie in (0, 1)"),
+    ({"data.tokenizer.vocab_size": 256}, "data.tokenizer.vocab_size=256 must be 257 or more"),
+    ({"data.tokenizer.kind": TokenizerKind.file}, "data.tokenizer.kind=file needs data.tokenizer.path"),
+    ({"data.tokenizer.path": "/x"}, "data.tokenizer.path=/x is not used by data.tokenizer.kind=bpe"),
+    (
+        {"data.tokenizer": TokenizerConfig(kind=TokenizerKind.file, path="/no/such")},
+        "data.tokenizer.path=/no/such does not exist",
+    ),
+    ({"data": LocalData(path="/no/such/*.txt")}, "data.path=/no/such/*.txt"),
+    ({"data": HubData(path="a/b", max_documents=0)}, "data.max_documents=0"),
+    ({"data": DomainsData(domains=["wiki_en", "wiki_xx"])}, "data.domains=", "wiki_xx", "shakespeare"),
+    ({"data": DomainsData(domains=[])}, "data.domains=[]"),
+    ({"data": MixtureData()}, "data.parts is empty", "kind: local"),
+    (
+        {"data": MixtureData(parts={"a": MixturePart(SourceKind.stdlib, weight=0.0)})},
+        "data.parts.a.weight=0.0",
+    ),
+    ({"data": MixtureData(parts={"a": MixturePart(SourceKind.local)})}, "data.parts.a.path is not set"),
+    ({"data": MixtureData(parts={"a": MixturePart(SourceKind.hub)})}, "data.parts.a.path is not set"),
+    (
+        {"data": MixtureData(parts={"a": MixturePart(SourceKind.stdlib, path="x")})},
+        "data.parts.a.path=x is not used by data.parts.a.kind=stdlib",
+    ),
+    (
+        {"data": MixtureData(parts={"a": MixturePart(SourceKind.local, path="/no/such")})},
+        "data.parts.a.path=/no/such",
+    ),
+    (
+        {"data": MixtureData(parts={"a": MixturePart(SourceKind.domains, domains=["x"])})},
+        "data.parts.a.domains=['x']",
+    ),
+    (
+        {"data": MixtureData(parts={"a": MixturePart(SourceKind.stdlib, domains=["python"])})},
+        "data.parts.a.domains",
+    ),
+    ({"train.steps": 0}, "train.steps=0 must be 1 or more"),
+    ({"train.micro_batch_size": 0}, "train.micro_batch_size=0"),
+    ({"train.threads": 0}, "train.threads=0"),
+    ({"train.eval_every": -1}, "train.eval_every=-1"),
+    ({"train.seed": -1}, "train.seed=-1"),
+    ({"train.spike_factor": 1.0}, "train.spike_factor=1.0 must be above 1"),
+    ({"train.device": "gpu"}, "train.device=gpu is not known; known: auto, cpu, cuda"),
+    ({"checkpoint.every": -1}, "checkpoint.every=-1"),
+    ({"checkpoint.keep_last": 0}, "checkpoint.keep_last=0 must be 1 or more"),
+    ({"optim.lr": 0.0}, "optim.lr=0.0 must be above 0"),
+    ({"optim.lr": NAN}, "optim.lr=nan"),
+    ({"optim.eps": 0.0}, "optim.eps=0.0"),
+    ({"optim.weight_decay": -0.1}, "optim.weight_decay=-0.1"),
+    ({"optim.clip_norm": 0.0}, "optim.clip_norm=0.0"),
+    ({"optim.betas": (0.9,)}, "optim.betas=[0.9] must be two numbers"),
+    ({"optim.betas": (0.9, 1.0)}, "optim.betas=1.0 must lie in [0, 1)"),
+    ({"optim": MuonConfig(ns_steps=0)}, "optim.ns_steps=0"),
+    ({"optim": MuonConfig(momentum=1.0)}, "optim.momentum=1.0"),
+    ({"optim": MuonConfig(adamw_lr=0.0)}, "optim.adamw_lr=0.0"),
+    ({"schedule.horizon": 0, "schedule.warmup_steps": 0}, "schedule.horizon=0"),
+    ({"schedule.warmup_steps": 101}, "schedule.warmup_steps=101 exceeds schedule.horizon=100"),
+    ({"schedule.decay_fraction": 0.0}, "schedule.decay_fraction=0.0 must lie in (0, 1]"),
+    ({"schedule.min_ratio": 1.1}, "schedule.min_ratio=1.1 must lie in [0, 1]"),
+    ({"parallel.ep": 2}, "this version trains with parallel.ep=1"),
+    ({"parallel.tp": 2}, "parallel.tp=2 is not built yet"),
+    ({"parallel.cp": 2}, "parallel.cp=2 is not built yet"),
+    ({"parallel.pp": 2}, "parallel.pp=2 is not built yet"),
+    ({"parallel.dp_replicate": 0}, "parallel.dp_replicate=0"),
+    ({"parallel.dp_replicate": 2}, "parallel.dp_replicate=2 does not divide the 1 ranks"),
+    ({"parallel.dp_shard": 2}, "parallel.dp_replicate=1 times parallel.dp_shard=2 is 2", "has 1 ranks"),
+    ({"train.global_batch_tokens": 400}, "train.global_batch_tokens=400", "384", "384 or 768"),
+    ({"train.global_batch_tokens": 63}, "train.global_batch_tokens=63", "the nearest that are: 384"),
+    ({"engine": EngineConfig(name="warp")}, "engine.name=warp is not known; known: native"),
+    ({"run.name": ""}, "run.name is empty"),
+    ({"run.name": "../x"}, "run.name=../x", "run.dir"),
+    ({"run.name": "/x"}, "run.name=/x", "run.dir"),
+    ({"run.dir": __file__}, "is a file, not a folder"),
+    ({"run.root": __file__}, "is a file, not a folder"),
+    ({"resume": "/no/such"}, "resume=/no/such does not exist"),
+    ({"compare.arms": {"a/b": []}}, "compare.arms.a/b"),
+    ({"compare.arms": {"..": []}}, "compare.arms..."),
+    ({"compare.arms": {"a": []}, "compare.seeds": []}, "compare.seeds=[]"),
+    ({"compare.arms": {"a": []}, "compare.seeds": [1, 1]}, "compare.seeds=[1, 1]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"), [(r[0], r[1:]) for r in REFUSED], ids=[r[1] for r in REFUSED]
+)
+def test_refused(base, changes, fragments):
+    base = change(base, {"data.tokenizer.vocab_size": 512})
+    with pytest.raises(UserError) as caught:
+        validate(change(base, changes))
+    text = str(caught.value)
+    assert [f for f in fragments if f not in text] == [], text
+    assert "\n" not in text
+
+
+ACCEPTED = [
+    {},
+    {"model.num_experts": 0, "router.top_k": 9},  # dense: the router is not built
+    {"model.num_experts": 0, "model.moe_every": 5},
+    {"model.num_heads": 7, "model.head_dim": 32},
+    {"model.num_kv_heads": 3},
+    {"model.first_dense": 3},
+    {"model.moe_every": 4},
+    {"model.vocab_size": 4096, "data.tokenizer.vocab_size": 4096},
+    {"router.top_k": 12},
+    {"router.top_k": None, "model.num_experts": 1},
+    {"router.num_groups": 4, "router.top_groups": 2, "router.top_k": 6},
+    {"router.group": "3"},
+    {"router.jitter": 0.0},
+    {"balance.losses": []},
+    {"schedule.warmup_steps": 100},
+    {"schedule.decay_fraction": 1.0, "schedule.min_ratio": 1.0},
+    {"train.global_batch_tokens": 384},
+    {"train.eval_every": 0, "checkpoint.every": 0},
+    {"train.device": "cpu"},
+    {"data.seq_len": 2},
+    {"optim": MuonConfig()},
+    {"data": HubData(path="a/b", seq_len=64)},
+    {
+        "data": MixtureData(
+            seq_len=64, parts={"a": MixturePart(SourceKind.stdlib), "b": MixturePart(SourceKind.domains)}
+        )
+    },
+    {"run.name": "a/b", "resume": "none"},
+    {"compare.arms": {"moe": [], "dense-1.5": []}, "compare.seeds": [0]},
+]
+
+
+@pytest.mark.parametrize("changes", ACCEPTED, ids=[str(sorted(a)) for a in ACCEPTED])
+def test_accepted(base, changes):
+    assert validate(change(base, changes)) == []
+
+
+def test_every_rule_refuses_something(base):
+    """Each rule function, called alone, raises for at least one of the cases above."""
+    base = change(base, {"data.tokenizer.vocab_size": 512})
+    rules = [*rules_model.RULES, *rules_data.RULES, *rules_train.RULES]
+    silent = set(rules) - {rules_train.compiler_is_there, rules_train.tracker_is_installed}
+    for changes, *_ in REFUSED:
+        cfg = change(base, changes)
+        for rule in list(silent):
+            try:
+                rule(cfg, 1)
+            except UserError:
+                silent.discard(rule)
+            except (ZeroDivisionError, ValueError):  # an earlier rule stands before this one
+                pass
+    assert {r.__name__ for r in silent} == set()
+    assert validate_module.rules_model.RULES is rules_model.RULES
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_nearest_global_batches_are_valid(base, world):
+    wrong = change(base, {"train.global_batch_tokens": 2000})
+    with pytest.raises(UserError, match="the nearest that are: ") as caught:
+        validate(wrong, world)
+    below, above = map(int, str(caught.value).rpartition(": ")[2].split(" or "))
+    assert below < 2000 < above == below + 384 * world
+    for tokens in (below, above):
+        validate(change(base, {"train.global_batch_tokens": tokens}), world)
+
+
+def test_layouts_of_several_ranks(base):
+    base = change(base, {"train.global_batch_tokens": 384 * 4})
+    validate(change(base, {"parallel.dp_replicate": 2}), 4)
+    validate(change(base, {"parallel.dp_replicate": 2, "parallel.dp_shard": 2}), 4)
+    with pytest.raises(UserError, match="is 4, but this run has 2 ranks"):
+        validate(change(base, {"parallel.dp_replicate": 2, "parallel.dp_shard": 2}), 2)
+    with pytest.raises(UserError, match="dp_replicate=3 does not divide the 4 ranks"):
+        validate(change(base, {"parallel.dp_replicate": 3}), 4)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(99, "stops before"), (101, "goes on after")])
+def test_steps_that_do_not_end_with_the_schedule_are_a_warning(base, steps, said):
+    (warning,) = validate(change(base, {"train.steps": steps}))
+    assert f"train.steps={steps}" in warning
+    assert "schedule.horizon=100" in warning
+    assert said in warning
+
+
+def test_compile_wants_a_compiler(base, monkeypatch, tmp_path):
+    cfg = change(base, {"train.compile": True})
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"train.compile=true needs a C\+\+ compiler"):
+        validate(cfg)
+    for name, env in (("g++", None), ("my-cxx", "my-cxx -O2")):
+        tool = tmp_path / name
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+        if env:
+            monkeypatch.setenv("CXX", env)
+        validate(cfg)
+        tool.unlink()
+    with pytest.raises(UserError, match="my-cxx"):
+        validate(cfg)
+
+
+def test_a_tracker_that_is_not_installed(base, monkeypatch, tmp_path):
+    monkeypatch.setattr(rules_train, "_installed", lambda package: False)
+    with pytest.raises(UserError, match=r"tracker=wandb needs .* pip install 'moetrain\[wandb\]'"):
+        validate(change(base, {"tracker": WandbTracker()}))
+    monkeypatch.undo()
+    (tmp_path / "surely_a_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not _installed("surely_a_folder")
+    assert not _installed("surely_not_there")
+    assert _installed("pytest")
+
+
+def test_cuda_without_a_gpu(base):
+    import torch
+
+    cfg = change(base, {"train.device": "cuda"})
+    if torch.cuda.is_available():
+        assert validate(cfg) == []
+    else:
+        with pytest.raises(UserError, match=r"train\.device=cuda, but torch .* sees no CUDA device"):
+            validate(cfg)
+
+
+GENERATE = [
+    ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"temperature": -0.1}, "temperature=-0.1"),
+    ({"temperature": NAN}, "temperature=nan"),
+    ({"top_k": 0}, "top_k=0"),
+    ({"top_p": 0.0}, "top_p=0.0 must lie in (0, 1]"),
+    ({"top_p": 1.1}, "top_p=1.1"),
+    ({"device": "gpu"}, "device=gpu"),
+    ({"prompt": None}, "exactly one of"),
+    ({"prompt_file": "x"}, "exactly one of"),
+    ({"prompt": None, "prompt_file": "/no/such"}, "prompt_file=/no/such"),
+    ({"checkpoint": "/no/such"}, "checkpoint=/no/such"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), GENERATE, ids=[g[1] for g in GENERATE])
+def test_generate_refused(changes, said):
+    cfg = GenerateConfig(checkpoint=os.path.dirname(__file__), prompt="x", top_p=1.0, temperature=0.0)
+    validate_generate(cfg)
+    with pytest.raises(UserError, match=said.replace("(", r"\(").replace("]", r"\]")):
+        validate_generate(change(cfg, changes))

@@ -1,0 +1,136 @@
+"""Every shipped yaml: composed against its schema, valid, described in its first line, and read back."""
+
+import dataclasses
+import re
+from functools import cache
+
+import pytest
+
+from moetrain.config.compose import compose_train, load_yaml, to_yaml
+from moetrain.config.help import group_options
+from moetrain.config.schema import TrainConfig
+from moetrain.config.store import CONFIG_DIR, TAGS, variants
+from moetrain.config.validate import validate
+from moetrain.moe.options import Activation, RouterConfig
+
+GROUPS = group_options()
+OPTIONS = [(group, name) for group, names in GROUPS.items() for name in names]
+FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
+
+# What an option needs beside itself: experts enough for the published routers, a path for data of one's own.
+NEEDS = {
+    ("router", "deepseek_v3"): ["model.num_experts=256"],
+    ("router", "olmoe"): ["model.num_experts=64"],
+    ("router", "qwen3"): ["model.num_experts=128"],
+    ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
+    ("data", "hub"): ["data.path=owner/name"],
+    ("data", "mixture"): ["data.parts.here.kind=stdlib", "data.parts.there.kind=domains"],
+}
+
+
+@cache
+def composed(group, name):
+    return compose_train([f"{group}={name}", *NEEDS.get((group, name), [])])
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{g}={n}" for g, n in OPTIONS])
+def test_every_option_composes_is_valid_and_reads_back(group, name, tmp_path):
+    cfg = composed(group, name)
+    validate(cfg)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(cfg))
+    assert load_yaml(file) == cfg
+
+
+def test_all_groups_and_files_are_covered():
+    assert set(GROUPS) == {
+        "model", "router", "balance", "experts", "data", "optim", "schedule", "parallel", "engine", "tracker",
+        "experiment",
+    }  # fmt: skip
+    in_groups = {CONFIG_DIR / group / f"{name}.yaml" for group, name in OPTIONS}
+    assert {f for f in FILES if f.parent != CONFIG_DIR} == in_groups
+    assert [f.name for f in FILES if f.parent == CONFIG_DIR] == ["generate.yaml", "train.yaml"]
+    for group, classes in variants().items():
+        assert set(classes) <= set(GROUPS[group]), f"an option of {group} has no yaml"
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(CONFIG_DIR)) for f in FILES])
+def test_the_first_line_says_what_it_is(file):
+    lines = file.read_text().splitlines()
+    described = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert re.fullmatch(r"# [A-Z].{15,}[.:].*", described)
+
+
+def test_the_default_is_as_documented():
+    cfg = compose_train([])
+    assert type(cfg) is TrainConfig
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            assert value.__dataclass_params__.frozen, field.name
+    assert (cfg.router.name, cfg.data.source, cfg.optim.name) == ("topk", "stdlib", "adamw")
+    assert (cfg.engine.name, cfg.tracker.name) == ("native", "jsonl")
+    assert [(x.name.name, x.coef, x.scope.name) for x in cfg.balance.losses] == [
+        ("switch", 0.01, "global_batch"),
+        ("z", 0.001, "global_batch"),
+    ]
+    assert isinstance(cfg.router, RouterConfig)
+    assert cfg.optim.betas == (0.9, 0.95)
+    assert cfg.compare.arms == {}
+    assert validate(cfg) == []
+
+
+@pytest.mark.parametrize("group", sorted(TAGS))
+def test_an_option_named_like_a_class_is_of_that_class(group):
+    for name, cls in variants()[group].items():
+        part = getattr(composed(group, name), group)
+        assert type(part) is cls
+        assert getattr(part, TAGS[group]) == name
+
+
+def test_what_the_presets_mean():
+    v3 = composed("router", "deepseek_v3").router
+    assert (v3.score.name, v3.top_k, v3.num_groups, v3.top_groups, v3.route_scale) == (
+        "sigmoid",
+        8,
+        8,
+        4,
+        2.5,
+    )
+    assert composed("router", "mixtral").router.score.name == "softmax_after"
+    assert composed("router", "olmoe").router.renormalize is False
+    assert composed("router", "qwen3").router.renormalize is True
+    switch = composed("router", "switch").router
+    assert (switch.top_k, switch.capacity_factor, switch.eval_capacity_factor) == (1, 1.25, 2.0)
+    aux_free = composed("balance", "aux_free").balance
+    assert aux_free.bias_rate == 0.001
+    assert [(x.coef, x.scope.name) for x in aux_free.losses] == [(0.0001, "sequence")]
+    assert composed("balance", "none").balance.losses == []
+    for scope in ("sequence", "micro", "running"):
+        assert composed("balance", scope).balance.losses[0].scope.name == scope
+    assert composed("experts", "relu2").experts.activation is Activation.relu2
+    assert composed("schedule", "wsd").schedule.kind.name == "wsd"
+
+
+def test_layouts_follow_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    layouts = {name: compose_train([f"parallel={name}"]).parallel for name in GROUPS["parallel"]}
+    degrees = {name: (p.dp_replicate, p.dp_shard) for name, p in layouts.items()}
+    assert degrees == {"auto": (1, None), "fsdp": (1, None), "ddp": (8, 1), "hsdp": (2, None)}
+
+
+def test_the_comparison_changes_only_the_model_and_its_balance():
+    cfg = compose_train(["experiment=moe_vs_dense"])
+    assert cfg.compare.arms == {"moe": [], "dense": ["model=tiny_dense", "balance=none"]}
+    assert cfg.compare.seeds == [0, 1, 2]
+    dense = compose_train(["experiment=moe_vs_dense", *cfg.compare.arms["dense"]])
+    assert dense.model.num_experts == 0
+    assert dense.balance.losses == []
+    assert dataclasses.replace(dense, model=cfg.model, balance=cfg.balance) == cfg

@@ -1,0 +1,116 @@
+"""Attention against a loop over queries: grouped heads, normalised queries and keys, windows, documents.
+
+Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from model_cases import TINY
+from torch import Tensor
+
+from moetrain.config.schema import QKNorm
+from moetrain.errors import UserError
+from moetrain.models.attention import Attention
+from moetrain.models.mask import attention_mask
+from moetrain.models.rope import apply_rope, rope_table
+
+BATCH, SEQ = 3, 11
+Seen = Callable[[int, int, int], bool]
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + TINY.norm_eps).sqrt() * weight
+
+
+def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
+    """softmax over the keys that ``seen(row, query, key)`` allows, one query and head at a time."""
+    q_heads, kv_heads, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    q, k, v = (x_BSD @ attention.w_qkv_PD.t()).split([q_heads * width, kv_heads * width, kv_heads * width], -1)
+    if attention.qk_norm is QKNorm.full:
+        q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)
+    q, k, v = (t.reshape(BATCH, SEQ, -1, width) for t in (q, k, v))
+    if attention.qk_norm is QKNorm.head:
+        q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)
+    table = rope_table(torch.arange(SEQ)[None], width, TINY.rope_theta, torch.float64)
+    q, k = apply_rope(q, table), apply_rope(k, table)
+    y = torch.zeros_like(q)
+    for b in range(BATCH):
+        for i in range(SEQ):
+            keys = [j for j in range(SEQ) if seen(b, i, j)]
+            for h in range(q_heads):
+                g = h // (q_heads // kv_heads)
+                p = (k[b, keys, g] @ q[b, i, h] / width**0.5).softmax(0)
+                y[b, i, h] = p @ v[b, keys, g]
+    return y.reshape(BATCH, SEQ, -1) @ attention.w_out_DQ.t()
+
+
+def build(qk_norm: QKNorm = QKNorm.none, num_kv_heads: int = 2) -> tuple[Attention, Tensor]:
+    torch.manual_seed(0)
+    attention = Attention(replace(TINY, qk_norm=qk_norm, num_kv_heads=num_kv_heads)).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_(0, 0.4)
+    return attention, torch.randn(BATCH, SEQ, TINY.d_model, dtype=torch.float64)
+
+
+def run(attention: Attention, x_BSD: Tensor, window: int | None, doc_ids_BS: Tensor | None) -> Tensor:
+    table = rope_table(torch.arange(SEQ)[None], attention.head_dim, TINY.rope_theta, torch.float64)
+    mask = attention_mask(SEQ, 0, window, doc_ids_BS, torch.float64, x_BSD.device)
+    return attention(x_BSD, table, mask)
+
+
+@pytest.mark.parametrize("qk_norm", list(QKNorm))
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_attention_equals_the_loop(qk_norm: QKNorm, num_kv_heads: int) -> None:
+    attention, x = build(qk_norm, num_kv_heads)
+    expected = by_loop(attention, x, lambda b, i, j: j <= i)
+    torch.testing.assert_close(run(attention, x, None, None), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, SEQ - 1])
+def test_a_sliding_window_counts_the_query_itself(window: int) -> None:
+    attention, x = build()
+    expected = by_loop(attention, x, lambda b, i, j: j <= i < j + window)
+    torch.testing.assert_close(run(attention, x, window, None), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_documents_do_not_see_each_other_even_when_interleaved(window: int | None) -> None:
+    attention, x = build()
+    docs = torch.tensor([[4] * 5 + [9] * 6, [1] * SEQ, [0, 1] * 5 + [2]])
+    expected = by_loop(
+        attention, x, lambda b, i, j: j <= i < j + (window or SEQ) and bool(docs[b, i] == docs[b, j])
+    )
+    torch.testing.assert_close(run(attention, x, window, docs), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_plainly_causal_path_is_taken_exactly_where_it_is_right() -> None:
+    def mask(seq: int, cached: int, window: int | None, docs: Tensor | None) -> Tensor | None:
+        return attention_mask(seq, cached, window, docs, torch.float32, torch.device("cpu"))
+
+    one_each = torch.tensor([[3] * 5, [8] * 5])
+    assert mask(5, 0, None, None) is None
+    assert mask(5, 0, None, one_each) is None
+    assert mask(5, 0, 5, None) is None
+    assert mask(1, 7, None, None) is None
+    assert mask(1, 7, 8, None) is None
+    assert mask(5, 0, 4, one_each).shape == (1, 1, 5, 5)
+    assert mask(5, 0, None, torch.tensor([[3] * 5, [8] * 4 + [9]])).shape == (2, 1, 5, 5)
+    assert mask(2, 3, None, None).isfinite().tolist() == [[[[True] * 4 + [False], [True] * 5]]]
+    assert mask(1, 4, 3, None).isfinite().tolist() == [[[[False, False, True, True, True]]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_kv_heads": 4}, "model.num_kv_heads=4 must divide model.num_heads=6"),
+        ({"head_dim": None}, "model.num_heads=6 must divide model.d_model=23"),
+        ({"head_dim": 9}, "even width"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(changes: dict[str, int | None], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Attention(replace(TINY, **changes))

@@ -1,0 +1,79 @@
+"""RMSNorm and rotary embedding against their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from moetrain.models.norm import RMSNorm
+from moetrain.models.rope import apply_rope, rope_table
+
+
+def norm_of(width: int, dtype: torch.dtype, eps: float = 1e-3) -> RMSNorm:
+    norm = RMSNorm(width, eps).to(dtype)
+    with torch.no_grad():
+        norm.weight_D.copy_(torch.randn(width, dtype=dtype))
+    return norm
+
+
+def test_norm_equals_its_formula_and_its_gradient_is_right() -> None:
+    torch.manual_seed(0)
+    norm, x = norm_of(11, torch.float64), torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+    rows = x.detach().reshape(-1, 11).tolist()
+    rms = [math.sqrt(sum(v * v for v in row) / 11 + 1e-3) for row in rows]
+    expected = torch.tensor(rows, dtype=torch.float64) / torch.tensor(rms, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(norm(x).reshape(-1, 11), expected * norm.weight_D, rtol=1e-13, atol=1e-13)
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight_D": weight}, (x,))
+
+    assert gradcheck(run, (x, norm.weight_D.detach().requires_grad_()))
+
+
+def test_norm_of_a_strided_slice_and_of_zeros() -> None:
+    torch.manual_seed(0)
+    norm = norm_of(7, torch.float64)
+    base = torch.randn(3, 5, 2, 7, dtype=torch.float64, requires_grad=True)
+    norm(base[:, :, 1]).square().sum().backward()
+    strided = base.grad.clone()
+    copy = base.detach()[:, :, 1].clone().requires_grad_()
+    norm(copy).square().sum().backward()
+    torch.testing.assert_close(strided[:, :, 1], copy.grad, rtol=0, atol=1e-14)
+    assert not strided[:, :, 0].any()
+    zeros = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    norm(zeros).sum().backward()
+    torch.testing.assert_close(zeros.grad, norm.weight_D.detach().expand(2, 7) / math.sqrt(1e-3))
+
+
+def test_norm_computes_in_fp32_for_bf16_input() -> None:
+    torch.manual_seed(0)
+    norm = norm_of(257, torch.float32)
+    x = (torch.randn(5, 257) * 30).bfloat16()
+    assert norm(x).dtype is torch.bfloat16
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+    assert norm(x.float()).dtype is torch.float32
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rope_turns_pairs_as_complex_numbers(shared: bool) -> None:
+    torch.manual_seed(0)
+    batch, seq, heads, width, theta = 2, 5, 3, 14, 71.0
+    positions = torch.tensor([[3, 0, 7, 1, 100]]) if shared else torch.randint(50, (batch, seq))
+    x = torch.randn(batch, seq, heads, width, dtype=torch.float64, requires_grad=True)
+    y = apply_rope(x, rope_table(positions, width, theta, torch.float64))
+    inverse = torch.tensor([theta ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
+    turn = torch.polar(torch.ones((), dtype=torch.float64), positions[..., None, None] * inverse)
+    z = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turn
+    torch.testing.assert_close(y, torch.cat([z.real, z.imag], -1), rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(y)
+    mine = torch.autograd.grad((y * weight).sum(), x)[0]
+    theirs = torch.autograd.grad((torch.cat([z.real, z.imag], -1) * weight).sum(), x)[0]
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_rope_rotates_bf16_in_fp32() -> None:
+    torch.manual_seed(0)
+    table = rope_table(torch.arange(1000, 1007)[None], 8, 1e4, torch.float32)
+    x = torch.randn(1, 7, 3, 8).bfloat16()
+    assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())

@@ -1,0 +1,222 @@
+"""Trackers: what they leave on disk is read back with the services' own formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.config.schema import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
+from moetrain.errors import UserError
+from moetrain.train import trackers
+from moetrain.train.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
+
+ROWS = [
+    {"step": s, "train/loss": 8.0 / s, "moe/1/max_load": 1.5, "time": 1e9, "note": None} for s in (1, 2, 3)
+]
+
+
+def use(tracker: Tracker, folder: Path, rows: list[dict[str, Any]], step: int = 0, ok: bool = True) -> None:
+    tracker.start(folder, {"model": {"d_model": 32}, "list": [1, 2]}, step)
+    for row in rows:
+        tracker.log(row, row["step"])
+    tracker.finish(ok)
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def read_wandb(path: Path) -> Iterator[Any]:
+    """The records of an offline run: a header of 7 bytes, then protobuf messages in blocks of 32 KiB.
+
+    Each piece has a header: checksum (4 bytes), length (2), kind (1 whole, 2 first, 3 middle, 4 last).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, message = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            message = b""
+            yield record
+
+
+def test_jsonl_adds_nothing(tmp_path: Path) -> None:
+    use(build_tracker(JsonlTracker()), tmp_path, ROWS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_events_read_back(tmp_path: Path) -> None:
+    use(build_tracker(TensorboardTracker()), tmp_path, [*ROWS, {"step": 4, "train/loss": math.nan}])
+    scalars = read_events(tmp_path / "tensorboard")
+    assert scalars["moe/1/max_load"] == [(s, 1.5) for s in (1, 2, 3)]
+    assert scalars["train/loss"][:3] == [(1, 8.0), (2, 4.0), (3, pytest.approx(8 / 3))]
+    assert math.isnan(scalars["train/loss"][3][1])
+    assert "note" not in scalars
+
+
+def test_tensorboard_of_a_resumed_run_replaces_what_is_done_again(tmp_path: Path) -> None:
+    use(build_tracker(TensorboardTracker()), tmp_path, ROWS)
+    again = [{"step": s, "train/loss": 7.0} for s in (2, 3, 4)]
+    use(build_tracker(TensorboardTracker()), tmp_path, again, step=1)
+    loss = read_events(tmp_path / "tensorboard")["train/loss"]
+    assert loss == [(1, 8.0), (2, 7.0), (3, 7.0), (4, 7.0)]
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    use(build_tracker(TensorboardTracker(), rank=1), tmp_path, ROWS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was tracked offline, stopped, and resumed from step 1, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    folder.mkdir()
+    code = (
+        "import sys, json; from pathlib import Path; from moetrain.config.schema import WandbTracker;"
+        "from moetrain.train.trackers import build_tracker;"
+        "t = build_tracker(WandbTracker(tags=['a'])); folder, rows, step, ok = json.loads(sys.argv[1]);"
+        "t.start(Path(folder), {'model': {'d_model': 32}}, step); [t.log(r, r['step']) for r in rows]; t.finish(ok)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    for rows, step, ok in ((ROWS, 0, False), ([{"step": 2, "train/loss": 4.0}], 1, True)):
+        command = [sys.executable, "-c", code, json.dumps([str(folder), rows, step, ok])]
+        subprocess.run(command, check=True, env=environment, capture_output=True, cwd=folder, timeout=120)
+    return folder
+
+
+def test_wandb_offline_run_reads_back(wandb_folder: Path) -> None:
+    files = sorted(wandb_folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    records = [list(read_wandb(path)) for path in files]
+    history = [
+        {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
+        for r in records[0]
+        if r.HasField("history")
+    ]
+    assert [json.loads(h["train/loss"]) for h in history] == [8.0, 4.0, pytest.approx(8 / 3)]
+    assert [json.loads(h["step"]) for h in history] == [1, 2, 3]
+    assert "note" not in history[0]
+    run = next(r.run for r in records[0] if r.HasField("run"))
+    assert run.project == "moetrain"
+    assert run.display_name == "demo"
+    assert list(run.tags) == ["a"]
+    config = {u.key: u.value_json for u in run.config.update}
+    assert json.loads(config["model"]) == {"d_model": 32}
+    assert [next(r.exit.exit_code for r in rs if r.HasField("exit")) for rs in records] == [1, 0]
+
+
+def test_wandb_resumes_under_the_id_in_the_run_folder(wandb_folder: Path) -> None:
+    kept = (wandb_folder / WANDB_ID_FILE).read_text().strip()
+    files = wandb_folder.glob("wandb/offline-run-*/*.wandb")
+    runs = [r.run for path in files for r in read_wandb(path) if r.HasField("run")]
+    assert {run.run_id for run in runs} == {kept}
+
+
+def test_wandb_carries_no_code_and_no_git_state(wandb_folder: Path) -> None:
+    folder = next(wandb_folder.glob("wandb/offline-run-*"))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".py", ".patch", ".diff")]
+    records = [r for r in read_wandb(next(folder.glob("*.wandb")))]
+    run = next(r.run for r in records if r.HasField("run"))
+    assert run.git.commit == ""
+    assert run.git.remote_url == ""
+
+
+class _Broken:
+    """A tracker whose service is lost after the first row."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
+        self.calls.append("start")
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        self.calls.append(f"log {step}")
+        if step > 1:
+            raise ConnectionResetError("connection lost")
+
+    def finish(self, ok: bool) -> None:
+        self.calls.append("finish")
+
+
+def test_a_tracker_that_fails_in_training_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = _Broken()
+    monkeypatch.setitem(TRACKERS, "broken", lambda cfg: broken)
+    use(build_tracker(TrackerConfig(name="broken")), tmp_path, ROWS)
+    assert broken.calls == ["start", "log 1", "log 2"]
+    assert len(caplog.messages) == 1
+    assert "tracker=broken failed at step 2" in caplog.messages[0]
+    assert "connection lost" in caplog.messages[0]
+
+
+def test_an_unknown_tracker_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'mlflow'.*jsonl, tensorboard, wandb"):
+        build_tracker(TrackerConfig(name="mlflow"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("cfg", [TensorboardTracker(), WandbTracker()])
+def test_a_missing_package_names_the_extra_on_every_rank(
+    cfg: TrackerConfig, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, cfg.name, None)
+    with pytest.raises(UserError, match=rf"pip install 'moetrain\[{cfg.name}\]'"):
+        build_tracker(cfg, rank)
+
+
+def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "absent_service").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="needs the package absent_service"):
+        trackers._need("absent_service")
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write to"):
+        build_tracker(TensorboardTracker()).start(tmp_path, {})
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from moetrain.errors import UserError;"
+        "from moetrain.config.schema import WandbMode, WandbTracker;"
+        "from moetrain.train.trackers import build_tracker;"
+        "t = build_tracker(WandbTracker(mode=WandbMode.online))\n"
+        "try: t.start(Path(sys.argv[1]), {})\n"
+        "except UserError as e: print(e)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+    lines = [line for line in done.stdout.splitlines() if "tracker=wandb" in line]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert "tracker.mode=offline" in lines[0]
