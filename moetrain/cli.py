@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import moetrain
 from moetrain.config.launch import is_rank_0
@@ -162,14 +165,14 @@ def _without_launcher_options(args: list[str]) -> list[str]:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    """One line on rank 0; on every rank a note for torchrun, which shows the first rank that failed."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        with contextlib.suppress(Exception):
-            get_error_handler().record_exception(error)
+    """One line on rank 0; on every rank a note for torchrun, which shows that of the first rank to fail."""
+    line = " ".join(str(error).split())
+    if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(note).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
     if is_rank_0():
-        print(f"moetrain: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"moetrain: error: {line}", file=sys.stderr, flush=True)
     return code
 
 

@@ -23,7 +23,7 @@ from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.overrides import normalize, plugins_in
 from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
-from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register
+from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register, user_folder
 from moetrain.errors import UserError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -98,12 +98,13 @@ def config_hash(cfg: TrainConfig) -> str:
 def compose_node(
     root: type, config_name: str, overrides: list[str], config_dir: str | None = None
 ) -> DictConfig:
-    """Hydra's composition against the schema of ``root``; interpolations are resolved, ``???`` is kept."""
-    if config_dir is not None:
-        overrides = [*overrides, f"hydra.searchpath=['file://{config_dir}']"]
-    with initialize_config_dir(str(CONFIG_DIR), job_name="moetrain", version_base=HYDRA_VERSION_BASE):
+    """Hydra's composition against the schema of ``root``: interpolations resolve, ``???`` may remain."""
+    with (
+        user_folder(config_dir),
+        initialize_config_dir(str(CONFIG_DIR), job_name="moetrain", version_base=HYDRA_VERSION_BASE),
+    ):
         node = compose(config_name, overrides)
-    OmegaConf.resolve(node)
+    OmegaConf.to_container(node, resolve=True)
     if OmegaConf.get_type(node) is not editable(root):  # a primary config of the user's, without our schema
         node = _fit(root, node, f"{config_name}.yaml")
     return node
@@ -160,10 +161,13 @@ def _fit(root: type, node: DictConfig, where: str) -> DictConfig:
         options = node.get(group)
         if not isinstance(options, DictConfig):
             raise UserError(f"{where}: {group} is missing or is not a group of keys")
-        target[group] = OmegaConf.structured(editable(class_of(group, options.get(TAGS[group]))))
+        try:
+            target[group] = OmegaConf.structured(editable(class_of(group, options.get(TAGS[group]))))
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
     try:
         merged = OmegaConf.merge(target, node)
-        OmegaConf.resolve(merged)
+        OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError) as e:
         raise explain(e, [], lambda _: target, where=where) from e
     assert isinstance(merged, DictConfig)
@@ -192,7 +196,7 @@ def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
     elif dataclasses.is_dataclass(obj):
         children, known = vars(obj), [f.name for f in dataclasses.fields(obj)]
         for key in children.keys() - set(known):
-            raise UserError(where + unknown_key(prefix + key, known, []))
+            raise UserError(where + unknown_key(prefix + key, known))
     else:
         return
     for key, child in children.items():

@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import BooleanNode, DictConfig, EnumNode, FloatNode, IntegerNode, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.names import near_miss, nearest
@@ -49,7 +55,7 @@ def explain(
         return UserError(
             _unreadable(typed.get(error.override, error.override), str(error.__cause__ or error))
         )
-    culprit = find_culprit(overrides, compose)
+    culprit = _culprit_named_in(error, overrides) or find_culprit(overrides, compose)
     culprit = typed.get(culprit, culprit) if culprit else None
     if isinstance(error, MissingConfigException):
         return UserError(_missing_config(error, culprit))
@@ -57,7 +63,7 @@ def explain(
         return UserError(_bad_yaml(error))
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if not isinstance(cause, OmegaConfBaseException):
-        return UserError(_other(error, culprit))
+        return UserError((f"{where}: " if where else "") + _other(error, culprit))
     file = _file_named_in(error)
     where = where or ": ".join(part for part in (culprit, file) if part) or "config"
     key = _full_key(cause, culprit)
@@ -66,7 +72,7 @@ def explain(
     ):
         siblings = [str(k) for k in cause.parent_node if k != "hydra"]
         said = "" if where == key else f"{where}: "
-        return UserError(said + unknown_key(key, siblings, _base_keys(compose)))
+        return UserError(said + unknown_key(key, siblings, partial(_base_keys, compose)))
     return UserError(_bad_value(where, key, cause))
 
 
@@ -78,6 +84,18 @@ def find_culprit(overrides: list[str], compose: Compose) -> str | None:
         if _composes(compose, overrides[:i] + overrides[i + 1 :]):
             return override
     return next((o for i, o in enumerate(overrides) if not _composes(compose, overrides[: i + 1])), None)
+
+
+def _culprit_named_in(error: Exception, overrides: list[str]) -> str | None:
+    """Hydra often names the override, or its key, or the group's option: then nothing needs to be tried."""
+    if isinstance(error, MissingConfigException):
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        wanted = [o for o in overrides if o == f"{group}={name}"]
+    else:
+        found = re.match(r"(?s)Error merging override (.*)|Could not override '([^']+)'", str(error))
+        line, key = found.groups() if found else (None, None)
+        wanted = [o for o in overrides if o == line or (key and key_of(o) == key)]
+    return wanted[-1] if wanted else None
 
 
 def key_of(override: str) -> str:
@@ -187,8 +205,8 @@ def _other(error: Exception, culprit: str | None) -> str:
     return f"{said}{' '.join(lines[:2]) or type(error).__name__}"
 
 
-def unknown_key(key: str, siblings: list[str], all_keys: list[str]) -> str:
-    """``siblings``: the keys beside ``key``; ``all_keys``: every dotted key of the config."""
+def unknown_key(key: str, siblings: list[str], all_keys: Callable[[], list[str]] = list) -> str:
+    """``siblings``: the keys beside ``key``; ``all_keys`` gives every dotted key of the config."""
     last = key.replace(": ", ".").rpartition(".")[2]
     stem = key[: len(key) - len(last)]
     if not stem:
@@ -199,8 +217,9 @@ def unknown_key(key: str, siblings: list[str], all_keys: list[str]) -> str:
     elif close:
         hint = f" (did you mean {stem}{close}?)"
     else:
-        same = [k for k in all_keys if k.rpartition(".")[2] == last]
-        meant = same[0] if same else near_miss(key, all_keys)
+        known = all_keys()
+        same = [k for k in known if k.rpartition(".")[2] == last]
+        meant = same[0] if same else near_miss(key, known)
         hint = f" (did you mean {meant}?)" if meant else ""
     return f"unknown key {key}{hint}; {stem.rstrip('.: ') or 'the top level'} has: {', '.join(siblings)}"
 
@@ -216,7 +235,9 @@ def _options_with(group: str, key: str) -> list[str]:
 def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
     first = (cause.msg or str(cause)).splitlines()[0]
     expected, child = "", cause.child_node
-    if where.startswith("~"):
+    if isinstance(cause, InterpolationResolutionError):
+        pass
+    elif where.startswith("~"):
         expected = f"{key} cannot be deleted, only set"
     elif "is not Optional" in first:
         expected = f"{key} cannot be null"

@@ -18,7 +18,7 @@ def normalize(root: type, overrides: list[str], sweep: bool = False) -> list[str
 
     - Values of keys that hold text are quoted, so that paths and prompts are taken as they are: Hydra's
       grammar has no ``prompt=def f(x):``, and ``run.name=1e3`` would arrive as ``1000.0``. Left alone are
-      quoted values, ``null``, interpolations (``${...}``), and all of a sweep, where a comma is a choice.
+      quoted values, ``null``, interpolations (``${...}``), and in a sweep the choices (``a,b``).
     - An entry of a mapping (``data.parts.NAME``, ``compare.arms.NAME``) may be new: it needs no ``+``.
     """
     return [_normalize_one(root, o, sweep) for o in overrides]
@@ -26,10 +26,12 @@ def normalize(root: type, overrides: list[str], sweep: bool = False) -> list[str
 
 def _normalize_one(root: type, override: str, sweep: bool) -> str:
     path = _path_of(override)
-    if not sweep and any(h is str for h in _hints(root, path)):
+    if sweep and _is_sweep(override):
+        return override
+    if any(h is str for h in _hints(root, path)):
         override = _quote(override)
     depth = _mapping_depth(root, path)
-    if not depth or override.startswith("~") or "=" not in override or (sweep and _is_sweep(override)):
+    if not depth or override.startswith("~") or "=" not in override:
         return override
     value = override.partition("=")[2]
     for name in reversed(path[depth:]):

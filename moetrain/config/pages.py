@@ -23,12 +23,13 @@ from moetrain.config.launch import is_rank_0
 from moetrain.config.store import CONFIG_DIR
 from moetrain.errors import UserError
 
+# Logging "none" leaves logging alone; "disabled" would silence our own loggers too.
 _QUIET = [
     "hydra.job.name=moetrain",
     "hydra.job.chdir=false",
     "hydra.output_subdir=null",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
     "hydra.sweep.subdir=.",
 ]
 

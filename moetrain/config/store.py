@@ -6,11 +6,16 @@ option, stored as ``<group>/_<option>``: names that begin with ``_`` are never s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from moetrain.config import schema as s
@@ -41,6 +46,27 @@ def variants() -> dict[str, dict[str, type]]:
         "engine": {"native": s.EngineConfig},
         "tracker": {"jsonl": s.JsonlTracker, "wandb": s.WandbTracker, "tensorboard": s.TensorboardTracker},
     }
+
+
+class UserFolder(SearchPathPlugin):
+    """Makes Hydra's compose look into ``--config-dir`` too, after the shipped configs, as its flag does."""
+
+    folder: str | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if UserFolder.folder is not None:
+            search_path.append("command-line", f"file://{UserFolder.folder}")
+
+
+@contextlib.contextmanager
+def user_folder(folder: str | None) -> Iterator[None]:
+    """While it lasts, configs are composed with the user's own folder of yaml files."""
+    Plugins.instance().register(UserFolder)
+    before, UserFolder.folder = UserFolder.folder, folder
+    try:
+        yield
+    finally:
+        UserFolder.folder = before
 
 
 def register() -> None:

@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, D model. A record is what the layer tells of itself
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,12 +56,15 @@ def _swiglu(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> n
 
 @register_feed_forward("moe")
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+    options: RouterConfig | dict[str, Any] = router
+    if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
+        options = {f.name: getattr(router, f.name) for f in fields(router) if f.name != "name"}
     return MoELayer(
         d_model=cfg.d_model,
         d_ff=cfg.d_ff_expert,
         num_experts=cfg.num_experts,
         router=router.name,
-        router_options=router,
+        router_options=options,
         activation=experts.activation.value,
         backend=experts.backend.value,
         num_shared_experts=cfg.num_shared_experts,

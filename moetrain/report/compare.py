@@ -71,7 +71,7 @@ def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
         runs = [read_run(path) for path in paths]
         cells = [name.replace("|", "\\|"), str(len(runs)), *(text(runs) for _, text in columns)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _curve(run: RunData) -> dict[float, float]:

@@ -49,7 +49,7 @@ def over_time(loads: Loads, name: str) -> Plot:
 def final_map(loads: Loads, name: str) -> Plot:
     """One map of layer by expert, the mean over the last tenth of the recorded steps."""
     count = max(1, round(_FINAL_SHARE * len(loads.steps)))
-    relative_LE = np.nanmean(loads.relative_PLE[-count:], axis=0)
+    relative_LE = loads.relative_PLE[-count:].mean(axis=0)
     layers, experts = relative_LE.shape
     figure = new_figure(min(10.5, 2.4 + 0.42 * max(experts, 6)), min(6.5, 1.3 + 0.2 * max(layers, 4)))
     axes = figure.subplots()
@@ -84,13 +84,11 @@ def _norm(relative: Array) -> Any:
     """Blue below, white at, red above the uniform share; a few extreme values do not stretch the scale."""
     from matplotlib.colors import TwoSlopeNorm
 
-    finite = relative[np.isfinite(relative)]
-    top = float(np.percentile(finite, 99.5)) if finite.size else 2.0
-    return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, top))
+    return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, float(np.percentile(relative, 99.5))))
 
 
 def _colour_bar(figure: Any, mesh: Any, axes: Any, relative: Array) -> None:
-    beyond = "max" if np.nanmax(relative) > mesh.norm.vmax else "neither"
+    beyond = "max" if relative.max() > mesh.norm.vmax else "neither"
     bar = figure.colorbar(mesh, ax=axes, extend=beyond, aspect=25, pad=0.02)
     bar.set_label("share (x uniform)")
 
@@ -100,7 +98,7 @@ def _experts_shown(relative_PE: Array) -> list[int]:
     experts = relative_PE.shape[1]
     if experts <= MAX_EXPERTS:
         return list(range(experts))
-    order = np.argsort(np.nanmean(relative_PE, axis=0), kind="stable")
+    order = np.argsort(relative_PE.mean(axis=0), kind="stable")
     half = MAX_EXPERTS // 2
     return [int(e) for e in (*order[:half], *order[-half:])]
 

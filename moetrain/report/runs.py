@@ -194,7 +194,8 @@ def _read_loads(path: Path, notes: list[str]) -> Loads | None:
             share_LE = np.array(row["load"], dtype=np.float64)
         except (KeyError, TypeError, ValueError):
             continue
-        if share_LE.ndim == 2 and share_LE.size and math.isfinite(step := number(row.get("step"))):
+        whole = share_LE.ndim == 2 and share_LE.size > 0 and bool(np.isfinite(share_LE).all())
+        if whole and math.isfinite(step := number(row.get("step"))):
             found[step] = share_LE
             layers = row.get("layers") or layers
     if not found:

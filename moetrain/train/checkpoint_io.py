@@ -26,7 +26,6 @@ from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.logger import _dcp_logger
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -51,8 +50,6 @@ T = TypeVar("T")
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-# It logs every exception with its traceback; what the user needs of one is in the error that is raised.
-_dcp_logger.propagate = False
 
 
 class Peers:
@@ -142,11 +139,11 @@ class _HashedFile(io.BufferedIOBase):
 
 
 class _HashingFileSystem(FileSystem):
-    """DCP's file system whose written files are recorded with size and hash, in ``records``."""
+    """DCP's file system whose written files are recorded with size and hash, in ``written``."""
 
     def __init__(self, hashed: bool) -> None:
         self._hashed = hashed
-        self.records: list[FileRecord] = []
+        self.written: list[FileRecord] = []
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -162,13 +159,14 @@ class _HashingFileSystem(FileSystem):
                 # Plain and with the file's name: it travels to the other ranks.
                 raise OSError(cause.errno, cause.strerror, name) from None
             raise
-        self.records.append(stream.record(name))
+        self.written.append(stream.record(name))
 
-    def write_text(self, folder: Path, name: str, text: str) -> None:
+    def write_text(self, folder: Path, name: str, text: str) -> FileRecord:
         with self.create_stream(folder / name, "wb") as stream:
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
+        return self.written[-1]
 
 
 class JsonWriter(FileSystemWriter):
@@ -207,9 +205,8 @@ class JsonWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """DCP's results, and one more per file: its record, under an index that no tensor has."""
-        self._files.records.clear()
         results = super().write_data(plan, planner).value()
-        results += [WriteResult(MetadataIndex(f.name), f.size, f) for f in self._files.records]
+        results += [WriteResult(MetadataIndex(f.name), f.size, f) for f in self._files.written]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -219,12 +216,11 @@ class JsonWriter(FileSystemWriter):
         records = [r.storage_data for r in written if isinstance(r.storage_data, FileRecord)]
         blocks = {r.index: r.storage_data for r in written if not isinstance(r.storage_data, FileRecord)}
         self._check_visible(records)
-        self._files.records.clear()
         text = encode_metadata(dataclasses.replace(metadata, storage_data=blocks))
-        self._files.write_text(self.temporary, METADATA, text)
-        self._files.write_text(self.temporary, EXTRA, self._extra)
-        manifest = Manifest(self._step, tuple(records + self._files.records))
-        self._files.write_text(self.temporary, MANIFEST, encode_manifest(manifest).decode("ascii"))
+        records.append(self._files.write_text(self.temporary, METADATA, text))
+        records.append(self._files.write_text(self.temporary, EXTRA, self._extra))
+        manifest = encode_manifest(Manifest(self._step, tuple(records)))
+        self._files.write_text(self.temporary, MANIFEST, manifest.decode("ascii"))
         sync_folder(self.temporary)
         replace_folder(self.temporary, self._target)
         self._on_complete()

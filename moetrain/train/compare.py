@@ -47,9 +47,7 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
 
 def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
     run = replace(arm.run, dir=str(run_dir))
-    return replace(
-        arm, train=replace(arm.train, seed=seed), run=run, compare=CompareConfig(), resume="auto"
-    )
+    return replace(arm, train=replace(arm.train, seed=seed), run=run, compare=CompareConfig(), resume="auto")
 
 
 def _is_done(run_dir: Path, steps: int) -> bool:

@@ -18,10 +18,12 @@ from moetrain.train.task import NextToken, batch_arguments
 
 @torch.no_grad()
 def evaluate(
-    task: NextToken, batches: Iterable[Batch], domains: Sequence[str], seed: int
+    task: NextToken, batches: Iterable[Batch], domains: Sequence[str], seed: int, byte_scale: float = 1.0
 ) -> tuple[EvalSums, dict[str, EvalSums]]:
     """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
 
+    ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``).
+    ``byte_scale`` is the split's: what a token's byte count is multiplied by where it is not exact.
     Changes nothing that training sees: no gradient, no router state, no random state.
     """
     device = next(task.parameters()).device
@@ -40,11 +42,12 @@ def evaluate(
     finally:
         task.train(was_training)
     all_reduce_sum_(sums)
+    sums[2] *= byte_scale
     columns = sums.t().tolist()
     per_domain = {
-        name: EvalSums(nats, int(tokens), int(size))
+        name: EvalSums(nats, int(tokens), round(size))
         for name, (nats, tokens, size) in zip(domains, columns, strict=False)
         if tokens
     }
     total = sums.sum(1).tolist()
-    return EvalSums(total[0], int(total[1]), int(total[2])), per_domain
+    return EvalSums(total[0], int(total[1]), round(total[2])), per_domain

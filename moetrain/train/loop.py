@@ -8,11 +8,12 @@ from typing import Any
 
 from moetrain.config.schema import CheckpointConfig, LoopConfig, OnNonFinite, ScheduleConfig
 from moetrain.errors import TrainingError
+from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.metrics import load_every, step_row
 from moetrain.train.optim import set_lr
 from moetrain.train.progress import Progress
-from moetrain.train.run_dir import RunDir
+from moetrain.train.run_dir import RunDir, read_metrics
 from moetrain.train.schedule import lr_factor
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepResult, TrainStep
@@ -20,6 +21,8 @@ from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import Tracker
 
 Evaluate = Callable[[], dict[str, Any]]
+
+_MAX_IN_A_ROW = 10  # broken steps, one after the other, that skip or rollback bear with
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ class Loop:
         self.state, self.step, self.evaluate, self.around = state, step, evaluate, around
         self.cfg, self.checkpoint, self.schedule = cfg, checkpoint, schedule
         self._load_every = load_every(cfg.steps)
+        self._broken_in_a_row = 0
+        self._evaluated = -1  # the last step that was evaluated
 
     def run(self) -> bool:
-        """True when all steps are done, False when it was asked to stop before. The state is saved in both."""
+        """True when all steps are done, False when it was asked to stop before; saves the state in both."""
         state, around = self.state, self.around
+        self._catch_up()
         state.meter.start()
         while state.step < self.cfg.steps:
             self._one_step()
@@ -60,14 +66,25 @@ class Loop:
                 break
             self._between_steps()
         finished = state.step >= self.cfg.steps
-        if finished:
+        if finished and self._evaluated != state.step:
             self._evaluate()
         self._save()
         around.checkpointer.wait()
         return finished
 
+    def _catch_up(self) -> None:
+        """A run that was asked to stop when an evaluation was due saved without it; a finished one has it."""
+        state, metrics = self.state, self.around.run_dir.metrics.path
+        rows = read_metrics(metrics) if is_main() and metrics.exists() else []
+        there = any(row.get("step") == state.step and "val/loss" in row for row in rows)
+        if broadcast_object(there):
+            self._evaluated = state.step
+        elif state.step and self._evaluation_is_due():
+            self._evaluate()
+
     def _one_step(self) -> None:
         state = self.state
+        first_sample = state.loader.samples
         batches = state.loader.next_step()
         if state.step in state.skipped:  # after a rollback: the batch that broke the run is left out
             state.step += 1
@@ -75,7 +92,9 @@ class Loop:
         factor = lr_factor(self.schedule, state.step)
         set_lr(state.optimizer, factor)
         result = self.step.run(state.step, batches)
-        if result.problem is not None and self._rolled_back(result):
+        if result.problem is None:
+            self._broken_in_a_row = 0
+        elif self._rolled_back(result, range(first_sample, state.loader.samples)):
             return
         state.step += 1
         state.tokens += result.tokens
@@ -100,15 +119,20 @@ class Loop:
         around.progress.step(row)
 
     def _between_steps(self) -> None:
-        state, every = self.state, self.cfg.eval_every
+        state = self.state
         if state.step >= self.cfg.steps:
             return
-        if every and state.step % every == 0:
+        if self._evaluation_is_due():
             self._evaluate()
         if self.checkpoint.every and state.step % self.checkpoint.every == 0:
             self._save()
 
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.cfg.eval_every
+        return every > 0 and step % every == 0 and step != self._evaluated
+
     def _evaluate(self) -> None:
+        self._evaluated = self.state.step
         with self.state.meter.paused():
             row = self.evaluate()
         self.around.run_dir.metrics.append(row)
@@ -119,23 +143,33 @@ class Loop:
         with self.state.meter.paused():
             self.state.save(self.around.checkpointer)
 
-    def _rolled_back(self, result: StepResult) -> bool:
-        """Deal with a withheld update as ``train.on_nonfinite`` says; True where the state was reloaded."""
+    def _rolled_back(self, result: StepResult, samples: range) -> bool:
+        """Deal with a broken step as ``train.on_nonfinite`` says; True where the state was reloaded."""
         state, around, policy = self.state, self.around, self.cfg.on_nonfinite
-        good = around.checkpointer.latest_valid()
         what = f"step {state.step + 1}: {result.problem}"
-        if policy is OnNonFinite.skip:
+        in_a_row = self._count_in_a_row()
+        if policy is OnNonFinite.skip and not result.applied and in_a_row <= _MAX_IN_A_ROW:
             around.progress.say(f"{what}; update skipped (train.on_nonfinite=skip)")
             return False
-        if policy is OnNonFinite.rollback and good is not None:
+        good = around.checkpointer.latest_valid()
+        if policy is OnNonFinite.rollback and good is not None and in_a_row <= _MAX_IN_A_ROW:
             bad = (*state.skipped, state.step)
             state.load(around.checkpointer, good)
-            state.skipped = bad
+            state.skipped, self._evaluated = bad, state.step  # its evaluation, if due, was before its save
             around.run_dir.truncate_after(state.step)
             around.progress.say(f"{what}; back to {good}, and step {bad[-1] + 1}'s batch is left out")
             return True
-        size = state.loader.samples // (state.step + 1)
+        again = f"; {in_a_row} broken steps in a row" if in_a_row > 1 else ""
+        hint = ", or set train.on_nonfinite=skip or rollback" if policy is OnNonFinite.stop else ""
         raise TrainingError(
-            f"{what}; samples {state.step * size} to {(state.step + 1) * size - 1} of the run's order; "
-            f"last good checkpoint: {good or 'none yet'}; lower optim.lr, or set train.on_nonfinite=skip or rollback"
+            f"{what}; samples {samples[0]} to {samples[-1]} of the run's order{again}; "
+            f"last good checkpoint: {good or 'none yet'}; lower optim.lr{hint}"
         )
+
+    def _count_in_a_row(self) -> int:
+        """The broken steps that end with this one, those before it that a rollback left out included."""
+        self._broken_in_a_row += 1
+        earlier = self.state.step
+        while earlier - 1 in self.state.skipped:
+            earlier -= 1
+        return max(self._broken_in_a_row, self.state.step - earlier + 1)

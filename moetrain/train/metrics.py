@@ -76,7 +76,6 @@ def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
 
     With s the scores and Z their sum, H = ln Z - (sum s ln s) / Z. A token without any score counts as 0.
     """
-    scores_TE = scores_TE.detach()
     total_T = scores_TE.sum(-1)
     entropy_T = torch.log(total_T) - torch.special.xlogy(scores_TE, scores_TE).sum(-1) / total_T
     unused_T = total_T == 0 if valid_T is None else (total_T == 0) | ~valid_T

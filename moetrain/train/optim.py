@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -72,29 +71,6 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Give every group ``factor`` (from ``lr_factor``) times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def init_state(optimizer: Optimizer) -> None:
-    """Create the state that the first step would create, all zero: what a checkpoint is read into.
-
-    Weights, gradients and learning rates are left as they are; an optimizer that has stepped, too.
-    """
-    if optimizer.state:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:

@@ -7,9 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moetrain.train.metrics import worst_load
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Progress:
@@ -90,8 +93,13 @@ class PlainProgress(Progress):
 class BarProgress(Progress):
     """A bar with step, loss, speed, time left and the worst layer's load; other lines scroll above it."""
 
-    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        from rich.console import Console
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        console: Console | None = None,
+    ) -> None:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
@@ -100,7 +108,7 @@ class BarProgress(Progress):
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            console=Console(highlight=False, soft_wrap=False),
+            console=console,
             refresh_per_second=4,
             expand=True,
         )
@@ -140,8 +148,9 @@ def build_progress(total: int, done: int = 0, rank: int = 0) -> Progress:
     from rich.console import Console
 
     console = Console()
-    if console.is_terminal and not console.is_dumb_terminal:
-        return BarProgress(total, done)
+    # rich calls a pipe a terminal when FORCE_COLOR is set, and a bar would fill a log file.
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
+        return BarProgress(total, done, console=console)
     return PlainProgress(total, done)
 
 

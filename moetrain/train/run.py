@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import yaml  # type: ignore[import-untyped]
 
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Precision, TrainConfig
@@ -24,7 +29,6 @@ from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import BiasController, Controller, RunningLoad, make_terms
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
-    barrier,
     broadcast_object,
     init_from_env,
     is_main,
@@ -39,8 +43,8 @@ from moetrain.train.evaluate import evaluate
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import LossMonitor, ThroughputMeter, eval_row
 from moetrain.train.optim import build_optimizer
-from moetrain.train.progress import build_progress
-from moetrain.train.run_dir import RunDir, write_atomic
+from moetrain.train.progress import build_progress, printable
+from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
@@ -49,6 +53,8 @@ from moetrain.train.task import NextToken
 from moetrain.train.trackers import build_tracker
 
 _AUTOCAST = {Precision.bf16: torch.bfloat16}
+_SUMMARY = "summary.json"
+_PATIENCE = timedelta(days=7)  # of ranks that wait for one that tokenises
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def train(cfg: TrainConfig) -> int:
         return _train(cfg, device, warnings)
     except Exception as error:
         if world() > 1 and peer_lost(error):
-            print(f"moetrain: error: rank {rank()}: {error}", flush=True)
+            print(f"moetrain: error: rank {rank()}: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # leaving the process group could wait for the dead rank
         raise
     finally:
@@ -79,6 +85,7 @@ def train(cfg: TrainConfig) -> int:
 
 def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:
     started = time.monotonic()
+    _set_up_logging()
     _set_up_torch(cfg, device)
     run_dir = RunDir(run_path(cfg), rank())
     checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
@@ -87,13 +94,16 @@ def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:
     state = built.state
     if resume_from is not None:
         state.load(checkpointer, resume_from)
+        if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
+            checkpointer.set_aside_after(state.step)
     run_dir.truncate_after(state.step)
     run_dir.write_config(to_yaml(cfg))
     run_dir.write_environment(cfg.train.seed, world())
     if is_main():
+        (run_dir.path / _SUMMARY).unlink(missing_ok=True)  # of an earlier stop
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
     tracker = build_tracker(cfg.tracker, rank())
-    tracker.start(run_dir.path, json.loads(json.dumps(built.summary)), state.step)
+    tracker.start(run_dir.path, yaml.safe_load(to_yaml(cfg)) | {"counts": built.summary}, state.step)
     ok = False
     try:
         with (
@@ -131,15 +141,11 @@ def build(cfg: TrainConfig, device: str) -> Built:
     parallelize(task, build_meshes(cfg.parallel, world(), device), cfg.train.recompute, cfg.train.compile)
     optimizer = build_optimizer(task, cfg.optim)
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
-    loader = TrainLoader(
-        corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world()
-    )
+    loader = TrainLoader(corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world())
     controllers = _controllers(cfg, model)
     monitor = LossMonitor(cfg.train.spike_factor)
     terms = make_terms(cfg.balance.losses)
-    step = TrainStep(
-        task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed
-    )
+    step = TrainStep(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
     state = TrainState(task, optimizer, controllers, loader, monitor, ThroughputMeter())
     summary = {
         "params_total": counts.total,
@@ -163,12 +169,20 @@ def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
 
 
 def _prepare_in_turn(cfg: TrainConfig) -> Corpus:
-    if is_main():
-        corpus = prepare(cfg.data, cfg.train.seed)
-        barrier()
-        return corpus
-    barrier()
-    return prepare(cfg.data, cfg.train.seed)
+    """Rank 0 first, then the others, which on other machines may have it all to do again.
+
+    Waiting takes as long as it takes: tokenising may be slower than any collective's time-out, and a dead
+    rank is noticed by its closed connections.
+    """
+    if world() == 1:
+        return prepare(cfg.data, cfg.train.seed)
+    patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
+    corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
+    dist.barrier(patient)
+    corpus = corpus or prepare(cfg.data, cfg.train.seed)
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
+    return corpus
 
 
 def _vocab_size(cfg: TrainConfig, corpus: Corpus) -> int:
@@ -185,7 +199,10 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     batches = val_batches(
         built.corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, rank(), world()
     )
-    total, domains = evaluate(built.state.task, batches, built.corpus.domains, cfg.train.seed)
+    corpus = built.corpus
+    total, domains = evaluate(
+        built.state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale
+    )
     return eval_row(built.state.step, built.state.tokens, total, domains)
 
 
@@ -204,6 +221,12 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def _set_up_logging() -> None:
+    """What takes long or went wrong is said on stderr, by rank 0."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("moetrain").setLevel(logging.INFO if is_main() else logging.ERROR)
+
+
 def _set_up_torch(cfg: TrainConfig, device: str) -> None:
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -213,7 +236,8 @@ def _set_up_torch(cfg: TrainConfig, device: str) -> None:
 
 def _opening_lines(cfg: TrainConfig, run_dir: RunDir, built: Built, resumed: Path | None) -> list[str]:
     s = built.summary
-    where = f"{world()} process(es) on {platform.processor() or platform.machine()}, {cfg.train.precision.value}"
+    machine = platform.processor() or platform.machine()
+    where = f"{world()} process(es) on {machine}, {cfg.train.precision.value}"
     lines = [
         f"run folder {run_dir.path}  ({where})",
         f"{s['params_total'] / 1e6:.2f} M parameters, {s['params_active'] / 1e6:.2f} M active per token; "
@@ -233,27 +257,35 @@ def _close(
     state = built.state
     if not finished:
         if is_main():
-            print(
-                f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}; "
-                "the same command goes on from there"
-            )
+            _write_summary(run_dir, built, seconds, {"finished": False, "reason": reason})
+            named = cfg.run.dir is not None or cfg.run.name is not None
+            again = "the same command" if named else f"the same command with run.dir={run_dir.path}"
+            saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
+            print(f"{saved}; {again} goes on from there")
         return
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
     if not is_main():
         return
-    from moetrain.train.run_dir import read_metrics
-
     last = [row for row in read_metrics(run_dir.path) if "val/loss" in row][-1]
-    summary = built.summary | {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "train_seconds": round(state.meter.seconds, 1),
-        "wall_seconds": round(seconds, 1),
-        **{key: last[key] for key in ("val/loss", "val/perplexity", "val/bits_per_byte")},
-    }
-    write_atomic(run_dir.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    figures = {key: last[key] for key in ("val/loss", "val/perplexity", "val/bits_per_byte")}
+    _write_summary(run_dir, built, seconds, {"finished": True, **figures})
     report = write_report([run_dir.path], run_dir.report_file)
-    print(f"\nsample:\n{text}\n")
-    print(f"validation: loss {last['val/loss']:.4f}, {last['val/bits_per_byte']:.4f} bits per byte")
+    loss, bits = (math.nan if last[k] is None else last[k] for k in ("val/loss", "val/bits_per_byte"))
+    print(printable(f"\nsample:\n{text}\n", sys.stdout.encoding))
+    print(f"validation: loss {loss:.4f}, {bits:.4f} bits per byte")
     print(f"report: {report}")
     print(f"write more: moetrain generate checkpoint={run_dir.path} prompt='def '")
+
+
+def _write_summary(run_dir: RunDir, built: Built, seconds: float, outcome: dict[str, Any]) -> None:
+    state = built.state
+    spent = state.meter.seconds
+    summary = built.summary | {
+        **outcome,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(spent, 1),
+        "tokens_per_second": round(state.tokens / spent, 1) if spent else None,
+        "wall_seconds": round(seconds, 1),
+    }
+    write_atomic(run_dir.path / _SUMMARY, json.dumps(summary, indent=1) + "\n")

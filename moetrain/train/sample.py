@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from moetrain.models.generate import generate
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
 from moetrain.train.checkpoint_read import CHECKPOINTS, find_checkpoint, load_checkpoint
+from moetrain.train.progress import printable
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
@@ -76,18 +78,19 @@ def generate_app(cfg: GenerateConfig) -> int:
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
     trained = load_yaml(run_dir / "config.yaml")
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
-    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found if cfg.device == "auto" else cfg.device
     vocab_size = trained.model.vocab_size or tokenizer.vocab_size
     model = Decoder(trained.model, trained.router, trained.experts, vocab_size)
-    if trained.train.precision is Precision.fp64 or cfg.precision is Precision.fp64:
+    if trained.train.precision is Precision.fp64:
         model = model.double()
     load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL)
-    model = model.to(device)
+    model = model.to(device, torch.float64 if cfg.precision is Precision.fp64 else None)
     with torch.autocast(device, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
         text = continue_text(
             model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
         )
-    print(text)
+    print(printable(text, sys.stdout.encoding))
     return 0
 
 

@@ -8,6 +8,7 @@ are summed over micro-batches and ranks. Nothing is averaged, so no layout chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from moetrain.train.task import NextToken, batch_arguments
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. ``problem`` is a phrase where the update was withheld, else None."""
+    """What one step did. ``problem`` is a phrase where something was not finite or spiked, else None."""
 
     loss: float  # nats per target token, of the global batch
     grad_norm: float
@@ -37,6 +38,7 @@ class StepResult:
     aux: dict[str, list[float]]
     routing: RoutingSummary
     problem: str | None
+    applied: bool  # the update was made; with a problem: it broke the weights
 
 
 class TrainStep:
@@ -58,7 +60,8 @@ class TrainStep:
         self.device = next(task.parameters()).device
         num_experts = next(iter(layers.values())).router.num_experts if layers else 0
         self.stats = RoutingStats(list(layers), num_experts, self.device)
-        self._counts_globally = bool(layers) and any(t.scope == "global_batch" for t in terms if t.name != "z")
+        balance = [t for t in terms if t.name != "z"]
+        self._counts_globally = bool(layers) and any(t.scope == "global_batch" for t in balance)
         self._counts_first = any(t.name == "gshard_first" for t in terms)
         self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
 
@@ -82,24 +85,25 @@ class TrainStep:
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
         return self._finish(nll_sum, aux_sums, targets, tokens)
 
-    def _finish(
-        self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int
-    ) -> StepResult:
+    def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
         all_reduce_sum_(nll_sum, *aux_sums.values())
         routing = self.stats.reduce(dist.group.WORLD if dist.is_initialized() else None)
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
         loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
+        applied = problem is None
         if problem is None:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.update(routing.demand_LE)
-        else:
-            problem += self._culprit()
+            problem = self._broken_weights()
+        elif not math.isfinite(grad_norm):
+            name = self._first_not_finite([p.grad for p in parameters])
+            problem += f"; first parameter with a gradient that is not finite: {name}" if name else ""
         self.optimizer.zero_grad(set_to_none=True)
         aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
-        return StepResult(loss, grad_norm, tokens, aux, routing, problem)
+        return StepResult(loss, grad_norm, tokens, aux, routing, problem, applied)
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """(target tokens, valid tokens) of the whole step."""
@@ -109,7 +113,9 @@ class TrainStep:
         all_reduce_sum_(counts)
         return int(counts[0]), int(counts[1])
 
-    def _totals(self, tokens: int, records: list[Routing], counts: tuple[Tensor, Tensor] | None) -> StepTotals:
+    def _totals(
+        self, tokens: int, records: list[Routing], counts: tuple[Tensor, Tensor] | None
+    ) -> StepTotals:
         if self._counts_globally and counts is None:  # one micro-batch: its own forward has the counts
             counts = self._summed([records])
         running_LE = None if self._running is None else self._running.share_LE.to(self.device)
@@ -132,13 +138,27 @@ class TrainStep:
         all_reduce_sum_(demand_LE, first_LE)
         return demand_LE, first_LE
 
-    def _culprit(self) -> str:
-        """The first parameter with a gradient that is not finite, of this rank's shards, as a phrase."""
-        for name, parameter in self.task.named_parameters():
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            if grad is not None and not bool(grad.isfinite().all()):
-                return f"; first parameter with a gradient that is not finite: {name.removeprefix('model.')}"
-        return ""
+    @torch.no_grad()
+    def _broken_weights(self) -> str | None:
+        """What the update broke, as a phrase; None where all weights are finite: one norm tells."""
+        weights = [_local(p) for p in self.task.parameters()]
+        norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
+        broken = (~norms.isfinite()).any().long()
+        all_reduce_sum_(broken)
+        name = self._first_not_finite(weights) if int(broken) else None
+        return None if name is None else f"the update made {name} not finite"
+
+    def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> str | None:
+        """The first parameter whose tensor (its own or its gradient) is not finite on any rank."""
+        local = [t if t is None else _local(t) for t in tensors]
+        flags = torch.tensor([t is not None and not bool(t.isfinite().all()) for t in local]).long()
+        all_reduce_sum_(flags)
+        names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
+        return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _valid_tokens(batch: Batch) -> int:

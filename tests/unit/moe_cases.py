@@ -7,6 +7,7 @@ case does not need a special value, so that no two dimensions can be mistaken fo
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from dataclasses import dataclass, field, replace
 
@@ -41,14 +42,19 @@ class Case:
         return replace(self, shape=(batch, seq, 4 * width, 4 * hidden, experts))
 
 
-SHAPES = [
-    (2, 3, 5, 7, 11),
-    (3, 5, 7, 11, 2),
-    (5, 2, 3, 13, 7),
-    (2, 7, 13, 3, 5),
-    (3, 2, 11, 5, 7),
-    (2, 11, 3, 5, 7),
-]
+PRIMES = (2, 3, 5, 7, 11, 13, 17)
+
+
+def shape(i: int, experts: int, batch: int = 0, seq: int = 0) -> tuple[int, int, int, int, int]:
+    """The i-th choice of distinct primes for what is not given, of at most 39 tokens."""
+    choices = [
+        (b, s, d, f)
+        for b, s, d, f in itertools.permutations(PRIMES, 4)
+        if b * s < 40 and experts not in (b, s, d, f) and batch in (0, b) and seq in (0, s)
+    ]
+    return (*choices[37 * i % len(choices)], experts)
+
+
 ALL = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu")
 SCORES = ("softmax", "softmax_after", "sigmoid")
 GROUPED = oracle.Spec(score="sigmoid", top_k=3, num_groups=3, top_groups=2, route_scale=2.5)
@@ -59,25 +65,30 @@ def _cases() -> list[Case]:
     for i, activation in enumerate(ALL):
         for j, score in enumerate(SCORES):
             s = spec(activation=activation, score=score, renormalize=(i + j) % 2 == 0)
-            cases.append(Case(f"{activation}-{score}-{s.renormalize}", SHAPES[(i + 2 * j) % 6], s))
+            experts = (2, 3, 5, 7, 11, 13)[(i + 2 * j) % 6]
+            cases.append(Case(f"{activation}-{score}-{s.renormalize}", shape(3 * i + j, experts), s))
     for experts, score, renormalize in ((5, "softmax", False), (7, "sigmoid", True)):
         for k in range(1, experts + 1):
             s = spec(top_k=k, score=score, renormalize=renormalize)
-            cases.append(Case(f"k{k}of{experts}", (2, 3, 11, 13, experts), s))
+            cases.append(Case(f"k{k}of{experts}", shape(k, experts), s))
     for block in (1, 8, 32):
-        cases.append(Case(f"block{block}", (3, 11, 5, 7, 2), block=block))
-        cases.append(Case(f"block{block}-hot", (3, 11, 5, 7, 13), spec(top_k=2), block=block, hot=(4,)))
-    for order in ("position", "probability", "random"):
-        for factor in (0.3, 0.8, 1.0, 50.0):
+        cases.append(Case(f"block{block}", shape(block, 2, seq=11), block=block))
+        cases.append(
+            Case(f"block{block}-hot", shape(block, 13, seq=11), spec(top_k=2), block=block, hot=(4,))
+        )
+    for i, order in enumerate(("position", "probability", "random")):
+        for j, factor in enumerate((0.3, 0.8, 1.0, 50.0)):
             s = spec(capacity_factor=factor, drop_order=order, score="sigmoid")
-            cases.append(Case(f"capacity-{order}-{factor}", (3, 7, 5, 11, 2), replace(s, top_k=1)))
+            sizes = shape(4 * i + j, 2, batch=3, seq=7)
+            cases.append(Case(f"capacity-{order}-{factor}", sizes, replace(s, top_k=1)))
         s = spec(capacity_factor=0.7, drop_order=order, group=2, top_k=3, renormalize=False)
         cases.append(Case(f"capacity-{order}-group2", (4, 5, 3, 7, 11), s, hot=(1, 2)))
         cases.append(Case(f"capacity-{order}-padded", (4, 5, 3, 7, 11), s, padding="tail"))
-    for padding in ("tail", "holes", "one_sequence", "first_sequence", "everything"):
-        cases.append(Case(f"padding-{padding}", (5, 3, 7, 11, 2), padding=padding))
+    for i, padding in enumerate(("tail", "holes", "one_sequence", "first_sequence", "everything")):
+        cases.append(Case(f"padding-{padding}", shape(i, 2), padding=padding))
         s = spec(capacity_factor=0.6, top_k=2, score="softmax_after")
-        cases.append(Case(f"padding-{padding}-capacity", (3, 7, 2, 5, 11), s, padding=padding, shared=1))
+        sizes = shape(i, 11, seq=5)
+        cases.append(Case(f"padding-{padding}-capacity", sizes, s, padding=padding, shared=1))
     cases += [
         Case("one-token", (1, 1, 5, 7, 3)),
         Case("one-token-hot", (1, 1, 3, 2, 17), spec(top_k=1, renormalize=False), hot=(16,)),
@@ -92,7 +103,7 @@ def _cases() -> list[Case]:
         Case("one-feature", (2, 3, 1, 1, 5), spec(activation="silu")),
         Case("groups", (2, 5, 7, 3, 15), GROUPED),
         Case("groups-bias", (2, 7, 5, 3, 15), GROUPED, bias=tuple((i * 7 % 15 - 7) / 32 for i in range(15))),
-        Case("groups-bias-minus5", (2, 5, 3, 7, 15), GROUPED, bias=(-5.0,) * 15),
+        Case("groups-bias-minus5", (5, 2, 3, 7, 15), GROUPED, bias=(-5.0,) * 15),
         Case("groups-max", (3, 2, 5, 7, 15), replace(GROUPED, group_score="max", top_groups=1, top_k=5)),
         Case("groups-softmax", (2, 3, 5, 7, 4), spec(num_groups=2, top_groups=1, renormalize=False)),
         Case("bias-softmax", (2, 5, 7, 3, 11), spec(top_k=3), bias=(0.25, -0.5) * 5 + (0.125,)),

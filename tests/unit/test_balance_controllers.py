@@ -31,11 +31,11 @@ def test_one_update_moves_every_bias_by_the_rate_or_not_at_all(rate: float) -> N
         assert torch.equal(router.bias_E, bias_E + move_E * rate)
 
 
-def test_equal_loads_stay_where_they_are_at_any_size() -> None:
-    """A mean rounded to fp32 would differ from loads above 2^24 and push every bias down."""
+def test_neighbouring_loads_are_told_apart_at_any_size() -> None:
+    """Above 2^24 assignments fp32 no longer counts by ones."""
     (router,) = routers(1, 3)
-    BiasController([router], 0.1).update(torch.full((1, 3), 2**24 + 1))
-    assert not router.bias_E.any()
+    BiasController([router], 0.5).update(torch.tensor([[2**24, 2**24 + 1, 2**24 + 2]]))
+    assert router.bias_E.tolist() == [0.5, 0.0, -0.5]
 
 
 def test_an_update_needs_one_row_a_router() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from moetrain.errors import UserError
 from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.checkpoint_format import verify
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -129,6 +130,14 @@ def test_damage_after_the_check_of_this_object_is_still_no_wrong_load(two):
         two.load(two.dir / "step_00000001", tensors(0))
 
 
+def test_a_checkpoint_saved_anew_is_checked_anew(two):
+    path = two.latest_valid()
+    assert two.save(2, tensors(2), {}) == path
+    (path / "extra.json").write_text("[]\n")
+    with pytest.raises(UserError, match=r"extra\.json: its SHA-256 differs"):
+        two.load(path, tensors(0))
+
+
 def test_leftovers_of_a_killed_save_are_removed_at_the_start(two):
     for name in (".tmp_step_00000003", ".tmp_delete_step_00000001", ".tmp_old_step_00000002"):
         (two.dir / name).mkdir()
@@ -154,13 +163,12 @@ def _save_and_die_at(folder, moment: int, step: int) -> int:
         def dying(real):
             def call(*args, **kwargs):
                 tick()
-                result = real(*args, **kwargs)
-                tick()
-                return result
+                return real(*args, **kwargs)
 
             return call
 
-        os.fsync, os.replace, shutil.rmtree = dying(os.fsync), dying(os.replace), dying(shutil.rmtree)
+        for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
         Checkpointer(folder, keep_last=1).save(step, tensors(step), {"step": step})
         os._exit(0)
     except BaseException:
@@ -170,12 +178,14 @@ def _save_and_die_at(folder, moment: int, step: int) -> int:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, again):
     """``again``: the save replaces a checkpoint of the same step that is there already."""
+    before = tmp_path / "before"
+    Checkpointer(before).save(1, tensors(1), {"step": 1})
+    if again:
+        Checkpointer(before).save(2, tensors(5), {"step": 5})
     seen, moment = set(), 1
     while True:
         folder = tmp_path / str(moment)
-        Checkpointer(folder).save(1, tensors(1), {"step": 1})
-        if again:
-            Checkpointer(folder).save(2, tensors(5), {"step": 5})
+        shutil.copytree(before, folder)
         code = _save_and_die_at(folder, moment, 2)
         checkpointer = Checkpointer(folder)
         target = tensors(0)
@@ -183,10 +193,11 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, again):
         value = checkpointer.load(path, target)["step"]
         seen.add(value)
         assert all((t == value).all() for t in target.values())
+        assert [verify(p) for p in folder.iterdir() if p.name.startswith("step_")] in ([[]], [[], []])
         assert not [p.name for p in folder.iterdir() if p.name.startswith(".tmp")]
         if code == 0:
             break
         assert code == 9
         moment += 1
-    assert moment > 16  # before and after: four files, folder, rename, parent, removal of the old one
+    assert moment > 15  # four files, folders, renames, and the removal of the old checkpoint file by file
     assert seen == ({5, 2} if again else {1, 2})

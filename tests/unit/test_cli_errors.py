@@ -14,28 +14,21 @@ BAD = [
     ("train model.d_modl=64", "model.d_modl=64", "did you mean model.d_model?", "num_layers"),
     ("train modle=tiny", "unknown key modle", "did you mean model?", "experiment"),
     ("train steps=10", "unknown key steps", "did you mean train.steps?"),
-    ("train lr=0.1", "unknown key lr", "did you mean optim.lr?"),
     ("train data.path=/x", "unknown key data.path", "data=hub and data=local have it"),
     ("train data.parts.a.kind=local", "unknown key data.parts", "data=mixture has it"),
     ("train +model.extra=1", "unknown key model.extra", "d_model"),
-    ("train ++extra=1", "unknown key extra", "model"),
     ("train router.capacity_facto=1.5", "did you mean router.capacity_factor?"),
     ("train balance.losses=[{nam:z}]", "balance.losses", "unknown key", "did you mean balance.losses: name?"),
     # wrong types
     ("train model.d_model=wide", "model.d_model", "a whole number", "'wide'"),
     ("train train.steps=1.5", "train.steps", "a whole number", "1.5"),
     ("train train.steps=null", "train.steps", "cannot be null"),
-    ("train optim.lr=fast", "optim.lr", "a number", "'fast'"),
     ("train train.deterministic=perhaps", "train.deterministic", "true or false", "'perhaps'"),
-    ("train router.top_k=[1]", "router.top_k", "a whole number"),
     ("train train=5", "train=5", "a group of keys", "steps"),
-    ("train optim.betas=0.9", "optim.betas", "a list"),
     ("train model=5", "model=5", "a group", "one of its options"),
     ("train ~train.steps", "train.steps", "cannot be deleted"),
     # enum values
     ("train train.precision=fp16", "train.precision", "fp32, bf16, fp64", "not fp16"),
-    ("train model.qk_norm=hed", "model.qk_norm", "none, head, full", "did you mean head?"),
-    ("train router.score=softmx", "router.score", "did you mean softmax?"),
     ("train tracker=wandb tracker.mode=onlin", "tracker.mode", "did you mean online?"),
     ("train balance.losses=[{name:swich}]", "balance.losses", "gshard_first", "did you mean switch?"),
     # unknown options of a group
@@ -52,7 +45,6 @@ BAD = [
     ("train data=local", "data.path has no value"),
     ("train ~router", "router has no value"),
     ("train run.name=${nothing}", "run.name", "nothing"),
-    ("train run.dir=${oc.env:MOETRAIN_TEST_UNSET}/x", "run.dir", "MOETRAIN_TEST_UNSET"),
     ("generate prompt=x", "checkpoint has no value"),
     # flags and subcommands
     ("trian", "unknown subcommand trian", "did you mean train?"),
@@ -77,7 +69,6 @@ BAD = [
     ("train router.name=hash", "router.name=hash", "topk"),
     ("train data.source=hub", "data.source=hub", "data=hub"),
     # impossible combinations
-    ("train router.top_k=9", "router.top_k=9", "model.num_experts=8"),
     ("train model.num_heads=3", "model.num_heads=3", "model.d_model="),
     ("train parallel.ep=2", "parallel.ep=2", "parallel.ep=1"),
     ("train data=local data.path=nowhere/*.txt", "data.path=nowhere/*.txt", "no file"),
@@ -87,12 +78,10 @@ BAD = [
     # sweeps are checked before their first job
     ("train -m router.top_k=1,9", "router.top_k=9", "model.num_experts=8"),
     ("train -m router=topk,tokp", "router=tokp", "did you mean topk?"),
-    ("train -m train.seed=1,x", "train.seed", "'x'"),
     ("train -m model.d_model", "cannot read 'model.d_model'"),
     ("train -m hydra/sweeper=nothing train.seed=1", "hydra/sweeper=nothing"),
     ("train -m optim.lr=interval(0,1)", "interval"),
     # comparisons are checked before their first run
-    ("train compare.arms.a=[router.top_k=99]", "compare.arms.a"),
     ("train 'compare.arms={a: [\"router.top_k=99\"]}'", "compare.arms.a", "router.top_k=99"),
     ("train 'compare.arms={a: [\"modle=tiny\"]}'", "compare.arms.a", "did you mean model?"),
 ]

@@ -156,13 +156,15 @@ class BlockingOrder(SampleOrder):
 def test_closing_never_waits_for_the_thread(split):
     order = BlockingOrder(len(split))
     loader = TrainLoader(split, order, 8, 8)
-    loader.next_step()
-    assert order.entered.wait(timeout=60)
-    workers = [thread for thread in threading.enumerate() if thread.name == "moetrain-data"]
-    assert workers
-    assert all(thread.daemon for thread in workers)  # so the interpreter's exit does not wait either
-    loader.close()
-    order.release.set()
+    try:
+        loader.next_step()
+        assert order.entered.wait(timeout=60)
+        workers = [thread for thread in threading.enumerate() if thread.name == "moetrain-data"]
+        assert workers
+        assert all(thread.daemon for thread in workers)  # so the interpreter's exit does not wait either
+        loader.close()
+    finally:
+        order.release.set()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -40,6 +40,8 @@ def test_damaged_shards_are_named(cfg, file, damage, full, monkeypatch):
         prepare(cfg)
     assert str(path) in str(caught.value)
     assert f"delete the folder {folder}" in str(caught.value)
+    expected = {"cut": "bytes, not", "flip": "recorded hash", "remove": "cannot be read"}
+    assert expected[damage] in str(caught.value)
     shutil.rmtree(folder)
     prepare(cfg)
 

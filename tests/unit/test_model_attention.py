@@ -28,7 +28,9 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
     """softmax over the keys that ``seen(row, query, key)`` allows, one query and head at a time."""
     q_heads, kv_heads, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    q, k, v = (x_BSD @ attention.w_qkv_PD.t()).split([q_heads * width, kv_heads * width, kv_heads * width], -1)
+    q, k, v = (x_BSD @ attention.w_qkv_PD.t()).split(
+        [q_heads * width, kv_heads * width, kv_heads * width], -1
+    )
     if attention.qk_norm is QKNorm.full:
         q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)
     q, k, v = (t.reshape(BATCH, SEQ, -1, width) for t in (q, k, v))

@@ -123,7 +123,9 @@ def test_no_logits_of_the_whole_batch_are_ever_held() -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+            sizes.extend(
+                t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)
+            )
             return out
 
     hidden = torch.randn(1, 60, WIDTH, requires_grad=True)

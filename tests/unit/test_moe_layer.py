@@ -79,7 +79,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_two_runs_are_bit_equal(backend: str) -> None:
-    layer = make(dtype=torch.float32, d_model=64, d_ff=32, num_experts=7, backend=backend)
+    layer = make(dtype=torch.float32, d_model=64, d_ff=32, num_experts=3, backend=backend)
     x_BSD = torch.randn(3, 128, 64)
 
     def run() -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def test_two_runs_are_bit_equal(backend: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # one thread would hide a race
     try:
-        runs = [run() for _ in range(3)]
+        runs = [run() for _ in range(2)]
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moetrain.moe import RouterContext, Routing, build_router
+from moetrain.moe.assign import from_token_choice, stable_order
+from moetrain.moe.dispatch import layout
 
 
 def routing() -> Routing:
@@ -129,3 +131,25 @@ def test_contexts_move_on_by_value() -> None:
     assert (moved.layer, moved.prev, ctx.layer, ctx.prev) == (7, prev, 2, None)
     assert ctx.positions_T.tolist() == [0, 1, 2, 3] * 3
     assert ctx.sequence_ids_T.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 2**15 - 1, 2**15, 2**15 + 1, 70_000])
+def test_stable_order_at_the_edge_of_16_bits(num_keys: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(num_keys, (2000,), generator=generator)
+    keys[::3] = num_keys - 1
+    want = sorted(range(2000), key=lambda i: (int(keys[i]), i))
+    assert stable_order(keys, num_keys).tolist() == want
+
+
+def test_a_layers_worth_of_tokens_beyond_16_bits() -> None:
+    """Token numbers above 2^15 go through the same sorts as small ones."""
+    ctx = RouterContext.default(3, 11_003)
+    ids_TK = torch.randint(7, (33_009, 1), generator=torch.Generator().manual_seed(0))
+    r = from_token_choice(ids_TK, torch.arange(33_009.0)[:, None], ctx, 7)
+    r.check()
+    assert torch.equal(r.weights_N.long(), r.token_ids_N)
+    assert torch.equal(ids_TK[r.token_ids_N, 0], r.expert_ids_N())
+    rows, slots_N = layout(r, 33_009, 32)
+    assert torch.equal(rows.ids_R[slots_N], r.token_ids_N)
+    assert torch.equal(rows.ids_R[rows.by_source_N], torch.arange(33_009))

@@ -1,6 +1,5 @@
 """build_optimizer: who decays, who gets Muon, learning rates, and states made ahead of a load."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -14,7 +13,6 @@ from moetrain.train.optim import (
     build_optimizer,
     check_groups,
     group_parameters,
-    init_state,
     set_lr,
     splits_of,
 )
@@ -123,33 +121,6 @@ def test_adamw_is_fused_and_equals_the_plain_loop(dtype):
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("cfg", [AdamWConfig(), MuonConfig()])
-def test_init_state_makes_the_first_steps_state_and_changes_nothing(cfg):
-    model, fresh = Model(), Model()
-    optimizer, other = build_optimizer(model, cfg), build_optimizer(fresh, cfg)
-    model.loss().backward()
-    before, grads = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]
-    init_state(optimizer)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
-    assert all(not value.any() for state in optimizer.state.values() for value in state.values())
-    fresh.loss().backward()
-    optimizer.step()
-    other.step()
-    for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert optimizer.state[ours].keys() == other.state[theirs].keys()
-
-
-def test_init_state_leaves_an_optimizer_that_has_stepped_alone():
-    model = Model()
-    optimizer = build_optimizer(model, AdamWConfig())
-    model.loss().backward()
-    optimizer.step()
-    init_state(optimizer)
-    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
 
 
 def test_gate_and_up_are_two_matrices_a_plain_projection_is_one():

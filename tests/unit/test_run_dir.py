@@ -59,20 +59,21 @@ def read_only(tmp_path):
     """A folder that even root cannot write."""
     folder = tmp_path / "ro"
     folder.mkdir()
-    (folder / "made").mkdir()
-    if os.geteuid() != 0:
-        for path in (folder / "made", folder):
-            path.chmod(0o555)
+    root = os.geteuid() == 0
+    if root and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)]).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    for name in ("checkpoints", "samples"):
+        (folder / "made" / name).mkdir(parents=True)
+    if root:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         yield folder
-        for path in (folder, folder / "made"):
-            path.chmod(0o755)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
         return
-    for command in (["mount", "-t", "tmpfs", "tmpfs"], ["mkdir"], ["mount", "-o", "remount,ro"]):
-        made = subprocess.run([*command, str(folder / "made" if command == ["mkdir"] else folder)])
-        if made.returncode:
-            pytest.skip("cannot mount a read-only tmpfs here")
+    for path in (folder / "made", folder):
+        path.chmod(0o555)
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    for path in (folder, folder / "made"):
+        path.chmod(0o755)
 
 
 @pytest.mark.parametrize("name", ["new", "made"])
@@ -111,7 +112,8 @@ def test_a_damaged_environment_is_replaced(tmp_path, text):
 def _git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.invalid"]
     command = ["git", "-C", str(folder), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    alone = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=alone).stdout.strip()
 
 
 def test_commit_and_changes_of_the_source_tree(tmp_path, monkeypatch):
@@ -119,11 +121,14 @@ def test_commit_and_changes_of_the_source_tree(tmp_path, monkeypatch):
     source.mkdir()
     assert git_state(source) is None
     _git(tmp_path, "init", "-q")
-    (source / "__init__.py").write_text("")
-    assert git_state(source) is None  # somebody else's repository around it
-    _git(tmp_path, "add", ".")
+    (tmp_path / "other").write_text("")
+    _git(tmp_path, "add", "other")
     assert git_state(source) is None  # nothing committed yet
     _git(tmp_path, "commit", "-q", "-m", "m")
+    (source / "__init__.py").write_text("")
+    assert git_state(source) is None  # somebody else's repository around an installation
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "n")
     commit = _git(tmp_path, "rev-parse", "HEAD")
     assert git_state(source) == {"commit": commit, "dirty": False}
     (source / "notes").write_text("untracked")

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +90,65 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+_SCRIPT = """
+import json, sys
+from pathlib import Path
+from moetrain.config.schema import WandbMode, WandbTracker
+from moetrain.errors import UserError
+from moetrain.train.trackers import build_tracker
+
+folder, rows = json.loads(sys.argv[1])
+for done, ok in ((0, False), (1, True)):
+    tracker = build_tracker(WandbTracker(tags=["a"]))
+    tracker.start(Path(folder), {"model": {"d_model": 32}}, done)
+    for row in rows[done:]:
+        tracker.log(row, row["step"])
+    tracker.finish(ok)
+try:
+    build_tracker(WandbTracker(mode=WandbMode.online)).start(Path(folder), {})
+except UserError as error:
+    print("error:", error)
+"""
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    folder: Path
+    output: str
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
+
+
 @pytest.fixture(scope="module")
-def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was tracked offline, stopped, and resumed from step 1, each in a process of its own."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
+def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
+    """Inside a git repository: a run tracked offline that failed, resumed from step 1, then put online
+    without a login (towards a port that nobody serves)."""
+    root = tmp_path_factory.mktemp("repository")
+    folder = root / "demo"
     folder.mkdir()
-    code = (
-        "import sys, json; from pathlib import Path; from moetrain.config.schema import WandbTracker;"
-        "from moetrain.train.trackers import build_tracker;"
-        "t = build_tracker(WandbTracker(tags=['a'])); folder, rows, step, ok = json.loads(sys.argv[1]);"
-        "t.start(Path(folder), {'model': {'d_model': 32}}, step); [t.log(r, r['step']) for r in rows]; t.finish(ok)"
-    )
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "remote", "add", "origin", "https://example.invalid/secret.git"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    for rows, step, ok in ((ROWS, 0, False), ([{"step": 2, "train/loss": 4.0}], 1, True)):
-        command = [sys.executable, "-c", code, json.dumps([str(folder), rows, step, ok])]
-        subprocess.run(command, check=True, env=environment, capture_output=True, cwd=folder, timeout=120)
-    return folder
+    environment |= {"HOME": str(root), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, json.dumps([str(folder), ROWS])],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return WandbRun(folder, done.stdout)
 
 
-def test_wandb_offline_run_reads_back(wandb_folder: Path) -> None:
-    files = sorted(wandb_folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2
-    records = [list(read_wandb(path)) for path in files]
+def test_wandb_offline_run_reads_back(wandb_run: WandbRun) -> None:
+    records = [list(read_wandb(path)) for path in wandb_run.files()]
+    assert len(records) == 2
     history = [
         {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
         for r in records[0]
@@ -128,20 +166,23 @@ def test_wandb_offline_run_reads_back(wandb_folder: Path) -> None:
     assert [next(r.exit.exit_code for r in rs if r.HasField("exit")) for rs in records] == [1, 0]
 
 
-def test_wandb_resumes_under_the_id_in_the_run_folder(wandb_folder: Path) -> None:
-    kept = (wandb_folder / WANDB_ID_FILE).read_text().strip()
-    files = wandb_folder.glob("wandb/offline-run-*/*.wandb")
-    runs = [r.run for path in files for r in read_wandb(path) if r.HasField("run")]
+def test_wandb_resumes_under_the_id_in_the_run_folder(wandb_run: WandbRun) -> None:
+    kept = (wandb_run.folder / WANDB_ID_FILE).read_text().strip()
+    runs = [r.run for path in wandb_run.files() for r in read_wandb(path) if r.HasField("run")]
     assert {run.run_id for run in runs} == {kept}
 
 
-def test_wandb_carries_no_code_and_no_git_state(wandb_folder: Path) -> None:
-    folder = next(wandb_folder.glob("wandb/offline-run-*"))
-    assert not [p for p in folder.rglob("*") if p.suffix in (".py", ".patch", ".diff")]
-    records = [r for r in read_wandb(next(folder.glob("*.wandb")))]
-    run = next(r.run for r in records if r.HasField("run"))
-    assert run.git.commit == ""
-    assert run.git.remote_url == ""
+def test_wandb_carries_no_code_and_no_git_state(wandb_run: WandbRun) -> None:
+    left = [p for p in (wandb_run.folder / "wandb").rglob("*") if p.suffix in (".py", ".patch", ".diff")]
+    assert left == []
+    assert all(b"secret.git" not in path.read_bytes() for path in wandb_run.files())
+
+
+def test_wandb_without_a_login_is_one_line(wandb_run: WandbRun) -> None:
+    lines = [line for line in wandb_run.output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "tracker=wandb did not start (tracker.mode=online)" in lines[0]
+    assert "tracker.mode=offline" in lines[0]
 
 
 class _Broken:
@@ -200,23 +241,3 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot write to"):
         build_tracker(TensorboardTracker()).start(tmp_path, {})
-
-
-def test_wandb_without_a_login_is_one_line(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from moetrain.errors import UserError;"
-        "from moetrain.config.schema import WandbMode, WandbTracker;"
-        "from moetrain.train.trackers import build_tracker;"
-        "t = build_tracker(WandbTracker(mode=WandbMode.online))\n"
-        "try: t.start(Path(sys.argv[1]), {})\n"
-        "except UserError as e: print(e)"
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
-    )
-    lines = [line for line in done.stdout.splitlines() if "tracker=wandb" in line]
-    assert len(lines) == 1, done.stdout + done.stderr
-    assert "tracker.mode=offline" in lines[0]

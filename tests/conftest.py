@@ -1,0 +1,43 @@
+"""What the tests of training share: a corpus, and a process that looks as if nothing was trained in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from moetrain.moe.routers import ROUTERS, RouterSpec
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``text``, and room for the prepared corpora of all tests of the session in ``cache``."""
+    return tiny.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def training() -> Iterator[None]:
+    """Training in this process; see :func:`tiny.alone`."""
+    with tiny.alone():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with ``tiny.TRAINED``; nobody may change it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    with tiny.alone():
+        assert tiny.train(corpus, run, *tiny.TRAINED) == 0
+    return run
+
+
+@pytest.fixture
+def faulty(training: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Training, and the overrides that choose the router of ``faulty_router.py``."""
+    import faulty_router as plugin
+
+    ROUTERS.pop("faulty", None)  # importing it has registered it for good
+    monkeypatch.setitem(ROUTERS, "faulty", RouterSpec("faulty", plugin.FaultyRouter, plugin.FaultyOptions))
+    return ["plugins=[faulty_router]", "router=faulty"]

@@ -1,0 +1,176 @@
+"""One optimizer step of a small fp64 model on eight uneven sequences, cut into any micro-batches and ranks.
+
+Shapes: B sequences, S positions, V vocabulary, D model, E experts. A layout may not change what a step does:
+loss, metrics, and the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.schema import AdamWConfig, ModelConfig
+from moetrain.data import Batch
+from moetrain.data.batch import IGNORE
+from moetrain.models.decoder import Decoder
+from moetrain.moe.balance import LossTerm, RunningLoad
+from moetrain.moe.options import ExpertsConfig
+from moetrain.moe.routers.topk import TopKOptions
+from moetrain.parallel.apply import parallelize
+from moetrain.parallel.mesh import Meshes
+from moetrain.train.metrics import LossMonitor
+from moetrain.train.optim import build_optimizer
+from moetrain.train.step import StepResult, TrainStep
+from moetrain.train.task import NextToken
+
+B, S, V, E = 8, 11, 29, 7
+MODEL = ModelConfig(
+    d_model=12, num_layers=3, num_heads=2, d_ff=10, num_experts=E, d_ff_expert=5, num_shared_experts=1,
+    first_dense=1,
+)  # fmt: skip
+# Noise, and a capacity that drops: both must follow the sample, wherever it is computed.
+ROUTER = TopKOptions(top_k=2, capacity_factor=1.2, min_capacity=1, jitter=0.1)
+# Of each sequence, the tokens that are no padding, and how many of them have a target. The last quarter has
+# no target at all, and the sixth sequence not a single token.
+LENGTHS = (11, 3, 8, 1, 11, 0, 5, 9)
+TARGETS = (10, 2, 7, 1, 4, 0, 0, 0)
+FORMS = ("switch", "gshard_first", "sum_over_k")
+
+
+def terms(form: str, scope: str) -> list[LossTerm]:
+    return [LossTerm(form, 0.5, scope), LossTerm("z", 0.1, "micro")]
+
+
+def batch(seed: int = 0) -> Batch:
+    """All eight sequences; each is two documents, the second from its middle on."""
+    draw = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(0, V, (B, S + 1), generator=draw)
+    place_S = torch.arange(S)
+    lengths_B1, targets_B1 = torch.tensor(LENGTHS)[:, None], torch.tensor(TARGETS)[:, None]
+    start_B1 = (lengths_B1 + 1) // 2
+    valid_BS = place_S < lengths_B1
+    labels_BS = ids_BT[:, 1:].where(place_S < targets_B1, IGNORE)
+    second_BS = (place_S >= start_B1) & valid_BS
+    return Batch(
+        input_ids_BS=ids_BT[:, :-1].contiguous(),
+        labels_BS=labels_BS,
+        doc_ids_BS=second_BS + 2 * ~valid_BS,
+        positions_BS=place_S - second_BS * start_B1,
+        sample_ids_B=torch.arange(B) + 40,
+        domain_ids_BS=torch.zeros(B, S, dtype=torch.int64),
+        byte_counts_BS=torch.ones(B, S, dtype=torch.int64),
+        valid_BS=valid_BS,
+        num_targets=sum(TARGETS),
+    )
+
+
+def cut(whole: Batch, micro: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """The micro-batches of ``micro`` sequences in a rank's contiguous share."""
+    share = B // world
+    pieces = []
+    for start in range(rank * share, (rank + 1) * share, micro):
+        rows = slice(start, start + micro)
+        tensors = {name: x[rows] for name, x in vars(whole).items() if isinstance(x, Tensor)}
+        piece = replace(whole, **tensors)
+        pieces.append(replace(piece, num_targets=int((piece.labels_BS != IGNORE).sum())))
+    return pieces
+
+
+class Recorder(torch.optim.Optimizer):
+    """An optimizer that keeps the gradients it is given, whole, and changes nothing."""
+
+    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.gradients: list[Tensor | None] = []
+
+    def step(self, closure: Any = None) -> None:
+        params = self.param_groups[0]["params"]
+        self.gradients = [None if p.grad is None else whole_tensor(p.grad).clone() for p in params]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def build(recompute: bool, meshes: Meshes) -> NextToken:
+    torch.manual_seed(3)
+    task = NextToken(Decoder(MODEL, ROUTER, ExpertsConfig(), V).double())
+    with torch.no_grad():  # larger than a model begins with, so that every path matters
+        for parameter in task.parameters():
+            parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
+    return parallelize(task, meshes, recompute=recompute)
+
+
+@dataclass
+class Outcome:
+    """What a step did: gradients (or weights) by name, and its figures."""
+
+    tensors: dict[str, Tensor]
+    figures: dict[str, float]
+
+
+def gradients(
+    losses: Sequence[LossTerm], micro: int, recompute: bool = False, rank: int = 0, world: int = 1,
+    meshes: Meshes | None = None,
+) -> Outcome:  # fmt: skip
+    """One step; on several ranks every rank returns the same."""
+    task = build(recompute, meshes or Meshes())
+    recorder = Recorder(list(task.parameters()))
+    running = RunningLoad(MODEL.num_layers - 1, E)
+    running.update(torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5)
+    controllers = [running] if any(term.scope == "running" for term in losses) else []
+    step = TrainStep(task, recorder, losses, controllers, LossMonitor(), clip_norm=None, seed=2)
+    result = step.run(3, cut(batch(), micro, rank, world))
+    names = [name for name, _ in task.named_parameters()]
+    found = zip(names, recorder.gradients, strict=True)
+    return Outcome({name: grad for name, grad in found if grad is not None}, figures(result))
+
+
+def weights_after_three_steps(
+    micro: int, recompute: bool = False, rank: int = 0, world: int = 1, meshes: Meshes | None = None
+) -> Outcome:
+    """Three AdamW steps on three batches, every one of them clipped."""
+    task = build(recompute, meshes or Meshes())
+    optimizer = build_optimizer(task, AdamWConfig(lr=0.01))
+    step = TrainStep(task, optimizer, terms("switch", "global_batch"), [], LossMonitor(), 0.5, seed=2)
+    results = [step.run(number, cut(batch(number), micro, rank, world)) for number in range(3)]
+    assert all(result.grad_norm > 1 and result.problem is None for result in results)
+    weights = {name: whole_tensor(parameter).clone() for name, parameter in task.named_parameters()}
+    return Outcome(weights, {f"{n}/{k}": v for n, r in enumerate(results) for k, v in figures(r).items()})
+
+
+def figures(result: StepResult) -> dict[str, float]:
+    aux = {
+        f"{key}/{layer}": value for key, values in result.aux.items() for layer, value in enumerate(values)
+    }
+    own = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": float(result.tokens)}
+    return own | aux | result.routing.metrics()
+
+
+def assert_same(one: Outcome, other: Outcome, tolerance: float = 1e-10) -> None:
+    """Every tensor and every figure agree to ``tolerance``, and none of the gradients is trivial."""
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert tensor.dtype == torch.float64
+        assert tensor.abs().max() > 1e-4, name
+        torch.testing.assert_close(
+            other.tensors[name], tensor, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )  # noqa: B023
+    assert_close_figures(one.figures, other.figures, tolerance)
+
+
+def assert_close_figures(one: Mapping[str, float], other: Mapping[str, float], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    apart = {key: (value, other[key]) for key, value in one.items() if abs(value - other[key]) > tolerance}
+    assert not apart
+
+
+def router_difference(one: Outcome, other: Outcome) -> float:
+    names = [name for name in one.tensors if ".router." in name]
+    return max(float((one.tensors[name] - other.tensors[name]).abs().max()) for name in names)

@@ -1,0 +1,144 @@
+"""Steps that break: NaN from a bad sample, weights blown up by a learning rate, a spike of the loss.
+
+The bad sample's NaN is real: a plug-in router multiplies its weights by NaN, and it goes through the model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import tiny
+import torch
+
+SAVED = ["checkpoint.every=3", "checkpoint.keep_last=9", "train.eval_every=6"]
+LOST = "last good checkpoint: none yet"
+
+
+def bad(*samples: int, fault: str = "nan") -> list[str]:
+    return [f"router.samples={list(samples)}".replace(" ", ""), f"router.fault={fault}"]
+
+
+def one_line(capsys) -> str:
+    err: str = capsys.readouterr().err
+    assert err.startswith("moetrain: error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def losses(run) -> dict[int, float | None]:
+    return {row["step"]: row["train/loss"] for row in tiny.steps(run)}
+
+
+def test_stop_names_the_step_the_parameter_the_samples_and_the_checkpoint(faulty, corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["train.steps=12", *SAVED, *faulty]
+    assert tiny.train(corpus, run, *options, *bad(17)) == 1
+    err = one_line(capsys)
+    parts = ["step 5: the loss is nan", "gradient that is not finite: embed_VD", "samples 16 to 19"]
+    parts += [f"last good checkpoint: {tiny.checkpoint(run, 3)}", "train.on_nonfinite=skip or rollback"]
+    assert not [part for part in parts if part not in err], err
+    assert tiny.checkpoints(run) == [3]
+    assert len(tiny.steps(run)) == 4
+    # With the fault removed the run goes on as if nothing had been.
+    assert tiny.train(corpus, run, *options) == 0
+    whole = tmp_path / "whole"
+    assert tiny.train(corpus, whole, *options) == 0
+    assert tiny.steps(run) == tiny.steps(whole)
+    tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(whole, 12))
+
+
+def test_without_a_checkpoint_the_message_says_so(faulty, corpus, tmp_path, capsys):
+    for policy in ("stop", "rollback"):
+        run = tmp_path / policy
+        assert tiny.train(corpus, run, *faulty, *bad(5), f"train.on_nonfinite={policy}") == 1
+        assert LOST in one_line(capsys)
+        assert tiny.checkpoints(run) == []
+
+
+def test_skip_and_rollback_leave_the_bad_batches_out(faulty, corpus, tmp_path, capsys):
+    """Both give the same weights: of the steps that went wrong there is no trace but the schedule's."""
+    runs = {policy: tmp_path / policy for policy in ("skip", "rollback")}
+    for policy, run in runs.items():
+        options = ["train.steps=12", *SAVED, *faulty, *bad(17, 34, 37), f"train.on_nonfinite={policy}"]
+        assert tiny.train(corpus, run, *options) == 0
+        said = capsys.readouterr().out
+        for step in (5, 9, 10):
+            line = (
+                f"step {step}: the loss is nan; first parameter with a gradient that is not finite: embed_VD"
+            )
+            assert line in said
+            assert (f"back to {tiny.checkpoint(run, (step - 1) // 3 * 3)}" in said) == (policy == "rollback")
+        assert ("update skipped (train.on_nonfinite=skip)" in said) == (policy == "skip")
+        assert ("step 9's batch is left out" in said) == (policy == "rollback")
+        assert math.isfinite(tiny.evaluations(run)[-1]["val/loss"])
+        assert [row["step"] for row in tiny.evaluations(run)] == [6, 12]
+    skipped, back = losses(runs["skip"]), losses(runs["rollback"])
+    assert [step for step, loss in skipped.items() if loss is None] == [5, 9, 10]
+    assert back == {step: loss for step, loss in skipped.items() if loss is not None}
+    tensors, extra = tiny.contents(tiny.checkpoint(runs["rollback"], 12))
+    there, _ = tiny.contents(tiny.checkpoint(runs["skip"], 12))
+    assert all(torch.equal(tensor, there[name]) for name, tensor in tensors.items())
+    assert extra["skipped"] == [4, 8, 9]
+
+
+def test_a_batch_left_out_stays_out_after_a_resume(faulty, corpus, tmp_path, capsys):
+    options = ["train.steps=12", *SAVED, *faulty, *bad(17), "train.on_nonfinite=rollback"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert tiny.train(corpus, whole, *options) == 0
+    shutil.copytree(whole, run)
+    for step in (9, 12):
+        shutil.rmtree(tiny.checkpoint(run, step))
+    capsys.readouterr()
+    assert tiny.train(corpus, run, *options) == 0
+    assert "is left out" not in capsys.readouterr().out  # it went on after step 6
+    assert tiny.steps(run) == tiny.steps(whole)
+    tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(whole, 12))
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_no_policy_goes_on_for_ever(policy, faulty, corpus, tmp_path, capsys):
+    """Every batch is bad from the fifth step on: skipping them all is no training."""
+    run = tmp_path / "run"
+    options = ["train.steps=40", *SAVED, *faulty, *bad(*range(16, 160)), f"train.on_nonfinite={policy}"]
+    assert tiny.train(corpus, run, *options) == 1
+    err = one_line(capsys)
+    assert "step 15: the loss is nan" in err
+    assert "11 broken steps in a row" in err
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_an_update_that_breaks_the_weights_is_caught_in_its_step(
+    policy, corpus, trained, tmp_path, capsys, training
+):
+    """A learning rate beyond fp32: loss and gradient are fine, the weights after the update are not."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    options = [*tiny.TRAINED, "train.steps=16", "optim.lr=1e39", "schedule=constant"]
+    assert tiny.train(corpus, run, *options, f"train.on_nonfinite={policy}") == 1
+    err = one_line(capsys)
+    last = 16 if policy == "rollback" else 13
+    assert f"step {last}: the update made embed_VD not finite" in err or policy == "rollback", err
+    assert f"last good checkpoint: {tiny.checkpoint(run, 12)}" in err or policy == "rollback", err
+    assert tiny.checkpoints(run) == [5, 10, 12]
+    assert losses(run) == losses(trained)
+
+
+def test_a_spike_is_a_broken_step_too(faulty, corpus, tmp_path, capsys):
+    """The loss of step 12 is too high for its running mean; before 10 losses nothing is called a spike."""
+    spiky = [*faulty, *bad(5, 46, fault="scale"), "checkpoint.every=4", "train.steps=14"]
+    calm = tmp_path / "calm"
+    assert tiny.train(corpus, calm, *spiky) == 0  # without a factor it is a step like any other
+    assert losses(calm)[12] > 1.05 * losses(calm)[11]
+    run = tmp_path / "run"
+    assert tiny.train(corpus, run, *spiky, "train.spike_factor=1.05") == 1
+    err = one_line(capsys)
+    assert "step 12: the loss" in err
+    assert "times its running mean" in err
+    assert "train.spike_factor=1.05" in err
+    assert "not finite" not in err
+    assert f"last good checkpoint: {tiny.checkpoint(run, 8)}" in err
+    assert tiny.train(corpus, run, *spiky, "train.spike_factor=1.05", "train.on_nonfinite=skip") == 0
+    assert losses(run)[12] == losses(calm)[12]
+    assert losses(run)[13] != losses(calm)[13]
