@@ -6,6 +6,7 @@ T tokens, E experts.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,11 +19,14 @@ from moetrain.moe.routers.topk import TopKOptions, TopKRouter
 
 @dataclass(frozen=True)
 class FaultyOptions(TopKOptions):
-    """``sample`` of the run's order gives NaN or weights ``scale`` times too large, in training only."""
+    """In training, a micro-batch with one of ``samples`` of the run's order has a ``fault``.
+
+    nan: weights of NaN; scale: weights a thousand times too large, and negative; sleep: it takes a minute.
+    """
 
     name: str = "faulty"
     samples: list[int] = field(default_factory=list)
-    fault: str = "nan"  # nan | scale
+    fault: str = "nan"
     signal: int = 0  # sent once to this process in the step (from 0) called at_step, by the rank called rank
     at_step: int = -1
     rank: int = 0
@@ -42,6 +46,8 @@ class FaultyRouter(TopKRouter):
             self._sent = True
             os.kill(os.getpid(), options.signal)
         if bool(torch.isin(ctx.sample_ids_B, torch.tensor(options.samples)).any()):
-            factor = float("nan") if options.fault == "nan" else float(os.environ.get("FF","1e3"))
+            if options.fault == "sleep":
+                time.sleep(60)
+            factor = float("nan") if options.fault == "nan" else -1e3
             return replace(routing, weights_N=routing.weights_N * factor)
         return routing

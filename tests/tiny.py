@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -44,6 +45,7 @@ _TIMES = ("time", "tokens_per_second")  # of a row; all other values are a funct
 def alone() -> Iterator[None]:
     """To train in this process: as the only rank, reports without plots; torch's settings come back after."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    level = logging.getLogger("moetrain").level
     with pytest.MonkeyPatch.context() as patch:
         for name in _LAUNCHER:
             patch.delenv(name, raising=False)
@@ -51,6 +53,7 @@ def alone() -> Iterator[None]:
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    logging.getLogger("moetrain").setLevel(level)
 
 
 def write_corpus(folder: Path) -> Path:
@@ -123,7 +126,7 @@ def files(folder: Path) -> list[str]:
 
 
 class Process:
-    """A command in a process group of its own, its output in a file; killed at the end of the ``with``."""
+    """A command, its output in a file; whatever is left of it is killed at the end of the ``with``."""
 
     def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
@@ -160,10 +163,24 @@ class Process:
             time.sleep(0.005)
 
     def kill_all(self) -> None:
-        """SIGKILL to every process of the group, and wait for the first."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
+        """SIGKILL to every process, torchrun's ranks in their own groups included, and wait for the first."""
+        for pid in [self.popen.pid, *descendants(self.popen.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.popen.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process that descends from ``pid``; a parent comes before its children."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def rows_written(run: Path) -> int:

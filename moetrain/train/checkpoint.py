@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.errors import UserError
 from moetrain.train.checkpoint_format import dtype_name, verify
-from moetrain.train.checkpoint_io import JsonWriter, Peers, clean_folder, remove_folder, save_planner
+from moetrain.train.checkpoint_io import JsonWriter, clean_folder, remove_folder, save_planner
 from moetrain.train.checkpoint_read import (
     fill,
     find_checkpoint,
@@ -37,6 +37,7 @@ from moetrain.train.checkpoint_read import (
     step_folder,
     steps_in,
 )
+from moetrain.train.peers import Peers
 from moetrain.train.stopping import raising_peer_lost
 
 ABANDONED = "abandoned"

@@ -19,11 +19,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Generator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -41,58 +39,12 @@ from moetrain.train.checkpoint_format import (
     encode_manifest,
     encode_metadata,
 )
-from moetrain.train.stopping import raising_peer_lost
 
 TEMPORARY = ".tmp_"
 _OLD = f"{TEMPORARY}old_"
-_TIMEOUT = timedelta(hours=1)  # a dead rank closes its connections and is noticed at once
-T = TypeVar("T")
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-class Peers:
-    """The ranks that save and load together, over a gloo group of their own: making one is collective.
-
-    The group is not the training's, whose collectives may run at the same time and whose time-out is shorter
-    than a large checkpoint may take. ``group`` None means all ranks; without a process group there is one.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group: dist.ProcessGroup | None = None
-        self.rank, self.world = 0, 1
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        ranks = dist.get_process_group_ranks(group)
-        self.group = cast(dist.ProcessGroup, dist.new_group(ranks, timeout=_TIMEOUT, backend="gloo"))
-        self.rank, self.world = dist.get_rank(self.group), len(ranks)
-
-    def gather(self, value: T) -> list[T]:
-        """``value`` of every rank, on every rank, in rank order."""
-        if self.world == 1:
-            return [value]
-        values = cast(list[T], [None] * self.world)
-        with raising_peer_lost("handling a checkpoint"):
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank."""
-        value, error = None, None
-        if self.rank == 0:
-            try:
-                value = make()
-            except UserError as failure:
-                error = str(failure)
-        self.raise_together(error)
-        return cast(T, self.gather(value)[0])
-
-    def raise_together(self, error: str | None) -> None:
-        """Raise UserError with the first rank's error on every rank when any rank has one."""
-        for found in self.gather(error):
-            if found is not None:
-                raise UserError(found)
 
 
 class _HashedFile(io.BufferedIOBase):

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from moetrain.errors import UserError
 from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
-from moetrain.train.checkpoint_io import JsonReader, Peers, load_planner
+from moetrain.train.checkpoint_io import JsonReader, load_planner
+from moetrain.train.peers import Peers
 from moetrain.train.stopping import raising_peer_lost
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder

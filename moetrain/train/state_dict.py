@@ -67,22 +67,6 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return named
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy into the optimizer the values of its names in ``tensors``, of which others are left aside.
-
-    Nothing to do for the tensors of :func:`optimizer_tensors` itself, which are the optimizer's own. Raises
-    ValueError if a name is missing.
-    """
-    own = optimizer_tensors(model, optimizer)
-    missing = [name for name in own if name not in tensors]
-    if missing:
-        raise ValueError(f"{len(missing)} optimizer tensors are missing, the first is {missing[0]}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensors[name] is not tensor:
-                tensor.copy_(tensors[name])
-
-
 def _make_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> None:
     """Give ``p`` the state that a first step makes, all zero, by taking that step on a stand-in for ``p``."""
     stand_in = torch.zeros_like(p).requires_grad_()

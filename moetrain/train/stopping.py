@@ -36,6 +36,7 @@ _PEER_LOST = re.compile(
     r"no route to host|connectfullmesh|remote (side|process)",
     re.IGNORECASE,
 )
+_NOISE = re.compile(r"^\[[^\]]*\] *|\. This is typically caused.*$")
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +131,8 @@ class StopFlag:
                 dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
                 stop = bool(flag.item())
             except RuntimeError as error:
-                line = str(error).strip().splitlines()[0]
                 raise PeerLostError(
-                    f"rank {self._rank} of {self._world} lost contact with another rank ({line}); "
+                    f"rank {self._rank} of {self._world} lost contact with another rank ({_cause(error)}); "
                     "nothing was saved, resume=auto goes on from the last checkpoint"
                 ) from error
         if stop:
@@ -193,15 +193,27 @@ def _device_for(group: dist.ProcessGroup | None) -> torch.device:
 
 
 _active: StopFlag | None = None
+_forking = threading.local()
 
 
-def _forget_in_child() -> None:
+def _before_fork() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
     """A forked worker must die of a signal and must not report its signals to its parent's listener."""
     if _active is not None:
         _active._restore()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)
 
 
 @contextlib.contextmanager
@@ -214,5 +226,10 @@ def raising_peer_lost(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not peer_lost(error):
             raise
-        line = str(error).strip().splitlines()[0]
-        raise PeerLostError(f"lost contact with another rank while {what} ({line})") from error
+        raise PeerLostError(f"lost contact with another rank while {what} ({_cause(error)})") from error
+
+
+def _cause(error: BaseException) -> str:
+    """A backend's error in one line: without the place in its source, and without its advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _NOISE.sub("", line)

@@ -167,6 +167,7 @@ def _save_and_die_at(folder, moment: int, step: int) -> int:
 
             return call
 
+        os.fsync = lambda fd: None  # slow, and only a power cut could tell
         for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
         Checkpointer(folder, keep_last=1).save(step, tensors(step), {"step": step})

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moetrain.config.compose import (
@@ -139,8 +139,13 @@ def test_a_prompt_needs_no_quotes_of_its_own():
     assert compose_generate(["checkpoint=x", "prompt=null"]).prompt is None
 
 
+PIECES = st.lists(st.sampled_from(["${", "}", "\\", *"a:'\"#-e1. \n?~$"]), max_size=10)
+
+
 @settings(deadline=None, max_examples=25)
-@given(st.text(st.sampled_from(list("a${}:\\'\"#-e1. \n?~")), max_size=10), st.floats(1e-30, 1e30))
+@given(PIECES.map("".join), st.floats(1e-30, 1e30))
+@example("\\${a}", 1e-5)
+@example("\\\\${oc.env:HOME}", 1e22)
 def test_yaml_reads_back_equal(tmp_path_factory, text, number):
     base = _plain_base()
     cfg = dataclasses.replace(

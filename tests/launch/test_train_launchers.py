@@ -1,0 +1,63 @@
+"""Training as a user starts it: in a terminal that presses Ctrl-C twice, and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def test_a_second_ctrl_c_leaves_at_once(corpus, tmp_path):
+    """The first arrives in the middle of a step that takes a minute: only a second one can end it."""
+    run = tmp_path / "run"
+    slow = ["plugins=[faulty_router]", "router=faulty", "router.samples=[9]", "router.fault=sleep"]
+    with tiny.started(corpus, run, *slow, "checkpoint.every=1") as process:
+        process.until(lambda: tiny.rows_written(run) >= 2)
+        process.popen.send_signal(signal.SIGINT)
+        process.until(lambda: "stopping after this step and saving" in process.output())
+        process.popen.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert process.output().endswith("SIGINT again: leaving at once, nothing more is saved\n")
+    assert tiny.checkpoints(run) == [1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_it(number, tmp_path):
+    """While the text is being read there is nothing to save yet."""
+    folder = tmp_path / "corpus"
+    (folder / "text").mkdir(parents=True)
+    os.mkfifo(folder / "text" / "a.txt")  # whoever reads it waits
+    run = tmp_path / "run"
+    with tiny.started(folder, run) as process:
+        process.until(lambda: (run / "checkpoints").exists())
+        process.popen.send_signal(number)
+        assert process.wait(30) in (130, -number)
+    assert tiny.files(run) == []
+    assert "Traceback" not in process.output()
+
+
+def test_torchrun_a_killed_rank_and_the_same_command_again(corpus, trained, tmp_path):
+    """The launch script, two ranks, one of them killed in the eighth step; then again without the fault."""
+    run = tmp_path / "run"
+    run.mkdir()
+    script = [str(LAUNCH / "torchrun" / "train.sh"), *tiny.command(corpus, run, *tiny.TRAINED)[1:]]
+    script += ["plugins=[faulty_router]", "router=faulty"]
+    fault = [f"router.signal={int(signal.SIGKILL)}", "router.at_step=7", "router.rank=1"]
+    environment = {"NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with tiny.Process([*script, *fault], tmp_path / "first.log", **environment) as process:
+        assert process.wait() == 1, process.output()
+    assert tiny.checkpoints(run) == [5]
+    assert not (run / "summary.json").exists()
+    with tiny.Process(script, tmp_path / "second.log", **environment) as process:
+        assert process.wait() == 0, process.output()
+    assert "2 process(es)" in process.output()
+    assert "step_00000005: 5 steps done" in process.output()
+    rows, there = tiny.steps(run), tiny.steps(trained)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(abs(a["train/loss"] - b["train/loss"]) < 1e-4 for a, b in zip(rows, there, strict=True))
