@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def measure(shape: Shape, bf16: bool, repetitions: int) -> dict[str, Any]:
         y = forward(name, x)
         y.backward(grad.to(y.dtype))
 
-    times = interleaved({name: lambda r, name=name: step(name, r) for name in layers}, repetitions)
+    times = interleaved({name: partial(step, name) for name in layers}, repetitions)
     middle = medians(times)
     x = inputs[0].clone().requires_grad_()
     return {
@@ -55,7 +56,7 @@ def measure(shape: Shape, bf16: bool, repetitions: int) -> dict[str, Any]:
                 "ms": 1e3 * middle[name],
                 "percent_of_dense": 100 * ratio(times, "dense SwiGLU", name),
                 "speedup_of_ours": ratio(times, name, "moetrain"),
-                "saved_bytes_per_token": saved_bytes(lambda: forward(name, x), layers[name]) // shape.tokens,
+                "saved_bytes_per_token": saved_bytes(partial(forward, name, x), layers[name]) // shape.tokens,
             }
             for name in layers
         },
@@ -79,8 +80,8 @@ def main() -> None:
             figures = measure(SHAPES[name], dtype == "bf16", args.repetitions)
             result["shapes"][f"{name} {dtype}"] = figures
             print(f"\n{name} {dtype}: {SHAPES[name]}")
-            for reason in figures["skipped"].items():
-                print("  skipped: %s (%s)" % reason)
+            for layer, reason in figures["skipped"].items():
+                print(f"  skipped: {layer} ({reason})")
             for layer, f in figures["layers"].items():
                 print(
                     f"  {layer:24} {f['ms']:8.1f} ms  {f['percent_of_dense']:5.0f} % of dense  "

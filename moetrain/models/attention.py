@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = head_shape(cfg)
         self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.d_model))
+        self.w_qkv_PD.muon_splits = tuple(self.widths)  # type: ignore[attr-defined]  # three matrices in one
         self.w_out_DQ = nn.Parameter(torch.empty(cfg.d_model, self.widths[0]))
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:

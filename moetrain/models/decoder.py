@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
@@ -40,15 +39,10 @@ def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
-
-    ``recompute`` keeps the block's inputs only and runs it again in the backward pass; the names of its
-    parameters do not change by it.
-    """
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__()
-        self.recompute = False
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -62,21 +56,6 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         ctx: RouterContext | None = None,
         cache_layer: LayerCache | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        if self.recompute and torch.is_grad_enabled():
-            # The model draws no random numbers of torch's: a router's noise is a function of ctx.
-            return checkpoint(  # type: ignore[no-any-return]
-                self._forward, x_BSD, rope, mask, ctx, None, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._forward(x_BSD, rope, mask, ctx, cache_layer)
-
-    def _forward(
-        self,
-        x_BSD: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        ctx: RouterContext | None,
-        cache_layer: LayerCache | None,
     ) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, cache_layer)
         y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
@@ -154,11 +133,6 @@ class Decoder(nn.Module):
         """The MoE layers by their place in the decoder."""
         layers = {i: block.feed_forward for i, block in enumerate(self.blocks)}
         return {i: layer for i, layer in layers.items() if isinstance(layer, MoELayer)}
-
-    def set_recompute(self, on: bool) -> None:
-        """Recompute every block in the backward pass instead of keeping its activations."""
-        for block in self.blocks:
-            block.recompute = on  # type: ignore[assignment]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

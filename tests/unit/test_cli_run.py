@@ -200,7 +200,8 @@ def test_a_failed_job_does_not_keep_the_others_from_running(trained, capsys):
 
 def test_a_sweep_of_several_ranks_needs_a_name(trained, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "-m", "train.seed=0,1"]) == 2
+    batch = ["data.seq_len=64", "train.micro_batch_size=1", "train.global_batch_tokens=256"]
+    assert main(["train", "-m", "train.seed=0,1", *batch]) == 2
     assert "run.name or run.dir" in capsys.readouterr().err
 
 

@@ -184,7 +184,7 @@ def test_what_is_printed_is_what_is_typed(base):
     ("old", "new", "fragments"),
     [
         ("d_model: ", "d_modl: 3\n  d_model: ", ["unknown key model.d_modl", "did you mean model.d_model?"]),
-        ("steps: 4", "steps: many4", ["train.steps", "a whole number"]),
+        ("  warmup_steps: ", "  warmup_steps: many", ["schedule.warmup_steps", "a whole number"]),
         ("precision: fp32", "precision: fp16", ["train.precision", "fp32, bf16, fp64"]),
         ("name: topk", "name: elsewhere", ["router.name=elsewhere", "topk", "plugins"]),
         ("source: stdlib", "source: web", ["data.source=web", "local"]),

@@ -64,7 +64,7 @@ def test_all_groups_and_files_are_covered():
 def test_the_first_line_says_what_it_is(file):
     lines = file.read_text().splitlines()
     described = lines[1] if lines[0].startswith("# @package") else lines[0]
-    assert re.fullmatch(r"# [A-Z].{15,}[.:].*", described)
+    assert re.fullmatch(r"# [A-Z0-9].{15,}[.:].*", described)
 
 
 def test_the_default_is_as_documented():

@@ -13,7 +13,6 @@ import torch
 from model_cases import TINY, VOCAB, decoder, tokens
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.errors import UserError
@@ -21,6 +20,8 @@ from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, register_feed_forward
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.parallel.apply import parallelize
+from moetrain.parallel.mesh import Meshes
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
@@ -85,18 +86,11 @@ def loss_and_gradients(model: Decoder, ids: Tensor, docs: Tensor | None = None) 
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("outside", [False, True])
-def test_recompute_changes_neither_loss_nor_gradients(outside: bool) -> None:
-    """By ``set_recompute``, and by a checkpoint wrapped around each block."""
+def test_recompute_changes_neither_loss_nor_gradients() -> None:
     model, ids = decoder(first_dense=1), tokens(2, 7)
     docs = (torch.arange(7) > 2).long().expand(2, 7)
     plain = loss_and_gradients(model, ids, docs)
-    if outside:
-        for block in model.blocks:
-            forward = block.forward
-            block.forward = lambda *a, forward=forward: checkpoint(forward, *a, use_reentrant=False)
-    else:
-        model.set_recompute(True)
+    parallelize(model, Meshes(), recompute=True)
     runs = []
     model.blocks[0].attention.register_forward_hook(lambda *_: runs.append(1))
     again = loss_and_gradients(model, ids, docs)
@@ -115,7 +109,7 @@ def test_recompute_keeps_less_and_leaves_names_and_evaluation_alone() -> None:
         return sum(sizes)
 
     before = saved()
-    model.set_recompute(True)
+    parallelize(model, Meshes(), recompute=True)
     assert saved() < before / 5
     assert list(model.state_dict()) == names
     with torch.no_grad():
