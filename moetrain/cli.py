@@ -26,16 +26,16 @@ _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 HELP = """\
 moetrain: train Mixture-of-Experts language models
 
-  moetrain train                                        train the default MoE on real text, on this machine
-  moetrain train model=small router=mixtral             choose other options; moetrain train --help lists them
-  moetrain train data=local 'data.path=/my/*.txt'       train on your own text
-  moetrain train run.name=mine                          name the run; the same command later resumes it
-  moetrain train experiment=moe_vs_dense                compare variants over several seeds
-  moetrain train -m router.top_k=1,2,4                  sweep: one run for each value
-  torchrun --nproc-per-node 8 -m moetrain train         use eight processes or GPUs
-  moetrain generate checkpoint=runs/mine prompt="def "  let a trained model write
-  moetrain report runs/mine runs/other                  plots and tables of runs in one HTML file
-  moetrain status runs/mine                             where a run stands
+  moetrain train                                                  train the default MoE on real text
+  moetrain train model=small router=mixtral                       other options; see moetrain train --help
+  moetrain train data=local 'data.path=/my/*.txt'                 train on your own text
+  moetrain train run.name=mine                                    name a run; the same again resumes it
+  moetrain train experiment=moe_vs_dense                          compare variants over several seeds
+  moetrain train -m router.top_k=1,2,4                            sweep: one run for each value
+  torchrun --nproc-per-node 8 -m moetrain train experiment=small  eight GPUs or processes
+  moetrain generate checkpoint=runs/mine prompt="def "            let a trained model write
+  moetrain report runs/mine runs/other                            plots and tables in one HTML file
+  moetrain status runs/mine                                       where a run stands
 
 Also: moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
 """

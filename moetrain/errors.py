@@ -8,6 +8,6 @@ class UserError(Exception):
 
 
 class TrainingError(UserError):
-    """Training itself went wrong (a loss that is not finite, a spike), with the last good checkpoint named."""
+    """Training itself went wrong (a loss not finite, a spike), with the last good checkpoint named."""
 
     exit_code = 1

@@ -35,12 +35,12 @@ Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 
 
 def app_help(command: str, config_dir: str | None = None) -> str:
-    """A template for Hydra's help: usage, groups and, by ``$CONFIG``, the composed config."""
+    """Usage, flags and groups; the composed config follows it."""
     text = _USAGE[command]
     if command == "train":
         groups = "\n".join(f"  {g:<12}{', '.join(names)}" for g, names in group_options(config_dir).items())
         text += f"\nGroups and their options:\n{groups}\n"
-    return text.replace("$", "$$") + "\nKeys and their values:\n$CONFIG"
+    return f"{text}\nKeys and their values:\n"
 
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:

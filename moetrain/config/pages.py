@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.config.compose import HYDRA_VERSION_BASE, check_composes, prepare
@@ -35,15 +34,13 @@ _QUIET = [
 
 
 def print_page(root: type, command: str, flags: argparse.Namespace) -> int:
-    """``--cfg``, ``--info``, ``--help`` and ``--hydra-help``."""
-    overrides = prepare(root, flags.overrides, flags.config_dir)
-    check_composes(root, flags.overrides, flags.config_name, flags.config_dir)
-    if flags.help:
-        text = app_help(command, flags.config_dir)
-        ConfigStore.instance().store(group="hydra/help", name="moetrain", node={"template": text})
-        overrides.append("hydra/help=moetrain")
+    """``--help``, which is ours, and Hydra's ``--cfg``, ``--info`` and ``--hydra-help``. Rank 0 prints."""
+    node = check_composes(root, flags.overrides, flags.config_name, flags.config_dir)
     with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stdout(io.StringIO()):
-        return hydra_main(flags, flags.page, overrides, _nothing)
+        if flags.help:
+            print(app_help(command, flags.config_dir) + OmegaConf.to_yaml(node), end="")
+            return 0
+        return hydra_main(flags, flags.page, prepare(root, flags.overrides, flags.config_dir), _nothing)
 
 
 def hydra_main(

@@ -20,6 +20,7 @@ import moetrain
 from moetrain.cli import HELP, main
 from moetrain.config.compose import compose_train, load_yaml
 from moetrain.config.help import group_options
+from moetrain.config.validate import validate
 from moetrain.errors import UserError
 
 TINY = [
@@ -317,13 +318,15 @@ def test_doctor_tells_versions_and_devices(capsys):
         assert re.search(rf"^{re.escape(name)} .*\S", out, re.M), name
 
 
-def test_the_commands_on_the_help_page_compose():
+def test_the_commands_on_the_help_page_are_valid():
     trains = [line.split("  ")[1] for line in HELP.splitlines()[2:12] if "moetrain train" in line]
     assert len(trains) == 7
     Path("my").mkdir()
+    Path("my/text.txt").write_text("text")
     for command in trains:
-        overrides = shlex.split(command.partition("moetrain train")[2])
-        compose_train([o for o in overrides if not o.startswith(("-m", "router.top_k=1,"))])
+        overrides = shlex.split(command.partition("moetrain train")[2].replace("/my/", "my/"))
+        cfg = compose_train([o for o in overrides if not o.startswith(("-m", "router.top_k=1,"))])
+        validate(cfg, 8 if "--nproc-per-node 8" in command else 1)
 
 
 def test_a_sweep_that_trains_for_real(tmp_path):
