@@ -169,7 +169,7 @@ def test_the_same_in_a_process_of_its_own(line, tmp_path):
         text=True,
         cwd=tmp_path,
         env=env | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 2
     assert done.stdout == ""
