@@ -85,6 +85,8 @@ def layout_fills_world(cfg: TrainConfig, world: int) -> None:
 def global_batch_is_whole_micro_batches(cfg: TrainConfig, world: int) -> None:
     micro, seq, tokens = cfg.train.micro_batch_size, cfg.data.seq_len, cfg.train.global_batch_tokens
     unit = micro * seq * world
+    if 0 < tokens < unit and tokens % (seq * world) == 0:
+        return  # each rank's share is one micro-batch, smaller than asked: more ranks need no other option
     if tokens % unit:
         below, above = tokens // unit * unit, (tokens // unit + 1) * unit
         nearest = f"{below} or {above}" if below else str(above)

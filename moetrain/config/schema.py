@@ -306,7 +306,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The ``train`` section. ``micro_batch_size`` is in sequences per rank."""
+    """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
 
     steps: int = 400
     seed: int = 0

@@ -342,3 +342,14 @@ def test_generate_refused(changes, said):
     validate_generate(cfg)
     with pytest.raises(UserError, match=said.replace("(", r"\(").replace("]", r"\]")):
         validate_generate(change(cfg, changes))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_default_trains_on_more_ranks_without_another_option(world, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    validate(compose_train([]), world)
+
+
+def test_a_share_that_is_no_whole_sequence_is_refused():
+    with pytest.raises(UserError, match="train.global_batch_tokens=2048 is no multiple"):
+        validate(compose_train([]), 3)
