@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.moe import RouterContext, Routing
 from moetrain.moe.routers import register
-from moetrain.moe.routers.topk import TopKOptions, TopKRouter
+from moetrain.moe.routers.topk import Score, TopKOptions, TopKRouter
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class FaultyOptions(TopKOptions):
     """
 
     name: str = "faulty"
+    score: Score = Score.sigmoid  # this and the next two as in the default, router=topk_sigmoid
+    renormalize: bool = False
+    route_scale: float = 2.0
     samples: list[int] = field(default_factory=list)
     fault: str = "nan"
     signal: int = 0  # sent once to this process in the step (from 0) called at_step, by the rank called rank

@@ -71,16 +71,22 @@ def scan(parts: Iterable[Part], val_fraction: float) -> Scan:
 
 
 def _exceptions(rule: HeldOut, domains: Sequence[_Extremes]) -> set[int]:
-    """The keys to flip. Any domain of two distinct documents ends with one on each side."""
-    flipped = set()
-    for seen in domains:
+    """The keys to flip. Domains of two distinct documents come last, so that one of them has both sides
+    even where domains share a document.
+    """
+    flipped: set[int] = set()
+
+    def held(key: int) -> bool:
+        return rule(key) != (key in flipped)
+
+    for seen in sorted(domains, key=lambda seen: seen.low != seen.high):
         if seen.low == seen.high:
-            if rule(seen.low):
-                flipped.add(seen.low)
-        elif not rule(seen.low):
-            flipped.add(seen.low)
-        elif rule(seen.high):
-            flipped.add(seen.high)
+            if held(seen.low):
+                flipped ^= {seen.low}
+        elif not held(seen.low):
+            flipped ^= {seen.low}
+        if seen.low != seen.high and held(seen.high):
+            flipped ^= {seen.high}
     lowest = {seen.low for seen in domains}
     if len(lowest) > 1 and all(seen.low == seen.high for seen in domains):  # nothing is held out yet
         flipped ^= {min(lowest)}

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Checkpointer:
         self._peers = Peers(group)
         self._pending: tuple[Future[Any], _Save] | None = None
         self._intact: set[Path] = set()
+        self._removing = threading.Lock()
         self._peers.from_first(self._clean)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Path:
@@ -236,8 +238,9 @@ class Checkpointer:
             raise _save_error(error, save) from error
 
     def _discard(self, save: _Save) -> None:
+        """Remove what was half-written; a failed background save does it too, so the second one waits."""
         if self._peers.rank == 0:
-            with contextlib.suppress(OSError):
+            with self._removing, contextlib.suppress(OSError):
                 remove_folder(save.writer.temporary)
 
 

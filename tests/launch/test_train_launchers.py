@@ -18,7 +18,7 @@ def test_a_second_ctrl_c_leaves_at_once(corpus, tmp_path):
     run = tmp_path / "run"
     slow = ["plugins=[faulty_router]", "router=faulty", "router.samples=[9]", "router.fault=sleep"]
     with tiny.started(corpus, run, *slow, "checkpoint.every=1") as process:
-        process.until(lambda: tiny.rows_written(run) >= 2)
+        process.until(lambda: tiny.checkpoints(run) == [1, 2])
         process.popen.send_signal(signal.SIGINT)
         process.until(lambda: "stopping after this step and saving" in process.output())
         process.popen.send_signal(signal.SIGINT)
