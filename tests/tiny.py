@@ -32,7 +32,7 @@ OVERRIDES = [
     "model.num_layers=2", "model.num_heads=2", "model.d_ff=24", "model.d_ff_expert=12", "model.num_experts=5",
     f"train.micro_batch_size={MICRO}", f"train.global_batch_tokens={BATCH * SEQ}", "train.threads=1",
     "train.deterministic=true", "train.eval_samples=5", "train.sample_tokens=3", "schedule.warmup_steps=3",
-    "schedule.horizon=40",
+    "schedule.horizon=40", "optim.lr=0.001", "model.init_std=0.02",
 ]  # fmt: skip
 STEPS = 12
 TRAINED = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep_last=9", "train.eval_every=5"]

@@ -351,5 +351,5 @@ def test_the_default_trains_on_more_ranks_without_another_option(world, monkeypa
 
 
 def test_a_share_that_is_no_whole_sequence_is_refused():
-    with pytest.raises(UserError, match="train.global_batch_tokens=2048 is no multiple"):
+    with pytest.raises(UserError, match=r"train.global_batch_tokens=2048 is no multiple"):
         validate(compose_train([]), 3)
