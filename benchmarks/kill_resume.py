@@ -218,7 +218,11 @@ def kill_and_resume(
         "killed": dict(Counter(life.moment for life in lives)),
         "half_written_checkpoints": sum(life.saving for life in lives),
         "torn_rows": sum(life.torn for life in lives),
-        "steps_done_again": sum(life.rows - after for life, after in zip(lives, resumed, strict=True)),
+        "steps_done_again": sum(
+            life.rows - after
+            for life, after in zip(lives, resumed, strict=True)
+            if life.moment != "while starting"
+        ),
         "lives": [asdict(life) for life in lives],
         "machine": machine(),
     }

@@ -22,7 +22,7 @@ EXPERTS, TOP_K, HIDDEN = 8, 2, 512
 Loss = Callable[[Tensor], Tensor]
 
 
-def ours() -> tuple[nn.Module, Loss]:
+def ours(bf16: bool) -> tuple[nn.Module, Loss]:
     from moetrain.config.schema import LossConfig, ModelConfig
     from moetrain.models.decoder import Decoder
     from moetrain.moe.balance import StepTotals, make_terms, total_loss
@@ -34,7 +34,8 @@ def ours() -> tuple[nn.Module, Loss]:
         d_model=WIDTH, num_layers=LAYERS, num_heads=HEADS, num_experts=EXPERTS, d_ff_expert=HIDDEN,
         tie_embeddings=False,
     )  # fmt: skip
-    task = NextToken(Decoder(cfg, TopKOptions(top_k=TOP_K), ExpertsConfig(), VOCAB))
+    decoder = Decoder(cfg, TopKOptions(top_k=TOP_K), ExpertsConfig(), VOCAB)
+    task = NextToken(decoder, torch.bfloat16 if bf16 else None)  # None turns autocast off inside
     terms = make_terms([LossConfig()])
 
     def loss(ids_BS: Tensor) -> Tensor:
@@ -76,11 +77,11 @@ def from_transformers(kind: str) -> tuple[nn.Module, Loss]:
     return model, lambda ids_BS: model(input_ids=ids_BS, labels=ids_BS).loss
 
 
-BUILDERS: dict[str, Callable[[], tuple[nn.Module, Loss]]] = {
-    "dense Llama": lambda: from_transformers("Llama"),
+BUILDERS: dict[str, Callable[[bool], tuple[nn.Module, Loss]]] = {
+    "dense Llama": lambda bf16: from_transformers("Llama"),
     "moetrain": ours,
-    "transformers Mixtral": lambda: from_transformers("Mixtral"),
-    "transformers Qwen3-MoE": lambda: from_transformers("Qwen3"),
+    "transformers Mixtral": lambda bf16: from_transformers("Mixtral"),
+    "transformers Qwen3-MoE": lambda bf16: from_transformers("Qwen3"),
 }
 
 
@@ -93,7 +94,7 @@ def measure(bf16: bool, repetitions: int, sequences: int) -> dict[str, Any]:
     for name, builder in BUILDERS.items():
         try:
             torch.manual_seed(0)
-            model, loss = builder()
+            model, loss = builder(bf16)
         except ImportError as error:
             skipped[name] = str(error)
             continue

@@ -117,16 +117,17 @@ class Outcome:
 
 def gradients(
     losses: Sequence[LossTerm], micro: int, recompute: bool = False, rank: int = 0, world: int = 1,
-    meshes: Meshes | None = None,
+    meshes: Meshes | None = None, whole: Batch | None = None, repeat: int = 1,
 ) -> Outcome:  # fmt: skip
-    """One step; on several ranks every rank returns the same."""
+    """One step on ``batch()`` or ``whole``, the last of ``repeat``; every rank returns the same."""
     task = build(recompute, meshes or Meshes())
     recorder = Recorder(list(task.parameters()))
     running = RunningLoad(MODEL.num_layers - 1, E)
     running.update(torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5)
     controllers = [running] if any(term.scope == "running" for term in losses) else []
     step = TrainStep(task, recorder, losses, controllers, LossMonitor(), clip_norm=None, seed=2)
-    result = step.run(3, cut(batch(), micro, rank, world))
+    for _ in range(repeat):
+        result = step.run(3, cut(whole or batch(), micro, rank, world))
     names = [name for name, _ in task.named_parameters()]
     found = zip(names, recorder.gradients, strict=True)
     return Outcome({name: grad for name, grad in found if grad is not None}, figures(result))

@@ -5,13 +5,16 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
-from moetrain.train.run import run_path, train
+from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
+from moetrain.train.run import resolve_device, run_path, train
+from moetrain.train.run_dir import write_atomic
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -20,29 +23,47 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     Runs lie in ``<folder>/<arm>/seed_<n>``; the folder is ``run.dir`` or ``run.root/run.name``, and without
     either one is named by the time, so name it to be able to go on.
     """
-    from moetrain.report import comparison_figure, comparison_table
+    init_from_env(device=resolve_device(cfg.train.device))
+    try:
+        return _compare(cfg, arms)
+    finally:
+        shutdown()
 
+
+def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     folder = run_path(cfg)
     runs = {name: [folder / name / f"seed_{seed}" for seed in cfg.compare.seeds] for name in arms}
     for seed in cfg.compare.seeds:  # arms inside seeds: an interrupted queue still compares like with like
         for name, arm in arms.items():
             run_dir = folder / name / f"seed_{seed}"
             if _is_done(run_dir, arm.train.steps):
-                print(f"{run_dir} is done already")
+                _say(f"{run_dir} is done already")
                 continue
             code = train(_one(arm, seed, run_dir))
             if code or not _is_done(run_dir, arm.train.steps):
-                print(f"comparison stopped in {run_dir}; the same command with run.dir={folder} goes on")
+                _say(f"comparison stopped in {run_dir}; the same command with run.dir={folder} goes on")
                 return code
+    if is_main():
+        _write(folder, runs)
+    return 0
+
+
+def _write(folder: Path, runs: dict[str, list[Path]]) -> None:
+    from moetrain.report import comparison_figure, comparison_table
+
     table = comparison_table(runs)
-    (folder / "comparison.md").write_text(table + "\n")
+    write_atomic(folder / "comparison.md", table + "\n")
     print(f"\n{table}\n")
     try:
         print(f"figure: {comparison_figure(runs, folder / 'comparison.png')}")
     except UserError as error:
         print(f"no figure: {error}")
     print(f"table: {folder / 'comparison.md'}")
-    return 0
+
+
+def _say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
 
 
 def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
@@ -51,7 +72,8 @@ def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
 
 
 def _is_done(run_dir: Path, steps: int) -> bool:
-    try:
-        return int(json.loads((run_dir / "summary.json").read_text())["steps"]) >= steps
-    except (OSError, ValueError, KeyError):
-        return False
+    """Whether the run's summary says so: the answer of rank 0, which writes it, on every rank."""
+    done = False
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        done = int(json.loads((run_dir / "summary.json").read_text())["steps"]) >= steps
+    return bool(broadcast_object(done))

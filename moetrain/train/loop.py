@@ -59,6 +59,7 @@ class Loop:
         """True when all steps are done, False when it was asked to stop before; saves the state in both."""
         state, around = self.state, self.around
         self._catch_up()
+        state.start(self.cfg.seed)
         state.meter.start()
         while state.step < self.cfg.steps:
             self._one_step()

@@ -71,6 +71,7 @@ def train(cfg: TrainConfig) -> int:
     """Train as ``cfg`` says; returns the exit code. Raises UserError for what the user can mend."""
     device = resolve_device(cfg.train.device)
     warnings = validate(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    joined = dist.is_initialized()  # a comparison joins once, for all its runs
     init_from_env(device=device)
     try:
         return _train(cfg, device, warnings)
@@ -80,7 +81,8 @@ def train(cfg: TrainConfig) -> int:
             os._exit(1)  # leaving the process group could wait for the dead rank
         raise
     finally:
-        shutdown()
+        if not joined:
+            shutdown()
 
 
 def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ class TrainState:
     meter: ThroughputMeter
     step: int = 0
     tokens: int = 0
-    skipped: tuple[int, ...] = ()  # steps (from 0) whose update was withheld
+    skipped: tuple[int, ...] = ()  # steps (from 0) whose batch is left out, after a rollback
+    rng: dict[str, Any] | None = None  # of the checkpoint that was loaded
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor; a load fills them in place."""
@@ -60,4 +63,16 @@ class TrainState:
         self.loader.load_state_dict(extra["loader"])
         self.monitor.load_state_dict(extra["monitor"])
         self.meter.load_state_dict(extra["meter"])
-        set_rng_state(extra["rng"])
+        self.rng = extra["rng"]
+        set_rng_state(self.rng)
+
+    def start(self, seed: int) -> None:
+        """Just before the first step: the random state of the checkpoint, or a seeded one.
+
+        Not earlier, since importing a library may draw a number.
+        """
+        if self.rng is not None:
+            set_rng_state(self.rng)
+        else:  # torch was seeded before it drew the weights
+            random.seed(seed)
+            np.random.seed(seed % 2**32)

@@ -5,14 +5,17 @@ In fp64, through the trainer's own step, to 1e-10: every gradient and every figu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from invariance import (
     FORMS,
     TARGETS,
     B,
     Outcome,
+    V,
     assert_same,
     batch,
     cut,
@@ -70,6 +73,34 @@ def test_scopes_and_forms_are_different_losses():
 def test_clipped_updates_do_not_depend_on_the_split_either(micro, recompute):
     one, other = weights_after_three_steps(B), weights_after_three_steps(micro, recompute)
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "global_batch", "running", "micro"])
+def test_padding_has_no_part_in_it(scope):
+    """Other tokens in the padding: nothing of the step sees them, neither a loss nor a count."""
+    one = batch()
+    ids_BS = one.input_ids_BS.where(one.valid_BS, (one.input_ids_BS + 3) % V)
+    assert not torch.equal(ids_BS, one.input_ids_BS)
+    outcomes = [
+        gradients(terms("switch", scope), 4, whole=b) for b in (one, replace(one, input_ids_BS=ids_BS))
+    ]
+    assert_same(*outcomes)
+
+
+def test_documents_and_positions_reach_the_model():
+    """Stretched positions, since RoPE is relative: a constant added to a document's changes nothing."""
+    one = gradients(terms("switch", "sequence"), B)
+    whole = batch()
+    assert whole.positions_BS is not None
+    for change in ({"doc_ids_BS": None}, {"positions_BS": 3 * whole.positions_BS}):
+        other = gradients(terms("switch", "sequence"), B, whole=replace(whole, **change))
+        assert abs(one.figures["loss"] - other.figures["loss"]) > 1e-5
+
+
+def test_a_step_leaves_nothing_behind():
+    """The same step again, with weights that did not change: the same gradients, and not their double."""
+    losses = terms("switch", "global_batch")
+    assert_same(whole("switch", "global_batch"), gradients(losses, 4, repeat=2))
 
 
 def test_the_batch_has_what_is_hard():

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 
 import pytest
 import tiny
 import torch
 
-SAVED = ["checkpoint.every=3", "checkpoint.keep_last=9", "train.eval_every=6"]
+SAVED = ["checkpoint.every=3", "checkpoint.keep_last=9", "train.eval_every=2"]
 LOST = "last good checkpoint: none yet"
 
 
@@ -34,12 +35,17 @@ def losses(run) -> dict[int, float | None]:
 def test_stop_names_the_step_the_parameter_the_samples_and_the_checkpoint(faulty, corpus, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["train.steps=12", *SAVED, *faulty]
+    asked = [f"router.signal={int(signal.SIGTERM)}", "router.at_step=1"]
+    assert tiny.train(corpus, run, *options, *asked) == 0
+    assert (run / "summary.json").exists()
+    capsys.readouterr()
     assert tiny.train(corpus, run, *options, *bad(17)) == 1
+    assert not (run / "summary.json").exists()  # it is not stopped any more
     err = one_line(capsys)
     parts = ["step 5: the loss is nan", "gradient that is not finite: embed_VD", "samples 16 to 19"]
     parts += [f"last good checkpoint: {tiny.checkpoint(run, 3)}", "train.on_nonfinite=skip or rollback"]
     assert not [part for part in parts if part not in err], err
-    assert tiny.checkpoints(run) == [3]
+    assert tiny.checkpoints(run) == [2, 3]
     assert len(tiny.steps(run)) == 4
     # With the fault removed the run goes on as if nothing had been.
     assert tiny.train(corpus, run, *options) == 0
@@ -73,7 +79,8 @@ def test_skip_and_rollback_leave_the_bad_batches_out(faulty, corpus, tmp_path, c
         assert ("update skipped (train.on_nonfinite=skip)" in said) == (policy == "skip")
         assert ("step 9's batch is left out" in said) == (policy == "rollback")
         assert math.isfinite(tiny.evaluations(run)[-1]["val/loss"])
-        assert [row["step"] for row in tiny.evaluations(run)] == [6, 12]
+        assert [row["step"] for row in tiny.evaluations(run)] == [2, 4, 6, 8, 10, 12]
+        assert len(tiny.steps(run)) == len(losses(run))  # no row is there twice
     skipped, back = losses(runs["skip"]), losses(runs["rollback"])
     assert [step for step, loss in skipped.items() if loss is None] == [5, 9, 10]
     assert back == {step: loss for step, loss in skipped.items() if loss is not None}

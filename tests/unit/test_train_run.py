@@ -12,7 +12,11 @@ import tiny
 import torch
 
 from moetrain.cli import main
+from moetrain.config.compose import compose_train
+from moetrain.data import prepare
+from moetrain.moe.routers.topk import TopKRouter
 from moetrain.train.metrics import key_pattern
+from moetrain.train.run import train
 from moetrain.train.run_dir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("training")
@@ -92,7 +96,14 @@ def test_where_the_experts_are(overrides, layers, corpus, tmp_path):
     assert (summary["params_total"] > summary["params_active"]) == bool(layers and "=1" not in overrides[0])
 
 
-def test_recompute_changes_no_bit_of_the_run(corpus, trained, tmp_path):
+def test_recompute_changes_no_bit_of_the_run(corpus, trained, tmp_path, monkeypatch):
+    calls = []
+    route = TopKRouter.route
+    monkeypatch.setattr(TopKRouter, "route", lambda *args: calls.append(args) or route(*args))
+    assert tiny.train(corpus, tmp_path / "short", "train.steps=1") == 0
+    once = len(calls)
+    assert tiny.train(corpus, tmp_path / "again", "train.steps=1", "train.recompute=true") == 0
+    assert len(calls) - once == once + 2 * tiny.BATCH // tiny.MICRO  # both layers, for every backward pass
     run = tmp_path / "run"
     assert tiny.train(corpus, run, *tiny.TRAINED, "train.recompute=true") == 0
     assert tiny.steps(run) == tiny.steps(trained)
@@ -128,6 +139,30 @@ def test_precisions(precision, stored, apart, corpus, trained, tmp_path):
     kinds = {tensor.dtype for name, tensor in tensors.items() if name.endswith(("_ED", "_VD", "exp_avg"))}
     assert kinds == {stored}
     assert main(["generate", f"checkpoint={run}", "prompt=abc", "max_new_tokens=2"]) == 0
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(corpus, tmp_path):
+    """Also for a tokenizer whose tokens do not add up to the text: here each token is a word."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    words = sorted({word for file in (corpus / "text").iterdir() for word in file.read_text().split()})[:30]
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = ["data.tokenizer.kind=file", f"data.tokenizer.path={tmp_path}/tokenizer.json"]
+    run = tmp_path / "run"
+    cfg = compose_train(tiny.command(corpus, run, *given, "train.steps=1", "train.eval_samples=null")[1:])
+    assert train(cfg) == 0
+    held_out = prepare(cfg.data, cfg.train.seed).val
+    (evaluation,) = tiny.evaluations(run)
+    # every token but the stream's first and the first of each later document is a label
+    labels = held_out.num_tokens - held_out.num_documents
+    assert held_out.num_bytes > 1.3 * labels
+    expected = evaluation["val/loss"] * labels / math.log(2) / held_out.num_bytes
+    assert evaluation["val/bits_per_byte"] == pytest.approx(expected, rel=0.03)
 
 
 def generated(capsys, *overrides: str) -> str:
