@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.models.precision import product_dtype
+from moetrain.ops.cpu_product import product
 
 IGNORED = -100  # a label that asks for nothing
 _CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which stays near the cache
@@ -93,7 +94,7 @@ class _Logits:
 
     def _logits(self, hidden_cD: Tensor) -> Tensor:
         rows = hidden_cD.shape[0]
-        product_cV = torch.mm(hidden_cD, self.weight_VD.t(), out=self.product_cV[:rows])
+        product_cV = product(hidden_cD, self.weight_VD.t(), out=self.product_cV[:rows])
         return product_cV if self.dtype is self.wide else self.wide_cV[:rows].copy_(product_cV)
 
 
@@ -126,7 +127,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 total += nll_c1.where(c.valid_c1, 0).sum()
                 # p - 1 at the label, without cancellation, before any rounding to bf16.
                 dlogits_cV = p_cV.scatter_(-1, c.label_c1, torch.expm1(-nll_c1)).to(room.dtype)
-                dhidden_nD[c.at] = (dlogits_cV @ room.weight_VD).mul_(c.valid_c1)
+                dhidden_nD[c.at] = product(dlogits_cV, room.weight_VD).mul_(c.valid_c1)
                 _add_product(dweight_VD, dlogits_cV, c.hidden_cD * c.valid_c1)
         ctx.save_for_backward(dhidden_nD, dweight_VD.to(weight_VD.dtype))
         return total

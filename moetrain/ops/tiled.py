@@ -1,7 +1,7 @@
 """Expert MLP, one expert at a time: gather, product, activation and product stay in cache.
 
-Shapes as in ``expert_mlp.py``; n rows of one expert. Rows of bf16 products are the aligned counts, because
-a CPU compiles one bf16 matmul kernel for every new row count; other dtypes compute the useful rows only.
+Shapes as in ``expert_mlp.py``; n rows of one expert. Rows are the aligned counts, because a CPU compiles one
+matmul kernel for every new row count; fp64, which needs none, and a handful of rows compute no padding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_backward
+from moetrain.ops.cpu_product import product
+
+_HANDFUL = 32
 
 
 def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
@@ -19,7 +22,8 @@ def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype)
     start = 0
     for expert, (rows, width) in enumerate(zip(useful, aligned, strict=True)):
         if rows:
-            yield expert, start, rows, width if dtype is torch.bfloat16 else rows, start + width
+            exact = dtype is torch.float64 or rows < _HANDFUL
+            yield expert, start, rows, rows if exact else width, start + width
         start += width
 
 
@@ -55,9 +59,9 @@ def forward(
     for e, start, rows, width, end in _segments(useful, aligned, dtype):
         stop = start + width
         x_nD = _gather(source_XD, ids_R, start, rows, width)
-        z_nP = torch.mm(x_nD, w_ups[e].to(dtype), out=z_RP[start:stop])
+        z_nP = product(x_nD, w_ups[e].to(dtype), out=z_RP[start:stop])
         h_nF = _weighted(activate(z_nP, activation), weights_R[start:stop])
-        torch.mm(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+        product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
         if stop < end:
             out_RD[stop:end].zero_()
             z_RP[stop:end].zero_()
@@ -90,14 +94,14 @@ def backward(
         stop = start + width
         z_nP, dout_nD, weights_n = z_RP[start:stop], dout_RD[start:stop], weights_R[start:stop]
         h_nF = activate(z_nP, activation)
-        dh_nF = torch.mm(dout_nD, w_downs[e].to(dtype).t())
+        dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
         _mm_into(_weighted(h_nF, weights_n).t(), dout_nD, dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
         activate_backward(_weighted(dh_nF, weights_n), z_nP, activation, dz_nP)
         _mm_into(_gather(source_XD, ids_R, start, rows, width).t(), dz_nP, dw_up_EDP[e])
-        torch.mm(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
+        product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
 
 

@@ -1,0 +1,41 @@
+"""The CPU's matrix product: the same numbers whichever library computes it, and a way out without oneDNN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moetrain.ops import cpu_product
+from moetrain.ops.cpu_product import product
+
+LARGE = (97, 251, 211)  # above the size from which oneDNN is asked
+assert LARGE[0] * LARGE[1] * LARGE[2] > cpu_product._MIN_WORK
+
+
+@pytest.mark.parametrize("shape", [LARGE, (3, 5, 7), (0, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("into", [False, True])
+def test_equals_matmul(shape, dtype, into):
+    n, k, m = shape
+    generator = torch.Generator().manual_seed(n)
+    a_nK, b_KN = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((n, k), (k, m)))
+    for b in (b_KN, b_KN.t().contiguous().t()):
+        out = torch.full((n, m), torch.nan, dtype=dtype) if into else None
+        found = product(a_nK.to(dtype), b.to(dtype), out=out)
+        assert not into or found.data_ptr() == out.data_ptr()
+        expected = a_nK.to(dtype).double() @ b.to(dtype).double()
+        bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound * k**0.5)
+
+
+@pytest.mark.skipif(not cpu_product._available(), reason="this build of torch has no oneDNN linear operator")
+def test_large_products_go_to_onednn_unless_it_is_switched_off(monkeypatch):
+    asked = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: asked.append(args) or mm(*args, **kwargs))
+    a_nK, b_KN = torch.randn(*LARGE[:2]), torch.randn(*LARGE[1:])
+    by_onednn = product(a_nK, b_KN)
+    assert not asked
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert torch.allclose(product(a_nK, b_KN), by_onednn, atol=1e-4)
+    assert len(asked) == 1
