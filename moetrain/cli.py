@@ -37,7 +37,8 @@ moetrain: train Mixture-of-Experts language models
   moetrain report runs/mine runs/other                            plots and tables in one HTML file
   moetrain status runs/mine                                       where a run stands
 
-Also: moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
+Also: moetrain router list | moetrain router check NAME
+      moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
 """
 
 
@@ -123,6 +124,12 @@ def _data(args: list[str]) -> int:
     return 0
 
 
+def _router(args: list[str]) -> int:
+    from moetrain.router_tools import router_command
+
+    return _plain(router_command, args)
+
+
 def _doctor(args: list[str]) -> int:
     if args and args[0] not in ("-h", "--help"):
         raise UserError(f"doctor takes no arguments, not {args[0]}")
@@ -136,6 +143,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "report": _report,
     "status": _status,
+    "router": _router,
     "data": _data,
     "doctor": _doctor,
 }

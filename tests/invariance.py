@@ -19,7 +19,7 @@ from moetrain.data import Batch
 from moetrain.data.batch import IGNORE
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import LossTerm, RunningLoad
-from moetrain.moe.options import ExpertsConfig
+from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import Meshes
@@ -98,11 +98,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def build(recompute: bool, meshes: Meshes) -> NextToken:
+def build(recompute: bool, meshes: Meshes, router: RouterConfig = ROUTER) -> NextToken:
     torch.manual_seed(3)
-    task = NextToken(Decoder(MODEL, ROUTER, ExpertsConfig(), V).double())
+    task = NextToken(Decoder(MODEL, router, ExpertsConfig(), V).double())
     with torch.no_grad():  # larger than a model begins with, so that every path matters
         for parameter in task.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
             parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
     return parallelize(task, meshes, recompute=recompute)
 
@@ -117,10 +119,10 @@ class Outcome:
 
 def gradients(
     losses: Sequence[LossTerm], micro: int, recompute: bool = False, rank: int = 0, world: int = 1,
-    meshes: Meshes | None = None, whole: Batch | None = None, repeat: int = 1,
+    meshes: Meshes | None = None, whole: Batch | None = None, repeat: int = 1, router: RouterConfig = ROUTER,
 ) -> Outcome:  # fmt: skip
     """One step on ``batch()`` or ``whole``, the last of ``repeat``; every rank returns the same."""
-    task = build(recompute, meshes or Meshes())
+    task = build(recompute, meshes or Meshes(), router)
     recorder = Recorder(list(task.parameters()))
     running = RunningLoad(MODEL.num_layers - 1, E)
     running.update(torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moetrain.config.rules import above_zero, at_least, within
-from moetrain.config.schema import ModelConfig, TokenizerKind, TrainConfig
+from moetrain.config.schema import LossScope, ModelConfig, TokenizerKind, TrainConfig
 from moetrain.errors import UserError
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
@@ -88,6 +88,8 @@ def top_k_fits(cfg: TrainConfig, world: int) -> None:
 
 def expert_groups_fit(cfg: TrainConfig, world: int) -> None:
     experts, groups = cfg.model.num_experts, getattr(cfg.router, "num_groups", 1)
+    if groups is None:  # the router chooses
+        return
     chosen = getattr(cfg.router, "top_groups", None)
     if groups < 1 or experts % groups:
         raise UserError(
@@ -140,9 +142,26 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
 
 
 def balance_numbers(cfg: TrainConfig, world: int) -> None:
+    from moetrain.moe.balance.moments import MOMENTS
+    from moetrain.moe.routers import ROUTERS
+
+    spec = ROUTERS[cfg.router.name]
+    if cfg.model.num_experts and not spec.scores and cfg.balance.losses:
+        raise UserError(
+            f"router={cfg.router.name} returns no scores, so it has no balance loss: take balance=none"
+        )
     for i, loss in enumerate(cfg.balance.losses):
-        at_least(f"balance.losses.{i}", loss, 0, "coef")
-    at_least("balance", cfg.balance, 0, "bias_rate")
+        at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
+        if loss.name.value in MOMENTS and loss.scope is LossScope.running:
+            raise UserError(
+                f"balance.losses.{i}.scope=running is not offered for {loss.name.value}: "
+                "take sequence, global_batch or micro"
+            )
+    at_least("balance", cfg.balance, 0, "bias_rate", "sparsity_rate")
+    if 0 < cfg.balance.sparsity_rate <= 1:
+        raise UserError(
+            f"balance.sparsity_rate={cfg.balance.sparsity_rate} must be above 1 (a factor), or 0 for none"
+        )
 
 
 def _moe_layers(m: ModelConfig) -> list[int]:
@@ -153,6 +172,18 @@ def _divisor_near(number: int, wanted: int) -> int:
     """The divisor of ``number`` nearest to ``wanted`` (in ratio)."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / max(wanted, 1))))
+
+
+def router_is_causal(cfg: TrainConfig) -> str | None:
+    """A warning: what a router that looks ahead means for the losses that are printed."""
+    from moetrain.moe.routers import ROUTERS
+
+    if ROUTERS[cfg.router.name].causal or not cfg.model.num_experts:
+        return None
+    return (
+        f"router={cfg.router.name} is not causal: in training a token's experts depend on later tokens, so "
+        "train/loss is too low for a language model; val/loss is of the causal way that evaluation takes"
+    )
 
 
 RULES = (
@@ -170,3 +201,4 @@ RULES = (
     routing_group_divides_micro_batch,
     balance_numbers,
 )
+WARNINGS = (router_is_causal,)

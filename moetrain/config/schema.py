@@ -71,12 +71,20 @@ class LossName(Enum):
     """The published normalisations of the balance loss, told apart by name (value at perfect balance).
 
     ``switch`` (1): E sum_e f_e P_e, f the share of all assignments. ``gshard_first`` (1): f counts first
-    choices only. ``sum_over_k`` (k): f counts assignments per token. ``z`` (-): mean squared logsumexp.
+    choices only. ``sum_over_k`` (k): f counts assignments per token. ``l1`` (k times a token's scores):
+    sum_over_k with scores as they are. ``importance``, ``load`` (0): squared variation of the weights' sums,
+    of the choices. ``entropy``, ``mi`` (-log E): of the mean scores; minus the mean entropy. ``z`` (-): mean
+    squared logsumexp.
     """
 
     switch = "switch"
     gshard_first = "gshard_first"
     sum_over_k = "sum_over_k"
+    l1 = "l1"
+    importance = "importance"
+    load = "load"
+    entropy = "entropy"
+    mi = "mi"
     z = "z"
 
 
@@ -123,12 +131,15 @@ class LossConfig:
     name: LossName = LossName.switch
     coef: float = 0.01
     scope: LossScope = LossScope.global_batch  # z has none: a mean over tokens is the same at every scope
+    final_coef: Optional[float] = None  # the coefficient goes there linearly until step final_step
+    final_step: int = 0
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
     losses: list[LossConfig] = field(default_factory=list)
     bias_rate: float = 0.0  # step of the aux-loss-free bias; 0: no controller
+    sparsity_rate: float = 0.0  # ReMoE: the factor by which the coefficient of l1 moves; 0: no controller
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     for rules in (rules_model, rules_data, rules_train):
         for rule in rules.RULES:
             rule(cfg, world)
-    return [text for warn in rules_train.WARNINGS if (text := warn(cfg)) is not None]
+    warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)
+    return [text for warn in warnings if (text := warn(cfg)) is not None]
 
 
 def validate_generate(cfg: GenerateConfig) -> None:

@@ -25,15 +25,19 @@ def from_token_choice(
     num_experts: int,
     scores_TE: Tensor | None = None,
     logits_TE: Tensor | None = None,
+    ragged: bool = False,
 ) -> Routing:
-    """Every valid token's K distinct experts as a Routing (differentiable in ``weights_TK``)."""
+    """Every valid token's distinct experts, K at most, as a Routing (differentiable in ``weights_TK``).
+
+    An id of ``num_experts`` is no expert; ``ragged`` says that there may be such ids.
+    """
     num_choices = ids_TK.shape[1]
     ids_M = ids_TK.reshape(-1)
     if ctx.valid_T is not None:  # padding goes to a bin of its own, cut off below
         ids_M = torch.where(ctx.valid_T.repeat_interleave(num_choices), ids_M, num_experts)
     order_N = stable_order(ids_M, num_experts + 1)
     counts_E = torch.bincount(ids_M, minlength=num_experts + 1)[:num_experts]
-    if ctx.valid_T is not None:
+    if ctx.valid_T is not None or ragged:
         order_N = order_N[: int(counts_E.sum())]
     return Routing(
         token_ids_N=order_N // num_choices,
@@ -41,6 +45,31 @@ def from_token_choice(
         counts_E=counts_E,
         num_tokens_B=tokens_per_sequence(ctx),
         demand_BE=count_BE(ids_TK, ctx, num_experts),
+        scores_TE=scores_TE,
+        logits_TE=logits_TE,
+        valid_T=ctx.valid_T,
+        choice_N=order_N % num_choices,
+    )
+
+
+def from_mask(
+    mask_TE: Tensor,
+    weights_TE: Tensor,
+    ctx: RouterContext,
+    scores_TE: Tensor | None = None,
+    logits_TE: Tensor | None = None,
+) -> Routing:
+    """Each pair of a valid token and an expert that ``mask_TE`` marks, as a Routing; any number of pairs."""
+    if ctx.valid_T is not None:
+        mask_TE = mask_TE & ctx.valid_T[:, None]
+    pairs_2N = mask_TE.t().nonzero().t()  # sorted by (expert, token)
+    num_experts = mask_TE.shape[1]
+    return Routing(
+        token_ids_N=pairs_2N[1],
+        weights_N=weights_TE[pairs_2N[1], pairs_2N[0]],
+        counts_E=mask_TE.sum(0),
+        num_tokens_B=tokens_per_sequence(ctx),
+        demand_BE=mask_TE.view(ctx.batch, ctx.seq, num_experts).sum(1),
         scores_TE=scores_TE,
         logits_TE=logits_TE,
         valid_T=ctx.valid_T,
@@ -99,18 +128,24 @@ def apply_capacity(
     )
     rank_N = _rank_within(keys_N, _priority(routing, ctx, experts_N, order), num_groups * num_experts)
     kept_N = torch.nonzero(rank_N < capacity_G[keys_N % num_groups]).squeeze(1)
-    scale_N = routing.forward_scale_N
-    return replace(
-        routing,
-        token_ids_N=routing.token_ids_N[kept_N],
-        weights_N=routing.weights_N.gather(0, kept_N),
-        counts_E=torch.bincount(experts_N[kept_N], minlength=num_experts),
-        forward_scale_N=None if scale_N is None else scale_N.gather(0, kept_N),
-    )
+    per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
+    kept = {
+        name: value.gather(0, kept_N)
+        for name in per_assignment
+        if (value := getattr(routing, name)) is not None
+    }
+    return replace(routing, **kept, counts_E=torch.bincount(experts_N[kept_N], minlength=num_experts))
 
 
 def _priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
     """Larger survives; None is the order of position, in which assignments already lie."""
+    if order is DropOrder.choice:
+        return None if routing.choice_N is None else -routing.choice_N
+    if order is DropOrder.batch_prioritized:
+        if routing.scores_TE is None:
+            raise ValueError("router.drop_order=batch_prioritized needs a router with scores")
+        best_T = routing.scores_TE.detach().amax(-1)
+        return best_T[routing.token_ids_N]
     if order is DropOrder.probability:
         return routing.weights_N.detach()
     if order is DropOrder.random:

@@ -65,15 +65,15 @@ class RouterContext:
             raise ValueError(f"uniform needs one row a token: {self.batch * self.seq}, not {shape[0]}")
         key = torch.zeros((), dtype=torch.int64, device=self.sample_ids_B.device)
         for part in (self.seed, self.step, self.layer, salt):
-            key = _mix(key + part)
-        key_T = _mix(_mix(key + self.sample_ids_B).repeat_interleave(self.seq) + self.positions_T)
+            key = mix(key + part)
+        key_T = mix(mix(key + self.sample_ids_B).repeat_interleave(self.seq) + self.positions_T)
         if len(shape) > 1:
             columns = torch.arange(shape[1], device=key_T.device)
-            key_T = _mix(key_T[:, None] + columns)
+            key_T = mix(key_T[:, None] + columns)
         return ((key_T >> 41) & 0x7FFFFF).float() * 2.0**-23 + 2.0**-24
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser on int64 (arithmetic wraps; shifts are made logical by masks)."""
     x = x + _GOLDEN
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1

@@ -6,10 +6,10 @@ Shapes: D model, F hidden, P = 2F (gated) or F; leading dimensions are free.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.ops.activations import activate, is_gated
+from moetrain.ops.activations import is_gated
+from moetrain.ops.dense_mlp import dense_mlp
 
 
 class MLP(nn.Module):
@@ -25,4 +25,4 @@ class MLP(nn.Module):
         nn.init.normal_(self.w_down_DF, std=d_ff**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(activate(F.linear(x, self.w_gate_up_PD), self.activation), self.w_down_DF)
+        return dense_mlp(x, self.w_gate_up_PD, self.w_down_DF, self.activation)

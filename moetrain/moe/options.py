@@ -28,10 +28,16 @@ class Backend(Enum):
 
 
 class DropOrder(Enum):
-    """Which assignments over capacity survive: the first come, the heaviest, or a random subset."""
+    """Which assignments over capacity survive.
+
+    ``position``: the first come; ``choice``: every first choice before any second (GShard); ``probability``:
+    the heaviest; ``batch_prioritized``: those of the tokens with the highest score (V-MoE); ``random``.
+    """
 
     position = "position"
+    choice = "choice"
     probability = "probability"
+    batch_prioritized = "batch_prioritized"
     random = "random"
 
 

@@ -27,6 +27,9 @@ class Routing:
     logits_TE     at least fp32: what the scores were made of.
     valid_T       bool, or None where every token is valid.
     forward_scale_N  multiplies the expert's output in the forward pass only (gradient estimators).
+    choice_N      int64, the rank of each assignment among its token's (0: the first choice), or None.
+    load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
+    stats         detached sums over tokens that the router's ``after_step`` wants of the whole step, or None.
     """
 
     token_ids_N: Tensor
@@ -38,6 +41,9 @@ class Routing:
     logits_TE: Tensor | None = None
     valid_T: Tensor | None = None
     forward_scale_N: Tensor | None = None
+    choice_N: Tensor | None = None
+    load_TE: Tensor | None = None
+    stats: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -78,6 +84,12 @@ def check_routing(r: Routing) -> None:
         raise ValueError(f"weights_N has shape {tuple(r.weights_N.shape)}, expected ({n},)")
     if r.weights_N.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"weights_N is {r.weights_N.dtype}, expected fp32 or fp64")
+    for name in ("forward_scale_N", "choice_N"):
+        value = getattr(r, name)
+        if value is not None and value.shape != (n,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({n},)")
+    if not bool(torch.isfinite(r.weights_N).all()):
+        raise ValueError("weights_N is not finite")
     if r.demand_BE.shape != (r.num_tokens_B.shape[0], r.num_experts):
         raise ValueError(f"demand_BE has shape {tuple(r.demand_BE.shape)}")
     if bool((r.counts_E > r.demand_E).any()):

@@ -5,11 +5,13 @@ Shapes: B batch, S sequence, M domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from moetrain.data import Batch
+from moetrain.models.decoder import Decoder
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.train.metrics import EvalSums
@@ -23,7 +25,6 @@ def evaluate(
     """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
 
     ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``).
-    ``byte_scale`` is the split's: what a token's byte count is multiplied by where it is not exact.
     Changes nothing that training sees: no gradient, no router state, no random state.
     """
     device = next(task.parameters()).device
@@ -51,3 +52,23 @@ def evaluate(
     }
     total = sums.sum(1).tolist()
     return EvalSums(total[0], int(total[1]), round(total[2])), per_domain
+
+
+def other_modes(model: Decoder) -> tuple[str, ...]:
+    """The ways of routing in evaluation that are not the default one."""
+    routers = [layer.router for layer in model.moe_layers().values()]
+    return routers[0].eval_modes[1:] if routers else ()
+
+
+@contextlib.contextmanager
+def routing_by(model: Decoder, mode: str) -> Iterator[None]:
+    """Evaluate by ``mode`` while it lasts."""
+    routers = [layer.router for layer in model.moe_layers().values()]
+    before = [router.eval_mode for router in routers]
+    for router in routers:
+        router.eval_mode = mode
+    try:
+        yield
+    finally:
+        for router, mode_before in zip(routers, before, strict=True):
+            router.eval_mode = mode_before

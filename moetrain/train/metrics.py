@@ -101,6 +101,11 @@ class RoutingSummary:
         """Assignments wanted before any capacity, int64."""
         return self.sums_LC[:, self.num_experts : 2 * self.num_experts].long()
 
+    @property
+    def num_tokens(self) -> float:
+        """Valid tokens that passed each MoE layer."""
+        return float(self.sums_LC[:1, -1].sum())
+
     def metrics(self) -> dict[str, float]:
         """``moe/<layer>/<name>`` -> value, six or fewer per layer. See ``docs/metrics.md``."""
         row: dict[str, float] = {}
@@ -280,9 +285,16 @@ class EvalSums:
 
 
 def eval_row(
-    step: int, tokens: int, total: EvalSums, domains: Mapping[str, EvalSums] | None = None
+    step: int,
+    tokens: int,
+    total: EvalSums,
+    domains: Mapping[str, EvalSums] | None = None,
+    modes: Mapping[str, EvalSums] | None = None,
 ) -> dict[str, float]:
-    """A row of ``metrics.jsonl`` for one evaluation after ``step`` steps and ``tokens`` training tokens."""
+    """A row of ``metrics.jsonl`` for one evaluation after ``step`` steps and ``tokens`` training tokens.
+
+    ``modes``: the same text by a router's other ways of routing in evaluation.
+    """
     row: dict[str, float] = {
         "step": step,
         "tokens": tokens,
@@ -290,6 +302,7 @@ def eval_row(
         "val/perplexity": total.perplexity,
         "val/bits_per_byte": total.bits_per_byte,
     }
+    row |= {f"val/loss_{name}": sums.loss for name, sums in (modes or {}).items()}
     for name, sums in _largest(domains or {}).items():
         row |= {f"val/{name}/loss": sums.loss, f"val/{name}/bits_per_byte": sums.bits_per_byte}
     return row | {"time": time.time()}
@@ -308,6 +321,7 @@ def key_pattern(key: str) -> str:
     """The documented form of a key: ``moe/3/entropy`` -> ``moe/<layer>/entropy``."""
     key = re.sub(r"^moe/\d+/", "moe/<layer>/", key)
     key = re.sub(r"^moe/<layer>/aux/.+", "moe/<layer>/aux/<loss>", key)
+    key = re.sub(r"^val/loss_.+$", "val/loss_<mode>", key)
     return re.sub(r"^val/.+/(loss|bits_per_byte)$", r"val/<domain>/\1", key)
 
 

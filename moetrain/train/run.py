@@ -26,7 +26,7 @@ from moetrain.data import Corpus, TrainLoader, prepare, val_batches
 from moetrain.errors import UserError
 from moetrain.models.count import count_parameters, flops_per_token
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import BiasController, Controller, RunningLoad, make_terms
+from moetrain.moe.balance import BiasController, Controller, RunningLoad, SparsityController, make_terms
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
     broadcast_object,
@@ -39,9 +39,9 @@ from moetrain.parallel.distributed import (
 )
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.evaluate import evaluate
+from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.loop import Loop, Surroundings
-from moetrain.train.metrics import LossMonitor, ThroughputMeter, eval_row
+from moetrain.train.metrics import EvalSums, LossMonitor, ThroughputMeter, eval_row
 from moetrain.train.optim import build_optimizer
 from moetrain.train.progress import build_progress, printable
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
@@ -152,7 +152,7 @@ def build(cfg: TrainConfig, device: str) -> Built:
     summary = {
         "params_total": counts.total,
         "params_active": counts.active,
-        "flops_per_token": flops_per_token(cfg.model, cfg.router, cfg.data.seq_len, vocab_size),
+        "flops_per_token": flops_per_token(cfg.model, cfg.router, cfg.data.seq_len, vocab_size, cfg.experts),
         "vocab_size": vocab_size,
         "train_tokens": corpus.train.num_tokens,
         "val_tokens": corpus.val.num_tokens,
@@ -165,6 +165,10 @@ def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
     controllers: list[Controller] = []
     if layers and cfg.balance.bias_rate:
         controllers.append(BiasController([m.router for m in layers.values()], cfg.balance.bias_rate))
+    if layers and cfg.balance.sparsity_rate:
+        router = next(iter(layers.values())).router
+        target_k = int(getattr(router, "target_k", getattr(router, "top_k", 1)))
+        controllers.append(SparsityController(cfg.model.num_experts, target_k, cfg.balance.sparsity_rate))
     if layers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
         controllers.append(RunningLoad(len(layers), cfg.model.num_experts))
     return controllers
@@ -198,14 +202,19 @@ def _vocab_size(cfg: TrainConfig, corpus: Corpus) -> int:
 
 
 def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
-    batches = val_batches(
-        built.corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, rank(), world()
-    )
-    corpus = built.corpus
-    total, domains = evaluate(
-        built.state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale
-    )
-    return eval_row(built.state.step, built.state.tokens, total, domains)
+    """The row of an evaluation: by the routers' default way, and the loss alone by any other they have."""
+    corpus, state = built.corpus, built.state
+
+    def judge() -> tuple[EvalSums, dict[str, EvalSums]]:
+        batches = val_batches(corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, rank(), world())
+        return evaluate(state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale)
+
+    total, domains = judge()
+    modes = {}
+    for mode in other_modes(state.task.model):
+        with routing_by(state.task.model, mode):
+            modes[mode], _ = judge()
+    return eval_row(state.step, state.tokens, total, domains, modes)
 
 
 def run_path(cfg: TrainConfig) -> Path:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from moetrain.data import Batch
 from moetrain.moe import Routing
 from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import first_choices_BE
+from moetrain.moe.balance.losses import first_choices_BE, probabilities
+from moetrain.moe.balance.moments import MOMENTS, moment_BE
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
@@ -60,27 +61,30 @@ class TrainStep:
         self.device = next(task.parameters()).device
         num_experts = next(iter(layers.values())).router.num_experts if layers else 0
         self.stats = RoutingStats(list(layers), num_experts, self.device)
-        balance = [t for t in terms if t.name != "z"]
-        self._counts_globally = bool(layers) and any(t.scope == "global_batch" for t in balance)
-        self._counts_first = any(t.name == "gshard_first" for t in terms)
+        self._routers = [layer.router for layer in layers.values()]
+        self._router_stats: list[Tensor] = []
+        counted = {t.name for t in terms if t.name != "z" and t.scope == "global_batch"}
+        self._counted = counted if layers else set()  # losses that need the step's counts
         self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
         batches = [batch.to(self.device) for batch in batches]
         targets, tokens = self._global_counts(batches)
-        counts = self._count_ahead(step, batches) if self._counts_globally and len(batches) > 1 else None
+        counts = self._count_ahead(step, batches) if self._counted and len(batches) > 1 else None
+        self._router_stats = []
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             sync_gradients(self.task, last=index == len(batches) - 1)
             output = self.task(**batch_arguments(batch, self.seed, step))
-            totals = self._totals(tokens, output.records, counts)
+            totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
             loss = output.nll_sum / max(targets, 1)
             (loss if extra is None else loss + extra).backward()
             nll_sum += output.nll_sum.detach()
             self.stats.add([record.detach() for record in output.records])
+            self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
         return self._finish(nll_sum, aux_sums, targets, tokens)
@@ -96,7 +100,8 @@ class TrainStep:
         if problem is None:
             self.optimizer.step()
             for controller in self.controllers:
-                controller.update(routing.demand_LE)
+                controller.update(routing.demand_LE, routing.num_tokens)
+            self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):
             name = self._first_not_finite([p.grad for p in parameters])
@@ -113,30 +118,51 @@ class TrainStep:
         all_reduce_sum_(counts)
         return int(counts[0]), int(counts[1])
 
+    def _add_router_stats(self, records: list[Routing]) -> None:
+        """Sum what the routers want of the whole step: the layers' statistics, or none of any layer."""
+        stats = [record.stats for record in records if record.stats is not None]
+        before = self._router_stats or [torch.zeros_like(s) for s in stats]
+        self._router_stats = [b + s for b, s in zip(before, stats, strict=True)]
+
+    def _update_routers(self) -> None:
+        if self._router_stats:
+            all_reduce_sum_(*self._router_stats)
+            for router, stats in zip(self._routers, self._router_stats, strict=True):
+                router.after_step(stats)
+
     def _totals(
-        self, tokens: int, records: list[Routing], counts: tuple[Tensor, Tensor] | None
+        self, step: int, tokens: int, records: list[Routing], counts: dict[str, Tensor] | None
     ) -> StepTotals:
-        if self._counts_globally and counts is None:  # one micro-batch: its own forward has the counts
+        if self._counted and counts is None:  # one micro-batch: its own forward has the counts
             counts = self._summed([records])
-        running_LE = None if self._running is None else self._running.share_LE.to(self.device)
-        if counts is None:
-            return StepTotals(max(tokens, 1), running_LE=running_LE)
-        return StepTotals(max(tokens, 1), counts[0], counts[1], running_LE)
+        counts = counts or {}
+        return StepTotals(
+            max(tokens, 1),
+            counts.get("demand"),
+            counts.get("gshard_first"),
+            None if self._running is None else self._running.share_LE.to(self.device),
+            {name: counts[name] for name in MOMENTS if name in counts},
+            {name: f for controller in self.controllers for name, f in controller.factors().items()},
+            step,
+        )
 
     @torch.no_grad()
-    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
         return self._summed([self.task(**batch_arguments(b, self.seed, step)).records for b in batches])
 
-    def _summed(self, records: list[list[Routing]]) -> tuple[Tensor, Tensor]:
-        demand_LE = sum(torch.stack([r.demand_E for r in routings]) for routings in records)
-        assert isinstance(demand_LE, Tensor)
-        first_LE = torch.zeros_like(demand_LE)
-        if self._counts_first:
-            for routings in records:
-                first_LE += torch.stack([first_choices_BE(r).sum(0) for r in routings])
-        all_reduce_sum_(demand_LE, first_LE)
-        return demand_LE, first_LE
+    @torch.no_grad()
+    def _summed(self, records: list[list[Routing]]) -> dict[str, Tensor]:
+        """[L, E] sums over the global batch: the demand, and what the losses in ``_counted`` add to it."""
+        counts = {"demand": _stack([[r.demand_E for r in routings] for routings in records])}
+        if "gshard_first" in self._counted:
+            counts["gshard_first"] = _stack([[first_choices_BE(r).sum(0) for r in rs] for rs in records])
+        for name in sorted(self._counted & MOMENTS.keys()):
+            counts[name] = _stack(
+                [[moment_BE(r, name, probabilities(r)).sum(0) for r in rs] for rs in records]
+            )
+        all_reduce_sum_(*counts.values())
+        return counts
 
     @torch.no_grad()
     def _broken_weights(self) -> str | None:
@@ -155,6 +181,11 @@ class TrainStep:
         all_reduce_sum_(flags)
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
+
+
+def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:
+    """[L, E]: the sum over micro-batches of one row per layer."""
+    return torch.stack([torch.stack(rows) for rows in of_each_batch]).sum(0)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ from moetrain.moe.balance import (
     z_loss,
 )
 from moetrain.moe.balance.losses import FORMS, SCOPES, first_choices_BE
+from moetrain.moe.balance.moments import MOMENTS
 
 ALL = list(itertools.product(FORMS, SCOPES))
+PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two are the same
 
 
 def number(loss: Tensor) -> float:
@@ -77,7 +79,7 @@ def by_hand(
     for t in tokens:
         for e in range(num_experts):
             if scope == "running":
-                f = running[e] * (k if form == "sum_over_k" else 1)
+                f = running[e] * (k if form in PER_TOKEN else 1)
             else:
                 key = {
                     "micro": lambda u: u.micro,
@@ -88,7 +90,7 @@ def by_hand(
                 if form == "gshard_first":
                     f = sum(bool(max(u.p) == u.p[e]) for u in seen) / len(seen)
                 else:
-                    f = sum(u.chosen.count(e) for u in seen) / len(seen) / (1 if form == "sum_over_k" else k)
+                    f = sum(u.chosen.count(e) for u in seen) / len(seen) / (1 if form in PER_TOKEN else k)
             loss = loss + f * t.p[e]
     return loss * num_experts / len(tokens)
 
@@ -114,8 +116,8 @@ def test_value_and_gradient_by_brute_force(form: str, scope: str, padded: bool) 
 @pytest.mark.parametrize(("form", "scope"), ALL)
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_value_at_perfect_balance(form: str, scope: str, k: int) -> None:
-    """1, and k for sum_over_k: by equal scores whatever the load, and by equal load whatever the scores."""
-    want = k if form == "sum_over_k" else 1
+    """1, or k: by equal scores whatever the load, and by equal load whatever the scores."""
+    want = k if form in PER_TOKEN else 1
     uniform = routed(torch.zeros(21, 5, dtype=torch.float64), 3, top_k=k)
     turns_TE = torch.stack([torch.tensor([4.0, 3, 2, 1, 0], dtype=torch.float64).roll(t) for t in range(30)])
     even = routed(turns_TE, 3, top_k=k)
@@ -271,7 +273,7 @@ def test_terms_come_from_the_configuration() -> None:
     ]
     with pytest.raises(ValueError, match="names a loss twice: switch_global_batch, switch_global_batch"):
         make_terms([LossConfig(), LossConfig(coef=0.5)])
-    names = {LossName(name) for name in FORMS} | {LossName.z}
+    names = {LossName(name) for name in (*FORMS, *MOMENTS)} | {LossName.z}
     assert names == set(LossName)
     assert {LossScope(scope) for scope in SCOPES} == set(LossScope)
 

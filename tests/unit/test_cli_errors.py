@@ -66,7 +66,7 @@ BAD = [
     # plugins and tags
     ("train plugins=[no_such_package_here]", "plugins", "no_such_package_here", "PYTHONPATH"),
     ("train plugins=3", "plugins=3", "plugins=[my_routers]"),
-    ("train router.name=hash", "router.name=hash", "topk"),
+    ("train router.name=hash", "router.name=hash", "router=hash"),
     ("train data.source=hub", "data.source=hub", "data=hub"),
     # impossible combinations
     ("train model.num_heads=3", "model.num_heads=3", "model.d_model="),

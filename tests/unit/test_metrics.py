@@ -175,7 +175,8 @@ def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str,
         aux={"switch": [1.0] * layers},
     )
     sums = {f"domain {i}/x": EvalSums(float(i), i + 1, 3 * i + 1) for i in range(domains)}
-    return step, eval_row(1, 2, EvalSums(1.0, 2, 3), sums)
+    modes = {"group": EvalSums(1.0, 2, 3)}
+    return step, eval_row(1, 2, EvalSums(1.0, 2, 3), sums, modes)
 
 
 def test_documented_keys_are_the_emitted_ones() -> None:
@@ -186,7 +187,7 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 def test_the_number_of_keys_is_bounded() -> None:
     step, evaluation = emitted_rows(layers=48, domains=1000)
     assert len(step) == 7 + 48 * 7
-    assert len(evaluation) == 6 + 2 * 32
+    assert len(evaluation) == 6 + 1 + 2 * 32
 
 
 def test_small_domains_are_pooled_without_loss() -> None:

@@ -1,7 +1,7 @@
 """Controllers: small states that follow the load of the whole batch, once after each optimizer step.
 
 Shapes: L MoE layers, E experts. Counts are global (summed over ranks and micro-batches), so every rank makes
-the same update. State is fp32 and part of the checkpoint.
+the same update. State is part of the checkpoint and no cast of the model touches it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,29 @@ from moetrain.moe.routers import Router
 
 
 class Controller(Protocol):
-    """Updated after the step; ``tensors`` names what a checkpoint must hold besides the model's buffers."""
+    """Updated after the step; ``tensors`` names what a checkpoint must hold besides the model's buffers.
 
-    def update(self, demand_LE: Tensor) -> None: ...
+    ``factors``: loss name -> what its coefficient is multiplied with in the next step.
+    """
+
+    def update(self, demand_LE: Tensor, num_tokens: float) -> None: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
 
+    def factors(self) -> dict[str, float]: ...
 
-class BiasController:
+
+class _Plain:
+    """A controller without a state of its own and without a say in coefficients."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def factors(self) -> dict[str, float]:
+        return {}
+
+
+class BiasController(_Plain):
     """Aux-loss-free balance: each expert's selection bias moves by ``rate`` towards the mean load.
 
     ``b_e += rate * sign(mean(c) - c_e)`` (Wang et al. 2024; DeepSeek-V3, section 2.1.2). The bias is the
@@ -34,16 +49,13 @@ class BiasController:
         self.routers, self.rate = list(routers), rate
 
     @torch.no_grad()
-    def update(self, demand_LE: Tensor) -> None:
+    def update(self, demand_LE: Tensor, num_tokens: float = 0.0) -> None:
         load_LE = demand_LE.to(torch.float64)
         for router, load_E in zip(self.routers, load_LE, strict=True):
             router.bias_E += self.rate * torch.sign(load_E.mean() - load_E).to(router.bias_E)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
-
-class RunningLoad:
+class RunningLoad(_Plain):
     """An exponential mean of the load shares, for the ``running`` scope: one step behind, and cheap.
 
     Starts uniform, where the loss has the value 1 and no gradient.
@@ -54,7 +66,7 @@ class RunningLoad:
         self.share_LE = torch.full((num_layers, num_experts), 1.0 / max(num_experts, 1))
 
     @torch.no_grad()
-    def update(self, demand_LE: Tensor) -> None:
+    def update(self, demand_LE: Tensor, num_tokens: float = 0.0) -> None:
         load_LE = demand_LE.double().cpu()
         total_L1 = load_LE.sum(-1, keepdim=True)
         # a layer that routed nothing teaches nothing: its row keeps its value, and its sum of 1
@@ -63,3 +75,32 @@ class RunningLoad:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"running_load": self.share_LE}
+
+
+class SparsityController(_Plain):
+    """ReMoE's coefficient of ``l1``: up by ``rate`` while too many experts are active, else down by it.
+
+    ``coef = start * rate ** n`` over all layers together (Wang et al. 2024, eq. 8): n grows by one where the
+    share of inactive pairs of a token and an expert lies below 1 - k / E, and falls by one elsewhere. The
+    state is n, an integer. The loss counts assignments per token, so k divides its coefficient.
+    """
+
+    def __init__(self, num_experts: int, target_k: int, rate: float = 1.2, start: float = 1e-8) -> None:
+        self.num_experts, self.target_k, self.rate, self.start = num_experts, target_k, rate, start
+        self.exponent = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def coef(self) -> float:
+        return self.start * self.rate ** int(self.exponent)
+
+    def update(self, demand_LE: Tensor, num_tokens: float) -> None:
+        pairs = num_tokens * demand_LE.shape[0] * self.num_experts
+        if pairs:
+            sparsity = 1 - float(demand_LE.sum()) / pairs
+            self.exponent += 1 if sparsity < 1 - self.target_k / self.num_experts else -1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sparsity_exponent": self.exponent}
+
+    def factors(self) -> dict[str, float]:
+        return {"l1": self.coef / self.target_k}

@@ -10,21 +10,24 @@ batch. ``sequence`` and ``global_batch`` therefore do not depend on how the batc
 
 Each layer's loss is added with the full coefficient (Switch, Megatron-Core), not averaged over layers.
 Sources: Fedus et al. 2021 (switch, eq. 4), Lepikhin et al. 2020 (gshard_first), Zoph et al. 2022 (z, eq. 5),
-DeepSeek-AI 2024 (sequence scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope).
+DeepSeek-AI 2024 (sequence scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Wang et al.
+2024 (l1: ReMoE, eq. 9).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moetrain.moe.balance.moments import MOMENTS, moment_loss
 from moetrain.moe.routing import Routing
 
-FORMS = ("switch", "gshard_first", "sum_over_k")
+FORMS = ("switch", "gshard_first", "sum_over_k", "l1")
 SCOPES = ("micro", "sequence", "global_batch", "running")
 
 
@@ -36,21 +39,32 @@ class StepTotals:
     demand_LE    assignments wanted, of the global batch; None where no loss is ``global_batch``.
     first_LE     first choices, likewise, for ``gshard_first``.
     running_LE   load shares (rows sum to 1) for the ``running`` scope.
+    moments      name -> sums [L, E] of ``moment_BE`` over the global batch, for the losses of ``moments.py``.
+    factors      name -> what a controller multiplies that loss's coefficient with.
+    step         the optimizer step, from 0, for coefficients that change.
     """
 
     num_tokens: float
     demand_LE: Tensor | None = None
     first_LE: Tensor | None = None
     running_LE: Tensor | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
 
 
 def probabilities(routing: Routing) -> Tensor:
     """p [T, E]: the scores, normalised to sum 1 a token (sigmoid scores need it), zero where padded."""
+    scores_TE = _scores(routing)
+    return scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+def _scores(routing: Routing) -> Tensor:
+    """The scores, zero where padded."""
     scores_TE = routing.scores_TE
     if scores_TE is None:
         raise ValueError("this router returns no scores, so it has no balance loss: use balance=none")
-    p_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-    return p_TE if routing.valid_T is None else p_TE * routing.valid_T[:, None]
+    return scores_TE if routing.valid_T is None else scores_TE * routing.valid_T[:, None]
 
 
 def first_choices_BE(routing: Routing) -> Tensor:
@@ -70,12 +84,13 @@ def balance_loss(routing: Routing, form: str, scope: str, totals: StepTotals, la
     """This micro-batch's contribution to the balance loss of one layer, a scalar without coefficient.
 
     ``layer`` is the row of the totals' matrices. The sum over micro-batches and ranks is 1 (``switch``,
-    ``gshard_first``) or k (``sum_over_k``) at perfect balance. Raises ValueError for an unknown form or
+    ``gshard_first``), k (``sum_over_k``) or k times the mean sum of a token's scores (``l1``) at perfect
+    balance. Raises ValueError for an unknown form or
     scope, or where the totals lack what the scope needs.
     """
     if form not in FORMS or scope not in SCOPES:
         raise ValueError(f"form={form!r} (known: {FORMS}), scope={scope!r} (known: {SCOPES})")
-    p_TE = probabilities(routing)
+    p_TE = _scores(routing) if form == "l1" else probabilities(routing)
     batch, num_experts = routing.demand_BE.shape
     share_BE = _share(routing, form, scope, totals, layer).to(p_TE.dtype)
     p_BE = p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
@@ -104,7 +119,7 @@ def _share(routing: Routing, form: str, scope: str, totals: StepTotals, layer: i
                 load, tokens = load.sum(0, keepdim=True), tokens.sum()
         share = load / load.sum(-1, keepdim=True).clamp(min=1)
         per_token = load.sum(-1, keepdim=True) / tokens.clamp(min=1)
-    return share * per_token if form == "sum_over_k" else share
+    return share * per_token if form in ("sum_over_k", "l1") else share
 
 
 def z_loss(routing: Routing, totals: StepTotals) -> Tensor:
@@ -119,11 +134,33 @@ def z_loss(routing: Routing, totals: StepTotals) -> Tensor:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One configured loss: its name (a form, or ``z``), coefficient and scope."""
+    """One configured loss: its name (a form, a moment, or ``z``), coefficient and scope.
+
+    With ``final_coef`` the coefficient goes linearly to it until step ``final_step``.
+    """
 
     name: str
     coef: float
     scope: str
+    final_coef: float | None = None
+    final_step: int = 0
+
+    def coef_at(self, step: int) -> float:
+        if self.final_coef is None:
+            return self.coef
+        share = min(step / self.final_step, 1.0) if self.final_step else 1.0
+        return self.coef + share * (self.final_coef - self.coef)
+
+    def value(self, routing: Routing, totals: StepTotals, layer: int) -> Tensor:
+        """This micro-batch's contribution in layer ``layer``, a scalar without coefficient."""
+        if self.name == "z":
+            return z_loss(routing, totals)
+        if self.name in MOMENTS:
+            moment_LE = totals.moments.get(self.name)
+            moment_E = None if moment_LE is None else moment_LE[layer]
+            p_TE = probabilities(routing)
+            return moment_loss(routing, self.name, self.scope, p_TE, totals.num_tokens, moment_E)
+        return balance_loss(routing, self.name, self.scope, totals, layer)
 
     @property
     def key(self) -> str:
@@ -131,13 +168,28 @@ class LossTerm:
         return self.name if self.name == "z" else f"{self.name}_{self.scope}"
 
 
-def make_terms(losses: Sequence[object]) -> list[LossTerm]:
-    """Terms of a config's list of losses (enum or string fields ``name`` and ``scope``, float ``coef``)."""
+class LossOptions(Protocol):
+    """What a config says of one loss; ``name`` and ``scope`` are strings or enums of strings."""
 
-    def text(value: object) -> str:
+    @property
+    def name(self) -> Any: ...
+    @property
+    def scope(self) -> Any: ...
+    @property
+    def coef(self) -> float: ...
+    @property
+    def final_coef(self) -> float | None: ...
+    @property
+    def final_step(self) -> int: ...
+
+
+def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
+    """The terms of a config's list of losses. ValueError where one is named twice."""
+
+    def text(value: Any) -> str:
         return value.value if isinstance(value, Enum) else str(value)
 
-    terms = [LossTerm(text(x.name), float(x.coef), text(x.scope)) for x in losses]  # type: ignore[attr-defined]
+    terms = [LossTerm(text(x.name), float(x.coef), text(x.scope), x.final_coef, x.final_step) for x in losses]
     if len({t.key for t in terms}) < len(terms):
         raise ValueError(f"balance.losses names a loss twice: {', '.join(t.key for t in terms)}")
     return terms
@@ -150,13 +202,11 @@ def total_loss(
     total: Tensor | None = None
     raw: dict[str, Tensor] = {}
     for term in terms:
-        values = [
-            z_loss(r, totals) if term.name == "z" else balance_loss(r, term.name, term.scope, totals, layer)
-            for layer, r in enumerate(routings)
-        ]
+        values = [term.value(routing, totals, layer) for layer, routing in enumerate(routings)]
         if not values:
             continue
         raw[term.key] = torch.stack([v.detach() for v in values])
-        weighted = term.coef * torch.stack(values).sum()
+        coef = term.coef_at(totals.step) * totals.factors.get(term.name, 1.0)
+        weighted = coef * torch.stack(values).sum()
         total = weighted if total is None else total + weighted
     return total, raw

@@ -1,6 +1,34 @@
 """Routers by name. Importing a router's module registers it."""
 
+from moetrain.moe.routers import adaptive as adaptive
+from moetrain.moe.routers import base_layers as base_layers
+from moetrain.moe.routers import blockffn as blockffn
+from moetrain.moe.routers import cosine as cosine
+from moetrain.moe.routers import dense as dense
+from moetrain.moe.routers import expert_choice as expert_choice
+from moetrain.moe.routers import grouped as grouped
+from moetrain.moe.routers import gshard as gshard
+from moetrain.moe.routers import hashed as hashed
+from moetrain.moe.routers import noisy_topk as noisy_topk
+from moetrain.moe.routers import random as random
+from moetrain.moe.routers import relu as relu
+from moetrain.moe.routers import sigma as sigma
+from moetrain.moe.routers import sigmoid as sigmoid
+from moetrain.moe.routers import sinkhorn as sinkhorn
+from moetrain.moe.routers import sparsemixer as sparsemixer
+from moetrain.moe.routers import switch as switch
+from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
-from moetrain.moe.routers.base import ROUTERS, Router, RouterSpec, build_router, register
+from moetrain.moe.routers.base import (
+    ROUTERS,
+    LinearRouter,
+    Router,
+    RouterSpec,
+    build_router,
+    register,
+    resolve_top_k,
+)  # fmt: skip
 
-__all__ = ["ROUTERS", "Router", "RouterSpec", "build_router", "register"]
+__all__ = [
+    "ROUTERS", "LinearRouter", "Router", "RouterSpec", "build_router", "register", "resolve_top_k",
+]  # fmt: skip

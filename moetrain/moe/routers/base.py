@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.assign import apply_capacity
@@ -28,18 +29,27 @@ class Router(nn.Module):
     """
 
     is_router = True  # its parameters form an FSDP group of their own, in fp32
+    eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
-    _fp32_buffers = ("bias_E",)
+    _fp32_buffers: tuple[str, ...] = ("bias_E",)
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__()
         _check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
+        self.eval_mode = self.eval_modes[0] if self.eval_modes else ""
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         """The routing before any capacity."""
         raise NotImplementedError
+
+    def after_step(self, stats: Tensor) -> None:
+        """Follow the finished step: ``stats`` is the sum of its Routings' over ranks and micro-batches.
+
+        Called once per optimizer step, on every rank with the same figures, if the Routings carry any. The
+        only place where a router may change its state.
+        """
 
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -64,6 +74,14 @@ class Router(nn.Module):
         return self
 
 
+def resolve_top_k(top_k: int | None, num_experts: int) -> int:
+    """``top_k``, or 2 where it is None (1 where there is one expert). ValueError outside 1 to E."""
+    top_k = min(2, num_experts) if top_k is None else top_k
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"router.top_k={top_k} must lie between 1 and num_experts={num_experts}")
+    return top_k
+
+
 def _check_capacity(options: RouterConfig) -> None:
     for key in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(options, key)
@@ -73,26 +91,56 @@ def _check_capacity(options: RouterConfig) -> None:
         raise ValueError(f"router.min_capacity={options.min_capacity} must not be negative")
 
 
+class LinearRouter(Router):
+    """A router whose logits are one linear map of the token, computed in fp32 at least."""
+
+    def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
+        super().__init__(d_model, num_experts, options)
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
+        nn.init.normal_(self.weight_ED, std=d_model**-0.5 * 0.5)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E]."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return F.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
+
+
 @dataclass(frozen=True)
 class RouterSpec:
-    """What the registry knows of a router: its class and the dataclass of its options."""
+    """What the registry knows of a router.
+
+    ``paper`` names its source, ``returns`` says in a few words what it assigns. ``causal``: whether a token's
+    routing is free of later tokens and of other sequences, in training. ``scores``: whether its Routings
+    carry any, for balance losses.
+    """
 
     name: str
     cls: type[Router]
     options: type[RouterConfig]
+    paper: str = ""
+    returns: str = ""
+    causal: bool = True
+    scores: bool = True
 
 
 ROUTERS: dict[str, RouterSpec] = {}
 R = TypeVar("R", bound=type[Router])
 
 
-def register(name: str, options: type[RouterConfig]) -> Callable[[R], R]:
+def register(
+    name: str,
+    options: type[RouterConfig],
+    paper: str = "",
+    returns: str = "",
+    causal: bool = True,
+    scores: bool = True,
+) -> Callable[[R], R]:
     """Class decorator: make a router known as ``router=name``. A second use of a name is an error."""
 
     def add(cls: R) -> R:
         if name in ROUTERS and ROUTERS[name].cls is not cls:
             raise ValueError(f"router {name!r} is registered already, by {ROUTERS[name].cls.__qualname__}")
-        ROUTERS[name] = RouterSpec(name, cls, options)
+        ROUTERS[name] = RouterSpec(name, cls, options, paper, returns, causal, scores)
         return cls
 
     return add

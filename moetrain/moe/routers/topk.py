@@ -12,14 +12,14 @@ from enum import Enum
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
-from moetrain.moe.routers.base import Router, register
+from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
+from moetrain.moe.select import softmax, top_ids
 
 _JITTER_SALT = 0x717E
 
@@ -52,8 +52,8 @@ class TopKOptions(RouterConfig):
     group_score: GroupScore = GroupScore.top2
 
 
-@register("topk", TopKOptions)
-class TopKRouter(Router):
+@register("topk", TopKOptions, "Shazeer et al. 2017, arXiv:1701.06538", "k experts a token")
+class TopKRouter(LinearRouter):
     """Each token's K best experts. N = K times the valid tokens.
 
     Raises ValueError where k > E, groups do not divide E, or the chosen groups hold fewer than k experts.
@@ -63,20 +63,17 @@ class TopKRouter(Router):
 
     def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
-        self.top_k = min(2, num_experts) if options.top_k is None else options.top_k
+        self.top_k = resolve_top_k(options.top_k, num_experts)
         _check(options, self.top_k, num_experts)
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
-        nn.init.normal_(self.weight_ED, std=d_model**-0.5 * 0.5)
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD = x_TD.to(dtype)
         if self.training and self.options.jitter:
-            noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(dtype)
+            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+            noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
-        logits_TE = F.linear(x_TD, self.weight_ED.to(dtype))
+        logits_TE = self.logits(x_TD)
         sigmoid = self.options.score is Score.sigmoid
-        scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+        scores_TE = logits_TE.sigmoid() if sigmoid else softmax(logits_TE)
         ids_TK = self._select(scores_TE.detach())
         weights_TK = self._weights(scores_TE, logits_TE, ids_TK)
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
@@ -87,7 +84,7 @@ class TopKRouter(Router):
         options = self.options
         if options.num_groups > 1 and options.top_groups not in (None, options.num_groups):
             selection_TE = self._limit_to_groups(selection_TE)
-        return selection_TE.topk(self.top_k, dim=-1).indices
+        return top_ids(selection_TE, self.top_k)
 
     def _limit_to_groups(self, selection_TE: Tensor) -> Tensor:
         """-inf outside each token's best groups: 0 would beat real scores under a negative bias."""
@@ -96,14 +93,14 @@ class TopKRouter(Router):
         best = 2 if options.group_score is GroupScore.top2 else 1
         score_TM = grouped_TME.topk(min(best, grouped_TME.shape[-1]), dim=-1).values.sum(-1)
         kept_TM = torch.zeros_like(score_TM, dtype=torch.bool)
-        kept_TM.scatter_(-1, score_TM.topk(options.top_groups or options.num_groups, dim=-1).indices, True)
+        kept_TM.scatter_(-1, top_ids(score_TM, options.top_groups or options.num_groups), True)
         limited_TME: Tensor = grouped_TME.masked_fill(~kept_TM[..., None], float("-inf"))
         return limited_TME.flatten(-2)
 
     def _weights(self, scores_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         options = self.options
         if options.score is Score.softmax_after:
-            weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
+            weights_TK = softmax(logits_TE.gather(-1, ids_TK))
         else:
             weights_TK = scores_TE.gather(-1, ids_TK)
             if options.renormalize and self.top_k == 1:
@@ -114,8 +111,6 @@ class TopKRouter(Router):
 
 
 def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"router.top_k={top_k} must lie between 1 and num_experts={num_experts}")
     if not 0 <= options.jitter < 1:
         raise ValueError(f"router.jitter={options.jitter} must lie in [0, 1)")
     if options.num_groups < 1 or num_experts % options.num_groups:

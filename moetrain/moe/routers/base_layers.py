@@ -1,0 +1,92 @@
+"""BASE layers: every expert gets the same number of tokens (Lewis et al. 2021, arXiv:2103.16716).
+
+Training solves a balanced assignment in each routing group; evaluation takes each token's best expert.
+Not causal in training: a token's expert depends on the others of its group.
+
+Shapes: T tokens, E experts, G groups of L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.groups import by_group
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import LinearRouter, register
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import first_max, softmax
+from moetrain.moe.solvers import auction, balanced_assignment
+
+
+class Solver(Enum):
+    """``exact``: the best assignment, on the host; ``auction``: within eps of it per token, on the device."""
+
+    exact = "exact"
+    auction = "auction"
+
+
+@dataclass(frozen=True)
+class BaseOptions(RouterConfig):
+    name: str = "base"
+    solver: Solver = Solver.exact
+    eps: float = 0.02  # of the auction: the share of the scores' range that a token may lose
+
+
+@register(
+    "base", BaseOptions, "Lewis et al. 2021, arXiv:2103.16716",
+    "one expert a token, equal counts in training", causal=False,
+)  # fmt: skip
+class BaseRouter(LinearRouter):
+    """Weights are sigmoid(x . w_e); no gradient through the assignment. Counts differ by one at most."""
+
+    top_k = 1
+
+    def __init__(self, d_model: int, num_experts: int, options: BaseOptions) -> None:
+        super().__init__(d_model, num_experts, options)
+        if not options.eps > 0:
+            raise ValueError(f"router.eps={options.eps} must be positive")
+        nn.init.orthogonal_(self.weight_ED, gain=0.1)
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        affinity_TE = _finite(logits_TE.detach())
+        ids_T = self._balanced(affinity_TE, ctx) if self.training else first_max(affinity_TE)
+        safe_T = ids_T.clamp(max=self.num_experts - 1)  # padding has no expert
+        weights_T1 = logits_TE.gather(-1, safe_T[:, None]).sigmoid()
+        return from_token_choice(
+            safe_T[:, None], weights_T1, ctx, self.num_experts, softmax(logits_TE), logits_TE
+        )
+
+    def _balanced(self, affinity_TE: Tensor, ctx: RouterContext) -> Tensor:
+        scores_GLE, valid_GL = by_group(affinity_TE, ctx, self.options.group)
+        options = self.options
+        assert isinstance(options, BaseOptions)
+        if options.solver is Solver.exact:
+            return _exact(scores_GLE, valid_GL).view(-1)
+        if not scores_GLE.numel():
+            return torch.zeros_like(valid_GL, dtype=torch.int64).view(-1)
+        range_G = scores_GLE.amax((1, 2)) - scores_GLE.amin((1, 2))
+        return auction(scores_GLE, valid_GL, (options.eps * range_G).clamp(min=1e-6))[0].view(-1)
+
+
+def _finite(scores_TE: Tensor) -> Tensor:
+    """Infinite scores become the largest and lowest finite ones: an assignment needs sums."""
+    finite = scores_TE.isfinite()
+    if bool(finite.all()):
+        return scores_TE
+    kept = scores_TE.where(finite, 0.0)
+    return torch.nan_to_num(scores_TE, 0.0, float(kept.max()), float(kept.min()))
+
+
+def _exact(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:
+    ids_GL = torch.zeros(valid_GL.shape, dtype=torch.int64)
+    scores = scores_GLE.double().cpu()
+    for scores_LE, valid_L, ids_L in zip(scores, valid_GL.cpu(), ids_GL, strict=True):
+        ids_L[valid_L] = torch.from_numpy(balanced_assignment(scores_LE[valid_L].numpy()).expert_T)
+    return ids_GL.to(scores_GLE.device)

@@ -1,0 +1,63 @@
+"""Cosine routing on a low-dimensional hypersphere (X-MoE; Chi et al. 2022, arXiv:2204.09179).
+
+Shapes: T tokens, D model, E experts, d routing width, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import Router, register, resolve_top_k
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import softmax, top_ids
+
+_MAX_INVERSE = math.log(100.0)  # of log(1 / temperature), as CLIP's
+
+
+@dataclass(frozen=True)
+class CosineOptions(RouterConfig):
+    name: str = "cosine"
+    top_k: Optional[int] = None
+    width: Optional[int] = None  # of the routing space; null: half the experts, at least 2
+    temperature: float = 0.07  # where the learnt one starts
+
+
+@register("cosine", CosineOptions, "Chi et al. 2022, arXiv:2204.09179", "k experts a token")
+class CosineRouter(Router):
+    """logits = cos(W x, c_e) / temperature, both sides normalised; softmax over all experts."""
+
+    def __init__(self, d_model: int, num_experts: int, options: CosineOptions) -> None:
+        super().__init__(d_model, num_experts, options)
+        self.top_k = resolve_top_k(options.top_k, num_experts)
+        width = max(2, num_experts // 2) if options.width is None else options.width
+        if width < 1:
+            raise ValueError(f"router.width={width} must be at least 1")
+        if not options.temperature >= 0.01:
+            raise ValueError(f"router.temperature={options.temperature} must be at least 0.01")
+        self.project_dD = nn.Parameter(torch.empty(width, d_model))
+        self.centers_Ed = nn.Parameter(torch.empty(num_experts, width))
+        self.log_inverse_temperature_1 = nn.Parameter(torch.full((1,), -math.log(options.temperature)))
+        nn.init.normal_(self.project_dD, std=d_model**-0.5)
+        nn.init.normal_(self.centers_Ed)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        v_Td = F.normalize(F.linear(x_TD.to(dtype), self.project_dD.to(dtype)), dim=-1)
+        inverse_1 = self.log_inverse_temperature_1.to(dtype).clamp(max=_MAX_INVERSE).exp()
+        return F.linear(v_Td, F.normalize(self.centers_Ed.to(dtype), dim=-1)) * inverse_1
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        scores_TE = softmax(logits_TE)
+        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        weights_TK = scores_TE.gather(-1, ids_TK)
+        return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)

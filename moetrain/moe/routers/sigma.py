@@ -1,0 +1,57 @@
+"""Sigma-MoE: sigmoid scores without competition, expert dropout (Csordas et al. 2023, arXiv:2310.10837).
+
+Taken with ``balance=sigma``, its entropy regulariser. Shapes: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import softmax, top_ids
+
+_SALT = 0x51A
+
+
+@dataclass(frozen=True)
+class SigmaOptions(RouterConfig):
+    name: str = "sigma"
+    top_k: Optional[int] = None
+    expert_dropout: float = 0.0  # training only: probability that an expert is left out of a sequence
+
+
+@register("sigma", SigmaOptions, "Csordas et al. 2023, arXiv:2310.10837", "k experts a token")
+class SigmaRouter(LinearRouter):
+    """Weights are sigmoid(logits). Scores are their softmax, which the entropy regulariser looks at.
+
+    Dropout leaves an expert out of whole sequences, drawn per sample, so that no layout or micro-batch
+    changes it; a token always keeps k experts to choose from.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, options: SigmaOptions) -> None:
+        super().__init__(d_model, num_experts, options)
+        self.top_k = resolve_top_k(options.top_k, num_experts)
+        if not 0 <= options.expert_dropout < 1:
+            raise ValueError(f"router.expert_dropout={options.expert_dropout} must lie in [0, 1)")
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        selection_TE = logits_TE.detach().sigmoid() + self.bias_E
+        rate = self.options.expert_dropout  # type: ignore[attr-defined]
+        if self.training and rate:
+            selection_TE = selection_TE - 4.0 * self._dropped(ctx, rate)  # still chosen if too few are left
+        ids_TK = top_ids(selection_TE, self.top_k)
+        weights_TK = logits_TE.gather(-1, ids_TK).sigmoid()
+        return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, softmax(logits_TE), logits_TE)
+
+    def _dropped(self, ctx: RouterContext, rate: float) -> Tensor:
+        noise_TE = ctx.uniform((ctx.batch * ctx.seq, self.num_experts), _SALT)
+        first_BE = noise_TE.view(ctx.batch, ctx.seq, self.num_experts)[:, :1]
+        return (first_BE < rate).expand(-1, ctx.seq, -1).reshape(noise_TE.shape).float()

@@ -1,0 +1,57 @@
+"""Sinkhorn routing: the k best of a balanced plan (S-BASE; Clark et al. 2022, arXiv:2202.01169).
+
+Training selects by the plan of each routing group, evaluation by the logits. Not causal in training.
+
+Shapes: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.groups import by_group
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.solvers import sinkhorn_plan
+
+
+@dataclass(frozen=True)
+class SinkhornOptions(RouterConfig):
+    name: str = "sinkhorn"
+    top_k: Optional[int] = None
+    tolerance: float = 1.0e-3  # relative, of every expert's share of the plan
+
+
+@register(
+    "sinkhorn", SinkhornOptions, "Clark et al. 2022, arXiv:2202.01169", "k experts a token", causal=False
+)
+class SinkhornRouter(LinearRouter):
+    """Weights are sigmoid(logit) for k = 1, else the softmax over all experts; the plan has no gradient."""
+
+    def __init__(self, d_model: int, num_experts: int, options: SinkhornOptions) -> None:
+        super().__init__(d_model, num_experts, options)
+        self.top_k = resolve_top_k(options.top_k, num_experts)
+        if not 0 < options.tolerance < 1:
+            raise ValueError(f"router.tolerance={options.tolerance} must lie in (0, 1)")
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        scores_TE = softmax(logits_TE)
+        selection_TE = logits_TE.detach()
+        if self.training:
+            tolerance = self.options.tolerance  # type: ignore[attr-defined]
+            grouped_GLE, valid_GL = by_group(selection_TE, ctx, self.options.group)
+            selection_TE = sinkhorn_plan(grouped_GLE, valid_GL, tolerance).view_as(selection_TE)
+        ids_TK = top_ids(selection_TE, self.top_k)
+        weights_TE = torch.sigmoid(logits_TE) if self.top_k == 1 else scores_TE
+        return from_token_choice(
+            ids_TK, weights_TE.gather(-1, ids_TK), ctx, self.num_experts, scores_TE, logits_TE
+        )
