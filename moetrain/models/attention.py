@@ -15,7 +15,6 @@ from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
-from moetrain.ops.linear import linear
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -63,10 +62,10 @@ class Attention(nn.Module):
         y_BQSH = F.scaled_dot_product_attention(
             q_BQSH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
-        return linear(y_BQSH.transpose(1, 2).flatten(2), self.w_out_DQ)
+        return F.linear(y_BQSH.transpose(1, 2).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
-        parts = list(linear(x_BSD, self.w_qkv_PD).split(self.widths, dim=-1))
+        parts = list(F.linear(x_BSD, self.w_qkv_PD).split(self.widths, dim=-1))
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -24,7 +24,6 @@ from moetrain.models.precision import product_dtype
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
-from moetrain.ops.linear import linear
 
 
 class DecoderOutput(NamedTuple):
@@ -128,7 +127,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products (bf16 under autocast)."""
-        return linear(hidden_BSD, self.head_weight)
+        return F.linear(hidden_BSD, self.head_weight)
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by their place in the decoder."""

@@ -30,14 +30,24 @@ def activate(z_nP: Tensor, name: str) -> Tensor:
     return _unary(z_nP, name)
 
 
-def activate_backward(dh_nF: Tensor, z_nP: Tensor, name: str, dz_nP: Tensor) -> None:
-    """Write d loss / d z into ``dz_nP``, given d loss / d h."""
+def activate_again(z_nP: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(h, the activated gate or h itself): what a backward pass computes anew and both uses of it share."""
+    if not is_gated(name):
+        h_nF = _unary(z_nP, name)
+        return h_nF, h_nF
+    gate_nF, up_nF = z_nP.chunk(2, dim=-1)
+    active_nF = _unary(gate_nF, name)
+    return active_nF * up_nF, active_nF
+
+
+def activate_backward(dh_nF: Tensor, z_nP: Tensor, active_nF: Tensor, name: str, dz_nP: Tensor) -> None:
+    """Write d loss / d z into ``dz_nP``, given d loss / d h; ``active_nF`` is of :func:`activate_again`."""
     if not is_gated(name):
         dz_nP.copy_(_unary_backward(dh_nF, z_nP, name))
         return
     gate_nF, up_nF = z_nP.chunk(2, dim=-1)
     dgate_nF, dup_nF = dz_nP.chunk(2, dim=-1)
-    torch.mul(dh_nF, _unary(gate_nF, name), out=dup_nF)
+    torch.mul(dh_nF, active_nF, out=dup_nF)
     dgate_nF.copy_(_unary_backward(dh_nF * up_nF, gate_nF, name))
 
 

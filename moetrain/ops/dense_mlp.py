@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.activations import activate, activate_backward
+from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.cpu_product import product
 
 
@@ -37,9 +37,9 @@ class _DenseMLP(torch.autograd.Function):
     def backward(ctx: Any, dy_nD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_nD, z_nP, w_up_PD, w_down_DF = ctx.saved_tensors
         dtype = x_nD.dtype
-        h_nF = activate(z_nP, ctx.activation)
+        h_nF, active_nF = activate_again(z_nP, ctx.activation)
         dw_down_DF = (dy_nD.t() @ h_nF).to(w_down_DF.dtype)
         dz_nP = torch.empty_like(z_nP)
-        activate_backward(product(dy_nD, w_down_DF.to(dtype)), z_nP, ctx.activation, dz_nP)
+        activate_backward(product(dy_nD, w_down_DF.to(dtype)), z_nP, active_nF, ctx.activation, dz_nP)
         dw_up_PD = (dz_nP.t() @ x_nD).to(w_up_PD.dtype)
         return product(dz_nP, w_up_PD.to(dtype)), dw_up_PD, dw_down_DF, None

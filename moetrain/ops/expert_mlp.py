@@ -6,7 +6,7 @@ E experts, F hidden, P = 2F (gated) or F, N assignments.
 ``out[r] = weight[r] * act(source[ids[r]] @ w_up[e]) @ w_down[e]``. The weight is applied to the hidden rows,
 so its gradient is an inner product there and the down projection's output need not be kept (the same
 identity as SonicMoE's, Guo et al. 2025). Kept for backward: the source, the ids, the weights, the
-pre-activation z [R, P]. Gather, activation and weighting are recomputed.
+pre-activation (z [R, P], or one tensor an expert). Gather, activation and weighting are recomputed.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def _forward(
     aligned: list[int],
     activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     module = tiled if backend == "cpu" else grouped
-    out: tuple[Tensor, Tensor] = module.forward(
+    out: tuple[Tensor, list[Tensor]] = module.forward(
         source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, useful, aligned, activation
     )
     return out
@@ -113,9 +113,11 @@ def _forward(
 def _(
     source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor,
     by_source_N: Tensor, ends_X: Tensor, useful: list[int], aligned: list[int], activation: str, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     rows = ids_R.shape[0]
-    return source_XD.new_empty(rows, w_down_EFD.shape[2]), source_XD.new_empty(rows, w_up_EDP.shape[2])
+    kept = tiled.kept_rows(useful, aligned, source_XD.dtype) if backend == "cpu" else [rows]
+    pre_activations = [source_XD.new_empty(n, w_up_EDP.shape[2]) for n in kept]
+    return source_XD.new_empty(rows, w_down_EFD.shape[2]), pre_activations
 
 
 @torch.library.custom_op("moetrain::expert_mlp_backward", mutates_args=())
@@ -126,7 +128,7 @@ def _backward(
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
-    z_RP: Tensor,
+    kept: list[Tensor],
     by_source_N: Tensor,
     ends_X: Tensor,
     useful: list[int],
@@ -136,7 +138,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = tiled if backend == "cpu" else grouped
     dx_RD, dweights_R, dw_up_EDP, dw_down_EFD = module.backward(
-        dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, z_RP, useful, aligned, activation
+        dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, kept, useful, aligned, activation
     )
     dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, ids_R)
     return dsource_XD, dweights_R, dw_up_EDP, dw_down_EFD
@@ -145,7 +147,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dout_RD: Tensor, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor,
-    w_down_EFD: Tensor, z_RP: Tensor, by_source_N: Tensor, ends_X: Tensor, useful: list[int],
+    w_down_EFD: Tensor, kept: list[Tensor], by_source_N: Tensor, ends_X: Tensor, useful: list[int],
     aligned: list[int], activation: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(torch.empty_like(t) for t in (source_XD, weights_R, w_up_EDP, w_down_EFD))  # type: ignore
@@ -153,14 +155,15 @@ def _(
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     source_XD, ids_R, weights_R, w_up, w_down, by_source_N, ends_X, *static = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else backward gets zeros of the size of z
-    ctx.save_for_backward(source_XD, ids_R, weights_R, w_up, w_down, output[1], by_source_N, ends_X)
+    ctx.save_for_backward(source_XD, ids_R, weights_R, w_up, w_down, by_source_N, ends_X, *output[1])
     ctx.static = static
 
 
-def _autograd_backward(ctx, dout_RD, dz_unused):  # type: ignore[no-untyped-def]
-    grads = _backward(dout_RD.contiguous(), *ctx.saved_tensors, *ctx.static)
+def _autograd_backward(ctx, dout_RD, unused):  # type: ignore[no-untyped-def]
+    *named, by_source_N, ends_X = ctx.saved_tensors[:7]
+    kept = list(ctx.saved_tensors[7:])
+    grads = _backward(dout_RD.contiguous(), *named, kept, by_source_N, ends_X, *ctx.static)
     dsource, dweights, dw_up, dw_down = grads
     return dsource, None, dweights, dw_up, dw_down, None, None, None, None, None, None
 

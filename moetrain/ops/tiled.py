@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moetrain.ops.activations import activate, activate_backward
+from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.cpu_product import product
 
 _HANDFUL = 32
@@ -25,6 +25,11 @@ def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype)
             exact = dtype is torch.float64 or rows < _HANDFUL
             yield expert, start, rows, rows if exact else width, start + width
         start += width
+
+
+def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """The rows of each pre-activation that :func:`forward` returns: one per non-empty expert."""
+    return [width for _, _, _, width, _ in _segments(useful, aligned, dtype)]
 
 
 def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:
@@ -50,22 +55,22 @@ def forward(
     useful: Sequence[int],
     aligned: Sequence[int],
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """(out [R, D], z [R, P])."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it)."""
     dtype = source_XD.dtype
     out_RD = source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2])
-    z_RP = source_XD.new_empty(ids_R.shape[0], w_up_EDP.shape[2])
+    kept = []
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
     for e, start, rows, width, end in _segments(useful, aligned, dtype):
         stop = start + width
         x_nD = _gather(source_XD, ids_R, start, rows, width)
-        z_nP = product(x_nD, w_ups[e].to(dtype), out=z_RP[start:stop])
+        z_nP = product(x_nD, w_ups[e].to(dtype))
+        kept.append(z_nP)
         h_nF = _weighted(activate(z_nP, activation), weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
         if stop < end:
             out_RD[stop:end].zero_()
-            z_RP[stop:end].zero_()
-    return out_RD, z_RP
+    return out_RD, kept
 
 
 def backward(
@@ -75,7 +80,7 @@ def backward(
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
-    z_RP: Tensor,
+    kept: Sequence[Tensor],
     useful: Sequence[int],
     aligned: Sequence[int],
     activation: str,
@@ -90,16 +95,16 @@ def backward(
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for e, start, rows, width, _end in _segments(useful, aligned, dtype):
+    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(useful, aligned, dtype), strict=True):
         stop = start + width
-        z_nP, dout_nD, weights_n = z_RP[start:stop], dout_RD[start:stop], weights_R[start:stop]
-        h_nF = activate(z_nP, activation)
+        dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
+        h_nF, active_nF = activate_again(z_nP, activation)
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        _mm_into(_weighted(h_nF, weights_n).t(), dout_nD, dw_down_EFD[e])
+        _mm_into(h_nF.t(), dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
-        activate_backward(_weighted(dh_nF, weights_n), z_nP, activation, dz_nP)
+        activate_backward(_weighted(dh_nF, weights_n), z_nP, active_nF, activation, dz_nP)
         _mm_into(_gather(source_XD, ids_R, start, rows, width).t(), dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
