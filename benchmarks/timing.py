@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -15,12 +16,16 @@ import torch
 
 
 def interleaved(runs: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds per repetition; in each repetition every run goes once, in turn, after one warm-up round."""
+    """Seconds per repetition; in each repetition every run goes once, in random order, after a warm-up.
+
+    Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run would
+    always follow the same one.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
+    draw = random.Random(0)
     for repetition in range(repetitions + 1):
-        shift = repetition % len(names)  # so that no run always follows the same one
-        for name in names[shift:] + names[:shift]:
+        for name in draw.sample(names, len(names)):
             start = time.perf_counter()
             runs[name](repetition)
             if repetition:
