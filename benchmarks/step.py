@@ -3,20 +3,29 @@
     python benchmarks/step.py [--dtypes fp32 bf16] [--repetitions 30] [--sequences 4] [--out FILE]
 
 Forward, loss, backward, clip to norm 1 and update, on random tokens that are new in every step; all models
-in one interleaved pass. The balance loss is on in all MoE models (coefficient 0.01).
+in one interleaved pass, each in a process of its own, as it runs in real training: ours with the allocator's
+settings that our trainer makes, the others with the C library's own. ``MALLOC_TRIM_THRESHOLD_=2147483647
+MALLOC_MMAP_THRESHOLD_=33554432`` in the environment gives all of them ours. The balance loss is on in all MoE
+models (coefficient 0.01).
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from timing import interleaved, machine, medians, ratio, write_json
 from torch import Tensor, nn
 
+from moetrain.parallel.allocator import keep_freed_memory
+
+OURS = "moetrain"
 VOCAB, WIDTH, LAYERS, HEADS, SEQ = 4096, 256, 6, 4, 512
 EXPERTS, TOP_K, HIDDEN = 8, 2, 512
 Loss = Callable[[Tensor], Tensor]
@@ -79,48 +88,73 @@ def from_transformers(kind: str) -> tuple[nn.Module, Loss]:
 
 BUILDERS: dict[str, Callable[[bool], tuple[nn.Module, Loss]]] = {
     "dense Llama": lambda bf16: from_transformers("Llama"),
-    "moetrain": ours,
+    OURS: ours,
     "transformers Mixtral": lambda bf16: from_transformers("Mixtral"),
     "transformers Qwen3-MoE": lambda bf16: from_transformers("Qwen3"),
 }
 
 
-def measure(bf16: bool, repetitions: int, sequences: int) -> dict[str, Any]:
-    steps: dict[str, Callable[[int], None]] = {}
-    sizes: dict[str, int] = {}
-    skipped: dict[str, str] = {}
+def serve(name: str, bf16: bool, threads: int, data: list[Tensor], pipe: Connection) -> None:
+    """A process with one model, which makes a step for every repetition that it is sent."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if name == OURS:
+        keep_freed_memory()  # as our trainer does
+    try:
+        model, loss = BUILDERS[name](bf16)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(sum(p.numel() for p in model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    while (repetition := pipe.recv()) is not None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss(data[repetition])
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pipe.send(None)
+
+
+def measure(bf16: bool, repetitions: int, sequences: int, threads: int) -> dict[str, Any]:
     torch.manual_seed(1)
     data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(repetitions + 1)]
-    for name, builder in BUILDERS.items():
-        try:
-            torch.manual_seed(0)
-            model, loss = builder(bf16)
-        except ImportError as error:
-            skipped[name] = str(error)
-            continue
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        sizes[name] = sum(p.numel() for p in model.parameters())
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    sizes: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    processes = []
+    for name in BUILDERS:
+        here, there = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, bf16, threads, data, there), daemon=True))
+        processes[-1].start()
+        answer = here.recv()
+        if isinstance(answer, str):
+            skipped[name] = answer
+        else:
+            pipes[name], sizes[name] = here, answer
 
-        def step(repetition: int, model: nn.Module = model, loss: Loss = loss, opt: Any = optimizer) -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                value = loss(data[repetition])
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+    def step(pipe: Connection, repetition: int) -> None:
+        pipe.send(repetition)
+        pipe.recv()
 
-        steps[name] = step
-    times = interleaved(steps, repetitions)
+    times = interleaved({name: partial(step, pipe) for name, pipe in pipes.items()}, repetitions)
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join()
     middle = medians(times)
     return {
         "skipped": skipped,
         "models": {
             name: {
                 "tokens_per_second": sequences * SEQ / middle[name],
-                "speedup_of_ours": ratio(times, name, "moetrain"),
+                "speedup_of_ours": ratio(times, name, OURS),
                 "parameters": sizes[name],
             }
-            for name in steps
+            for name in pipes
         },
     }
 
@@ -133,14 +167,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
         "machine": machine(), "repetitions": args.repetitions, "tokens": args.sequences * SEQ, "dtypes": {},
     }  # fmt: skip
     print(result["machine"])
     for dtype in args.dtypes:
-        figures = measure(dtype == "bf16", args.repetitions, args.sequences)
+        figures = measure(dtype == "bf16", args.repetitions, args.sequences, args.threads)
         result["dtypes"][dtype] = figures
         print(f"\n{dtype}, {args.sequences} x {SEQ} tokens a step")
         for name, f in figures["models"].items():

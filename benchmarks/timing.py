@@ -18,8 +18,8 @@ import torch
 def interleaved(runs: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, list[float]]:
     """Seconds per repetition; in each repetition every run goes once, in random order, after a warm-up.
 
-    Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run would
-    always follow the same one.
+    Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run
+    would always follow the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)

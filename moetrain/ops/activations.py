@@ -41,14 +41,17 @@ def activate_again(z_nP: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def activate_backward(dh_nF: Tensor, z_nP: Tensor, active_nF: Tensor, name: str, dz_nP: Tensor) -> None:
-    """Write d loss / d z into ``dz_nP``, given d loss / d h; ``active_nF`` is of :func:`activate_again`."""
+    """Write d loss / d z into ``dz_nP``, given d loss / d h, which is used up.
+
+    ``active_nF`` is of :func:`activate_again`.
+    """
     if not is_gated(name):
-        dz_nP.copy_(_unary_backward(dh_nF, z_nP, name))
+        _unary_backward(dh_nF, z_nP, name, dz_nP)
         return
     gate_nF, up_nF = z_nP.chunk(2, dim=-1)
     dgate_nF, dup_nF = dz_nP.chunk(2, dim=-1)
     torch.mul(dh_nF, active_nF, out=dup_nF)
-    dgate_nF.copy_(_unary_backward(dh_nF * up_nF, gate_nF, name))
+    _unary_backward(dh_nF.mul_(up_nF), gate_nF, name, dgate_nF)
 
 
 def _unary(x: Tensor, name: str) -> Tensor:
@@ -60,11 +63,12 @@ def _unary(x: Tensor, name: str) -> Tensor:
     return r * r if name == "relu2" else r
 
 
-def _unary_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
+def _unary_backward(grad: Tensor, x: Tensor, name: str, out: Tensor) -> None:
     if name in ("swiglu", "silu"):
-        return aten.silu_backward(grad, x)  # type: ignore[no-any-return]
-    if name in ("geglu", "gelu"):
-        return aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
-    if name == "relu2":
-        return grad * (2 * F.relu(x))
-    return aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
+        aten.silu_backward.grad_input(grad, x, grad_input=out)
+    elif name in ("geglu", "gelu"):
+        aten.gelu_backward.grad_input(grad, x, grad_input=out)
+    elif name == "relu2":
+        torch.mul(grad, 2 * F.relu(x), out=out)
+    else:
+        aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)

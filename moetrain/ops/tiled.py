@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward
-from moetrain.ops.cpu_product import product
+from moetrain.ops.cpu_product import outer, product
 
 _HANDFUL = 32
 
@@ -102,16 +102,9 @@ def backward(
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        _mm_into(h_nF.t(), dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
+        outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
         activate_backward(_weighted(dh_nF, weights_n), z_nP, active_nF, activation, dz_nP)
-        _mm_into(_gather(source_XD, ids_R, start, rows, width).t(), dz_nP, dw_up_EDP[e])
+        outer(_gather(source_XD, ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
-
-
-def _mm_into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))

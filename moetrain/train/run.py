@@ -27,6 +27,7 @@ from moetrain.errors import UserError
 from moetrain.models.count import count_parameters, flops_per_token
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import BiasController, Controller, RunningLoad, SparsityController, make_terms
+from moetrain.parallel.allocator import keep_freed_memory
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
     broadcast_object,
@@ -240,6 +241,7 @@ def _set_up_logging() -> None:
 
 def _set_up_torch(cfg: TrainConfig, device: str) -> None:
     if device == "cpu":
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(cfg.train.threads or max(1, cores // local_world()))
     torch.use_deterministic_algorithms(cfg.train.deterministic)

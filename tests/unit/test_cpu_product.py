@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moetrain.ops import cpu_product
-from moetrain.ops.cpu_product import product
+from moetrain.ops.cpu_product import outer, product
 
 LARGE = (97, 251, 211)  # above the size from which oneDNN is asked
 assert LARGE[0] * LARGE[1] * LARGE[2] > cpu_product._MIN_WORK
@@ -39,3 +39,18 @@ def test_large_products_go_to_onednn_unless_it_is_switched_off(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert torch.allclose(product(a_nK, b_KN), by_onednn, atol=1e-4)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("shape", [LARGE, (97, 251, 499), (3, 5, 7), (0, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_outer_is_the_product_with_the_transposed(shape, dtype):
+    n, k, m = shape
+    generator = torch.Generator().manual_seed(n)
+    a_nK, b_nN = (torch.randn(n, s, generator=generator, dtype=torch.float64).to(dtype) for s in (k, m))
+    wide = torch.float32 if dtype is torch.bfloat16 else dtype
+    out_KN = torch.full((k, m), torch.nan, dtype=wide)
+    assert outer(a_nK, b_nN, out_KN) is out_KN
+    bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(
+        out_KN.double(), a_nK.double().t() @ b_nN.double(), rtol=bound, atol=bound * (n + 1) ** 0.5
+    )
