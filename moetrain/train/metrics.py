@@ -1,4 +1,4 @@
-"""What a step is measured by: routing statistics, throughput, the loss monitor, and the rows they become.
+"""What a step is measured by: routing statistics, and the rows of ``metrics.jsonl``.
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
@@ -11,9 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,6 @@ from moetrain.moe.routing import Routing
 
 MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
 OTHER_DOMAINS = "other"
-_MONITOR_WARMUP = 10  # losses before a spike can be told from the first steps' fall
 
 
 class RoutingStats:
@@ -147,88 +144,6 @@ def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
 def load_every(steps: int, rows: int = 200) -> int:
     """The interval, in steps, that gives ``load.jsonl`` of a run of ``steps`` steps at most ``rows`` rows."""
     return max(1, math.ceil(steps / rows))
-
-
-class ThroughputMeter:
-    """Tokens per second over the last ``window`` steps; what runs inside :meth:`paused` does not count."""
-
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._recent: deque[tuple[int, float]] = deque(maxlen=window)
-        self._mark = clock()
-        self._depth = 0
-        self.seconds = 0.0  # spent in steps since the run began, over all resumes
-
-    def start(self) -> None:
-        """Begin to count now: call it just before the first step."""
-        self._mark = self._clock()
-
-    def step(self, tokens: int) -> float:
-        """End a step that trained on ``tokens`` tokens (of all ranks); return tokens per second."""
-        now = self._clock()
-        elapsed, self._mark = now - self._mark, now
-        self.seconds += elapsed
-        self._recent.append((tokens, elapsed))
-        spent = sum(t for _, t in self._recent)
-        return sum(n for n, _ in self._recent) / spent if spent > 0 else 0.0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """For evaluation, checkpoints and sampling. May be nested."""
-        before, self._depth = self._clock(), self._depth + 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if not self._depth:
-                self._mark += self._clock() - before
-
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.seconds = state["seconds"]
-
-
-class LossMonitor:
-    """Tells a broken step by its loss and gradient norm (values that all ranks share).
-
-    The running mean is exponential with ``decay``, bias-corrected, over the losses that passed.
-    ``spike_factor`` None: only non-finite values are reported.
-    """
-
-    def __init__(self, spike_factor: float | None = None, decay: float = 0.95) -> None:
-        self.spike_factor = spike_factor
-        self.decay = decay
-        self._sum = 0.0
-        self._count = 0
-
-    @property
-    def mean(self) -> float:
-        """The running mean; NaN before the first loss."""
-        return self._sum / (1 - self.decay**self._count) if self._count else math.nan
-
-    def check(self, loss: float, grad_norm: float | None = None) -> str | None:
-        """What is wrong with this step, as a phrase for a message; None for a sound one, which is counted."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            return f"the gradient norm is {grad_norm}"
-        mean = self.mean
-        if self.spike_factor and self._count >= _MONITOR_WARMUP and loss > self.spike_factor * mean:
-            return (
-                f"the loss {loss:.4g} is {loss / mean:.3g} times its running mean {mean:.4g} "
-                f"(train.spike_factor={self.spike_factor:g})"
-            )
-        self._sum = self.decay * self._sum + (1 - self.decay) * loss
-        self._count += 1
-        return None
-
-    def state_dict(self) -> dict[str, float]:
-        return {"sum": self._sum, "count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._sum, self._count = state["sum"], int(state["count"])
 
 
 def step_row(

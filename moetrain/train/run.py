@@ -42,7 +42,8 @@ from moetrain.parallel.mesh import build_meshes
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.loop import Loop, Surroundings
-from moetrain.train.metrics import EvalSums, LossMonitor, ThroughputMeter, eval_row
+from moetrain.train.metrics import EvalSums, eval_row
+from moetrain.train.monitor import LossMonitor, ThroughputMeter
 from moetrain.train.optim import build_optimizer
 from moetrain.train.progress import build_progress, printable
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.data import TrainLoader
 from moetrain.moe.balance import Controller
 from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.metrics import LossMonitor, ThroughputMeter
+from moetrain.train.monitor import LossMonitor, ThroughputMeter
 from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.train.task import NextToken
 

@@ -25,7 +25,8 @@ from moetrain.moe.balance.moments import MOMENTS, moment_BE
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
-from moetrain.train.metrics import LossMonitor, RoutingStats, RoutingSummary
+from moetrain.train.metrics import RoutingStats, RoutingSummary
+from moetrain.train.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
 
 

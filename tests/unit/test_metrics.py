@@ -16,15 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe.routing import Routing
 from moetrain.train.metrics import (
     EvalSums,
-    LossMonitor,
     RoutingStats,
-    ThroughputMeter,
     eval_row,
     key_pattern,
     load_every,
     step_row,
     worst_load,
 )
+from moetrain.train.monitor import LossMonitor, ThroughputMeter
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
