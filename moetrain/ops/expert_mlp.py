@@ -161,9 +161,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _autograd_backward(ctx, dout_RD, unused):  # type: ignore[no-untyped-def]
-    *named, by_source_N, ends_X = ctx.saved_tensors[:7]
-    kept = list(ctx.saved_tensors[7:])
-    grads = _backward(dout_RD.contiguous(), *named, kept, by_source_N, ends_X, *ctx.static)
+    saved = ctx.saved_tensors  # once: recomputed activations may be unpacked a single time
+    *named, by_source_N, ends_X = saved[:7]
+    grads = _backward(dout_RD.contiguous(), *named, list(saved[7:]), by_source_N, ends_X, *ctx.static)
     dsource, dweights, dw_up, dw_down = grads
     return dsource, None, dweights, dw_up, dw_down, None, None, None, None, None, None
 
