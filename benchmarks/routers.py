@@ -29,14 +29,17 @@ EIGHT: dict[str, Any] = {"top_k": TOP_K, "eval_top_k": TOP_K, "experts_per_token
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation returns."""
+    """The bytes of the largest tensor that any operation makes; views of ``given`` are none."""
 
-    bytes = 0
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.bytes, self._given = 0, given.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = [t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.bytes = max([self.bytes, *sizes])
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = [t for t in made if t.untyped_storage().data_ptr() != self._given]
+        self.bytes = max([self.bytes, *(t.numel() * t.element_size() for t in made)])
         return out
 
 
@@ -83,7 +86,7 @@ def main() -> None:
     scores = BATCH * SEQ * EXPERTS * 4
     print(f"{LAYER}: {1e3 * middle[LAYER]:.0f} ms forward + backward; fp32 scores are {scores:,} bytes")
     for name, router in routers.items():
-        with Largest() as largest:
+        with Largest(data[0]) as largest:
             routing = router(data[0].view(-1, WIDTH), ctx)
         row = {
             "ms": 1e3 * middle[name],
