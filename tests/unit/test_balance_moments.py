@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_sequence_is_the_mean_over_sequences():
     halves = [value("importance", routing_of(half)) for half in p_TE.split(5)]
     assert value("importance", routing_of(p_TE, batch=2), "sequence") == pytest.approx(sum(halves) / 2)
     assert value("importance", routing_of(p_TE, batch=2)) < sum(halves) / 2
+
+
+def test_a_longer_sequence_weighs_more():
+    """By its valid tokens: five of the first sequence, two of the second."""
+    p_TE = torch.softmax(torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double(), -1)
+    valid_T = torch.arange(10) % 5 < torch.tensor([5] * 5 + [2] * 5)
+    ctx = replace(RouterContext.default(2, 5), valid_T=valid_T)
+    both = from_mask(torch.ones_like(p_TE, dtype=torch.bool), p_TE, ctx, p_TE, p_TE.log())
+    means = [part.mean(0) for part in (p_TE[:5], p_TE[5:7])]
+    for name, function in (
+        ("importance", lambda m_E: m_E.var() / m_E.mean() ** 2),
+        ("entropy", lambda m_E: (m_E * m_E.log()).sum()),
+    ):
+        first, second = (float(function(m_E)) for m_E in means)
+        assert value(name, both, "sequence") == pytest.approx((5 * first + 2 * second) / 7)
 
 
 def step(

@@ -84,6 +84,18 @@ def test_switch_drops_the_last_over_capacity():
     assert routing.demand_E.tolist() == [0, 9, 0]
 
 
+def test_batch_prioritized_keeps_the_tokens_with_the_highest_score():
+    """Whatever their weight: here a token's second choice outlives another's first."""
+    router = looking_at_logits(
+        "topk", 3, top_k=2, capacity_factor=0.5, min_capacity=1, drop_order="batch_prioritized"
+    )
+    z_TE = torch.tensor([[1.0, 0.9, -9.0], [5.0, 1.0, -9.0], [0.0, 2.0, -9.0]], dtype=torch.float64)
+    routing = router(z_TE, RouterContext.default(1, 3))
+    assert routing.demand_E.tolist() == [3, 3, 0]
+    pairs = set(zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True))
+    assert pairs == {(0, 1), (1, 1)}
+
+
 def test_gshard_keeps_the_second_by_chance():
     """Of 20,000 equal tokens the second is kept in min(1, 2 g2) of them, to 5 sigma."""
     tokens = 20_000

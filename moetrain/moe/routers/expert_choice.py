@@ -72,7 +72,7 @@ class ExpertChoiceRouter(LinearRouter):
         scores_GLE, valid_GL = by_group(scores_TE.detach(), ctx, self.options.group)
         mask_GLE, stats = self._choose(scores_GLE, valid_GL)
         routing = from_mask(mask_GLE.view(scores_TE.shape), scores_TE, ctx, scores_TE, logits_TE)
-        return replace(routing, stats=stats if self.training else None)
+        return replace(routing, stats=stats)  # only a training step sums them
 
     def _choose(self, scores_GLE: Tensor, valid_GL: Tensor) -> tuple[Tensor, Tensor]:
         """(chosen [G, L, E], statistics [E + 1]: sum of the lowest chosen scores, groups that chose)."""
