@@ -121,8 +121,7 @@ class _CrossEntropySum(torch.autograd.Function):
             for c in room.chunks(hidden_nD, labels_n):
                 p_cV = torch.softmax(c.logits_cV, dim=-1, out=p_room_cV[: c.logits_cV.shape[0]])
                 # The largest probability is at least 1 / V, so its logarithm is safe: this is logsumexp.
-                top_c1, top_id_c1 = c.logits_cV.max(-1, keepdim=True)
-                lse_c1 = top_c1 - p_cV.gather(-1, top_id_c1).log()
+                lse_c1 = c.logits_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
                 nll_c1 = lse_c1 - c.logits_cV.gather(-1, c.label_c1)
                 total += nll_c1.where(c.valid_c1, 0).sum()
                 # p - 1 at the label, without cancellation, before any rounding to bf16.

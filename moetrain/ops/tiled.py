@@ -1,7 +1,8 @@
 """Expert MLP, one expert at a time: gather, product, activation and product stay in cache.
 
 Shapes as in ``expert_mlp.py``; n rows of one expert. Rows are the aligned counts, because a CPU compiles one
-matmul kernel for every new row count; fp64, which needs none, and a handful of rows compute no padding.
+matmul kernel for every new row count. That is soon done in fp32, which computes little padding; fp64, which
+needs no kernel, and a handful of rows compute none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.cpu_product import outer, product
 
 _HANDFUL = 32
+_FP32_MULTIPLE = 8
 
 
 def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
@@ -22,9 +24,14 @@ def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype)
     start = 0
     for expert, (rows, width) in enumerate(zip(useful, aligned, strict=True)):
         if rows:
-            exact = dtype is torch.float64 or rows < _HANDFUL
-            yield expert, start, rows, rows if exact else width, start + width
+            yield expert, start, rows, min(_computed(rows, width, dtype), width), start + width
         start += width
+
+
+def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
+    if dtype is torch.float64 or rows < _HANDFUL:
+        return rows
+    return -(-rows // _FP32_MULTIPLE) * _FP32_MULTIPLE if dtype is torch.float32 else width
 
 
 def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
