@@ -20,7 +20,8 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 class Counts:
     """Parameters by kind. A tied matrix counts once, as ``embedding``; ``head`` is then 0.
 
-    ``experts_active`` are those of the K of E experts that one token passes through.
+    ``experts_active`` are those of the K of E experts that one token passes through. ``shared`` includes
+    what experts without a feed-forward network hold, as each process has all of it.
     """
 
     embedding: int = 0
@@ -98,8 +99,12 @@ def count_parameters(model: Decoder) -> Counts:
 
 
 def experts_per_token(layer: MoELayer) -> int:
-    """K: the router's ``top_k``. A router that fixes no such number counts as using every expert."""
-    return int(getattr(layer.router, "top_k", layer.router.num_experts))
+    """K: the router's ``top_k``, E at most. A router that fixes no such number counts as using every expert.
+
+    Where some of the K may be experts without a network, this is what a token uses at most.
+    """
+    num_experts = layer.experts.w_down_EFD.shape[0]
+    return min(int(getattr(layer.router, "top_k", num_experts)), num_experts)
 
 
 def flops_breakdown(
@@ -152,7 +157,13 @@ def _kind(name: str, ndim: int) -> str:
         return "norms"
     if name in ("embed_VD", "head_VD"):
         return "embedding" if name == "embed_VD" else "head"
-    for part, kind in ((".attention.", "attention"), (".experts.", "experts"), (".shared.", "shared")):
+    parts = {
+        ".attention.": "attention",
+        ".experts.": "experts",
+        ".shared.": "shared",
+        ".zero_experts.": "shared",
+    }
+    for part, kind in parts.items():
         if part in name:
             return kind
     return "dense"

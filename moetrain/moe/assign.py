@@ -5,7 +5,6 @@ Shapes: T tokens, K choices a token, E experts, N assignments, B sequences, G ro
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -114,20 +113,21 @@ def apply_capacity(
 ) -> Routing:
     """Keep at most C = max(minimum, ceil(factor * demand / E)) assignments per routing group and expert.
 
-    For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Dropped assignments
-    leave ``counts_E``; ``demand_BE`` still holds them.
+    For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Where experts have
+    prices, C goes by their inverse instead of 1 / E (MoE++, eq. 8). Dropped assignments leave ``counts_E``;
+    ``demand_BE`` still holds them.
     """
     size = sequences_per_group(group, ctx.batch)
     num_groups, num_experts = ctx.batch // size, routing.num_experts
     experts_N = routing.expert_ids_N()
     keys_N = experts_N * num_groups + routing.token_ids_N // (ctx.seq * size)
     demand_G = routing.demand_BE.view(num_groups, size, num_experts).sum((1, 2))
-    capacity_G = torch.tensor(
-        [max(minimum, math.ceil(factor * d / num_experts - 1e-9)) for d in demand_G.tolist()],
-        device=keys_N.device,
-    )
+    share_E = torch.ones(num_experts) if routing.price_E is None else 1 / routing.price_E.double().cpu()
+    share_E = share_E.double() / share_E.sum()
+    capacity_EG = factor * share_E[:, None] * demand_G.double().cpu()
+    capacity_EG = (capacity_EG - 1e-9).ceil().long().clamp(min=minimum).to(keys_N.device)
     rank_N = _rank_within(keys_N, _priority(routing, ctx, experts_N, order), num_groups * num_experts)
-    kept_N = torch.nonzero(rank_N < capacity_G[keys_N % num_groups]).squeeze(1)
+    kept_N = torch.nonzero(rank_N < capacity_EG.view(-1)[keys_N]).squeeze(1)
     per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
     kept = {
         name: value.gather(0, kept_N)

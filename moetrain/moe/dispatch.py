@@ -1,7 +1,7 @@
 """Who computes which row. Rows are named, not copied: the experts' operator gathers them itself.
 
-Shapes: T tokens, D model, E experts overall, e experts here, N assignments, X source rows,
-R computed rows, block-aligned by expert.
+Shapes: T tokens, D model, E experts overall, e experts here, N assignments, n of them to feed-forward
+networks, X source rows, R computed rows, block-aligned by expert.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class LocalDispatcher:
         block = self.block or _BLOCK.get(x_TD.device.type, _BLOCK_GPU)
         rows, slots_N = layout(routing, x_TD.shape[0], block)
         size = rows.ids_R.shape[0]
-        weights_R = routing.weights_N.new_zeros(size).scatter(0, slots_N, routing.weights_N)
+        here = slice(slots_N.shape[0])  # zero-computation experts come last, and do without rows
+        weights_R = routing.weights_N.new_zeros(size).scatter(0, slots_N, routing.weights_N[here])
         scale_N = routing.forward_scale_N
-        scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N)
+        scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N[here])
         return Dispatched(x_TD, rows, weights_R, list(rows.useful), Plan(rows, scale_R))
 
     def combine(self, out_RD: Tensor, plan: Plan) -> Tensor:
@@ -81,19 +82,21 @@ class LocalDispatcher:
 
 
 def layout(routing: Routing, num_source: int, block: int) -> tuple[Rows, Tensor]:
-    """The block-aligned rows of a routing, and the row of each assignment, int64 [N].
+    """The block-aligned rows of a routing, and the row of each feed-forward assignment, int64 [n].
 
     Each expert's segment is rounded up to a multiple of ``block``; padding rows have id -1.
     """
-    useful = routing.counts_E.tolist()
+    counts_E = routing.counts_E[: routing.num_ffn_experts]
+    useful = counts_E.tolist()
     aligned = [-(-count // block) * block for count in useful]
-    device, tokens_N = routing.token_ids_N.device, routing.token_ids_N
+    tokens_N = routing.token_ids_N[: sum(useful)]
+    device = tokens_N.device
     starts, rows_before, total = [], 0, 0
     for count, width in zip(useful, aligned, strict=True):
         starts.append(total - rows_before)  # what aligning has added in front of this expert
         rows_before, total = rows_before + count, total + width
     shift_N = torch.repeat_interleave(
-        torch.tensor(starts, device=device), routing.counts_E, output_size=tokens_N.shape[0]
+        torch.tensor(starts, device=device), counts_E, output_size=tokens_N.shape[0]
     )
     slots_N = torch.arange(tokens_N.shape[0], device=device) + shift_N
     ids_R = torch.full((total,), -1, device=device).scatter_(0, slots_N, tokens_N)

@@ -17,6 +17,7 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
+from moetrain.moe.zero_experts import ZeroExperts
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Started:
 class MoELayer(nn.Module):
     """y = sum over a token's assignments of weight * expert(x), plus the shared experts of x.
 
-    ``router`` is a key of ROUTERS; its options come as a dict or as the options dataclass.
+    ``router`` is a key of ROUTERS; its options come as a dict or as the options dataclass. ``num_experts``
+    have feed-forward networks; a router may add experts that need none.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -52,6 +54,8 @@ class MoELayer(nn.Module):
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
         self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
         self.shared = MLP(d_model, num_shared_experts * d_ff, activation) if num_shared_experts else None
+        kinds = self.router.zero_experts
+        self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
         self.dispatcher: Dispatcher = LocalDispatcher(block)
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
@@ -74,6 +78,8 @@ class MoELayer(nn.Module):
         """Compute and combine; returns y in the dtype of the experts' products, and the routing."""
         out_RD = self.experts(started.dispatched)
         y_BSD = self.dispatcher.combine(out_RD, started.dispatched.plan).view_as(started.x_BSD)
+        if self.zero_experts is not None:
+            y_BSD = y_BSD + self.zero_experts(started.x_BSD, started.routing).to(y_BSD.dtype)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(started.x_BSD if shared_input is None else shared_input)
         return y_BSD, started.routing

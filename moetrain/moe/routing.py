@@ -30,6 +30,9 @@ class Routing:
     choice_N      int64, the rank of each assignment among its token's (0: the first choice), or None.
     load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
     stats         detached sums over tokens that the router's ``after_step`` wants of the whole step, or None.
+    price_E       what a balance loss multiplies an expert's term with; capacities go by its inverse. None: 1.
+    num_ffn_experts  experts from this number up do without a feed-forward network: they are the last, and
+                  never dispatched (``zero_experts.py``). None: there are no such experts.
     """
 
     token_ids_N: Tensor
@@ -44,6 +47,8 @@ class Routing:
     choice_N: Tensor | None = None
     load_TE: Tensor | None = None
     stats: Tensor | None = None
+    price_E: Tensor | None = None
+    num_ffn_experts: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -67,12 +72,15 @@ class Routing:
     def detach(self) -> Routing:
         """The same routing without its autograd graph: what metrics and controllers may keep."""
         return replace(
-            self, **{f.name: t.detach() for f in fields(self) if (t := getattr(self, f.name)) is not None}
+            self, **{name: t.detach() for name in _TENSORS if (t := getattr(self, name)) is not None}
         )
 
     def check(self) -> None:
         """Raise ValueError unless the invariants hold: for tests and for a user's own router."""
         check_routing(self)
+
+
+_TENSORS = tuple(f.name for f in fields(Routing) if f.name != "num_ffn_experts")
 
 
 def check_routing(r: Routing) -> None:
@@ -90,6 +98,8 @@ def check_routing(r: Routing) -> None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({n},)")
     if not bool(torch.isfinite(r.weights_N).all()):
         raise ValueError("weights_N is not finite")
+    if r.num_ffn_experts is not None and not 0 <= r.num_ffn_experts <= r.num_experts:
+        raise ValueError(f"num_ffn_experts={r.num_ffn_experts} of {r.num_experts} experts")
     if r.demand_BE.shape != (r.num_tokens_B.shape[0], r.num_experts):
         raise ValueError(f"demand_BE has shape {tuple(r.demand_BE.shape)}")
     if bool((r.counts_E > r.demand_E).any()):
@@ -103,12 +113,12 @@ def check_routing(r: Routing) -> None:
             raise ValueError("a padding token is assigned to an expert")
 
 
-def _flatten(r: Routing) -> tuple[list[Any], None]:
-    return [getattr(r, f.name) for f in fields(Routing)], None
+def _flatten(r: Routing) -> tuple[list[Any], int | None]:
+    return [getattr(r, name) for name in _TENSORS], r.num_ffn_experts
 
 
-def _unflatten(values: Any, context: None) -> Routing:
-    return Routing(*values)
+def _unflatten(values: Any, context: int | None) -> Routing:
+    return Routing(**dict(zip(_TENSORS, values, strict=True)), num_ffn_experts=context)
 
 
 pytree.register_pytree_node(

@@ -163,16 +163,15 @@ def build(cfg: TrainConfig, device: str) -> Built:
 
 
 def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
-    layers = model.moe_layers()
+    routers = [layer.router for layer in model.moe_layers().values()]
     controllers: list[Controller] = []
-    if layers and cfg.balance.bias_rate:
-        controllers.append(BiasController([m.router for m in layers.values()], cfg.balance.bias_rate))
-    if layers and cfg.balance.sparsity_rate:
-        router = next(iter(layers.values())).router
-        target_k = int(getattr(router, "target_k", getattr(router, "top_k", 1)))
-        controllers.append(SparsityController(cfg.model.num_experts, target_k, cfg.balance.sparsity_rate))
-    if layers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
-        controllers.append(RunningLoad(len(layers), cfg.model.num_experts))
+    if routers and cfg.balance.bias_rate:
+        controllers.append(BiasController(routers, cfg.balance.bias_rate))
+    if routers and cfg.balance.sparsity_rate:
+        target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
+        controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
+    if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
+        controllers.append(RunningLoad(len(routers), routers[0].num_experts))
     return controllers
 
 

@@ -26,7 +26,9 @@ def test_every_router_works_without_options(name: str, num_experts: int) -> None
     ctx = dataclasses.replace(RouterContext.default(2, 5), token_ids_T=torch.arange(10))
     routing = router(torch.randn(10, 3), ctx)
     routing.check()
-    assert routing.num_experts == num_experts
+    zero = 0 if router.zero_experts is None else router.zero_experts.total
+    assert routing.num_experts == router.num_experts == num_experts + zero
+    assert routing.num_ffn_experts == (num_experts if zero else None)
     assert routing.num_tokens_B.tolist() == [5, 5]
     if list(router.parameters()):
         routing.weights_N.sum().backward()

@@ -94,6 +94,8 @@ def balance_loss(routing: Routing, form: str, scope: str, totals: StepTotals, la
     batch, num_experts = routing.demand_BE.shape
     share_BE = _share(routing, form, scope, totals, layer).to(p_TE.dtype)
     p_BE = p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
+    if routing.price_E is not None:
+        p_BE = p_BE * routing.price_E.to(p_BE.dtype)
     return (share_BE * p_BE).sum() * (num_experts / totals.num_tokens)
 
 

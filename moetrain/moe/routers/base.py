@@ -19,6 +19,7 @@ from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routing import Routing
+from moetrain.moe.zero_experts import ZeroKinds
 
 
 class Router(nn.Module):
@@ -29,6 +30,7 @@ class Router(nn.Module):
     """
 
     is_router = True  # its parameters form an FSDP group of their own, in fp32
+    zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
     _fp32_buffers: tuple[str, ...] = ("bias_E",)

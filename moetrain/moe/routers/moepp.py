@@ -1,0 +1,83 @@
+"""MoE++ (Jin et al. 2024, arXiv:2410.07348): top-k over feed-forward and zero-computation experts.
+
+The router's logits also follow those of the layer before ("gating residual"). Zero-computation experts are
+cheap, so they may take more: 1 / tau as much as a feed-forward expert.
+
+Shapes: T tokens, D model, E experts of all kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.moe.assign import from_token_choice
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import RouterConfig
+from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.zero_experts import ZeroKinds
+
+
+@dataclass(frozen=True)
+class MoEPPOptions(RouterConfig):
+    name: str = "moepp"
+    top_k: Optional[int] = None  # of all experts; null: 2
+    num_zero: int = 1
+    num_copy: int = 1
+    num_constant: int = 2
+    tau: float = 0.75  # share of tokens of a feed-forward expert, relative to a zero-computation one
+    gating_residual: bool = True
+
+
+@register(
+    "moepp", MoEPPOptions, "Jin et al. 2024, arXiv:2410.07348", "k experts a token, some without a network"
+)
+class MoEPPRouter(LinearRouter):
+    """Weights are the softmax over all experts, not renormalised (eq. 6).
+
+    With a capacity factor the experts' capacities are as 1 to tau, and together the factor times the
+    assignments (eq. 8). The first MoE layer has no layer before it: there the residual's matrix is unused.
+    Raises ValueError for a negative number of experts, or tau outside (0, 1].
+    """
+
+    options: MoEPPOptions
+
+    def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
+        for key in ("num_zero", "num_copy", "num_constant"):
+            if getattr(options, key) < 0:
+                raise ValueError(f"router.{key}={getattr(options, key)} must not be negative")
+        if not 0 < options.tau <= 1:
+            raise ValueError(f"router.tau={options.tau} must lie in (0, 1]")
+        kinds = ZeroKinds(options.num_zero, options.num_copy, options.num_constant)
+        super().__init__(d_model, num_experts + kinds.total, options)
+        self.top_k = resolve_top_k(options.top_k, self.num_experts)
+        self.num_ffn_experts, self.zero_experts = num_experts, kinds
+        self.residual_EE = None
+        if options.gating_residual:
+            self.residual_EE = nn.Parameter(torch.zeros(self.num_experts, self.num_experts))
+
+    def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        if self.residual_EE is not None:
+            logits_TE = logits_TE + self._residual(logits_TE, ctx)
+        scores_TE = softmax(logits_TE)
+        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        weights_TK = scores_TE.gather(-1, ids_TK)
+        routing = from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
+        price_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)
+        price_E[self.num_ffn_experts :] = self.options.tau
+        return replace(routing, price_E=price_E, num_ffn_experts=self.num_ffn_experts)
+
+    def _residual(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """The earlier layer's logits, mapped; where there is none, zeros that still reach the matrix."""
+        before_TE = None if ctx.prev is None else ctx.prev.logits_TE
+        if before_TE is None or before_TE.shape != logits_TE.shape:
+            before_TE = torch.zeros_like(logits_TE)
+        assert self.residual_EE is not None
+        return F.linear(before_TE.to(logits_TE.dtype), self.residual_EE.to(logits_TE.dtype))

@@ -1,0 +1,167 @@
+"""MoE++: experts without a network act where the token is, and the earlier layer's logits take part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moetrain.moe import MoELayer, RouterContext, Routing, build_router
+from moetrain.moe.assign import apply_capacity
+from moetrain.moe.balance.losses import StepTotals, balance_loss
+from moetrain.moe.options import DropOrder
+
+D, FFN = 7, 5
+
+
+def layer_of(**options: object) -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(
+        d_model=D, d_ff=11, num_experts=FFN, router="moepp", router_options=dict(options), block=4
+    )
+    return layer.double()
+
+
+def expected(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
+    """A loop over assignments."""
+    y_TD = x_TD * 0
+    kinds, zero = layer.router.zero_experts, layer.zero_experts
+    for n, (t, e) in enumerate(zip(routing.token_ids_N, routing.expert_ids_N(), strict=True)):
+        x_D, weight = x_TD[t], routing.weights_N[n]
+        index = int(e) - FFN
+        if index < 0:
+            gate, up = (x_D @ layer.experts.w_gate_up_EDF2[e]).chunk(2)
+            out_D = (torch.nn.functional.silu(gate) * up) @ layer.experts.w_down_EFD[e]
+        elif index < kinds.zero:
+            out_D = torch.zeros_like(x_D)
+        elif index < kinds.zero + kinds.copy:
+            out_D = x_D
+        else:
+            c = index - kinds.zero - kinds.copy
+            a, b = (zero.mix_weight_KD[2 * c : 2 * c + 2] @ x_D).softmax(0)
+            out_D = a * x_D + b * zero.constant_CD[c]
+        y_TD = y_TD.index_add(0, t[None], (weight * out_D)[None])
+    return y_TD
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
+    batch=st.integers(1, 3),
+    seq=st.integers(0, 13),
+    padded=st.booleans(),
+    capacity=st.sampled_from([None, 0.7]),
+    seed=st.integers(0, 99),
+)
+def test_the_layer_equals_a_loop_over_assignments(kinds, batch, seq, padded, capacity, seed):
+    zero, copy, constant = kinds
+    layer = layer_of(
+        num_zero=zero, num_copy=copy, num_constant=constant, capacity_factor=capacity, min_capacity=1
+    )
+    draw = torch.Generator().manual_seed(seed)
+    x_BSD = torch.randn(batch, seq, D, generator=draw, dtype=torch.float64).requires_grad_()
+    ctx = RouterContext.default(batch, seq)
+    if padded:
+        ctx = replace(ctx, valid_T=torch.rand(batch * seq, generator=draw) < 0.6)
+    y_BSD, routing = layer(x_BSD, ctx)
+    routing.check()
+    y_TD = expected(layer, x_BSD.view(-1, D), routing)
+    torch.testing.assert_close(y_BSD.view(-1, D), y_TD, rtol=0, atol=1e-12)
+    wanted = [x_BSD, *layer.parameters()]
+    weight_TD = torch.randn(y_TD.shape, generator=draw, dtype=torch.float64)
+    ours = torch.autograd.grad((y_BSD.view(-1, D) * weight_TD).sum(), wanted, retain_graph=True)
+    theirs = torch.autograd.grad((y_TD * weight_TD).sum(), wanted, allow_unused=True)
+    for p, a, b in zip(wanted, ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(p) if b is None else b, rtol=0, atol=1e-10)
+
+
+def test_only_feed_forward_assignments_get_rows():
+    layer = layer_of()
+    x_BSD = torch.randn(2, 31, D, dtype=torch.float64)
+    started = layer.start(x_BSD)
+    counts = started.routing.counts_E
+    assert counts[FFN:].sum() > 0
+    assert started.dispatched.counts_e == counts[:FFN].tolist()
+    assert int((started.dispatched.rows.ids_R >= 0).sum()) == int(counts[:FFN].sum())
+
+
+def test_a_token_of_zero_and_copy_is_scaled():
+    layer = layer_of(num_constant=0)
+    with torch.no_grad():
+        layer.router.weight_ED.zero_()
+        layer.router.weight_ED[FFN:, 0] = 50.0  # the zero and the copy expert, alike
+    x_BSD = torch.rand(1, 3, D, dtype=torch.float64) + 0.5
+    y_BSD, routing = layer(x_BSD)
+    assert routing.counts_E.tolist() == [0] * FFN + [3, 3]
+    torch.testing.assert_close(y_BSD, x_BSD / 2)
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.75, 1.0])
+def test_capacities_are_as_one_to_tau_and_add_up(tau):
+    ffn, zero, tokens, gamma = 6, 4, 1200, 1.1
+    router = build_router("moepp", d_model=D, num_experts=ffn, tau=tau)
+    with torch.no_grad():
+        router.weight_ED.zero_()
+    ctx = RouterContext.default(1, tokens)
+    routing = router(torch.randn(tokens, D), ctx)
+    assignments = int(routing.demand_E.sum())
+    # every expert is asked for far too often: each keeps its capacity exactly
+    wanted = torch.full((1, ffn + zero), assignments // (ffn + zero))
+    spread = routing_of(wanted[0] * 3, tokens, routing)
+    kept_E = apply_capacity(
+        replace(spread, demand_BE=wanted), ctx, gamma, 0, DropOrder.position, "sequence"
+    ).counts_E.double()
+    share = gamma * assignments / (tau * ffn + zero)
+    assert kept_E.tolist() == [-(-round(tau * share, 6) // 1)] * ffn + [-(-round(share, 6) // 1)] * zero
+    assert gamma * assignments <= kept_E.sum() < gamma * assignments + ffn + zero
+
+
+def routing_of(counts_E: Tensor, tokens: int, like: Routing) -> Routing:
+    ids_N = torch.cat([torch.arange(int(n)) % tokens for n in counts_E])
+    return replace(
+        like, token_ids_N=ids_N, weights_N=torch.ones(len(ids_N)), counts_E=counts_E, choice_N=None
+    )
+
+
+def test_the_balance_loss_charges_tau_for_experts_without_a_network():
+    router = build_router("moepp", d_model=D, num_experts=FFN, tau=0.5).double()
+    ctx = RouterContext.default(2, 23)
+    routing = router(torch.randn(46, D, dtype=torch.float64), ctx)
+    p_TE = routing.scores_TE
+    f_E = routing.counts_E / routing.counts_E.sum()
+    eta_E = torch.tensor([1.0] * FFN + [0.5] * 4, dtype=torch.float64)
+    found = balance_loss(routing, "switch", "micro", StepTotals(46))
+    torch.testing.assert_close(found, (FFN + 4) * (eta_E * f_E * p_TE.mean(0)).sum())
+
+
+def test_logits_of_the_earlier_layer_take_part_and_pass_gradients_back():
+    router = build_router("moepp", d_model=D, num_experts=FFN).double()
+    x_TD, ctx = torch.randn(3, D, dtype=torch.float64), RouterContext.default(1, 3)
+    first = router(x_TD, ctx)
+    with torch.no_grad():
+        router.residual_EE.normal_()
+    before_TE = first.logits_TE.detach().requires_grad_()
+    second = router(x_TD, replace(ctx, prev=replace(first, logits_TE=before_TE)))
+    torch.testing.assert_close(
+        second.logits_TE, x_TD @ router.weight_ED.t() + before_TE @ router.residual_EE.t()
+    )
+    assert torch.autograd.grad(second.logits_TE.sum(), before_TE)[0].abs().min() > 0
+    alone = router(x_TD, ctx)  # no earlier layer: a zero gradient, not none
+    assert not torch.autograd.grad(alone.logits_TE.sum(), router.residual_EE)[0].any()
+
+
+@pytest.mark.parametrize("options", [{"num_zero": -1}, {"tau": 0.0}, {"tau": 1.5}, {"top_k": 10}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"router.{next(iter(options))}="):
+        build_router("moepp", d_model=D, num_experts=FFN, **options)
+
+
+@pytest.mark.usefixtures("training")
+@pytest.mark.parametrize("balance", ["running", "aux_free"])
+def test_controllers_follow_experts_of_every_kind(balance, corpus, tmp_path):
+    assert tiny.train(corpus, tmp_path, "router=moepp", f"balance={balance}", "train.steps=2") == 0
