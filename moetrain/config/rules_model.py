@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moetrain.config.rules import above_zero, at_least, within
-from moetrain.config.schema import LossScope, ModelConfig, TokenizerKind, TrainConfig
+from moetrain.config.schema import LossName, LossScope, ModelConfig, TokenizerKind, TrainConfig
 from moetrain.errors import UserError
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
@@ -152,6 +152,10 @@ def balance_numbers(cfg: TrainConfig, world: int) -> None:
         )
     for i, loss in enumerate(cfg.balance.losses):
         at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
+        if loss.name is LossName.penalty and cfg.model.num_experts and not spec.penalty:
+            raise UserError(
+                f"router={cfg.router.name} has no loss of its own: balance.losses.{i}.name=penalty"
+            )
         if loss.name.value in MOMENTS and loss.scope is LossScope.running:
             raise UserError(
                 f"balance.losses.{i}.scope=running is not offered for {loss.name.value}: "

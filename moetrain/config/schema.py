@@ -74,7 +74,7 @@ class LossName(Enum):
     choices only. ``sum_over_k`` (k): f counts assignments per token. ``l1`` (k times a token's scores):
     sum_over_k with scores as they are. ``importance``, ``load`` (0): squared variation of the weights' sums,
     of the choices. ``entropy``, ``mi`` (-log E): of the mean scores; minus the mean entropy. ``z`` (-): mean
-    squared logsumexp.
+    squared logsumexp. ``penalty`` (-): what a router charges for its own parameters.
     """
 
     switch = "switch"
@@ -86,6 +86,7 @@ class LossName(Enum):
     entropy = "entropy"
     mi = "mi"
     z = "z"
+    penalty = "penalty"
 
 
 class LossScope(Enum):

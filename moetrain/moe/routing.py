@@ -31,6 +31,7 @@ class Routing:
     load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
     stats         detached sums over tokens that the router's ``after_step`` wants of the whole step, or None.
     price_E       what a balance loss multiplies an expert's term with; capacities go by its inverse. None: 1.
+    penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
     num_ffn_experts  experts from this number up do without a feed-forward network: they are the last, and
                   never dispatched (``zero_experts.py``). None: there are no such experts.
     """
@@ -48,6 +49,7 @@ class Routing:
     load_TE: Tensor | None = None
     stats: Tensor | None = None
     price_E: Tensor | None = None
+    penalty: Tensor | None = None
     num_ffn_experts: int | None = None
 
     @property

@@ -25,7 +25,7 @@ from moetrain.moe.balance import (
     total_loss,
     z_loss,
 )
-from moetrain.moe.balance.losses import FORMS, SCOPES, first_choices_BE
+from moetrain.moe.balance.losses import FORMS, SCOPELESS, SCOPES, first_choices_BE
 from moetrain.moe.balance.moments import MOMENTS
 
 ALL = list(itertools.product(FORMS, SCOPES))
@@ -273,7 +273,7 @@ def test_terms_come_from_the_configuration() -> None:
     ]
     with pytest.raises(ValueError, match="names a loss twice: switch_global_batch, switch_global_batch"):
         make_terms([LossConfig(), LossConfig(coef=0.5)])
-    names = {LossName(name) for name in (*FORMS, *MOMENTS)} | {LossName.z}
+    names = {LossName(name) for name in (*FORMS, *MOMENTS, *SCOPELESS)}
     assert names == set(LossName)
     assert {LossScope(scope) for scope in SCOPES} == set(LossScope)
 

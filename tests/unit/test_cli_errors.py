@@ -70,6 +70,7 @@ BAD = [
     ("train data.source=hub", "data.source=hub", "data=hub"),
     # impossible combinations
     ("train model.num_heads=3", "model.num_heads=3", "model.d_model="),
+    ("train balance=dynmoe", "router=topk", "penalty"),
     ("train parallel.ep=2", "parallel.ep=2", "parallel.ep=1"),
     ("train data=local data.path=nowhere/*.txt", "data.path=nowhere/*.txt", "no file"),
     ("train resume=nowhere", "resume=nowhere", "auto"),

@@ -22,6 +22,7 @@ NEEDS = {
     ("router", "deepseek_v3"): ["model.num_experts=256"],
     ("router", "olmoe"): ["model.num_experts=64"],
     ("router", "qwen3"): ["model.num_experts=128"],
+    ("balance", "dynmoe"): ["router=dynmoe"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "hub"): ["data.path=owner/name"],
     ("data", "mixture"): ["data.parts.here.kind=stdlib", "data.parts.there.kind=domains"],

@@ -20,6 +20,7 @@ NEEDS = {
     ("data", "mixture"): ["+data.parts.a={kind: local, path: %s/text/0*.txt, weight: 2}",
                           "+data.parts.b={kind: local, path: %s/text/1*.txt}"],
     ("model", "tiny_dense"): ["balance=none"],
+    ("balance", "dynmoe"): ["router=dynmoe"],
 }  # fmt: skip
 # Elsewhere: what is too large, needs a network, takes hours, or (wandb) starts a process of its own.
 ELSEWHERE = {

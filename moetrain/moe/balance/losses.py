@@ -28,6 +28,7 @@ from moetrain.moe.balance.moments import MOMENTS, moment_loss
 from moetrain.moe.routing import Routing
 
 FORMS = ("switch", "gshard_first", "sum_over_k", "l1")
+SCOPELESS = ("z", "penalty")  # a sum over tokens, or of parameters: the same at every scope
 SCOPES = ("micro", "sequence", "global_batch", "running")
 
 
@@ -134,9 +135,16 @@ def z_loss(routing: Routing, totals: StepTotals) -> Tensor:
     return square_T.sum() / totals.num_tokens
 
 
+def penalty_loss(routing: Routing, totals: StepTotals) -> Tensor:
+    """This micro-batch's share, by tokens, of what the router charges for its own parameters; a scalar."""
+    if routing.penalty is None:
+        raise ValueError("this router has no penalty of its own: leave the loss penalty out")
+    return routing.penalty * (routing.num_tokens.to(routing.penalty.dtype) / totals.num_tokens)
+
+
 @dataclass(frozen=True)
 class LossTerm:
-    """One configured loss: its name (a form, a moment, or ``z``), coefficient and scope.
+    """One configured loss: its name (a form, a moment, ``z`` or ``penalty``), coefficient and scope.
 
     With ``final_coef`` the coefficient goes linearly to it until step ``final_step``.
     """
@@ -157,6 +165,8 @@ class LossTerm:
         """This micro-batch's contribution in layer ``layer``, a scalar without coefficient."""
         if self.name == "z":
             return z_loss(routing, totals)
+        if self.name == "penalty":
+            return penalty_loss(routing, totals)
         if self.name in MOMENTS:
             moment_LE = totals.moments.get(self.name)
             moment_E = None if moment_LE is None else moment_LE[layer]
@@ -167,7 +177,7 @@ class LossTerm:
     @property
     def key(self) -> str:
         """What metrics call it."""
-        return self.name if self.name == "z" else f"{self.name}_{self.scope}"
+        return self.name if self.name in SCOPELESS else f"{self.name}_{self.scope}"
 
 
 class LossOptions(Protocol):

@@ -113,7 +113,7 @@ class RouterSpec:
 
     ``paper`` names its source, ``returns`` says in a few words what it assigns. ``causal``: whether a token's
     routing is free of later tokens and of other sequences, in training. ``scores``: whether its Routings
-    carry any, for balance losses.
+    carry any, for balance losses. ``penalty``: whether they carry a loss of the router's own parameters.
     """
 
     name: str
@@ -123,6 +123,7 @@ class RouterSpec:
     returns: str = ""
     causal: bool = True
     scores: bool = True
+    penalty: bool = False
 
 
 ROUTERS: dict[str, RouterSpec] = {}
@@ -136,13 +137,14 @@ def register(
     returns: str = "",
     causal: bool = True,
     scores: bool = True,
+    penalty: bool = False,
 ) -> Callable[[R], R]:
     """Class decorator: make a router known as ``router=name``. A second use of a name is an error."""
 
     def add(cls: R) -> R:
         if name in ROUTERS and ROUTERS[name].cls is not cls:
             raise ValueError(f"router {name!r} is registered already, by {ROUTERS[name].cls.__qualname__}")
-        ROUTERS[name] = RouterSpec(name, cls, options, paper, returns, causal, scores)
+        ROUTERS[name] = RouterSpec(name, cls, options, paper, returns, causal, scores, penalty)
         return cls
 
     return add
