@@ -69,4 +69,5 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.M
         backend=experts.backend.value,
         num_shared_experts=cfg.num_shared_experts,
         block=experts.block,
+        max_rows_per_rank=experts.max_rows_per_rank,
     )

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B S tokens, D model, R computed rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from moetrain.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import RouterConfig
+from moetrain.moe.rounds import in_rounds
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroExperts
@@ -22,18 +24,22 @@ from moetrain.moe.zero_experts import ZeroExperts
 
 @dataclass(frozen=True)
 class Started:
-    """A layer between routing and computing; ``x_BSD`` is what the shared experts see by default."""
+    """A layer between routing and computing; ``x_BSD`` is what the shared experts see by default.
+
+    ``dispatched`` is None where the rows are too many at once: they go by rounds when the layer finishes.
+    """
 
     x_BSD: Tensor
     routing: Routing
-    dispatched: Dispatched
+    dispatched: Dispatched | None
 
 
 class MoELayer(nn.Module):
     """y = sum over a token's assignments of weight * expert(x), plus the shared experts of x.
 
     ``router`` is a key of ROUTERS; its options come as a dict or as the options dataclass. ``num_experts``
-    have feed-forward networks; a router may add experts that need none.
+    have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
+    assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -48,8 +54,14 @@ class MoELayer(nn.Module):
         backend: str = "auto",
         num_shared_experts: int = 0,
         block: int | None = None,
+        max_rows_per_rank: int | None = None,
     ) -> None:
         super().__init__()
+        if max_rows_per_rank is not None and max_rows_per_rank < 1:
+            raise ValueError(
+                f"experts.max_rows_per_rank={max_rows_per_rank} must be at least 1, or null for no bound"
+            )
+        self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
         self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
@@ -72,14 +84,32 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         seen = x_BSD if router_input is None else router_input
         routing: Routing = self.router(seen.reshape(-1, width), ctx)
+        if routing.token_ids_N.shape[0] > self._max_rows(batch * seq):
+            return Started(x_BSD, routing, None)
         return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing))
 
     def finish(self, started: Started, shared_input: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Compute and combine; returns y in the dtype of the experts' products, and the routing."""
-        out_RD = self.experts(started.dispatched)
-        y_BSD = self.dispatcher.combine(out_RD, started.dispatched.plan).view_as(started.x_BSD)
+        x_TD = started.x_BSD.reshape(-1, started.x_BSD.shape[-1])
+        if started.dispatched is None:
+            y_TD = in_rounds(x_TD, started.routing, self._max_rows(x_TD.shape[0]), self._one_round)
+        else:
+            y_TD = self._compute(started.dispatched)
+        y_BSD = y_TD.view_as(started.x_BSD)
         if self.zero_experts is not None:
             y_BSD = y_BSD + self.zero_experts(started.x_BSD, started.routing).to(y_BSD.dtype)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(started.x_BSD if shared_input is None else shared_input)
         return y_BSD, started.routing
+
+    def _one_round(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self._compute(self.dispatcher.dispatch(x_TD, routing))
+
+    def _compute(self, dispatched: Dispatched) -> Tensor:
+        return self.dispatcher.combine(self.experts(dispatched), dispatched.plan)
+
+    def _max_rows(self, tokens: int) -> float:
+        """Assignments that are computed at once: the layer's bound, or what the router calls usual."""
+        usual = self.router.usual_rows_per_token
+        bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
+        return min((bound for bound in bounds if bound is not None), default=math.inf)

@@ -46,6 +46,7 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu
     backend: Backend = Backend.auto
     block: Optional[int] = None  # rows; null: 32 on a CPU, 128 on a GPU
+    max_rows_per_rank: Optional[int] = None  # more at once are computed in rounds; null: no bound
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Router(nn.Module):
 
     is_router = True  # its parameters form an FSDP group of their own, in fp32
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
+    usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
     _fp32_buffers: tuple[str, ...] = ("bias_E",)

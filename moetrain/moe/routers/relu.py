@@ -1,7 +1,8 @@
 """ReLU routing (ReMoE; Wang et al. 2024, arXiv:2412.14711): an expert is active where its score is positive.
 
 Fully differentiable in the scores; how many experts are active is held by a loss whose coefficient a
-controller moves (``balance=remoe``). At the start about half of all experts are active.
+controller moves (``balance=remoe``). At the start about half of all experts are active; until they are at
+most twice as many as in the end, they are computed in rounds, which bounds memory and changes no result.
 
 Shapes: T tokens, E experts.
 """
@@ -33,6 +34,7 @@ class ReLURouter(LinearRouter):
     def __init__(self, d_model: int, num_experts: int, options: ReLUOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.target_k = resolve_top_k(options.top_k, num_experts)
+        self.usual_rows_per_token = 2.0 * self.target_k
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
