@@ -64,7 +64,7 @@ class TrainStep:
         self.stats = RoutingStats(list(layers), num_experts, self.device)
         self._routers = [layer.router for layer in layers.values()]
         self._router_stats: list[Tensor] = []
-        counted = {t.name for t in terms if t.name != "z" and t.scope == "global_batch"}
+        counted = {t.name for t in terms if t.counts_ahead}
         self._counted = counted if layers else set()  # losses that need the step's counts
         self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
 
