@@ -158,6 +158,11 @@ def balance_numbers(cfg: TrainConfig, world: int) -> None:
         raise UserError(
             f"balance.sparsity_rate={cfg.balance.sparsity_rate} must be above 1 (a factor), or 0 for none"
         )
+    at_least("balance", cfg.balance, 0, "chunk_max_factor")
+    if 0 < cfg.balance.chunk_max_factor < 1:
+        raise UserError(
+            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} must be 1 or more, or 0 for none"
+        )
 
 
 def balance_scopes(cfg: TrainConfig, world: int) -> None:
@@ -188,6 +193,12 @@ def balance_options_are_used(cfg: TrainConfig, world: int) -> None:
                     f"balance.losses.{i}.{option}={value} is not used by balance.losses.{i}.name="
                     f"{loss.name.value}: leave it out, or take name={owner}"
                 )
+    names = [loss.name.value for loss in cfg.balance.losses]
+    if cfg.balance.chunk_max_factor and "chunk_sparsity" not in names:
+        raise UserError(
+            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} is not used by balance.losses="
+            f"{names}: leave it out, or add chunk_sparsity to them"
+        )
 
 
 def _moe_layers(m: ModelConfig) -> list[int]:

@@ -147,6 +147,7 @@ class BalanceConfig:
     losses: list[LossConfig] = field(default_factory=list)
     bias_rate: float = 0.0  # step of the aux-loss-free bias; 0: no controller
     sparsity_rate: float = 0.0  # ReMoE: the factor by which the coefficient of l1 moves; 0: no controller
+    chunk_max_factor: float = 0.0  # BlockFFN: how far chunk_sparsity's coefficient may grow; 0: no controller
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ from moetrain.data import Corpus, TrainLoader, prepare, val_batches
 from moetrain.errors import UserError
 from moetrain.models.count import count_parameters, flops_per_token
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import BiasController, Controller, RunningLoad, SparsityController, make_terms
+from moetrain.moe.balance import (
+    BiasController,
+    Controller,
+    LossFollower,
+    RunningLoad,
+    SparsityController,
+    make_terms,
+)
 from moetrain.parallel.allocator import keep_freed_memory
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
@@ -171,6 +178,8 @@ def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
         router = next(iter(layers.values())).router
         target_k = int(getattr(router, "target_k", getattr(router, "top_k", 1)))
         controllers.append(SparsityController(cfg.model.num_experts, target_k, cfg.balance.sparsity_rate))
+    if layers and cfg.balance.chunk_max_factor:
+        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
     if layers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
         controllers.append(RunningLoad(len(layers), cfg.model.num_experts))
     return controllers

@@ -101,7 +101,7 @@ class TrainStep:
         if problem is None:
             self.optimizer.step()
             for controller in self.controllers:
-                controller.update(routing.demand_LE, routing.num_tokens)
+                controller.update(routing.demand_LE, routing.num_tokens, aux_sums)
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):

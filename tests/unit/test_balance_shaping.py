@@ -13,17 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariance import B, assert_same, gradients, router_difference
+from invariance import B, Recorder, assert_same, batch, build, cut, gradients, router_difference
 from scipy import stats
 from torch import Tensor
 
 from moetrain.config.schema import LossConfig, LossName, LossScope
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
-from moetrain.moe.balance import LossTerm, StepTotals, make_terms, total_loss
+from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.losses import probabilities
 from moetrain.moe.balance.shaping import beta_cdf, dirichlet_loss
 from moetrain.moe.routers.relu import ReLUOptions
+from moetrain.parallel.mesh import Meshes
+from moetrain.train.monitor import LossMonitor
+from moetrain.train.step import TrainStep
 
 TERMS = {
     "locality": LossTerm("locality", 0.5, "global_batch", steepness=3.0),
@@ -132,6 +135,26 @@ def test_no_gradient_depends_on_the_split_or_on_recompute(key: str, router: ReLU
 def test_micro_does_depend_on_the_micro_batch() -> None:
     whole, cut = (gradients([TERMS["dirichlet_micro"]], micro) for micro in (B, 2))
     assert router_difference(whole, cut) > 1e-5
+
+
+@pytest.mark.parametrize("micro", [B, 2])
+def test_a_follower_sees_the_loss_of_the_whole_step(micro: int) -> None:
+    task = build(False, Meshes(), ReLUOptions())
+    recorder = Recorder(list(task.parameters()))
+    follower = LossFollower("chunk_sparsity", 9.0, every=1, hold=0)
+    step = TrainStep(task, recorder, [TERMS["chunk_sparsity"]], [follower], LossMonitor(), None, seed=2)
+    whole = gradients([TERMS["chunk_sparsity"]], B, router=ReLUOptions()).figures
+    want = sum(value for key, value in whole.items() if key.startswith("chunk_sparsity/"))
+    step.run(3, cut(batch(), micro))
+    assert float(follower.mean) == pytest.approx(want, abs=1e-12)
+    follower.mean.mul_(0.5)  # so that the next step, of the same loss, doubles the coefficient
+    before = recorder.gradients
+    step.run(3, cut(batch(), micro))
+    assert follower.factors() == {"chunk_sparsity": pytest.approx(2.0)}
+    assert all(torch.equal(x, y) for x, y in zip(before, recorder.gradients, strict=True))
+    step.run(3, cut(batch(), micro))
+    apart = [float((x - y).abs().max()) for x, y in zip(before, recorder.gradients, strict=True)]
+    assert max(apart) > 1e-5
 
 
 @pytest.mark.parametrize("key", EXACT)
@@ -273,7 +296,7 @@ def test_one_expert_has_no_prior(scope: str) -> None:
     logits_TE = draw(6, 1).requires_grad_()
     loss = value(LossTerm("dirichlet", 1.0, scope), routing_of(logits_TE, 2, score=softmax))
     loss.backward()
-    assert float(loss) == 0
+    assert float(loss.detach()) == 0
     assert not logits_TE.grad.any()
 
 
