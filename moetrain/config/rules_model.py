@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moetrain.config.rules import above_zero, at_least, within
-from moetrain.config.schema import LossName, LossScope, ModelConfig, TokenizerKind, TrainConfig
+from moetrain.config.schema import LossName, ModelConfig, TokenizerKind, TrainConfig
 from moetrain.errors import UserError
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
@@ -142,7 +142,6 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
 
 
 def balance_numbers(cfg: TrainConfig, world: int) -> None:
-    from moetrain.moe.balance.moments import MOMENTS
     from moetrain.moe.routers import ROUTERS
 
     spec = ROUTERS[cfg.router.name]
@@ -152,19 +151,57 @@ def balance_numbers(cfg: TrainConfig, world: int) -> None:
         )
     for i, loss in enumerate(cfg.balance.losses):
         at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
+        at_least(f"balance.losses.{i}", loss, 1, "chunk_length")
+        above_zero(f"balance.losses.{i}", loss, "steepness", "alpha")
         if loss.name is LossName.penalty and cfg.model.num_experts and not spec.penalty:
             raise UserError(
-                f"router={cfg.router.name} has no loss of its own: balance.losses.{i}.name=penalty"
-            )
-        if loss.name.value in MOMENTS and loss.scope is LossScope.running:
-            raise UserError(
-                f"balance.losses.{i}.scope=running is not offered for {loss.name.value}: "
-                "take sequence, global_batch or micro"
+                f"router={cfg.router.name} has no loss of its own: take balance.losses.{i}.name=penalty out"
             )
     at_least("balance", cfg.balance, 0, "bias_rate", "sparsity_rate")
     if 0 < cfg.balance.sparsity_rate <= 1:
         raise UserError(
             f"balance.sparsity_rate={cfg.balance.sparsity_rate} must be above 1 (a factor), or 0 for none"
+        )
+    at_least("balance", cfg.balance, 0, "chunk_max_factor")
+    if 0 < cfg.balance.chunk_max_factor < 1:
+        raise UserError(
+            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} must be 1 or more, or 0 for none"
+        )
+
+
+def balance_scopes(cfg: TrainConfig, world: int) -> None:
+    """Whether a loss can be formed at its scope."""
+    from moetrain.moe.balance.moments import MOMENTS
+    from moetrain.moe.balance.shaping import DIRICHLET_SCOPES
+
+    offered = dict.fromkeys(MOMENTS, ("sequence", "global_batch", "micro")) | {"dirichlet": DIRICHLET_SCOPES}
+    for i, loss in enumerate(cfg.balance.losses):
+        name, scope = loss.name.value, loss.scope.value
+        *others, last = offered.get(name, (scope,))
+        if scope not in (*others, last):
+            raise UserError(
+                f"balance.losses.{i}.scope={scope} is not offered for {name}: "
+                f"take {', '.join(others)} or {last}"
+            )
+
+
+def balance_options_are_used(cfg: TrainConfig, world: int) -> None:
+    """A value that no loss reads would seem to have an effect."""
+    from moetrain.moe.balance.shaping import OPTIONS
+
+    for i, loss in enumerate(cfg.balance.losses):
+        for owner, option in OPTIONS.items():
+            value = getattr(loss, option)
+            if value is not None and loss.name.value != owner:
+                raise UserError(
+                    f"balance.losses.{i}.{option}={value} is not used by balance.losses.{i}.name="
+                    f"{loss.name.value}: leave it out, or take name={owner}"
+                )
+    names = [loss.name.value for loss in cfg.balance.losses]
+    if cfg.balance.chunk_max_factor and "chunk_sparsity" not in names:
+        raise UserError(
+            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} is not used by balance.losses="
+            f"{names}: leave it out, or add chunk_sparsity to them"
         )
 
 
@@ -204,5 +241,7 @@ RULES = (
     router_accepts_its_options,
     routing_group_divides_micro_batch,
     balance_numbers,
+    balance_scopes,
+    balance_options_are_used,
 )
 WARNINGS = (router_is_causal,)

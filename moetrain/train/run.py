@@ -26,7 +26,14 @@ from moetrain.data import Corpus, TrainLoader, prepare, val_batches
 from moetrain.errors import UserError
 from moetrain.models.count import count_parameters, flops_per_token
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import BiasController, Controller, RunningLoad, SparsityController, make_terms
+from moetrain.moe.balance import (
+    BiasController,
+    Controller,
+    LossFollower,
+    RunningLoad,
+    SparsityController,
+    make_terms,
+)
 from moetrain.parallel.allocator import keep_freed_memory
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
@@ -170,6 +177,8 @@ def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
     if routers and cfg.balance.sparsity_rate:
         target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
         controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
+    if routers and cfg.balance.chunk_max_factor:
+        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
     if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
         controllers.append(RunningLoad(len(routers), routers[0].num_experts))
     return controllers

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.data import Batch
 from moetrain.moe import Routing
 from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import SCOPELESS, first_choices_BE, probabilities
+from moetrain.moe.balance.losses import first_choices_BE, probabilities
 from moetrain.moe.balance.moments import MOMENTS, moment_BE
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
@@ -64,7 +64,7 @@ class TrainStep:
         self.stats = RoutingStats(list(layers), num_experts, self.device)
         self._routers = [layer.router for layer in layers.values()]
         self._router_stats: list[Tensor] = []
-        counted = {t.name for t in terms if t.name not in SCOPELESS and t.scope == "global_batch"}
+        counted = {t.name for t in terms if t.counts_ahead}
         self._counted = counted if layers else set()  # losses that need the step's counts
         self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
 
@@ -101,7 +101,7 @@ class TrainStep:
         if problem is None:
             self.optimizer.step()
             for controller in self.controllers:
-                controller.update(routing.demand_LE, routing.num_tokens)
+                controller.update(routing.demand_LE, routing.num_tokens, aux_sums)
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):

@@ -1,4 +1,4 @@
-"""Controllers: the selection bias and the running load, updated once after each step.
+"""Controllers: selection bias, running load, a coefficient that follows its loss; updated after each step.
 
 Shapes: L layers, T tokens, E experts, D model.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe import Router, RouterContext, build_router
-from moetrain.moe.balance import BiasController, RunningLoad
+from moetrain.moe.balance import BiasController, LossFollower, RunningLoad
 
 
 def routers(count: int, num_experts: int, **options: object) -> list[Router]:
@@ -98,3 +98,51 @@ def test_a_layer_that_routed_nothing_keeps_its_running_load() -> None:
     running.update(torch.tensor([[3, 1, 0, 0], [0, 0, 0, 0]]))
     torch.testing.assert_close(running.share_LE.sum(-1), torch.ones(2))
     assert torch.equal(running.share_LE[1], torch.full((4,), 0.25))
+
+
+def follow(controller: LossFollower, *windows: float) -> list[float]:
+    """The factor after each window of steps over which the loss has these means, in two layers together."""
+    factors = []
+    for mean in windows:
+        for step in range(controller.every):
+            wave = 0.5 * mean * (-1) ** step if controller.every % 2 == 0 else 0.0  # only the mean counts
+            losses = {"x": torch.tensor([0.75 * mean, 0.25 * mean + wave]), "other": torch.tensor([9.0, 9.0])}
+            controller.update(torch.ones(2, 3), 5.0, losses)
+        factors.append(controller.factors()["x"])
+    return factors
+
+
+def test_a_coefficient_follows_its_loss() -> None:
+    """Nothing while it holds; then up with it by at least min_factor, down freely, never above max_factor."""
+    controller = LossFollower("x", max_factor=3.0, min_factor=1.5, hold=8, every=4)
+    assert follow(controller, 2.0, 2.0) == [1.0, 1.0]
+    assert follow(controller, 4.0, 4.0, 4.4, 1.1, 8.8, 17.6) == pytest.approx([2.0, 2.0, 3.0, 0.75, 3.0, 3.0])
+
+
+def test_a_coefficient_holds_for_the_first_steps() -> None:
+    assert follow(LossFollower("x", 9.0, hold=8, every=4), 1.0, 2.0, 4.0) == [1.0, 2.0, 4.0]
+    assert follow(LossFollower("x", 9.0, hold=9, every=4), 1.0, 2.0, 4.0) == [1.0, 1.0, 2.0]
+
+
+def test_a_loss_of_zero_leaves_its_coefficient_alone() -> None:
+    controller = LossFollower("x", max_factor=9.0, hold=0, every=3)
+    assert follow(controller, 0.0, 2.0, 0.0, 5.0, 10.0) == [1.0, 1.0, 1.0, 1.0, pytest.approx(2.0)]
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 11])
+def test_a_restored_follower_goes_on_bit_for_bit(step: int) -> None:
+    values = torch.rand(23, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    whole, before, after = (LossFollower("x", 2.0, hold=4, every=4) for _ in range(3))
+    for x in values:
+        whole.update(torch.ones(2, 3), 5.0, {"x": x})
+    for x in values[:step]:
+        before.update(torch.ones(2, 3), 5.0, {"x": x})
+    for name, tensor in after.tensors().items():  # as a checkpoint loads: in place
+        tensor.copy_(before.tensors()[name])
+    for x in values[step:]:
+        after.update(torch.ones(2, 3), 5.0, {"x": x})
+    assert {t.dtype for t in whole.tensors().values()} == {torch.int64, torch.float64}
+    assert {name: t.item() for name, t in after.tensors().items()} == {
+        name: t.item() for name, t in whole.tensors().items()
+    }
+    assert whole.factors()["x"] != 1.0

@@ -25,8 +25,9 @@ from moetrain.moe.balance import (
     total_loss,
     z_loss,
 )
-from moetrain.moe.balance.losses import FORMS, SCOPELESS, SCOPES, first_choices_BE
+from moetrain.moe.balance.losses import FORMS, SCOPES, UNSCOPED, first_choices_BE
 from moetrain.moe.balance.moments import MOMENTS
+from moetrain.moe.balance.shaping import OPTIONS
 
 ALL = list(itertools.product(FORMS, SCOPES))
 PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two are the same
@@ -273,7 +274,7 @@ def test_terms_come_from_the_configuration() -> None:
     ]
     with pytest.raises(ValueError, match="names a loss twice: switch_global_batch, switch_global_batch"):
         make_terms([LossConfig(), LossConfig(coef=0.5)])
-    names = {LossName(name) for name in (*FORMS, *MOMENTS, *SCOPELESS)}
+    names = {LossName(name) for name in (*FORMS, *MOMENTS, *OPTIONS, *UNSCOPED)}
     assert names == set(LossName)
     assert {LossScope(scope) for scope in SCOPES} == set(LossScope)
 

@@ -16,6 +16,8 @@ from moetrain.config.schema import (
     HubData,
     LocalData,
     LossConfig,
+    LossName,
+    LossScope,
     MixtureData,
     MixturePart,
     MuonConfig,
@@ -59,6 +61,7 @@ def base():
 
 NAN, INF = float("nan"), float("inf")
 LOSS = LossConfig()
+LOCALITY, DIRICHLET = LossConfig(LossName.locality), LossConfig(LossName.dirichlet, scope=LossScope.sequence)
 
 REFUSED = [
     ({"model.d_model": 0}, "model.d_model=0 must be 1 or more"),
@@ -99,7 +102,33 @@ REFUSED = [
     ({"router.group": "batch"}, "router.group=batch must be sequence, or a number"),
     ({"balance.losses": [LOSS, dataclasses.replace(LOSS, coef=-1.0)]}, "balance.losses.1.coef=-1.0"),
     ({"balance.losses": [dataclasses.replace(LOSS, coef=INF)]}, "balance.losses.0.coef=inf"),
+    (
+        {"balance.losses": [LOSS, dataclasses.replace(DIRICHLET, scope=LossScope.global_batch)]},
+        "balance.losses.1.scope=global_batch is not offered for dirichlet: take sequence or micro",
+    ),
+    (
+        {"balance.losses": [LossConfig(LossName.mi, scope=LossScope.running)]},
+        "balance.losses.0.scope=running is not offered for mi: take sequence, global_batch or micro",
+    ),
+    (
+        {"balance.losses": [LOSS, dataclasses.replace(LOCALITY, alpha=0.5)]},
+        "balance.losses.1.alpha=0.5 is not used by balance.losses.1.name=locality: leave it out",
+        "name=dirichlet",
+    ),
+    ({"balance.losses": [dataclasses.replace(LOSS, steepness=1.0)]}, "balance.losses.0.steepness=1.0 is not"),
+    ({"balance.losses": [dataclasses.replace(LOCALITY, steepness=0.0)]}, "balance.losses.0.steepness=0.0"),
+    ({"balance.losses": [dataclasses.replace(DIRICHLET, alpha=INF)]}, "balance.losses.0.alpha=inf must be"),
+    (
+        {"balance.losses": [LossConfig(LossName.chunk_sparsity, chunk_length=0)]},
+        "balance.losses.0.chunk_length=0 must be 1 or more",
+    ),
     ({"balance.bias_rate": -0.1}, "balance.bias_rate=-0.1"),
+    ({"balance.chunk_max_factor": 0.5}, "balance.chunk_max_factor=0.5 must be 1 or more, or 0 for none"),
+    ({"balance.chunk_max_factor": INF}, "balance.chunk_max_factor=inf"),
+    (
+        {"balance.chunk_max_factor": 2.0, "balance.losses": [LOSS]},
+        "balance.chunk_max_factor=2.0 is not used by balance.losses=['switch']",
+    ),
     ({"data.seq_len": 1}, "data.seq_len=1 must be 2 or more"),
     ({"data.val_fraction": 0.0}, "data.val_fraction=0.0 must lie in (0, 1)"),
     ({"data.val_fraction": 1.0}, "data.val_fraction=1.0 must lie in (0, 1)"),
@@ -210,6 +239,12 @@ ACCEPTED = [
     {"router.group": "3"},
     {"router.jitter": 0.0},
     {"balance.losses": []},
+    {"balance.losses": [LOCALITY, dataclasses.replace(DIRICHLET, alpha=0.1)]},
+    {
+        "balance.losses": [LossConfig(LossName.chunk_sparsity, chunk_length=1)],
+        "balance.chunk_max_factor": 1.0,
+    },
+    {"balance.losses": [dataclasses.replace(DIRICHLET, scope=LossScope.micro)]},
     {"schedule.warmup_steps": 100},
     {"schedule.decay_fraction": 1.0, "schedule.min_ratio": 1.0},
     {"train.global_batch_tokens": 384},

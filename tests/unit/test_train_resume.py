@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("training")
 VARIANTS = {
     "bias": ["balance=aux_free", "balance.bias_rate=0.05", "router.score=sigmoid"],
     "running": ["balance=running"],
+    "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],
     "capacity": ["router=switch", "router.capacity_factor=1.0", "router.drop_order=random"],
     "accumulation": [f"train.global_batch_tokens={4 * tiny.BATCH * tiny.SEQ}", "schedule=wsd"],

@@ -1,12 +1,12 @@
-"""Controllers: small states that follow the load of the whole batch, once after each optimizer step.
+"""Controllers: small states that follow the whole batch's load, or a loss, once after each optimizer step.
 
-Shapes: L MoE layers, E experts. Counts are global (summed over ranks and micro-batches), so every rank makes
-the same update. State is part of the checkpoint and no cast of the model touches it.
+Shapes: L MoE layers, E experts. Counts and losses are global (summed over ranks and micro-batches), so every
+rank makes the same update. State is part of the checkpoint and no cast of the model touches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -18,10 +18,11 @@ from moetrain.moe.routers import Router
 class Controller(Protocol):
     """Updated after the step; ``tensors`` names what a checkpoint must hold besides the model's buffers.
 
+    ``losses`` of ``update``: a term's key -> its values [L] in this step, without coefficient.
     ``factors``: loss name -> what its coefficient is multiplied with in the next step.
     """
 
-    def update(self, demand_LE: Tensor, num_tokens: float) -> None: ...
+    def update(self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor]) -> None: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -49,7 +50,9 @@ class BiasController(_Plain):
         self.routers, self.rate = list(routers), rate
 
     @torch.no_grad()
-    def update(self, demand_LE: Tensor, num_tokens: float = 0.0) -> None:
+    def update(
+        self, demand_LE: Tensor, num_tokens: float = 0.0, losses: Mapping[str, Tensor] | None = None
+    ) -> None:
         load_LE = demand_LE.to(torch.float64)
         for router, load_E in zip(self.routers, load_LE, strict=True):
             router.bias_E += self.rate * torch.sign(load_E.mean() - load_E).to(router.bias_E)
@@ -66,7 +69,9 @@ class RunningLoad(_Plain):
         self.share_LE = torch.full((num_layers, num_experts), 1.0 / max(num_experts, 1))
 
     @torch.no_grad()
-    def update(self, demand_LE: Tensor, num_tokens: float = 0.0) -> None:
+    def update(
+        self, demand_LE: Tensor, num_tokens: float = 0.0, losses: Mapping[str, Tensor] | None = None
+    ) -> None:
         load_LE = demand_LE.double().cpu()
         total_L1 = load_LE.sum(-1, keepdim=True)
         # a layer that routed nothing teaches nothing: its row keeps its value, and its sum of 1
@@ -93,7 +98,9 @@ class SparsityController(_Plain):
     def coef(self) -> float:
         return self.start * self.rate ** int(self.exponent)
 
-    def update(self, demand_LE: Tensor, num_tokens: float) -> None:
+    def update(
+        self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor] | None = None
+    ) -> None:
         pairs = num_tokens * demand_LE.shape[0] * self.num_experts
         if pairs:
             sparsity = 1 - float(demand_LE.sum()) / pairs
@@ -104,3 +111,44 @@ class SparsityController(_Plain):
 
     def factors(self) -> dict[str, float]:
         return {"l1": self.coef / self.target_k}
+
+
+class LossFollower(_Plain):
+    """BlockFFN's coefficient of ``chunk_sparsity``, which follows the loss: where that rises, so does it.
+
+    For the first ``hold`` steps the coefficient's factor is 1. Then, after each ``every`` steps, it is
+    multiplied with the ratio of the loss's mean over these steps to its mean over the ``every`` before; a
+    ratio above 1 is at least ``min_factor``, and the factor at most ``max_factor`` (Song et al. 2025). The
+    released code goes there linearly over the next ``every`` steps, this at once.
+
+    The state is the number of steps, and in fp64 the factor, the last mean and the sum of the mean to come.
+    """
+
+    def __init__(
+        self, name: str, max_factor: float, min_factor: float = 1.025, hold: int = 1000, every: int = 100
+    ) -> None:
+        self.name, self.max_factor, self.min_factor = name, max_factor, min_factor
+        self.hold, self.every = hold, every
+        self.step = torch.zeros((), dtype=torch.int64)
+        self.factor = torch.ones((), dtype=torch.float64)
+        self.mean, self.sum = torch.zeros_like(self.factor), torch.zeros_like(self.factor)
+
+    def update(self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor]) -> None:
+        self.step += 1
+        self.sum += losses[self.name].double().sum().cpu()
+        if int(self.step) % self.every:
+            return
+        new, old = float(self.sum) / self.every, float(self.mean)
+        if int(self.step) >= self.hold and new > 0 and old > 0:  # a loss of 0 has no ratio to follow
+            ratio = new / old
+            ratio = max(ratio, self.min_factor) if ratio > 1 else ratio
+            self.factor.mul_(ratio).clamp_(max=self.max_factor)
+        self.mean.fill_(new)
+        self.sum.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {"step": self.step, "factor": self.factor, "mean": self.mean, "sum": self.sum}
+        return {f"{self.name}_{key}": tensor for key, tensor in state.items()}
+
+    def factors(self) -> dict[str, float]:
+        return {self.name: float(self.factor)}

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.balance.moments import MOMENTS, moment_loss
+from moetrain.moe.balance.shaping import OPTIONS, chunk_sparsity_loss, dirichlet_loss, locality_loss
 from moetrain.moe.routing import Routing
 
 FORMS = ("switch", "gshard_first", "sum_over_k", "l1")
-SCOPELESS = ("z", "penalty")  # a sum over tokens, or of parameters: the same at every scope
 SCOPES = ("micro", "sequence", "global_batch", "running")
+UNSCOPED = ("z", "penalty", "locality", "chunk_sparsity")  # alike at every scope
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,11 @@ def penalty_loss(routing: Routing, totals: StepTotals) -> Tensor:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One configured loss: its name (a form, a moment, ``z`` or ``penalty``), coefficient and scope.
+    """One configured loss: its name (a form, a moment, ``z``, ``penalty``, one of ``shaping.py``), its
+    coefficient and scope.
 
-    With ``final_coef`` the coefficient goes linearly to it until step ``final_step``.
+    With ``final_coef`` the coefficient goes linearly to it until step ``final_step``. The last three fields
+    are options of ``shaping.py``'s losses, one each.
     """
 
     name: str
@@ -154,6 +157,9 @@ class LossTerm:
     scope: str
     final_coef: float | None = None
     final_step: int = 0
+    steepness: float = 100.0
+    chunk_length: int = 64
+    alpha: float = 1.0
 
     def coef_at(self, step: int) -> float:
         if self.final_coef is None:
@@ -167,6 +173,13 @@ class LossTerm:
             return z_loss(routing, totals)
         if self.name == "penalty":
             return penalty_loss(routing, totals)
+        if self.name == "locality":
+            return locality_loss(routing, self.steepness, totals.num_tokens)
+        if self.name == "chunk_sparsity":
+            return chunk_sparsity_loss(routing, probabilities(routing), self.chunk_length, totals.num_tokens)
+        if self.name == "dirichlet":
+            p_TE = probabilities(routing)
+            return dirichlet_loss(routing, p_TE, self.scope, self.alpha, totals.num_tokens)
         if self.name in MOMENTS:
             moment_LE = totals.moments.get(self.name)
             moment_E = None if moment_LE is None else moment_LE[layer]
@@ -177,11 +190,19 @@ class LossTerm:
     @property
     def key(self) -> str:
         """What metrics call it."""
-        return self.name if self.name in SCOPELESS else f"{self.name}_{self.scope}"
+        return self.name if self.name in UNSCOPED else f"{self.name}_{self.scope}"
+
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether the loss needs the whole step's counts before the first backward pass."""
+        return self.scope == "global_batch" and self.name not in UNSCOPED
 
 
 class LossOptions(Protocol):
-    """What a config says of one loss; ``name`` and ``scope`` are strings or enums of strings."""
+    """What a config says of one loss; ``name`` and ``scope`` are strings or enums of strings.
+
+    An option that is None has the default of :class:`LossTerm`.
+    """
 
     @property
     def name(self) -> Any: ...
@@ -193,6 +214,12 @@ class LossOptions(Protocol):
     def final_coef(self) -> float | None: ...
     @property
     def final_step(self) -> int: ...
+    @property
+    def steepness(self) -> float | None: ...
+    @property
+    def chunk_length(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
 
 
 def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
@@ -201,7 +228,11 @@ def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
     def text(value: Any) -> str:
         return value.value if isinstance(value, Enum) else str(value)
 
-    terms = [LossTerm(text(x.name), float(x.coef), text(x.scope), x.final_coef, x.final_step) for x in losses]
+    def term(x: LossOptions) -> LossTerm:
+        given = {name: value for name in OPTIONS.values() if (value := getattr(x, name)) is not None}
+        return LossTerm(text(x.name), float(x.coef), text(x.scope), x.final_coef, x.final_step, **given)
+
+    terms = [term(x) for x in losses]
     if len({t.key for t in terms}) < len(terms):
         raise ValueError(f"balance.losses names a loss twice: {', '.join(t.key for t in terms)}")
     return terms
