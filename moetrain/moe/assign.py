@@ -117,16 +117,11 @@ def apply_capacity(
     For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Dropped assignments
     leave ``counts_E``; ``demand_BE`` still holds them.
     """
-    size = sequences_per_group(group, ctx.batch)
-    num_groups, num_experts = ctx.batch // size, routing.num_experts
+    capacity_G = group_capacity(routing, ctx, factor, minimum, group)
+    num_groups, num_experts = capacity_G.shape[0], routing.num_experts
     experts_N = routing.expert_ids_N()
-    keys_N = experts_N * num_groups + routing.token_ids_N // (ctx.seq * size)
-    demand_G = routing.demand_BE.view(num_groups, size, num_experts).sum((1, 2))
-    capacity_G = torch.tensor(
-        [max(minimum, math.ceil(factor * d / num_experts - 1e-9)) for d in demand_G.tolist()],
-        device=keys_N.device,
-    )
-    rank_N = _rank_within(keys_N, _priority(routing, ctx, experts_N, order), num_groups * num_experts)
+    keys_N = experts_N * num_groups + group_ids(routing.token_ids_N, ctx, num_groups)
+    rank_N = rank_within(keys_N, drop_priority(routing, ctx, experts_N, order), num_groups * num_experts)
     kept_N = torch.nonzero(rank_N < capacity_G[keys_N % num_groups]).squeeze(1)
     per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
     kept = {
@@ -137,7 +132,23 @@ def apply_capacity(
     return replace(routing, **kept, counts_E=torch.bincount(experts_N[kept_N], minlength=num_experts))
 
 
-def _priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
+def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str) -> Tensor:
+    """C of each routing group, int64 [G]."""
+    size, num_experts = sequences_per_group(group, ctx.batch), routing.num_experts
+    demand_G = routing.demand_BE.view(ctx.batch // size, size, num_experts).sum((1, 2))
+    return torch.tensor(
+        [max(minimum, math.ceil(factor * d / num_experts - 1e-9)) for d in demand_G.tolist()],
+        dtype=torch.int64,
+        device=demand_G.device,
+    )
+
+
+def group_ids(token_ids: Tensor, ctx: RouterContext, num_groups: int) -> Tensor:
+    """The routing group of each token, int64."""
+    return token_ids // max(ctx.batch * ctx.seq // max(num_groups, 1), 1)
+
+
+def drop_priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
     """Larger survives; None is the order of position, in which assignments already lie."""
     if order is DropOrder.choice:
         return None if routing.choice_N is None else -routing.choice_N
@@ -154,7 +165,7 @@ def _priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: Dr
     return None
 
 
-def _rank_within(keys_N: Tensor, priority_N: Tensor | None, num_keys: int) -> Tensor:
+def rank_within(keys_N: Tensor, priority_N: Tensor | None, num_keys: int) -> Tensor:
     """The rank of each assignment among those with its key, by falling priority, ties by position."""
     starts = torch.bincount(keys_N, minlength=num_keys).cumsum(0)
     starts = torch.cat([starts.new_zeros(1), starts[:-1]])
