@@ -7,6 +7,7 @@ import math
 from moetrain.config.rules import above_zero, at_least, within
 from moetrain.config.schema import LossName, ModelConfig, TokenizerKind, TrainConfig
 from moetrain.errors import UserError
+from moetrain.moe.options import Repair
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
 
@@ -227,6 +228,19 @@ def router_is_causal(cfg: TrainConfig) -> str | None:
     )
 
 
+def repair_looks_ahead(cfg: TrainConfig) -> str | None:
+    """A warning: a place that a later token leaves free, or takes, decides where a repair sends a token."""
+    router = cfg.router
+    if router.repair not in (Repair.next_expert, Repair.fill_in) or not cfg.model.num_experts:
+        return None
+    limits = {"train/loss": router.capacity_factor, "val/loss": router.eval_capacity_factor}
+    losses = " and ".join(key for key, factor in limits.items() if factor is not None)
+    return (
+        f"router.repair={router.repair.name} looks ahead: a token's experts depend on later tokens of its "
+        f"routing group, so {losses} can be too low for a language model; router.repair=local does not"
+    )
+
+
 RULES = (
     sizes,
     heads_divide_width,
@@ -244,4 +258,4 @@ RULES = (
     balance_scopes,
     balance_options_are_used,
 )
-WARNINGS = (router_is_causal,)
+WARNINGS = (router_is_causal, repair_looks_ahead)

@@ -117,16 +117,11 @@ def apply_capacity(
     prices, C goes by their inverse instead of 1 / E (MoE++, eq. 8). Dropped assignments leave ``counts_E``;
     ``demand_BE`` still holds them.
     """
-    size = sequences_per_group(group, ctx.batch)
-    num_groups, num_experts = ctx.batch // size, routing.num_experts
+    capacity_EG = group_capacity(routing, ctx, factor, minimum, group)
+    num_experts, num_groups = capacity_EG.shape
     experts_N = routing.expert_ids_N()
-    keys_N = experts_N * num_groups + routing.token_ids_N // (ctx.seq * size)
-    demand_G = routing.demand_BE.view(num_groups, size, num_experts).sum((1, 2))
-    share_E = torch.ones(num_experts) if routing.price_E is None else 1 / routing.price_E.double().cpu()
-    share_E = share_E.double() / share_E.sum()
-    capacity_EG = factor * share_E[:, None] * demand_G.double().cpu()
-    capacity_EG = (capacity_EG - 1e-9).ceil().long().clamp(min=minimum).to(keys_N.device)
-    rank_N = _rank_within(keys_N, _priority(routing, ctx, experts_N, order), num_groups * num_experts)
+    keys_N = experts_N * num_groups + group_ids(routing.token_ids_N, ctx, num_groups)
+    rank_N = rank_within(keys_N, drop_priority(routing, ctx, experts_N, order), num_groups * num_experts)
     kept_N = torch.nonzero(rank_N < capacity_EG.view(-1)[keys_N]).squeeze(1)
     per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
     kept = {
@@ -137,7 +132,22 @@ def apply_capacity(
     return replace(routing, **kept, counts_E=torch.bincount(experts_N[kept_N], minlength=num_experts))
 
 
-def _priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
+def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str) -> Tensor:
+    """C of each expert and routing group, int64 [E, G]."""
+    size, num_experts = sequences_per_group(group, ctx.batch), routing.num_experts
+    demand_G = routing.demand_BE.view(ctx.batch // size, size, num_experts).sum((1, 2))
+    share_E = torch.ones_like(routing.demand_E) if routing.price_E is None else 1 / routing.price_E
+    share_E = share_E.double() / share_E.double().sum()
+    capacity_EG = factor * share_E[:, None] * demand_G.double()
+    return (capacity_EG - 1e-9).ceil().long().clamp(min=minimum)
+
+
+def group_ids(token_ids: Tensor, ctx: RouterContext, num_groups: int) -> Tensor:
+    """The routing group of each token, int64."""
+    return token_ids // max(ctx.batch * ctx.seq // max(num_groups, 1), 1)
+
+
+def drop_priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
     """Larger survives; None is the order of position, in which assignments already lie."""
     if order is DropOrder.choice:
         return None if routing.choice_N is None else -routing.choice_N
@@ -154,7 +164,7 @@ def _priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: Dr
     return None
 
 
-def _rank_within(keys_N: Tensor, priority_N: Tensor | None, num_keys: int) -> Tensor:
+def rank_within(keys_N: Tensor, priority_N: Tensor | None, num_keys: int) -> Tensor:
     """The rank of each assignment among those with its key, by falling priority, ties by position."""
     starts = torch.bincount(keys_N, minlength=num_keys).cumsum(0)
     starts = torch.cat([starts.new_zeros(1), starts[:-1]])

@@ -41,6 +41,20 @@ class DropOrder(Enum):
     random = "random"
 
 
+class Repair(Enum):
+    """What becomes of assignments over capacity, or of the places that it leaves free; see ``repair.py``.
+
+    ``none``: dropped; ``next_expert``: to the token's next best expert with room; ``local``: to the best
+    expert of the token's own device, whatever its load; ``fill_in``: dropped, but free places go to the
+    tokens that would choose the expert next.
+    """
+
+    none = "none"
+    next_expert = "next_expert"
+    local = "local"
+    fill_in = "fill_in"
+
+
 @dataclass(frozen=True)
 class ExpertsConfig:
     activation: Activation = Activation.swiglu
@@ -63,3 +77,4 @@ class RouterConfig:
     eval_capacity_factor: Optional[float] = None  # null: dropless in evaluation
     min_capacity: int = 4
     drop_order: DropOrder = DropOrder.position
+    repair: Repair = Repair.none  # needs a capacity factor, and a router with scores

@@ -71,6 +71,9 @@ def split(routing: Routing, num_tokens: int, max_rows: float) -> Iterator[tuple[
                 logits_TE=None,
                 valid_T=None,
                 load_TE=None,
+                repaired_E=None,
+                stats=None,
+                penalty=None,
                 **{name: value.gather(0, here_n) for name, value in values.items()},
             ),
         )

@@ -22,13 +22,14 @@ class Routing:
     weights_N     at least fp32, differentiable: what multiplies the expert's output.
     counts_E      int64, assignments of each expert; sums to N.
     num_tokens_B  int64, valid (unpadded) tokens of each sequence.
-    demand_BE     int64, assignments wanted per sequence and expert, before any capacity.
+    demand_BE     int64, assignments that the router wanted per sequence and expert, before any capacity.
     scores_TE     at least fp32: the router's affinities, for losses and metrics.
     logits_TE     at least fp32: what the scores were made of.
     valid_T       bool, or None where every token is valid.
     forward_scale_N  multiplies the expert's output in the forward pass only (gradient estimators).
     choice_N      int64, the rank of each assignment among its token's (0: the first choice), or None.
     load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
+    repaired_E    int64, assignments among ``counts_E`` that a repair added and ``demand_BE`` lacks, or None.
     stats         detached sums over tokens that the router's ``after_step`` wants of the whole step, or None.
     price_E       what a balance loss multiplies an expert's term with; capacities go by its inverse. None: 1.
     penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
@@ -48,6 +49,7 @@ class Routing:
     choice_N: Tensor | None = None
     load_TE: Tensor | None = None
     stats: Tensor | None = None
+    repaired_E: Tensor | None = None
     price_E: Tensor | None = None
     penalty: Tensor | None = None
     num_ffn_experts: int | None = None
@@ -60,6 +62,11 @@ class Routing:
     def demand_E(self) -> Tensor:
         """Assignments wanted per expert, before any capacity."""
         return self.demand_BE.sum(0)
+
+    @property
+    def granted_E(self) -> Tensor:
+        """Assignments that capacity left of the demand: ``counts_E`` without what a repair added."""
+        return self.counts_E if self.repaired_E is None else self.counts_E - self.repaired_E
 
     @property
     def num_tokens(self) -> Tensor:
@@ -104,8 +111,10 @@ def check_routing(r: Routing) -> None:
         raise ValueError(f"num_ffn_experts={r.num_ffn_experts} of {r.num_experts} experts")
     if r.demand_BE.shape != (r.num_tokens_B.shape[0], r.num_experts):
         raise ValueError(f"demand_BE has shape {tuple(r.demand_BE.shape)}")
-    if bool((r.counts_E > r.demand_E).any()):
+    if bool((r.granted_E > r.demand_E).any()):
         raise ValueError("an expert has more assignments than its demand")
+    if bool((r.granted_E < 0).any() | (r.granted_E > r.counts_E).any()):
+        raise ValueError("an expert has fewer repaired assignments than 0, or more than assignments")
     if n:
         size = int(r.token_ids_N.max()) + 1 + num_tokens
         key_N = r.expert_ids_N() * size + r.token_ids_N

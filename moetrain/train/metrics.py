@@ -2,8 +2,8 @@
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
-Shapes: T tokens, E experts, L MoE layers, C = 2E + 3 columns of sums (kept_E, demand_E, entropy, tokens
-with scores, tokens).
+Shapes: T tokens, E experts, L MoE layers, C = 2E + 4 columns of sums (kept_E, demand_E, granted, entropy,
+tokens with scores, tokens).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RoutingStats:
     def __init__(self, layers: Sequence[int], num_experts: int, device: torch.device | str = "cpu") -> None:
         self.layers = tuple(layers)
         self.num_experts = num_experts
-        self._sums_LC = torch.zeros(len(self.layers), 2 * num_experts + 3, dtype=torch.float64, device=device)
+        self._sums_LC = torch.zeros(len(self.layers), 2 * num_experts + 4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, records: Sequence[Routing]) -> None:
@@ -65,7 +65,9 @@ def _sums_C(r: Routing) -> Tensor:
     entropy, scored = tokens.new_zeros(()), tokens.new_zeros(())
     if r.scores_TE is not None:
         entropy, scored = _entropy(r.scores_TE, r.valid_T), tokens
-    return torch.cat([r.counts_E.double(), r.demand_E.double(), torch.stack([entropy, scored, tokens])])
+    granted = r.granted_E.sum().double()
+    sums = torch.stack([granted, entropy, scored, tokens])
+    return torch.cat([r.counts_E.double(), r.demand_E.double(), sums])
 
 
 def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -126,14 +128,14 @@ class RoutingSummary:
 def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
     kept = sums[:num_experts]
     demand = sum(sums[num_experts : 2 * num_experts])
-    entropy, scored, tokens = sums[2 * num_experts :]
+    granted, entropy, scored, tokens = sums[2 * num_experts :]
     mean = sum(kept) / num_experts
     deviation = math.sqrt(sum((n - mean) ** 2 for n in kept) / num_experts)
     metrics = {
         "max_load": max(kept) / mean if mean else 0.0,
         "load_cv": deviation / mean if mean else 0.0,
         "dead_experts": float(sum(n == 0 for n in kept)),
-        "drop_rate": (demand - sum(kept)) / demand if demand else 0.0,
+        "drop_rate": (demand - granted) / demand if demand else 0.0,
         "experts_per_token": sum(kept) / tokens if tokens else 0.0,
     }
     if scored:

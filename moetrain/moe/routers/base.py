@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
-from moetrain.moe.options import RouterConfig
+from moetrain.moe.options import Repair, RouterConfig
+from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
 
 
 class Router(nn.Module):
-    """Maps tokens to a Routing. Subclasses write ``route``; capacity is applied to whatever it returns.
+    """Maps tokens to a Routing. Subclasses write ``route``; capacity and repair are applied to what it gives.
 
     ``bias_E`` is added to the scores for selection only (Wang et al. 2024, "Auxiliary-loss-free load
     balancing"); a controller moves it, autograd never does. It stays fp32 through every cast.
@@ -61,9 +62,11 @@ class Router(nn.Module):
             factor = options.capacity_factor if self.training else options.eval_capacity_factor
             if factor is None:
                 return routing
-            return apply_capacity(
-                routing, ctx, factor, options.min_capacity, options.drop_order, options.group
-            )
+            limits = (factor, options.min_capacity, options.drop_order, options.group)
+            kept = apply_capacity(routing, ctx, *limits)
+            if options.repair is Repair.none:
+                return kept
+            return repair_overflow(routing, kept, ctx, options.repair, *limits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         kept = {name: self._buffers[name] for name in self._fp32_buffers}
@@ -92,6 +95,12 @@ def _check_capacity(options: RouterConfig) -> None:
             raise ValueError(f"router.{key}={factor} must be positive, or null for dropless")
     if options.min_capacity < 0:
         raise ValueError(f"router.min_capacity={options.min_capacity} must not be negative")
+    limited = options.capacity_factor is not None or options.eval_capacity_factor is not None
+    if options.repair is not Repair.none and not limited:
+        raise ValueError(
+            f"router.repair={options.repair.name} has nothing to repair without a capacity: "
+            "set router.capacity_factor, or router.repair=none"
+        )
 
 
 class LinearRouter(Router):
@@ -165,7 +174,13 @@ def build_router(
         raise ValueError(f"num_experts={num_experts} and d_model={d_model} must be at least 1")
     if options is None:
         options = spec.options(name=name)
-    return spec.cls(d_model, num_experts, _with_overrides(options, overrides))
+    options = _with_overrides(options, overrides)
+    if options.repair is not Repair.none and not spec.scores:
+        raise ValueError(
+            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
+            "set router.repair=none"
+        )
+    return spec.cls(d_model, num_experts, options)
 
 
 def _with_overrides(options: RouterConfig, overrides: dict[str, Any]) -> RouterConfig:

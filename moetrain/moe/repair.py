@@ -1,0 +1,221 @@
+"""Repair of capacity overflow, as a transform of a Routing: what refused assignments do instead.
+
+Shapes: T tokens, E experts, N wanted assignments, L lost ones (over capacity), M kept ones, A added ones,
+X the tokens concerned, G routing groups, Q = E G queues, one of each expert and group.
+
+Every rule ranks experts by ``scores_TE``, ties to the lower expert. What it adds is counted in ``repaired_E``
+and not in ``demand_BE``: balance losses and controllers go on seeing what the router itself wanted.
+
+Sources: next choices as in Lepikhin et al. 2020 (GShard's overflow), taken further; ``local`` and ``fill_in``
+are Rectify-Router's intra-GPU and fill-in rectification (Zeng et al. 2024, arXiv:2402.12399).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.assign import drop_priority, group_capacity, group_ids, rank_within
+from moetrain.moe.context import RouterContext
+from moetrain.moe.options import DropOrder, Repair
+from moetrain.moe.routing import Routing
+from moetrain.moe.select import first_max, top_ids
+
+
+def repair_overflow(
+    wanted: Routing,
+    kept: Routing,
+    ctx: RouterContext,
+    rule: Repair,
+    factor: float,
+    minimum: int,
+    order: DropOrder,
+    group: str,
+    local_TE: Tensor | tuple[int, int] | None = None,
+) -> Routing:
+    """``kept`` = ``apply_capacity(wanted, ctx, factor, minimum, order, group)``, repaired by ``rule``.
+
+    ``next_expert``: in rounds. In round r each token with a lost assignment asks the r-th best of the experts
+    that it did not want, with the first of its lost ones by ``order``; an expert grants its free places by
+    ``order`` too, ties to the earlier token, and what it refuses is refused for good. The weight is
+    w_old score_new / score_old, differentiable in all three (w_old alone where score_old is below the root of
+    the smallest normal number).
+
+    ``local``: a token that lost m of its assignments gives them all to its best local expert h, which
+    capacity does not bind. With n_j = 1 for what it kept, plus m for h, its weights become
+    W n_j s_j / sum_i n_i s_i, where W is the weight that it had in all before capacity: the paper's form
+    where scores are a softmax and W is 1. W and the sum are constants in the backward pass
+    (straight-through). ``local_TE`` marks the experts of each token's own device: a bool mask, or the (first,
+    last) expert of one block, last included, for all tokens; None: all experts. A token without a local
+    expert stays as it is.
+
+    ``fill_in``: each token asks for the best expert that it did not want; an expert's free places go to the
+    highest scores, ties to the earlier token. The weight follows from the weakest wanted assignment as in
+    ``next_expert``; the token's other weights stay (the paper would share one softmax anew).
+
+    An added assignment has the choice rank and the forward scale of the one that it replaces; in ``fill_in``
+    the rank after the last, and the scale of the weakest. Raises ValueError where there are no scores.
+    """
+    if wanted.scores_TE is None:
+        raise ValueError(f"router.repair={rule.name} needs a router with scores: set router.repair=none")
+    pairs = _Pairs.of(wanted, kept, wanted.scores_TE)
+    if rule is Repair.local:
+        return _local(pairs, _local_mask(local_TE, wanted.scores_TE))
+    if rule is Repair.none:
+        return kept
+    capacity_EG = group_capacity(wanted, ctx, factor, minimum, group)
+    groups = capacity_EG.shape[1]
+    group_T = group_ids(torch.arange(len(wanted.scores_TE), device=capacity_EG.device), ctx, groups)
+    used_Q = torch.bincount(
+        kept.expert_ids_N() * groups + group_T[kept.token_ids_N], minlength=wanted.num_experts * groups
+    )
+    free_Q = capacity_EG.view(-1) - used_Q
+    if rule is Repair.fill_in:
+        return _fill_in(pairs, free_Q, group_T)
+    priority_N = drop_priority(wanted, ctx, pairs.experts_N, order)
+    if priority_N is None:  # the order of position: between experts too, the earlier token goes first
+        priority_N = torch.zeros_like(pairs.experts_N)
+    return _next_expert(pairs, free_Q, group_T, priority_N)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Wanted assignments by (token, expert). ``index_TE`` is the place among N, -1 where it is not wanted."""
+
+    wanted: Routing
+    kept: Routing
+    scores_TE: Tensor
+    experts_N: Tensor
+    index_TE: Tensor
+    lost_L: Tensor  # places among N
+
+    @staticmethod
+    def of(wanted: Routing, kept: Routing, scores_TE: Tensor) -> _Pairs:
+        experts_N, tokens_N = wanted.expert_ids_N(), wanted.token_ids_N
+        places_N = torch.arange(len(tokens_N), device=tokens_N.device)
+        index_TE = torch.full(scores_TE.shape, -1, device=tokens_N.device)
+        index_TE[tokens_N, experts_N] = places_N
+        lost_N = torch.ones_like(places_N, dtype=torch.bool)
+        lost_N[index_TE[kept.token_ids_N, kept.expert_ids_N()]] = False
+        return _Pairs(wanted, kept, scores_TE, experts_N, index_TE, lost_N.nonzero().squeeze(1))
+
+    def moved_weights(self, from_A: Tensor, experts_A: Tensor) -> Tensor:
+        """w_old score_new / score_old; w_old where score_old is too small to divide by."""
+        old_A = self.scores_TE[self.wanted.token_ids_N[from_A], self.experts_N[from_A]]
+        new_A = self.scores_TE[self.wanted.token_ids_N[from_A], experts_A]
+        weights_A = self.wanted.weights_N[from_A]
+        # the square of the divisor, of which the gradient consists, must not underflow either
+        usable_A = old_A.detach() > torch.finfo(old_A.dtype).tiny ** 0.5
+        return torch.where(usable_A, weights_A * (new_A / old_A.where(usable_A, 1.0)), weights_A)
+
+    def add(self, from_A: Tensor, experts_A: Tensor, weights_A: Tensor, choice_A: Tensor | None) -> Routing:
+        """``kept`` with the added assignments sorted in; ``from_A``: places of those that they replace."""
+        kept, tokens_A = self.kept, self.wanted.token_ids_N[from_A]
+        tokens = torch.cat([kept.token_ids_N, tokens_A])
+        experts = torch.cat([kept.expert_ids_N(), experts_A])
+        order = torch.argsort(experts * max(len(self.scores_TE), 1) + tokens)
+        scale_N, choice_N = self.wanted.forward_scale_N, kept.choice_N
+        if choice_N is not None and choice_A is not None:
+            choice_N = torch.cat([choice_N, choice_A])[order]
+        if scale_N is not None and kept.forward_scale_N is not None:
+            scale_N = torch.cat([kept.forward_scale_N, scale_N[from_A]])[order]
+        return replace(
+            kept,
+            token_ids_N=tokens[order],
+            weights_N=torch.cat([kept.weights_N, weights_A])[order],
+            counts_E=torch.bincount(experts, minlength=kept.num_experts),
+            choice_N=choice_N,
+            forward_scale_N=scale_N,
+            repaired_E=torch.bincount(experts_A, minlength=kept.num_experts),
+        )
+
+    def choices(self, from_A: Tensor) -> Tensor | None:
+        return None if self.wanted.choice_N is None else self.wanted.choice_N[from_A]
+
+
+def _next_expert(pairs: _Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Tensor) -> Routing:
+    num_experts = pairs.scores_TE.shape[1]
+    groups = len(free_Q) // num_experts
+    # each token's lost assignments, one after the other by priority: head_X is the one that asks
+    lost_L = pairs.lost_L[torch.argsort(priority_N[pairs.lost_L], descending=True, stable=True)]
+    lost_L = lost_L[torch.argsort(pairs.wanted.token_ids_N[lost_L], stable=True)]
+    tokens_X, number_X = torch.unique_consecutive(pairs.wanted.token_ids_N[lost_L], return_counts=True)
+    end_X = number_X.cumsum(0)
+    head_X = end_X - number_X
+    wanted_XE = pairs.index_TE[tokens_X] >= 0
+    ranked_XE = top_ids(pairs.scores_TE[tokens_X].detach().masked_fill(wanted_XE, -torch.inf), num_experts)
+    others_X = num_experts - wanted_XE.sum(1)
+    found = [lost_L.new_zeros(2, 0)]
+    for choice in range(num_experts - 1):
+        asking_X = ((head_X < end_X) & (choice < others_X)).nonzero().squeeze(1)
+        if not len(asking_X):
+            break
+        from_A, experts_A = lost_L[head_X[asking_X]], ranked_XE[asking_X, choice]
+        queue_A = experts_A * groups + group_T[tokens_X[asking_X]]
+        granted_A = rank_within(queue_A, priority_N[from_A], len(free_Q)) < free_Q[queue_A]
+        found.append(torch.stack([from_A, experts_A])[:, granted_A])
+        free_Q = free_Q - torch.bincount(queue_A[granted_A], minlength=len(free_Q))
+        head_X[asking_X[granted_A]] += 1
+    from_A, experts_A = torch.cat(found, 1)
+    return pairs.add(from_A, experts_A, pairs.moved_weights(from_A, experts_A), pairs.choices(from_A))
+
+
+def _fill_in(pairs: _Pairs, free_Q: Tensor, group_T: Tensor) -> Routing:
+    scores_TE, wanted_TE = pairs.scores_TE.detach(), pairs.index_TE >= 0
+    groups = len(free_Q) // max(scores_TE.shape[1], 1)
+    tokens_X = (wanted_TE.any(1) & ~wanted_TE.all(1)).nonzero().squeeze(1)
+    scores_XE, wanted_XE = scores_TE[tokens_X], wanted_TE[tokens_X]
+    next_X = first_max(scores_XE.masked_fill(wanted_XE, -torch.inf))
+    queue_X = next_X * groups + group_T[tokens_X]
+    score_X = scores_XE.gather(1, next_X[:, None]).squeeze(1)
+    granted_X = rank_within(queue_X, score_X, len(free_Q)) < free_Q[queue_X]
+    weakest_X = first_max((-scores_XE).masked_fill(~wanted_XE, -torch.inf))
+    from_A, experts_A = pairs.index_TE[tokens_X, weakest_X][granted_X], next_X[granted_X]
+    weights_A = pairs.moved_weights(from_A, experts_A)
+    return pairs.add(from_A, experts_A, weights_A, wanted_XE.sum(1)[granted_X])
+
+
+def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
+    wanted, kept, lost_L = pairs.wanted, pairs.kept, pairs.lost_L
+    if wanted.choice_N is not None:  # what h gets has the best rank among the lost
+        lost_L = lost_L[torch.argsort(wanted.choice_N[lost_L], stable=True)]
+    lost_L = lost_L[torch.argsort(wanted.token_ids_N[lost_L], stable=True)]
+    tokens_X, number_X = torch.unique_consecutive(wanted.token_ids_N[lost_L], return_counts=True)
+    first_X = lost_L[number_X.cumsum(0) - number_X]
+    has_X = local_TE[tokens_X].any(1)
+    tokens_X, number_X, first_X = tokens_X[has_X], number_X[has_X], first_X[has_X]
+    best_X = first_max(pairs.scores_TE[tokens_X].detach().masked_fill(~local_TE[tokens_X], -torch.inf))
+    # n: how many of its choices an expert stands for; 0 where the token has nothing to repair
+    number_TE = torch.zeros_like(pairs.scores_TE)
+    number_TE[kept.token_ids_N, kept.expert_ids_N()] = 1
+    held_X = number_TE[tokens_X, best_X] > 0
+    number_TE[tokens_X, best_X] += number_X.to(number_TE.dtype)
+    total_T = torch.zeros_like(number_TE[:, 0]).index_add(0, wanted.token_ids_N, wanted.weights_N.detach())
+    sum_T = (number_TE * pairs.scores_TE.detach()).sum(1)
+    some_T = sum_T > 0  # scores may all underflow: then every choice weighs the same
+    scale_T = total_T / torch.where(some_T, sum_T, number_TE.sum(1))
+    touched_T = torch.zeros_like(some_T).index_fill(0, tokens_X, True)
+
+    def weights(tokens: Tensor, experts: Tensor) -> Tensor:
+        score = torch.where(some_T[tokens], pairs.scores_TE[tokens, experts], 1.0)
+        return number_TE[tokens, experts] * score * scale_T[tokens]
+
+    touched_M = touched_T[kept.token_ids_N]
+    shared_M = weights(kept.token_ids_N, kept.expert_ids_N())
+    pairs = replace(pairs, kept=replace(kept, weights_N=torch.where(touched_M, shared_M, kept.weights_N)))
+    from_A, experts_A = first_X[~held_X], best_X[~held_X]
+    weights_A = weights(wanted.token_ids_N[from_A], experts_A)
+    return pairs.add(from_A, experts_A, weights_A, pairs.choices(from_A))
+
+
+def _local_mask(local_TE: Tensor | tuple[int, int] | None, scores_TE: Tensor) -> Tensor:
+    num_experts = scores_TE.shape[1]
+    if isinstance(local_TE, Tensor):
+        return local_TE
+    first, last = local_TE if local_TE is not None else (0, num_experts - 1)
+    if not 0 <= first <= last < num_experts:
+        raise ValueError(f"local experts {first} to {last} must lie between 0 and {num_experts - 1}")
+    experts_E = torch.arange(num_experts, device=scores_TE.device)
+    return ((experts_E >= first) & (experts_E <= last)).expand(scores_TE.shape)
