@@ -6,26 +6,33 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from moetrain.errors import UserError
+from moetrain.report.dots import dots_figure
+from moetrain.report.figures import KEY, ROUTING, late_mean, step_time
 from moetrain.report.plotting import MISSING, has_matplotlib, label, new_figure, run_style, say_empty, style
 from moetrain.report.runs import Array, RunData, read_run
 from moetrain.report.tables import NOTHING, fact, speed
 
-KEY = "val/bits_per_byte"
+MAX_LINES = 7
 
 
 def comparison_figure(arms: Mapping[str, Sequence[Path]], out: Path) -> Path:
     """Draw validation bits per byte over training tokens as a PNG: thin lines for seeds, strong for means.
 
-    ``arms``: name -> run folders. The mean covers the evaluations that all of the arm's runs have.
+    More arms than lines can show (:data:`MAX_LINES`) become dots instead (``dots.py``). ``arms``: name -> run
+    folders. The mean covers the evaluations that all of the arm's runs have.
     Raises UserError without matplotlib, for a path that is no run folder, or where ``out`` cannot be written.
     """
     if not has_matplotlib():
         raise UserError(MISSING)
+    if len(arms) > MAX_LINES:
+        _save(dots_figure({name: [read_run(path) for path in paths] for name, paths in arms.items()}), out)
+        return out
     with style():
         figure = new_figure(7.0, 4.2)
         axes = figure.subplots()
@@ -55,7 +62,11 @@ def comparison_figure(arms: Mapping[str, Sequence[Path]], out: Path) -> Path:
 
 
 def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
-    """Markdown: one row per arm, mean and sample standard deviation over its runs of the last evaluation."""
+    """Markdown: one row per arm, mean and sample standard deviation over its runs of the last evaluation.
+
+    Where an arm has routers, their figures follow (``figures.py``), as means over layers and the last tenth
+    of the steps.
+    """
     columns: list[tuple[str, Callable[[list[RunData]], str]]] = [
         ("validation bits per byte", lambda runs: _mean_std([r.last(KEY) for r in runs], 4)),
         ("validation loss (nats/token)", lambda runs: _mean_std([r.last("val/loss") for r in runs], 4)),
@@ -65,13 +76,20 @@ def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
         ("training tokens", lambda runs: _millions([r.last("tokens") for r in runs])),
         ("tokens/s", lambda runs: _mean_std([speed(r) for r in runs], 0)),
     ]
+    found = {name: [read_run(path) for path in paths] for name, paths in arms.items()}
+    if any(run.layers("load_cv") for runs in found.values() for run in runs):
+        columns += [(title, partial(_routing_cell, key=key)) for key, title in ROUTING.items()]
+        columns.append(("ms/step", lambda runs: _mean_std([step_time(r) for r in runs], 0)))
     lines = ["| | runs | " + " | ".join(name for name, _ in columns) + " |"]
     lines.append("|---|" + "---:|" * (len(columns) + 1))
-    for name, paths in arms.items():
-        runs = [read_run(path) for path in paths]
+    for name, runs in found.items():
         cells = [name.replace("|", "\\|"), str(len(runs)), *(text(runs) for _, text in columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _routing_cell(runs: Sequence[RunData], key: str) -> str:
+    return _mean_std([late_mean(run, key) for run in runs], 3)
 
 
 def _curve(run: RunData) -> dict[float, float]:

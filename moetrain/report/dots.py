@@ -1,0 +1,42 @@
+"""Many arms of an experiment at a glance: one row an arm, one panel a figure, a dot for each run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from moetrain.report.figures import KEY, ROUTING, late_mean, step_time
+from moetrain.report.plotting import COLOURS, label, new_figure, style
+from moetrain.report.runs import RunData
+
+
+def dots_figure(arms: Mapping[str, Sequence[RunData]]) -> Any:
+    """Arms from the lowest validation bits per byte up; a tick marks each arm's mean."""
+    panels: list[tuple[str, Callable[[RunData], float]]] = [("bits per byte", lambda run: run.last(KEY))]
+    panels += [(title, partial(late_mean, name=key)) for key, title in ROUTING.items()]
+    panels.append(("ms/step", step_time))
+    order = sorted(arms, key=lambda name: _mean([run.last(KEY) for run in arms[name]]), reverse=True)
+    with style():
+        figure = new_figure(13.0, 0.9 + 0.26 * len(arms))
+        all_axes = figure.subplots(1, len(panels), sharey=True)
+        for axes, (title, value) in zip(all_axes, panels, strict=True):
+            for row, name in enumerate(order):
+                values = [v for run in arms[name] if math.isfinite(v := value(run))]
+                axes.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.5, markersize=4)
+                if values:
+                    axes.plot([_mean(values)], [row], "|", color=COLOURS[1], markersize=11, markeredgewidth=2)
+            axes.set_title(title)
+            axes.margins(x=0.08)
+        all_axes[0].set_yticks(range(len(order)), [label(name) for name in order])
+        all_axes[0].set_ylim(-0.7, len(order) - 0.3)
+    return figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN, which sorts nowhere, becomes infinity."""
+    mean = float(np.mean(values)) if values else math.nan
+    return mean if math.isfinite(mean) else math.inf

@@ -1,0 +1,28 @@
+"""One number a run, as comparisons show it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from moetrain.report.runs import RunData
+from moetrain.report.tables import speed
+
+KEY = "val/bits_per_byte"
+ROUTING = {
+    "load_cv": "load variation", "entropy": "entropy (nats)", "drop_rate": "drop rate",
+    "experts_per_token": "experts/token",
+}  # fmt: skip
+
+
+def late_mean(run: RunData, name: str) -> float:
+    """``moe/<layer>/<name>``, the mean over layers and over the last tenth of the steps; NaN without any."""
+    values = [run.series(f"moe/{layer}/{name}")[1] for layer in run.layers(name)]
+    return float(np.mean([v[-max(1, len(v) // 10) :].mean() for v in values])) if values else math.nan
+
+
+def step_time(run: RunData) -> float:
+    """Milliseconds a step, over the whole run."""
+    tokens, steps = run.last("tokens"), run.last("step")
+    return 1e3 * tokens / steps / speed(run) if steps and speed(run) else math.nan
