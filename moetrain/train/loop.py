@@ -112,12 +112,15 @@ class Loop:
             tokens_per_second=state.meter.step(result.tokens),
             routing=result.routing,
             aux=result.aux,
+            control=result.control,
         )
         around.run_dir.metrics.append(row)
         if result.routing.layers and (state.step % self._load_every == 0 or state.step == self.cfg.steps):
             around.run_dir.load.append(result.routing.load_row(state.step))
         around.tracker.log(row, state.step)
         around.progress.step(row)
+        for line in result.news:
+            around.progress.say(line)
 
     def _between_steps(self) -> None:
         state = self.state

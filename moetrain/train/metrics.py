@@ -158,8 +158,12 @@ def step_row(
     tokens_per_second: float,
     routing: RoutingSummary | None = None,
     aux: Mapping[str, Sequence[float]] | None = None,
+    control: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """A row of ``metrics.jsonl`` for one optimizer step; ``aux``: loss name -> one value per MoE layer."""
+    """A row of ``metrics.jsonl`` for one optimizer step.
+
+    ``aux``: loss name -> one value per MoE layer. ``control``: what the balance controllers tell.
+    """
     row: dict[str, float] = {
         "step": step,
         "tokens": tokens,
@@ -173,6 +177,7 @@ def step_row(
         for name, values in (aux or {}).items():
             pairs = zip(routing.layers, values, strict=True)
             row |= {f"moe/{layer}/aux/{name}": value for layer, value in pairs}
+    row |= {f"balance/{name}": value for name, value in (control or {}).items()}
     return row | {"time": time.time()}
 
 

@@ -39,6 +39,8 @@ class StepResult:
     tokens: int  # target tokens and all others, of the global batch
     aux: dict[str, list[float]]
     routing: RoutingSummary
+    control: dict[str, float]  # what controllers tell: name -> figure
+    news: list[str]  # lines of theirs for the user
     problem: str | None
     applied: bool  # the update was made; with a problem: it broke the weights
 
@@ -109,7 +111,9 @@ class TrainStep:
             problem += f"; first parameter with a gradient that is not finite: {name}" if name else ""
         self.optimizer.zero_grad(set_to_none=True)
         aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
-        return StepResult(loss, grad_norm, tokens, aux, routing, problem, applied)
+        control = {k: v for controller in self.controllers for k, v in controller.metrics().items()}
+        news = [line for controller in self.controllers if applied and (line := controller.news())]
+        return StepResult(loss, grad_norm, tokens, aux, routing, control, news, problem, applied)
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """(target tokens, valid tokens) of the whole step."""

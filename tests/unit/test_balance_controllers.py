@@ -5,12 +5,15 @@ Shapes: L layers, T tokens, E experts, D model.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from moetrain.moe import Router, RouterContext, build_router
-from moetrain.moe.balance import BiasController, LossFollower, RunningLoad
+from moetrain.moe.balance import BiasController, LossFollower, RunningLoad, SparsityController
 
 
 def routers(count: int, num_experts: int, **options: object) -> list[Router]:
@@ -146,3 +149,30 @@ def test_a_restored_follower_goes_on_bit_for_bit(step: int) -> None:
         name: t.item() for name, t in whole.tensors().items()
     }
     assert whole.factors()["x"] != 1.0
+
+
+def test_sparsity_passes_three_stages_and_never_goes_back() -> None:
+    controller = SparsityController(num_experts=8, target_k=2)  # target: 0.75 of the pairs inactive
+    said, stages = [], []
+    for per_token in (4.0, 3.9, 3.7, 2.5, 2.0, 2.6):  # inactive: 0.5, 0.5125, 0.5375, 0.69, 0.75, 0.675
+        controller.update(torch.full((2, 8), per_token * 1000 / 8), 1000.0)
+        stages.append(controller.metrics()["sparsity_stage"])
+        said.append(controller.news())
+    assert stages == [1, 1, 2, 2, 3, 3]
+    assert [line is not None for line in said] == [True, False, True, False, True, False]
+    assert "stage 3 of 3, sparse: 0.750" in str(said[4])
+    assert controller.metrics()["sparsity"] == pytest.approx(0.675)
+    assert set(controller.tensors()) == {"sparsity_exponent", "sparsity_stage", "sparsity_first"}
+
+
+@pytest.mark.usefixtures("training")
+def test_a_run_tells_the_stages(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["router=relu", "router.top_k=2", "checkpoint.every=1"]
+    assert tiny.train(corpus, tmp_path, *options, "train.steps=1") == 0
+    assert "sparsity stage 1 of 3, dense" in capsys.readouterr().out
+    assert tiny.train(corpus, tmp_path, *options, "train.steps=2") == 0
+    assert "sparsity stage 1" not in capsys.readouterr().out  # said once, also over a resume
+    rows = tiny.steps(tmp_path)
+    assert [row["balance/sparsity_stage"] for row in rows] == [1, 1]
+    assert all(0.3 < row["balance/sparsity"] < 0.7 for row in rows)
+    assert rows[1]["balance/sparsity_coef"] == pytest.approx(1.2 * rows[0]["balance/sparsity_coef"])

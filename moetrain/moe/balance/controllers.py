@@ -6,6 +6,7 @@ rank makes the same update. State is part of the checkpoint and no cast of the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ class Controller(Protocol):
 
     ``losses`` of ``update``: a term's key -> its values [L] in this step, without coefficient.
     ``factors``: loss name -> what its coefficient is multiplied with in the next step.
+    ``metrics``: name -> a figure to log after the step. ``news``: a line for the user, once, or None.
     """
 
     def update(self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor]) -> None: ...
@@ -28,15 +30,25 @@ class Controller(Protocol):
 
     def factors(self) -> dict[str, float]: ...
 
+    def metrics(self) -> dict[str, float]: ...
+
+    def news(self) -> str | None: ...
+
 
 class _Plain:
-    """A controller without a state of its own and without a say in coefficients."""
+    """A controller without a state of its own, a say in coefficients, or anything to tell."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
     def factors(self) -> dict[str, float]:
         return {}
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def news(self) -> str | None:
+        return None
 
 
 class BiasController(_Plain):
@@ -87,30 +99,65 @@ class SparsityController(_Plain):
 
     ``coef = start * rate ** n`` over all layers together (Wang et al. 2024, eq. 8): n grows by one where the
     share of inactive pairs of a token and an expert lies below 1 - k / E, and falls by one elsewhere. The
-    state is n, an integer. The loss counts assignments per token, so k divides its coefficient.
+    loss counts assignments per token, so k divides its coefficient.
+
+    Training passes three stages (their section 3.4), told by the share of inactive pairs: 1, dense, until it
+    has gone a tenth of its way from the first step's to the target; 2, sparsifying, until it first reaches
+    the target; 3, sparse. The state is n, the stage, and the first step's share.
     """
 
     def __init__(self, num_experts: int, target_k: int, rate: float = 1.2, start: float = 1e-8) -> None:
         self.num_experts, self.target_k, self.rate, self.start = num_experts, target_k, rate, start
         self.exponent = torch.zeros((), dtype=torch.int64)
+        self.stage = torch.zeros((), dtype=torch.int64)  # 0: before the first step
+        self.first = torch.zeros((), dtype=torch.float64)
+        self.sparsity = math.nan
+        self._news: str | None = None
 
     @property
     def coef(self) -> float:
         return self.start * self.rate ** int(self.exponent)
+
+    @property
+    def target(self) -> float:
+        return 1 - self.target_k / self.num_experts
 
     def update(
         self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor] | None = None
     ) -> None:
         pairs = num_tokens * demand_LE.shape[0] * self.num_experts
         if pairs:
-            sparsity = 1 - float(demand_LE.sum()) / pairs
-            self.exponent += 1 if sparsity < 1 - self.target_k / self.num_experts else -1
+            self.sparsity = 1 - float(demand_LE.sum()) / pairs
+            self.exponent += 1 if self.sparsity < self.target else -1
+            self._follow()
+
+    def _follow(self) -> None:
+        """The stage, which never goes back, and the line that says so."""
+        self._news = None
+        if int(self.stage) == 0:
+            self.first.fill_(self.sparsity)
+        started = self.sparsity > self.first + 0.1 * (self.target - self.first)
+        stage = 3 if self.sparsity >= self.target else 2 if started else 1
+        if stage > int(self.stage):
+            self.stage.fill_(stage)
+            name = ("dense", "sparsifying", "sparse")[stage - 1]
+            self._news = (
+                f"sparsity stage {stage} of 3, {name}: {self.sparsity:.3f} of all pairs of a token and an "
+                f"expert are inactive, target {self.target:.3f}, coefficient {self.coef:.2g}"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"sparsity_exponent": self.exponent}
+        state = {"exponent": self.exponent, "stage": self.stage, "first": self.first}
+        return {f"sparsity_{key}": tensor for key, tensor in state.items()}
 
     def factors(self) -> dict[str, float]:
         return {"l1": self.coef / self.target_k}
+
+    def metrics(self) -> dict[str, float]:
+        return {"sparsity": self.sparsity, "sparsity_coef": self.coef, "sparsity_stage": int(self.stage)}
+
+    def news(self) -> str | None:
+        return self._news
 
 
 class LossFollower(_Plain):
@@ -152,3 +199,6 @@ class LossFollower(_Plain):
 
     def factors(self) -> dict[str, float]:
         return {self.name: float(self.factor)}
+
+    def metrics(self) -> dict[str, float]:
+        return {f"{self.name}_factor": float(self.factor)}
