@@ -47,9 +47,9 @@ def repair_overflow(
     capacity does not bind. With n_j = 1 for what it kept, plus m for h, its weights become
     W n_j s_j / sum_i n_i s_i, where W is the weight that it had in all before capacity: the paper's form
     where scores are a softmax and W is 1. W and the sum are constants in the backward pass
-    (straight-through). ``local_TE`` marks the experts of each token's own device: a bool mask, or the (first,
-    last) expert of one block, last included, for all tokens; None: all experts. A token without a local
-    expert stays as it is.
+    (straight-through); where all these scores underflow, every choice weighs the same. ``local_TE`` marks the
+    experts of each token's own device: a bool mask, or the (first, last) expert of one block, last included,
+    for all tokens; None: all experts. A token without a local expert stays as it is.
 
     ``fill_in``: each token asks for the best expert that it did not want; an expert's free places go to the
     highest scores, ties to the earlier token. The weight follows from the weakest wanted assignment as in
@@ -106,8 +106,7 @@ class _Pairs:
         old_A = self.scores_TE[self.wanted.token_ids_N[from_A], self.experts_N[from_A]]
         new_A = self.scores_TE[self.wanted.token_ids_N[from_A], experts_A]
         weights_A = self.wanted.weights_N[from_A]
-        # the square of the divisor, of which the gradient consists, must not underflow either
-        usable_A = old_A.detach() > torch.finfo(old_A.dtype).tiny ** 0.5
+        usable_A = old_A.detach() > _least(old_A)
         return torch.where(usable_A, weights_A * (new_A / old_A.where(usable_A, 1.0)), weights_A)
 
     def add(self, from_A: Tensor, experts_A: Tensor, weights_A: Tensor, choice_A: Tensor | None) -> Routing:
@@ -194,9 +193,9 @@ def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
     number_TE[tokens_X, best_X] += number_X.to(number_TE.dtype)
     total_T = torch.zeros_like(number_TE[:, 0]).index_add(0, wanted.token_ids_N, wanted.weights_N.detach())
     sum_T = (number_TE * pairs.scores_TE.detach()).sum(1)
-    some_T = sum_T > 0  # scores may all underflow: then every choice weighs the same
+    touched_T = torch.zeros_like(sum_T, dtype=torch.bool).index_fill(0, tokens_X, True)
+    some_T = touched_T & (sum_T > _least(sum_T))
     scale_T = total_T / torch.where(some_T, sum_T, number_TE.sum(1))
-    touched_T = torch.zeros_like(some_T).index_fill(0, tokens_X, True)
 
     def weights(tokens: Tensor, experts: Tensor) -> Tensor:
         score = torch.where(some_T[tokens], pairs.scores_TE[tokens, experts], 1.0)
@@ -208,6 +207,11 @@ def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
     from_A, experts_A = first_X[~held_X], best_X[~held_X]
     weights_A = weights(wanted.token_ids_N[from_A], experts_A)
     return pairs.add(from_A, experts_A, weights_A, pairs.choices(from_A))
+
+
+def _least(scores: Tensor) -> float:
+    """The least score to divide by: of what is below, the square, which gradients have, underflows."""
+    return float(torch.finfo(scores.dtype).tiny ** 0.5)
 
 
 def _local_mask(local_TE: Tensor | tuple[int, int] | None, scores_TE: Tensor) -> Tensor:

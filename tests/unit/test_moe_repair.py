@@ -185,7 +185,7 @@ def local_by_hand(case: Case, local_TE: Tensor) -> dict[tuple[int, int], float]:
             best = min(near, key=lambda e: (-score[e], e))
             number[best] = number.get(best, 0) + lost
             parts = {e: n * score[e] for e, n in number.items()}
-            if not sum(parts.values()) > 0:
+            if not sum(parts.values()) > 1e-150:
                 parts = {e: float(n) for e, n in number.items()}
             found |= {(e, t): sum(row.values()) * p / sum(parts.values()) for e, p in parts.items()}
     return found
@@ -271,3 +271,26 @@ def test_one_expert_has_no_other(rule: str, shape: tuple[int, int]) -> None:
     wanted = routed(torch.zeros(shape[0] * shape[1], 1), ctx, 1, "softmax")
     case = Case(wanted, ctx, 5, 0, DropOrder.position, 1)
     assert pairs(case.repaired(rule)) == pairs(case.kept())
+
+
+def wishes(mask: list[list[int]], scores: list[list[float]]) -> Case:
+    """One sequence: which token wants which expert. C is the mean demand, rounded up."""
+    ctx, scores_TE = RouterContext.default(1, len(mask)), torch.tensor(scores, dtype=torch.float64)
+    wanted = from_mask(torch.tensor(mask).bool(), scores_TE, ctx, scores_TE)
+    return Case(wanted, ctx, 10, 0, DropOrder.position, 1)
+
+
+def test_a_token_is_never_sent_where_it_is() -> None:
+    """Expert 0 has a place left, but the last token has it already."""
+    case = wishes([[0, 1], [0, 1], [1, 1]], [[0.5, 0.5]] * 3)
+    assert pairs(case.repaired("next_expert")).keys() == {(1, 0), (1, 1), (0, 2)}
+
+
+def test_the_earlier_token_goes_first_whichever_expert_refused_it() -> None:
+    case = replace(wishes([[1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]], [[0.3, 0.3, 0.4]] * 4), tenths=7)
+    assert pairs(case.repaired("next_expert")).keys() == {(0, 0), (1, 1), (2, 2)}
+
+
+def test_scores_that_underflow_share_alike() -> None:
+    case = wishes([[1, 0, 0], [1, 0, 0], [1, 0, 0]], [[1.0, 0.0, 0.0]] * 3)
+    assert pairs(case.repaired("local", (1, 2))) == {(0, 0): 1.0, (1, 1): 1.0, (1, 2): 1.0}

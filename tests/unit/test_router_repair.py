@@ -96,6 +96,7 @@ def test_every_router_with_scores(name: str, rule: str) -> None:
     """Invariants and finite gradients, in training and evaluation, with padding and with tokens of zeros."""
     ctx = replace(RouterContext.default(3, 7), valid_T=torch.arange(21) % 7 < 6)
     limits = {"capacity_factor": 0.5, "eval_capacity_factor": 0.7, "min_capacity": 0}
+    torch.manual_seed(0)
     router = build_router(name, d_model=4, num_experts=5, repair=rule, **limits).double()
     for training in (True, False):
         for x_TD in (normal(0, 21, 4), 0 * normal(0, 21, 4), 1e4 * normal(0, 21, 4)):
@@ -186,6 +187,20 @@ def test_the_normaliser_of_local_is_a_constant_backward() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_score_that_hardly_is_one_has_a_finite_gradient(rule: str) -> None:
+    """Of a token that loses nothing, and of one that does."""
+    ctx = RouterContext.default(1, 5)
+    scores_TE = torch.tensor([[1e-310, 1.0, 0.0]] * 5, dtype=torch.float64, requires_grad=True)
+    weights_TK = torch.ones(5, 1, dtype=torch.float64)
+    wanted = from_token_choice(torch.zeros(5, 1).long(), weights_TK, ctx, 3, scores_TE)
+    found = repaired(wanted, ctx, rule)
+    assert len(found.token_ids_N) > 1
+    (slope_TE,) = torch.autograd.grad(found.weights_N.sum(), scores_TE, allow_unused=True)
+    assert slope_TE is None or slope_TE.isfinite().all()
+    assert found.weights_N.isfinite().all()
+
+
 # ranks, forward scales, balance, metrics
 
 
@@ -259,3 +274,17 @@ def test_broken_repairs_are_named() -> None:
         replace(found, repaired_E=-found.repaired_E, demand_BE=found.demand_BE + 9).check()
     with pytest.raises(ValueError, match="fewer repaired assignments than 0, or more"):
         replace(found, repaired_E=found.counts_E + 1).check()
+
+
+def test_a_tokens_first_choice_takes_its_best_next() -> None:
+    """The last token loses both: its first choice goes to expert 2, and 3 is taken before its second."""
+    ctx = RouterContext.default(1, 3)
+    scores_TE = torch.tensor([[0.1, 0.9, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0], [0.3, 0.4, 0.2, 0.1]]).double()
+    ids_TK = scores_TE.topk(2).indices
+    wanted = from_token_choice(ids_TK, scores_TE.gather(1, ids_TK), ctx, 4, scores_TE)
+    limits = (0.6, 0, DropOrder.choice, "sequence")  # one place an expert
+    kept = apply_capacity(wanted, ctx, *limits)
+    found = repair_overflow(wanted, kept, ctx, Repair.next_expert, *limits)
+    mine_N = found.token_ids_N == 2
+    ranks = dict(zip(found.expert_ids_N()[mine_N].tolist(), found.choice_N[mine_N].tolist(), strict=True))
+    assert ranks == {2: 0}
