@@ -62,12 +62,28 @@ def schedule_numbers(cfg: TrainConfig, world: int) -> None:
 def layout_is_built(cfg: TrainConfig, world: int) -> None:
     p = cfg.parallel
     at_least("parallel", p, 1, "dp_replicate", "dp_shard", "ep", "tp", "cp", "pp")
-    for axis in ("ep", "tp", "cp", "pp"):
+    for axis in ("tp", "cp", "pp"):
         degree = getattr(p, axis)
         if degree != 1:
             raise UserError(
                 f"parallel.{axis}={degree} is not built yet: this version trains with parallel.{axis}=1"
             )
+
+
+def experts_spread_evenly(cfg: TrainConfig, world: int) -> None:
+    ep, experts = cfg.parallel.ep, cfg.model.num_experts
+    if ep == 1:
+        return
+    if not experts:
+        raise UserError(f"parallel.ep={ep} needs experts, but model.num_experts=0: set parallel.ep=1")
+    if experts % ep:
+        raise UserError(f"parallel.ep={ep} does not divide model.num_experts={experts}")
+    shard = world // cfg.parallel.dp_replicate if cfg.parallel.dp_shard is None else cfg.parallel.dp_shard
+    if shard % ep:
+        raise UserError(
+            f"parallel.ep={ep} borrows ranks of parallel.dp_shard, but does not divide its {shard}: "
+            f"start a multiple of {ep * cfg.parallel.dp_replicate} ranks"
+        )
 
 
 def layout_fills_world(cfg: TrainConfig, world: int) -> None:
@@ -214,6 +230,7 @@ RULES = (
     schedule_numbers,
     layout_is_built,
     layout_fills_world,
+    experts_spread_evenly,
     global_batch_is_whole_micro_batches,
     device_is_there,
     compiler_is_there,

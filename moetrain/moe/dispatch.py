@@ -45,9 +45,15 @@ class Plan:
 class Dispatcher(Protocol):
     """``combine(experts(dispatch(x, routing)), plan)`` is the layer's output."""
 
+    block: int | None  # rows that each expert's segment is rounded up to; None: the device's default
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched: ...
 
     def combine(self, out_RD: Tensor, plan: Plan) -> Tensor: ...
+
+    def agree(self, rounds: int) -> int:
+        """The most of any rank that dispatches together with this one."""
+        ...
 
 
 class LocalDispatcher:
@@ -64,14 +70,19 @@ class LocalDispatcher:
         self.block = block
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        block = self.block or _BLOCK.get(x_TD.device.type, _BLOCK_GPU)
-        rows, slots_N = layout(routing, x_TD.shape[0], block)
+        counts_E = routing.counts_E[: routing.num_ffn_experts]
+        useful = counts_E.tolist()
+        tokens_N = routing.token_ids_N[: sum(useful)]
+        rows, slots_N = layout(tokens_N, counts_E, useful, x_TD.shape[0], block_of(x_TD, self.block))
         size = rows.ids_R.shape[0]
         here = slice(slots_N.shape[0])  # zero-computation experts come last, and do without rows
         weights_R = routing.weights_N.new_zeros(size).scatter(0, slots_N, routing.weights_N[here])
         scale_N = routing.forward_scale_N
         scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N[here])
         return Dispatched(x_TD, rows, weights_R, list(rows.useful), Plan(rows, scale_R))
+
+    def agree(self, rounds: int) -> int:
+        return rounds
 
     def combine(self, out_RD: Tensor, plan: Plan) -> Tensor:
         """y [T, D]: each token's rows summed in expert order; tokens without rows get zeros."""
@@ -81,15 +92,20 @@ class LocalDispatcher:
         return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R)
 
 
-def layout(routing: Routing, num_source: int, block: int) -> tuple[Rows, Tensor]:
-    """The block-aligned rows of a routing, and the row of each feed-forward assignment, int64 [n].
+def block_of(x: Tensor, block: int | None) -> int:
+    """Rows of a block: as asked, or the device's default."""
+    return block or _BLOCK.get(x.device.type, _BLOCK_GPU)
 
-    Each expert's segment is rounded up to a multiple of ``block``; padding rows have id -1.
+
+def layout(
+    tokens_N: Tensor, counts_E: Tensor, useful: list[int], num_source: int, block: int
+) -> tuple[Rows, Tensor]:
+    """The block-aligned rows of assignments sorted by expert, and the row of each, int64 [N].
+
+    ``counts_E`` of them go to each expert; ``useful`` are the same numbers on the host. Each expert's segment
+    is rounded up to a multiple of ``block``; padding rows have id -1.
     """
-    counts_E = routing.counts_E[: routing.num_ffn_experts]
-    useful = counts_E.tolist()
     aligned = [-(-count // block) * block for count in useful]
-    tokens_N = routing.token_ids_N[: sum(useful)]
     device = tokens_N.device
     starts, rows_before, total = [], 0, 0
     for count, width in zip(useful, aligned, strict=True):

@@ -5,7 +5,6 @@ Shapes: B batch, S sequence, T = B S tokens, D model, R computed rows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from moetrain.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import RouterConfig
-from moetrain.moe.rounds import in_rounds
+from moetrain.moe.rounds import in_rounds, round_starts
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroExperts
@@ -26,12 +25,13 @@ from moetrain.moe.zero_experts import ZeroExperts
 class Started:
     """A layer between routing and computing; ``x_BSD`` is what the shared experts see by default.
 
-    ``dispatched`` is None where the rows are too many at once: they go by rounds when the layer finishes.
+    Rows that are too many at once are not ``dispatched`` yet: they go by ``rounds`` when the layer finishes.
     """
 
     x_BSD: Tensor
     routing: Routing
     dispatched: Dispatched | None
+    rounds: list[int]
 
 
 class MoELayer(nn.Module):
@@ -84,15 +84,16 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         seen = x_BSD if router_input is None else router_input
         routing: Routing = self.router(seen.reshape(-1, width), ctx)
-        if routing.token_ids_N.shape[0] > self._max_rows(batch * seq):
-            return Started(x_BSD, routing, None)
-        return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing))
+        rounds = self._rounds(routing, batch * seq)
+        if len(rounds) > 1:
+            return Started(x_BSD, routing, None, rounds)
+        return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing), rounds)
 
     def finish(self, started: Started, shared_input: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Compute and combine; returns y in the dtype of the experts' products, and the routing."""
         x_TD = started.x_BSD.reshape(-1, started.x_BSD.shape[-1])
         if started.dispatched is None:
-            y_TD = in_rounds(x_TD, started.routing, self._max_rows(x_TD.shape[0]), self._one_round)
+            y_TD = in_rounds(x_TD, started.routing, started.rounds, self._one_round)
         else:
             y_TD = self._compute(started.dispatched)
         y_BSD = y_TD.view_as(started.x_BSD)
@@ -108,8 +109,12 @@ class MoELayer(nn.Module):
     def _compute(self, dispatched: Dispatched) -> Tensor:
         return self.dispatcher.combine(self.experts(dispatched), dispatched.plan)
 
-    def _max_rows(self, tokens: int) -> float:
-        """Assignments that are computed at once: the layer's bound, or what the router calls usual."""
+    def _rounds(self, routing: Routing, tokens: int) -> list[int]:
+        """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""
         usual = self.router.usual_rows_per_token
         bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
-        return min((bound for bound in bounds if bound is not None), default=math.inf)
+        given = [bound for bound in bounds if bound is not None]
+        if not given:
+            return [0]
+        starts = round_starts(routing, tokens, min(given))
+        return starts + [tokens] * (self.dispatcher.agree(len(starts)) - len(starts))

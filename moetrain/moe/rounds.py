@@ -22,15 +22,31 @@ from moetrain.moe.routing import Routing
 _PER_ASSIGNMENT = ("weights_N", "forward_scale_N", "choice_N")
 
 
+def round_starts(routing: Routing, num_tokens: int, max_rows: float) -> list[int]:
+    """The first token of each round, from 0: as many tokens as have ``max_rows`` assignments, at least one.
+
+    No more than ``max_rows`` in all are one round, without a look at them; else one host synchronisation.
+    """
+    starts = [0]
+    if routing.token_ids_N.shape[0] <= max_rows:
+        return starts
+    ends_T = torch.bincount(routing.token_ids_N, minlength=num_tokens).cumsum(0).tolist()
+    while (begin := starts[-1]) < num_tokens:
+        done = ends_T[begin - 1] if begin else 0
+        starts.append(max(begin + 1, bisect_right(ends_T, done + max_rows, lo=begin)))
+    return starts[:-1]
+
+
 def in_rounds(
-    x_TD: Tensor, routing: Routing, max_rows: float, compute: Callable[[Tensor, Routing], Tensor]
+    x_TD: Tensor, routing: Routing, starts: list[int], compute: Callable[[Tensor, Routing], Tensor]
 ) -> Tensor:
     """y [T, D]: ``compute(x_tD, routing of these tokens)`` of each round, put together.
 
-    A round has at most ``max_rows`` assignments, or a single token.
+    ``starts`` as of :func:`round_starts`; a start at T is a round without tokens, which a rank makes to keep
+    company with ranks that have more.
     """
     parts = []
-    for tokens, part in split(routing, x_TD.shape[0], max_rows):
+    for tokens, part in split(routing, x_TD.shape[0], starts):
         x_tD = x_TD[tokens]
         if torch.is_grad_enabled():
             parts.append(checkpoint(compute, x_tD, part, use_reentrant=False, preserve_rng_state=False))
@@ -39,41 +55,32 @@ def in_rounds(
     return torch.cat(parts)
 
 
-def split(routing: Routing, num_tokens: int, max_rows: float) -> Iterator[tuple[slice, Routing]]:
-    """Consecutive tokens whose assignments together are at most ``max_rows``, and their part of ``routing``.
+def split(routing: Routing, num_tokens: int, starts: list[int]) -> Iterator[tuple[slice, Routing]]:
+    """The tokens of each round and their part of ``routing``, which has what a dispatcher reads.
 
-    The parts have what a dispatcher reads, with token ids from 0; scores and the like stay behind. One host
-    synchronisation.
+    Token ids count from 0; scores and the like stay behind. One host synchronisation.
     """
     tokens_N, num_experts = routing.token_ids_N, routing.num_experts
-    ends_T = torch.bincount(tokens_N, minlength=num_tokens).cumsum(0).tolist()  # rows up to each token
-    starts = [0]
-    while (begin := starts[-1]) < num_tokens:
-        done = ends_T[begin - 1] if begin else 0
-        starts.append(max(begin + 1, bisect_right(ends_T, done + max_rows, lo=begin)))
-    starts = starts[:-1] or [0]
     starts_M = torch.tensor(starts, device=tokens_N.device)
     round_N = torch.bucketize(tokens_N, starts_M, right=True) - 1
     order_N = stable_order(round_N, len(starts))  # stays sorted by (expert, token) within a round
     cells_N = round_N * num_experts + routing.expert_ids_N()
     counts_ME = torch.bincount(cells_N, minlength=len(starts) * num_experts).view(-1, num_experts)
     values = {name: v for name in _PER_ASSIGNMENT if (v := getattr(routing, name)) is not None}
-    ends_M = [ends_T[last - 1] for last in [*starts[1:], num_tokens]] if num_tokens else [0]
+    ends_M = counts_ME.sum(1).cumsum(0).tolist()
     for m, (first, last) in enumerate(zip(starts, [*starts[1:], num_tokens], strict=True)):
         here_n = order_N[ends_M[m - 1] if m else 0 : ends_M[m]]
-        yield (
-            slice(first, last),
-            replace(
-                routing,
-                token_ids_N=tokens_N[here_n] - first,
-                counts_E=counts_ME[m],
-                scores_TE=None,
-                logits_TE=None,
-                valid_T=None,
-                load_TE=None,
-                repaired_E=None,
-                stats=None,
-                penalty=None,
-                **{name: value.gather(0, here_n) for name, value in values.items()},
-            ),
+        part = replace(
+            routing,
+            token_ids_N=tokens_N[here_n] - first,
+            counts_E=counts_ME[m],
+            scores_TE=None,
+            logits_TE=None,
+            valid_T=None,
+            load_TE=None,
+            repaired_E=None,
+            stats=None,
+            penalty=None,
+            **{name: value.gather(0, here_n) for name, value in values.items()},
         )
+        yield slice(first, last), part

@@ -1,4 +1,4 @@
-"""Lay a finished model out over the ranks: recompute, then compile, then FSDP2.
+"""Lay a finished model out over the ranks: experts, then recompute, then compile, then FSDP2.
 
 The model is any module with ``blocks: nn.ModuleList``. Modules that carry ``is_router = True`` become an FSDP
 group of their own. No step renames a parameter, so state dicts fit every layout.
@@ -13,12 +13,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.parallel.mesh import Meshes
+from moetrain.moe import MoELayer
+from moetrain.moe.all_to_all import AllToAllDispatcher
+from moetrain.parallel.mesh import EP, Meshes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,15 +40,36 @@ def parallelize(
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList named 'blocks'")
-    # Expert parallelism will go here: experts become DTensors on meshes.sparse before anything wraps them.
+    spread = _spread_experts(model, meshes)
     for block in blocks:
         if recompute:
             _set_forward(block, _recomputed(block.forward))
         if compile:
             _set_forward(block, torch.compile(block.forward, backend=backend))
     if meshes.fsdp is not None:
-        _shard(model, blocks, meshes.fsdp)
+        _shard(model, blocks, meshes.fsdp, spread, meshes.experts_fsdp)
     return model
+
+
+def _spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
+    """Give each rank of ``ep`` its block of every layer's experts; returns the modules that hold them."""
+    if meshes.sparse is None:
+        return []
+    mesh = meshes.sparse[EP]
+    holders: list[nn.Module] = []
+    for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+        for name, parameter in list(layer.experts.named_parameters()):
+            local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            fresh = nn.Parameter(placed, parameter.requires_grad)
+            vars(fresh).update(vars(parameter))
+            setattr(layer.experts, name, fresh)
+        weight = layer.experts.w_down_EFD
+        layer.dispatcher = AllToAllDispatcher(
+            mesh.get_group(), weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
+        )
+        holders.append(layer.experts)
+    return holders
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
@@ -79,9 +104,17 @@ def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     block.forward = forward
 
 
-def _shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh) -> None:
+def _shard(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    mesh: DeviceMesh,
+    spread: list[nn.Module],
+    experts_mesh: DeviceMesh | None,
+) -> None:
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
+    for module in spread:
+        fully_shard(module, mesh=experts_mesh)
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)
     for module in model.modules():

@@ -89,5 +89,6 @@ def _layout(parameter: nn.Parameter) -> _Layout | None:
         return None
     if any(placement.is_partial() for placement in parameter.placements):
         raise ValueError(f"a parameter placed as {parameter.placements} is a partial sum")
-    sharded = tuple(dim for dim, placement in enumerate(parameter.placements) if placement.is_shard())
+    # Not is_shard(): what FSDP2 makes of an already sharded dimension is a kind of its own.
+    sharded = tuple(dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
     return parameter.device_mesh, sharded

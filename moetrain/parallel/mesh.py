@@ -15,6 +15,7 @@ from moetrain.config.schema import ParallelConfig
 from moetrain.errors import UserError
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
+EFSDP, EP = "efsdp", "ep"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,21 @@ class Meshes:
             return None
         return self.dense if self.dp_replicate > 1 else self.dense[SHARD]
 
+    @property
+    def experts_fsdp(self) -> DeviceMesh | None:
+        """What FSDP2 takes for experts, which ep has spread already; None without ep."""
+        if self.sparse is None:
+            return None
+        return self.sparse[REPLICATE, EFSDP] if self.dp_replicate > 1 else self.sparse[EFSDP]
+
 
 def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> Meshes:
     """Lay ``world`` ranks out as ``cfg`` says; an unset dp_shard fills the world.
 
     Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
-    ``world`` and for an axis that is not available.
+    ``world``, where ep does not divide dp_shard, and for an axis that is not available.
     """
-    for axis in ("ep", "tp", "cp", "pp"):
+    for axis in ("tp", "cp", "pp"):
         if (size := getattr(cfg, axis)) != 1:
             raise UserError(f"parallel.{axis}={size} is not available; set parallel.{axis}=1")
     if cfg.dp_replicate < 1 or world % cfg.dp_replicate:
@@ -58,7 +66,14 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
             f"parallel.dp_replicate={cfg.dp_replicate} times parallel.dp_shard={shard} is "
             f"{cfg.dp_replicate * shard}, but the run has {world} ranks; parallel.dp_shard=null fills them"
         )
-    dense = None
+    if shard % cfg.ep:
+        raise UserError(
+            f"parallel.ep={cfg.ep} does not divide the {shard} ranks of parallel.dp_shard, which it borrows"
+        )
+    dense = sparse = None
     if world > 1:
         dense = init_device_mesh(device_type, (cfg.dp_replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
-    return Meshes(cfg.dp_replicate, shard, cfg.ep, dense)
+    if cfg.ep > 1:
+        sizes = (cfg.dp_replicate, shard // cfg.ep, cfg.ep)
+        sparse = init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, EFSDP, EP))
+    return Meshes(cfg.dp_replicate, shard, cfg.ep, dense, sparse)

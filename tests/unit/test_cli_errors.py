@@ -71,7 +71,8 @@ BAD = [
     # impossible combinations
     ("train model.num_heads=3", "model.num_heads=3", "model.d_model="),
     ("train balance=dynmoe", "router=topk", "penalty"),
-    ("train parallel.ep=2", "parallel.ep=2", "parallel.ep=1"),
+    ("train parallel.ep=2", "parallel.ep=2", "multiple of 2 ranks"),
+    ("train parallel.ep=3", "parallel.ep=3", "model.num_experts=8"),
     ("train data=local data.path=nowhere/*.txt", "data.path=nowhere/*.txt", "no file"),
     ("train resume=nowhere", "resume=nowhere", "auto"),
     ("train train.device=tpu", "train.device=tpu", "cuda"),

@@ -150,6 +150,6 @@ def test_a_layers_worth_of_tokens_beyond_16_bits() -> None:
     r.check()
     assert torch.equal(r.weights_N.long(), r.token_ids_N)
     assert torch.equal(ids_TK[r.token_ids_N, 0], r.expert_ids_N())
-    rows, slots_N = layout(r, 33_009, 32)
+    rows, slots_N = layout(r.token_ids_N, r.counts_E, r.counts_E.tolist(), 33_009, 32)
     assert torch.equal(rows.ids_R[slots_N], r.token_ids_N)
     assert torch.equal(rows.ids_R[rows.by_source_N], torch.arange(33_009))
