@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from moetrain.report.runs import RunData
-from moetrain.report.tables import speed
 
 KEY = "val/bits_per_byte"
 ROUTING = {
@@ -23,6 +22,7 @@ def late_mean(run: RunData, name: str) -> float:
 
 
 def step_time(run: RunData) -> float:
-    """Milliseconds a step, over the whole run."""
+    """Milliseconds a step, by the median of the steps' own speeds: a pause of the machine does not count."""
     tokens, steps = run.last("tokens"), run.last("step")
-    return 1e3 * tokens / steps / speed(run) if steps and speed(run) else math.nan
+    speeds = run.series("tokens_per_second")[1]
+    return 1e3 * tokens / steps / float(np.median(speeds)) if len(speeds) and steps else math.nan

@@ -14,8 +14,9 @@ from test_report_runs import make_run
 from moetrain.errors import UserError
 from moetrain.report import comparison_figure, comparison_table, heatmap, report_command, status_command
 from moetrain.report.commands import last_checkpoint
+from moetrain.report.dots import dots_figure
 from moetrain.report.plotting import label, robust_limits, running_mean, spread, thin
-from moetrain.report.runs import Loads
+from moetrain.report.runs import Loads, read_run
 
 
 def test_thinning_keeps_the_mean_and_the_extremes() -> None:
@@ -113,6 +114,33 @@ def test_the_comparison_table(tmp_path: Path) -> None:
     assert "| 22.6 M | 9.4 M | 17 | 0.164 M | 9,102 ± 0 |" in table[2]
     assert table[3].startswith("| dense\\|twin | 1 | ")
     assert "±" not in table[3]
+
+
+def test_the_comparison_table_has_routing_figures_where_there_are_routers(tmp_path: Path) -> None:
+    compared = arms(tmp_path)
+    header, _, moe, dense = comparison_table(compared).splitlines()
+    assert header.endswith("| load variation | entropy (nats) | drop rate | experts/token | ms/step |")
+    values = []
+    for folder in compared["moe"]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        values.append(np.mean([row["moe/0/load_cv"] for row in rows if "moe/0/load_cv" in row][-2:]))  # of 20
+    assert f"| {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in moe
+    assert "| - | - | - | - |" in dense
+    assert "load variation" not in comparison_table({"dense": compared["dense|twin"]})
+
+
+def test_many_arms_are_dots_from_the_best_up(tmp_path: Path) -> None:
+    compared = {name: [read_run(path) for path in paths] for name, paths in arms(tmp_path).items()}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("x: 1\n")
+    axes = dots_figure({**compared, "empty": [read_run(empty)]}).axes
+    assert [a.get_title(loc="left") for a in axes][:2] == ["bits per byte", "load variation"]
+    best = {name: np.mean([run.last("val/bits_per_byte") for run in runs]) for name, runs in compared.items()}
+    expected = ["empty", *sorted(best, key=best.__getitem__, reverse=True)]
+    assert [t.get_text().strip() for t in axes[0].get_yticklabels()] == expected
+    many = {f"arm{i}": paths for i, paths in enumerate([arms(tmp_path)["moe"]] * 8)}
+    assert comparison_figure(many, tmp_path / "many.png").stat().st_size > 10_000
 
 
 def test_a_run_without_an_evaluation_leaves_a_gap(tmp_path: Path) -> None:
