@@ -130,7 +130,7 @@ def test_the_sparsity_controller_counts_steps():
         controller.update(demand_LE, 100.0)
     assert controller.coef == pytest.approx(1e-8 * 1.2**2)
     assert controller.factors() == {"l1": controller.coef / 2}
-    (saved,) = controller.tensors().values()
+    saved = controller.tensors()["sparsity_exponent"]
     assert saved.dtype is torch.int64
     assert int(saved) == 2
     assert math.log(controller.coef / 1e-8) / math.log(1.2) == pytest.approx(2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.moe.balance import LossFollower, SparsityController
 from moetrain.moe.routing import Routing
 from moetrain.train.metrics import (
     EvalSums,
@@ -25,6 +26,7 @@ from moetrain.train.metrics import (
 )
 from moetrain.train.monitor import LossMonitor, ThroughputMeter
 
+CONTROLLERS = (SparsityController(4, 2), LossFollower("chunk_sparsity", 4.0))
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -172,6 +174,7 @@ def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str,
         tokens_per_second=5.0,
         routing=stats.reduce(),
         aux={"switch": [1.0] * layers},
+        control={name: 1.0 for controller in CONTROLLERS for name in controller.metrics()},
     )
     sums = {f"domain {i}/x": EvalSums(float(i), i + 1, 3 * i + 1) for i in range(domains)}
     modes = {"group": EvalSums(1.0, 2, 3)}
@@ -185,7 +188,7 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 
 def test_the_number_of_keys_is_bounded() -> None:
     step, evaluation = emitted_rows(layers=48, domains=1000)
-    assert len(step) == 7 + 48 * 7
+    assert len(step) == 7 + 4 + 48 * 7
     assert len(evaluation) == 6 + 1 + 2 * 32
 
 
