@@ -81,8 +81,9 @@ class DynMoERouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """tau cos(x, w_e), [T, E]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        directions_ED = F.normalize(self.weight_ED.to(dtype), dim=-1)
-        return self._tau(dtype) * F.linear(F.normalize(x_TD.to(dtype), dim=-1), directions_ED)
+        x_TD, directions_ED = x_TD.to(dtype), F.normalize(self.weight_ED.to(dtype), dim=-1)
+        norm_T1 = x_TD.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return self._tau(dtype) * F.linear(x_TD, directions_ED) / norm_T1  # T x E numbers, never T x D
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
@@ -117,7 +118,8 @@ class DynMoERouter(Router):
         """[S]: assignments of each expert, tokens that took nobody, and their sum."""
         if routing.valid_T is not None:
             missed_T = missed_T & routing.valid_T
-        missed_D = (x_TD.double() * missed_T[:, None]).sum(0)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        missed_D = (missed_T.to(dtype) @ x_TD.to(dtype)).double()
         return torch.cat([routing.counts_E.double(), missed_T.sum().double()[None], missed_D])
 
     @torch.no_grad()
