@@ -83,7 +83,8 @@ class DynMoERouter(Router):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD, directions_ED = x_TD.to(dtype), F.normalize(self.weight_ED.to(dtype), dim=-1)
         norm_T1 = x_TD.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        return self._tau(dtype) * F.linear(x_TD, directions_ED) / norm_T1  # T x E numbers, never T x D
+        cosine_TE: Tensor = F.linear(x_TD, directions_ED) / norm_T1  # T x E numbers, never T x D
+        return self._tau(dtype) * cosine_TE
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
