@@ -1,0 +1,201 @@
+"""Run a function in several real processes that share a gloo process group.
+
+``run_ranks(fn, world_size, *args)`` calls ``fn(rank, world_size, *args)`` once per rank and returns the
+results in rank order. ``fn`` is a module-level function; its arguments and results are pickled, tensors by
+value. Every rank has one thread, the environment that torchrun would give it, and talks over 127.0.0.1.
+
+Processes come from a fork server that has torch imported already and has never run an operator, so a rank
+starts in a fraction of a second. Each rank leads its own process group, and the whole group is killed when
+the call ends for whatever reason; a rank also ends by itself when the test process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",  # FSDP2 and checkpointing import it at their first use, for two seconds a rank
+    "pytest",
+]
+_START_TIMEOUT = 120.0
+
+
+class RankError(RuntimeError):
+    """The first rank that failed: its number, its exception's type name and its traceback as text."""
+
+    def __init__(self, rank: int, world_size: int, kind: str, text: str):
+        super().__init__(f"rank {rank} of {world_size} failed with {kind}:\n{text}")
+        self.rank, self.kind, self.text = rank, kind, text
+
+
+class RanksTimeoutError(RuntimeError):
+    """``unfinished`` lists the ranks that had not returned when the time was up."""
+
+    def __init__(self, unfinished: list[int], world_size: int, timeout: float):
+        super().__init__(f"ranks {unfinished} of {world_size} had not finished after {timeout:g} s")
+        self.unfinished = unfinished
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank sends back: pickled bytes of its result, or the text of its failure."""
+
+    time: float
+    result: bytes | None = None
+    kind: str = ""
+    text: str = ""
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, init: bool = True
+) -> list[Any]:
+    """The results of ``fn(rank, world_size, *args)`` for every rank, in rank order.
+
+    ``init=False`` leaves the process group to ``fn`` (the torchrun variables are set). Raises
+    :class:`RankError` for the first rank that failed or died and :class:`RanksTimeoutError` after
+    ``timeout`` seconds, counted from when all have started. Every process is gone when the call returns.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    # The parent serves the store, as torchrun's agent does: no port is picked and then lost to another test.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    call = pickle.dumps((fn, args))
+    processes, pipes = [], []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            environment = {**os.environ, **_torchrun_variables(rank, world_size, store.port)}
+            process = context.Process(
+                target=_rank_main, args=(call, environment, theirs, init, timeout), daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        results = _collect(processes, pipes, timeout)
+        for pipe, process in zip(pipes, processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(True)
+            process.join(5)
+        return results
+    finally:
+        _end(processes)
+        for pipe in pipes:
+            pipe.close()
+
+
+def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _collect(processes: list[Any], pipes: list[Any], timeout: float) -> list[Any]:
+    """Wait until every rank has reported; raise at the first failure or when the time is up."""
+    world_size = len(pipes)
+    started = time.monotonic()
+    # The first call of a session also waits for the fork server's imports.
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(max(0.0, started + _START_TIMEOUT - time.monotonic())):
+            raise RanksTimeoutError([rank], world_size, _START_TIMEOUT)
+        with contextlib.suppress(EOFError, ConnectionError):
+            pipe.recv_bytes()
+    deadline = time.monotonic() + timeout
+    reports: dict[int, _Report] = {}
+    while len(reports) < world_size:
+        pending = [rank for rank in range(world_size) if rank not in reports]
+        ready = connection.wait([pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RanksTimeoutError(pending, world_size, timeout)
+        for rank in pending:
+            if pipes[rank] in ready:
+                reports[rank] = _receive(pipes[rank], processes[rank])
+        failed = [rank for rank, report in reports.items() if report.result is None]
+        if failed:
+            # A rank's failure breaks its peers' collectives a moment later; the cause is the earliest.
+            first = min(failed, key=lambda rank: reports[rank].time)
+            raise RankError(first, world_size, reports[first].kind, reports[first].text)
+    return [pickle.loads(reports[rank].result or b"") for rank in range(world_size)]
+
+
+def _receive(pipe: Any, process: Any) -> _Report:
+    try:
+        report: _Report = pickle.loads(pipe.recv_bytes())
+        return report
+    except (EOFError, ConnectionError):
+        process.join(5)
+        text = f"the process ended without a report (exit code {process.exitcode})"
+        return _Report(time=float("-inf"), kind="death", text=text)
+
+
+def _end(processes: list[Any]) -> None:
+    """Kill whatever is left of every rank's process group and wait for the ranks."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    for process in processes:
+        process.join()
+
+
+def _rank_main(call: bytes, environment: dict[str, str], pipe: Any, init: bool, timeout: float) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    _die_with_parent()
+    torch.set_num_threads(1)
+    pipe.send_bytes(b"started")
+    try:
+        fn, args = pickle.loads(call)
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        if init:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        report = _Report(time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))
+    except BaseException as error:
+        report = _Report(time.monotonic(), kind=type(error).__name__, text=traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(report))
+    # A rank that closes its sockets early can break a peer that is still reading: leave together.
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,66 @@
+"""Routing statistics over ranks: one all-reduce gives every rank the figures of the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+
+from moetrain.moe.routing import Routing
+from moetrain.train.metrics import RoutingStats
+
+EXPERTS = 3
+
+
+def _routing(token_expert_T: list[int], scale: float) -> Routing:
+    order = sorted((e, t) for t, e in enumerate(token_expert_T))
+    counts_E = torch.bincount(torch.tensor(token_expert_T), minlength=EXPERTS)
+    scores_TE = torch.rand(len(order), EXPERTS, generator=torch.Generator().manual_seed(5)) * scale
+    return Routing(
+        token_ids_N=torch.tensor([t for _, t in order]),
+        weights_N=torch.ones(len(order)),
+        counts_E=counts_E,
+        num_tokens_B=torch.tensor([len(order)]),
+        demand_BE=counts_E[None],
+        scores_TE=scores_TE,
+    )
+
+
+def _choices(rank: int) -> list[list[int]]:
+    """What the tokens of ``rank`` choose in its two micro-batches; ranks hold different numbers of tokens."""
+    return [[0, 1, 1][: rank + 1], [2, 0, 0, 0, 1][: 2 * rank + 1]]
+
+
+def _stats(rank: int, world_size: int) -> tuple[dict[str, float], list[list[int]], int]:
+    stats = RoutingStats([1, 4], EXPERTS)
+    for choice in _choices(rank):
+        stats.add([_routing(choice, 1.0), _routing(choice[::-1], 3.0)])
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), all_reduce(*args, **kwargs))[1]
+    summary = stats.reduce(dist.group.WORLD)
+    return summary.metrics(), summary.counts_LE.tolist(), len(calls)
+
+
+def _dense(rank: int, world_size: int) -> dict[str, float]:
+    stats = RoutingStats([], 0)
+    stats.add([])
+    return stats.reduce(dist.group.WORLD).metrics()
+
+
+def test_every_rank_gets_the_figures_of_all_tokens() -> None:
+    results = run_ranks(_stats, 2)
+    alone = RoutingStats([1, 4], EXPERTS)
+    for rank in range(2):
+        for choice in _choices(rank):
+            alone.add([_routing(choice, 1.0), _routing(choice[::-1], 3.0)])
+    summary = alone.reduce()
+    for metrics, counts, calls in results:
+        assert metrics == pytest.approx(summary.metrics(), rel=1e-12)
+        assert counts == summary.counts_LE.tolist()
+        assert calls == 1
+
+
+def test_ranks_of_a_dense_model_do_not_wait() -> None:
+    assert run_ranks(_dense, 2) == [{}, {}]
