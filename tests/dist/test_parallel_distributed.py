@@ -166,7 +166,7 @@ def test_one_process_has_no_mesh():
         (ParallelConfig(dp_replicate=3), "dp_replicate=3 does not divide the 4 ranks"),
         (ParallelConfig(dp_replicate=0), "dp_replicate=0"),
         (ParallelConfig(dp_shard=3), "dp_shard=3 is 3, but the run has 4 ranks"),
-        (ParallelConfig(ep=2), r"parallel\.ep=2 does not divide"),
+        (ParallelConfig(ep=5), r"parallel\.ep=5 does not divide"),
         (ParallelConfig(tp=2), r"parallel\.tp=2"),
         (ParallelConfig(cp=2), r"parallel\.cp=2"),
         (ParallelConfig(pp=2), r"parallel\.pp=2"),
