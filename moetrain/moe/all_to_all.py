@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from moetrain.moe.assign import stable_order
 from moetrain.moe.dispatch import Dispatched, Plan, block_of, layout
+from moetrain.moe.exchange import Exchange
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_sum
 
@@ -31,7 +32,7 @@ class _Route:
     token, ``ends_T`` closes each group.
     """
 
-    group: dist.ProcessGroup
+    exchange: Exchange
     sent: list[int]
     received: list[int]
     tokens_n: Tensor
@@ -46,9 +47,9 @@ class _ReturnPlan(Plan):
 
 
 class AllToAllDispatcher:
-    """Contiguous blocks of experts over the ranks of ``group``, in rank order.
+    """Contiguous blocks of experts over the ranks of ``exchange``, in rank order.
 
-    ``company``: the ranks that must make equally many rounds; None: the group's.
+    ``company``: the ranks that must make equally many rounds; None: the same.
     One host synchronisation a call: what is sent and received, from which all layouts follow. Three
     exchanges forward (counts, rows with their weights, results) and two backward.
     Raises ValueError where the group's size does not divide ``num_experts``.
@@ -56,30 +57,30 @@ class AllToAllDispatcher:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        exchange: Exchange,
         num_experts: int,
         device: torch.device,
         block: int | None = None,
         company: dist.ProcessGroup | None = None,
     ) -> None:
-        if num_experts % group.size():
-            raise ValueError(f"{group.size()} ranks do not divide {num_experts} experts")
-        self.group, self.device, self.block = group, device, block
-        self.company = group if company is None else company
-        self.num_local = num_experts // group.size()
+        ranks = exchange.group.size()
+        if num_experts % ranks:
+            raise ValueError(f"{ranks} ranks do not divide {num_experts} experts")
+        self.exchange, self.device, self.block = exchange, device, block
+        self.company = exchange if company is None else exchange.over(company)
+        self.num_local = num_experts // ranks
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        ranks = self.group.size()
+        ranks = self.exchange.group.size()
         sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(ranks, self.num_local).contiguous()
-        received_Pe = torch.empty_like(sent_Pe)
-        dist.all_to_all_single(received_Pe, sent_Pe, group=self.group)
+        received_Pe = self.exchange.all_to_all("counts", sent_Pe)
         sent, received = torch.stack([sent_Pe, received_Pe]).tolist()
         useful = [sum(row[e] for row in received) for e in range(self.num_local)]
 
         rows_sent = sum(map(sum, sent))
         tokens_n = routing.token_ids_N[:rows_sent]
         route = _Route(
-            self.group,
+            self.exchange,
             [sum(row) for row in sent],
             [sum(row) for row in received],
             tokens_n,
@@ -110,9 +111,7 @@ class AllToAllDispatcher:
 
         Over all ranks that gather sharded experts together, which they do once a round.
         """
-        most = torch.tensor(rounds, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.company)
-        return int(most)
+        return self.company.largest("rounds", rounds, self.device)
 
     def combine(self, out_RD: Tensor, plan: Plan) -> Tensor:
         """y [T, D]: each token's rows summed in expert order; tokens without rows get zeros."""
@@ -123,12 +122,13 @@ class AllToAllDispatcher:
         return y_TD
 
 
-def _exchange(rows: Tensor, route: _Route, back: bool) -> Tensor:
-    """Rows to the experts' ranks, or ``back``."""
-    sent, received = (route.received, route.sent) if back else (route.sent, route.received)
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=route.group)
-    return out
+def _out(name: str, rows: Tensor, route: _Route) -> Tensor:
+    """Rows, one an assignment, to the experts' ranks."""
+    return route.exchange.all_to_all(name, rows, route.sent, route.received)
+
+
+def _back(name: str, rows: Tensor, route: _Route) -> Tensor:
+    return route.exchange.all_to_all(name, rows, route.received, route.sent)
 
 
 def _sum_by_token(rows_nD: Tensor, route: _Route) -> Tensor:
@@ -142,14 +142,14 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_n: Tensor, route: _Route) -> tuple[Tensor, Tensor]:
         ctx.route = route
         rows_nD = x_TD.index_select(0, route.tokens_n)
-        return _exchange(rows_nD, route, back=False), _exchange(weights_n, route, back=False)
+        return _out("rows", rows_nD, route), _out("weights", weights_n, route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows_XD: Tensor, dweights_X: Tensor) -> tuple[Tensor, Tensor, None]:
         route = ctx.route
-        dx_TD = _sum_by_token(_exchange(drows_XD, route, back=True), route)
-        return dx_TD, _exchange(dweights_X, route, back=True), None
+        dx_TD = _sum_by_token(_back("rows' gradients", drows_XD, route), route)
+        return dx_TD, _back("weights' gradients", dweights_X, route), None
 
 
 class _Return(torch.autograd.Function):
@@ -158,7 +158,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_XD: Tensor, route: _Route, scale_n: Tensor | None) -> Tensor:
         ctx.route = route
-        rows_nD = _exchange(out_XD, route, back=True)
+        rows_nD = _back("results", out_XD, route)
         if scale_n is not None:
             rows_nD = (rows_nD * scale_n[:, None]).to(rows_nD.dtype)
         return _sum_by_token(rows_nD, route)
@@ -167,4 +167,4 @@ class _Return(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         rows_nD = dy_TD.index_select(0, ctx.route.tokens_n)
-        return _exchange(rows_nD, ctx.route, back=False), None, None
+        return _out("results' gradients", rows_nD, ctx.route), None, None

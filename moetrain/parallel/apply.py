@@ -22,25 +22,32 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
 from moetrain.moe.all_to_all import AllToAllDispatcher
+from moetrain.moe.exchange import Exchange, Observer, unobserved
 from moetrain.parallel.mesh import EP, Meshes
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def parallelize(
-    model: M, meshes: Meshes, recompute: bool = False, compile: bool = False, backend: str = "inductor"
+    model: M,
+    meshes: Meshes,
+    recompute: bool = False,
+    compile: bool = False,
+    backend: str = "inductor",
+    observer: Observer = unobserved,
 ) -> M:
     """Change ``model`` in place and return it. Build the optimizer afterwards: FSDP replaces parameters.
 
     recompute  keep only each block's inputs for the backward pass, and run the block again there.
     compile    torch.compile every block's forward with ``backend``.
+    observer   is told every collective that a layer's dispatch makes.
 
     Raises ValueError for a model without ``blocks``.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList named 'blocks'")
-    spread = _spread_experts(model, meshes)
+    spread = _spread_experts(model, meshes, observer)
     for block in blocks:
         if recompute:
             _set_forward(block, _recomputed(block.forward))
@@ -51,13 +58,15 @@ def parallelize(
     return model
 
 
-def _spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
+def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> list[nn.Module]:
     """Give each rank of ``ep`` its block of every layer's experts; returns the modules that hold them."""
     if meshes.sparse is None:
         return []
     mesh = meshes.sparse[EP]
     holders: list[nn.Module] = []
-    for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+    for layer_name, layer in list(model.named_modules()):
+        if not isinstance(layer, MoELayer):
+            continue
         for name, parameter in list(layer.experts.named_parameters()):
             local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
@@ -65,8 +74,9 @@ def _spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
             vars(fresh).update(vars(parameter))
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
+        exchange = Exchange(mesh.get_group(), layer_name, observer)
         layer.dispatcher = AllToAllDispatcher(
-            mesh.get_group(), weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
+            exchange, weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
         )
         holders.append(layer.experts)
     return holders

@@ -1,0 +1,30 @@
+"""The suite looks after itself: no test file is left out without a word."""
+
+from __future__ import annotations
+
+import fnmatch
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+
+def test_pytest_enters_every_folder_of_tests(pytestconfig):
+    """Its own norecursedirs holds ``dist``: tests/dist went uncollected for as long as nobody looked."""
+    folders = {path.parent.relative_to(TESTS).parts[0] for path in TESTS.glob("*/test_*.py")}
+    assert {"unit", "dist", "launch", "kernels"} <= folders
+    patterns = pytestconfig.getini("norecursedirs")
+    assert [f for f in folders if any(fnmatch.fnmatch(f, p) for p in patterns)] == []
+
+
+def test_no_test_file_is_ignored_by_git():
+    files = [str(path) for path in TESTS.rglob("*.py")]
+    try:
+        found = subprocess.run(["git", "check-ignore", *files], cwd=TESTS, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if found.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert found.stdout == ""
