@@ -9,7 +9,7 @@ import invariance
 import pytest
 import torch
 from invariance import B, Outcome, assert_same, batch, gradients, terms, weights_after_three_steps
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.schema import ParallelConfig
 from moetrain.data import Batch
