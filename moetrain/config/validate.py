@@ -8,6 +8,7 @@ from __future__ import annotations
 from moetrain.config import rules_data, rules_model, rules_train
 from moetrain.config.rules import at_least
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
+from moetrain.errors import UserError
 
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
@@ -23,6 +24,11 @@ def validate_verify(cfg: VerifyConfig) -> None:
     """Check a layout that is to be proved, for the ranks it is meant for."""
     at_least("verify", cfg.verify, 1, "world")
     at_least("verify", cfg.verify, 2, "ranks")
+    if cfg.router.group == "all" and any(loss.scope.name == "micro" for loss in cfg.balance.losses):
+        raise UserError(
+            "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
+            "process does the same; take another scope"
+        )
     for rule in (*rules_model.RULES, *rules_train.LAYOUT_RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
 

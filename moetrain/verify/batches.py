@@ -29,19 +29,26 @@ class Scenario:
     micro_batches: int = 1
 
 
-def scenarios(sequences: int, seq: int, vocab: int, ranks: int) -> list[Scenario]:
-    """What every layout must survive. ``sequences`` is a multiple of twice the ``ranks``."""
+def scenarios(sequences: int, seq: int, vocab: int, ranks: int, alone: bool) -> list[Scenario]:
+    """What every layout must survive. ``sequences`` is a multiple of twice the ``ranks``.
+
+    ``alone``: whether each token is routed by itself. Routers that couple tokens balance them by
+    construction, and of tokens that are exactly alike they choose by the last bit.
+    """
     ordinary = mixed(sequences, seq, vocab, seed=0)
-    return [
+    found = [
         Scenario("padded, accumulated", ordinary, 2),
         Scenario("a rank without tokens", without_last(ordinary, sequences // ranks)),
         Scenario("skewed", skewed(mixed(sequences, seq, vocab, seed=1))),
-        Scenario("all on one expert", alike(ordinary)),
     ]
+    return [*found, Scenario("all on one expert", alike(ordinary))] if alone else found
 
 
 def mixed(sequences: int, seq: int, vocab: int, seed: int) -> Batch:
-    """Random tokens; sequences of uneven lengths, each of two documents, the second from its middle on."""
+    """Random tokens; sequences of uneven lengths, each of two documents, the second from its middle on.
+
+    No two documents begin alike, as far as the vocabulary goes: else their first tokens would be.
+    """
     draw = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(0, vocab, (sequences, seq + 1), generator=draw)
     place_S = torch.arange(seq)
@@ -50,6 +57,11 @@ def mixed(sequences: int, seq: int, vocab: int, seed: int) -> Batch:
     start_B1 = (lengths_B1 + 1) // 2
     valid_BS = place_S < lengths_B1
     second_BS = (place_S >= start_B1) & valid_BS
+    first_B2 = (torch.randperm(max(vocab, 2 * sequences), generator=draw) % vocab)[: 2 * sequences].view(
+        -1, 2
+    )
+    ids_BT[:, 0] = first_B2[:, 0]
+    ids_BT.scatter_(1, start_B1, first_B2[:, 1:])
     return _counted(
         Batch(
             input_ids_BS=ids_BT[:, :-1].contiguous(),
@@ -74,9 +86,11 @@ def without_last(whole: Batch, sequences: int) -> Batch:
 
 
 def skewed(whole: Batch) -> Batch:
-    """Three of four tokens are the same word."""
+    """Three of four tokens are the same word, but for those that begin a document."""
+    assert whole.positions_BS is not None
     place_BS = torch.arange(whole.input_ids_BS.numel()).view_as(whole.input_ids_BS)
-    return replace(whole, input_ids_BS=whole.input_ids_BS.where(place_BS % 4 == 0, 3))
+    kept_BS = (place_BS % 4 == 0) | (whole.positions_BS == 0)
+    return replace(whole, input_ids_BS=whole.input_ids_BS.where(kept_BS, 3))
 
 
 def alike(whole: Batch) -> Batch:

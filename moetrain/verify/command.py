@@ -55,7 +55,7 @@ def verify(cfg: VerifyConfig) -> int:
     return 0
 
 
-def prove(twin: Twin) -> list[Check]:
+def prove(twin: Twin, tolerance: float = TOLERANCE) -> list[Check]:
     """Both sides run, each takes the other's checkpoint over, and everything is compared.
 
     Raises RankError where a rank fails, RanksTimeoutError where one hangs.
@@ -75,15 +75,15 @@ def prove(twin: Twin) -> list[Check]:
         moved_here, moved_there = alone(resume, theirs), together(resume, ours)
     saved = "checkpoint"
     expected = {scenario: found for scenario, found in one.items() if scenario != saved}
-    checks = [*compare(expected, ranks, TOLERANCE, loose), replicas(ranks, _LATER)]
+    checks = [*compare(expected, ranks, tolerance, loose), replicas(ranks, _LATER)]
     for name, before, after in (
         ("checkpoint of the ranks on one process", ranks[0], [moved_here]),
         ("checkpoint of one process on the ranks", one, moved_there),
     ):
-        checks += compare({name: before[saved]}, [{name: found[saved]} for found in after], TOLERANCE)
+        checks += compare({name: before[saved]}, [{name: found[saved]} for found in after], tolerance)
         steps = f"{name}, {MORE_STEPS} more steps"
         found = [{steps: f[_LATER]} for f in after]
-        checks += compare({steps: one[_LATER]}, found, TOLERANCE, [steps] if loose else [])
+        checks += compare({steps: one[_LATER]}, found, tolerance, [steps] if loose else [])
     return checks
 
 

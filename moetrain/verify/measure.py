@@ -22,12 +22,14 @@ from moetrain.config.schema import TrainConfig
 from moetrain.config.store import import_plugins
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
+from moetrain.moe.assign import ALL
+from moetrain.moe.routers import ROUTERS
 from moetrain.parallel.clip import global_norm
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.state import state_tensors
 from moetrain.train.step import StepResult
-from moetrain.verify.batches import cut, mixed, scenarios, without_targets
+from moetrain.verify.batches import Scenario, cut, mixed, scenarios, without_targets
 from moetrain.verify.twin import SEQ, VOCAB, Twin
 
 Findings = dict[str, dict[str, Tensor]]
@@ -42,7 +44,7 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     split = partial(_split, twin, rank, world)
     found = _gradients(build(cfg), twin, split)
     other = replace(cfg, train=replace(cfg.train, recompute=not cfg.train.recompute))
-    again = scenarios(twin.sequences, SEQ, VOCAB, twin.world)[0]
+    again = _cases(twin)[0]
     found[f"{again.name}, recompute {_on(other)}"] = _one_step(build(other), split(again.whole, 2))
     made = build(cfg)
     found[f"{STEPS} steps"] = _steps(made, twin, split, range(STEPS))
@@ -67,6 +69,11 @@ def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     found = {"checkpoint": _whole("bits", tensors)}
     found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, partial(_split, twin, rank, world), _later())
     return found
+
+
+def _cases(twin: Twin) -> list[Scenario]:
+    alone = ROUTERS[twin.cfg.router.name].causal
+    return scenarios(twin.sequences, SEQ, VOCAB, twin.world, alone)
 
 
 def _prepare(twin: Twin, world: int) -> TrainConfig:
@@ -99,6 +106,8 @@ def _split(twin: Twin, rank: int, world: int, whole: Batch, micro_batches: int) 
     """This rank's micro-batches. One process alone takes all at once, unless a loss is of micro-batches."""
     share = whole.sample_ids_B.shape[0] // twin.world
     by_micro = any(loss.scope.name == "micro" for loss in twin.cfg.balance.losses)
+    if twin.cfg.router.group == ALL:  # couples the whole step
+        micro_batches = 1
     if world > 1 or by_micro:
         return cut(whole, share // micro_batches, rank, world)
     return [whole]
@@ -109,7 +118,7 @@ _Split = Callable[[Batch, int], list[Batch]]
 
 def _gradients(made: Assembled, twin: Twin, split: _Split) -> Findings:
     found: Findings = {}
-    cases = scenarios(twin.sequences, SEQ, VOCAB, twin.world)
+    cases = _cases(twin)
     for case in cases:
         found[case.name] = _one_step(made, split(case.whole, case.micro_batches))
     terms = made.step.terms

@@ -9,7 +9,7 @@ from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, Train
 from moetrain.errors import UserError
 
 SEQ = 11  # positions of a sequence
-VOCAB = 29
+VOCAB = 211
 _SEQUENCES = 8  # of a step, at least
 _CLIP = 0.01  # far below any gradient's norm here: clipping is always active
 _ROWS = 17  # experts.max_rows_per_rank, where it is set: small enough for several rounds
@@ -31,10 +31,10 @@ class Twin:
 def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
     """What is run to verify ``cfg`` on ``world`` ranks. Raises UserError where the layout stays too large."""
     parallel, ranks = _layout(cfg.parallel, world, most_ranks)
-    group = 1 if cfg.router.group == "sequence" else 2
+    group = 2 if cfg.router.group.isdecimal() else 1
     router = replace(
         cfg.router,
-        group="sequence" if group == 1 else "2",
+        group="2" if group == 2 else cfg.router.group,
         min_capacity=min(cfg.router.min_capacity, 1),  # else no capacity would ever drop anything
     )
     experts = cfg.experts
