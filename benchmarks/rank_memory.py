@@ -6,7 +6,7 @@ Options are those of ``moetrain train``. The process group is torch's fake one, 
 without memory) and on the CPU; model, layout, losses, clipping and optimizer are the trainer's own. Tokens go
 to experts in turn, so that the numbers of rows are known without any value. What is counted: docs/memory.md.
 
-Shapes: T tokens, E experts overall, e experts here, K choices a token, P ranks of ep, B batch, S sequence.
+Shapes: B batch, S sequence.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rehearsal import Collectives, KnownLengths, Rehearsal, Tracker, deal_in_turn, nbytes, tell_counts
 from timing import machine, write_json
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -29,11 +28,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moetrain.config.compose import compose_train
 from moetrain.config.schema import Precision, TrainConfig
@@ -41,102 +36,16 @@ from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
-from moetrain.models.decoder import Decoder
-from moetrain.moe import MoELayer
-from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.balance import make_terms
-from moetrain.moe.routers.topk import TopKRouter
+from moetrain.ops.cpu_product import product
 from moetrain.parallel.apply import parallelize
-from moetrain.parallel.clip import clip_
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer
-from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 
 GATHERED = "Unsharded Param"  # FSDPMemTracker's names
 ACTIVATIONS = "Activation"
-Counts = list[list[int]]
-
-
-def in_turn(assignments: int, num_experts: int) -> list[int]:
-    """Assignments of each expert when the first goes to expert 0, the next to 1, and so on around."""
-    return [assignments // num_experts + (e < assignments % num_experts) for e in range(num_experts)]
-
-
-def force_uniform(layer: MoELayer, assignments: int) -> None:
-    """Experts in turn, whatever the scores; the dispatcher's host counts are then known.
-
-    The router keeps its weights, scores, weights of assignments and their gradients. Raises UserError for a
-    router that does not choose a fixed number of experts.
-    """
-    router, dispatcher = layer.router, layer.dispatcher
-    if not isinstance(router, TopKRouter):
-        raise UserError(f"router={router.options.name} fixes no number of rows: use router=topk or one like it")
-    if not isinstance(dispatcher, AllToAllDispatcher):
-        raise UserError("parallel.ep=1 reads counts on the host: set parallel.ep to 2 or more")
-
-    def select(scores_TE: Tensor) -> Tensor:
-        places_N = torch.arange(scores_TE.shape[0] * router.top_k, device=scores_TE.device)
-        return (places_N % router.num_experts).view(-1, router.top_k)
-
-    def host_counts(sent_Pe: Tensor, received_Pe: Tensor) -> tuple[Counts, Counts]:
-        counts_E, (ranks, here) = in_turn(assignments, router.num_experts), sent_Pe.shape
-        sent = [counts_E[p * here : (p + 1) * here] for p in range(ranks)]
-        return sent, [sent[dist.get_rank(dispatcher.exchange.group)]] * ranks
-
-    router._select = select  # type: ignore[method-assign]
-    dispatcher.host_counts = host_counts  # type: ignore[method-assign]
-
-
-class KnownLengths(TorchDispatchMode):
-    """torch.bincount's result has as many entries as asked for at least: true of every key in moetrain."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.bincount.default:
-            keys, _, length = args
-            return keys.new_empty(length, dtype=torch.int64)
-        return func(*args, **(kwargs or {}))
-
-
-class Collectives(TorchDispatchMode):
-    """How many collectives of each kind this rank makes, and the bytes of each one's larger buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # its own operations come by again, on local tensors
-        if func.namespace == "c10d":
-            kind = func._schema.name.removeprefix("c10d::").strip("_")
-            self.calls[kind] += 1
-            self.bytes[kind] += max(nbytes(t) for t in tree_leaves(args) if isinstance(t, Tensor))
-        return func(*args, **(kwargs or {}))
-
-
-class Rehearsal(TrainStep):
-    """The trainer's step up to the clipped gradients; what it reads on the host is known or left unread."""
-
-    def __init__(self, *args: Any, world: int) -> None:
-        super().__init__(*args)
-        self.world = world
-
-    def _global_counts(self, batches: Any) -> tuple[int, int]:
-        tokens = self.world * sum(b.input_ids_BS.numel() for b in batches)
-        return tokens, tokens
-
-    def _finish(self, *args: Any) -> None:  # type: ignore[override]
-        if self.clip_norm is not None:
-            clip_(self.task.parameters(), self.clip_norm)
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes on this rank."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
 
 
 def by_owner(named: Iterable[tuple[str, Tensor | None]]) -> dict[str, int]:
@@ -153,79 +62,74 @@ def micro_batch(cfg: TrainConfig, world: int) -> Batch:
     share = cfg.train.global_batch_tokens // (seq * world)
     if share > asked:
         raise UserError(
-            f"train.global_batch_tokens={cfg.train.global_batch_tokens} are {share} sequences a rank, more than "
-            f"train.micro_batch_size={asked}: one micro-batch is measured; "
-            f"set train.global_batch_tokens={asked * seq * world}"
+            f"train.global_batch_tokens={cfg.train.global_batch_tokens} are {share} sequences a rank, "
+            f"and only a step of one micro-batch is measured: set train.micro_batch_size={share}, "
+            f"or train.global_batch_tokens={asked * seq * world}"
         )
     ids_BS = torch.zeros(share, seq, dtype=torch.int64)
     return Batch(ids_BS, ids_BS, None, None, ids_BS[:, 0], ids_BS, ids_BS, None, ids_BS.numel())
 
 
-def built(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> tuple[NextToken, torch.optim.Optimizer]:
+def build(
+    cfg: TrainConfig, world: int, fake: FakeTensorMode | None
+) -> tuple[NextToken, torch.optim.Optimizer]:
     """Task and optimizer, laid out on the meta device, where slicing costs nothing, and then given tensors.
 
     Without ``fake`` the tensors are real and hold whatever the memory held.
     """
     if cfg.model.vocab_size is None:
         raise UserError("model.vocab_size=null is the tokenizer's, and there is none here: set a number")
-    model: Decoder = abstract_decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
+    model = abstract_decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
     if cfg.train.precision is Precision.fp64:
         model = model.double()
     task = NextToken(model, torch.bfloat16 if cfg.train.precision is Precision.bf16 else None)
     parallelize(task, build_meshes(cfg.parallel, world), cfg.train.recompute)
-    with ExitStack() as stack:
-        if fake is not None:
-            stack.enter_context(fake)
+    with fake or nullcontext():
         task.to_empty(device="cpu")
+    for layer in task.model.moe_layers().values():
+        deal_in_turn(layer)
+        if fake is not None:
+            tell_counts(layer, micro_batch(cfg, world).input_ids_BS.numel())
     return task, build_optimizer(task, cfg.optim)
 
 
 def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[str, Any]:
-    """Bytes of this rank's first step. The process group exists; ``fake`` None: with tensors that are real."""
-    task, optimizer = built(cfg, world, fake)
-    batch_rows = micro_batch(cfg, world).input_ids_BS.numel()
-    for layer in task.model.moe_layers().values():
-        force_uniform(layer, batch_rows * getattr(layer.router, "top_k", 1))
-    collectives, at_forward_end = Collectives(), []
-    with ExitStack() as modes:
-        if fake is not None:
-            modes.enter_context(fake)
+    """Bytes of this rank's first step, by kind. ``fake`` None: real tensors, over the real process group."""
+    task, optimizer = build(cfg, world, fake)
+    after_forward: list[dict[str, int]] = []
+    with fake or nullcontext():
         terms = make_terms(cfg.balance.losses)
         parts = (task, optimizer, terms, [], LossMonitor(), cfg.optim.clip_norm, cfg.train.seed)
         step, batch = Rehearsal(*parts, world=world), micro_batch(cfg, world)
-        with FSDPMemTracker(task, optimizer) as tracker, ExitStack() as inner:
-            if fake is not None:
-                inner.enter_context(KnownLengths())
-            inner.enter_context(collectives)
-            hook = task.register_forward_hook(lambda *_: at_forward_end.append(snapshot(tracker, "current")))
+        with (
+            Tracker(task, optimizer) as tracker,
+            KnownLengths() if fake else nullcontext(),
+            Collectives() as collectives,
+        ):
+            hook = task.register_forward_hook(lambda *_: after_forward.append(snapshot(tracker, "current")))
             step.run(0, [batch])
         hook.remove()
-        # Outside: the tracker takes the global shapes that DTensor reasons about for memory.
+        # Untracked: the tracker takes the global shapes that DTensor reasons about for memory.
         optimizer.step()
     parameters = dict(task.named_parameters())
-    state = [
-        (name, value)
-        for name, p in parameters.items()
-        for value in optimizer.state[p].values()
-        if isinstance(value, Tensor)
-    ]
+    state = [(name, value) for name, p in parameters.items() for value in optimizer.state[p].values()]
     return {
         "parameters": by_owner(parameters.items()),
         "gradients": by_owner((name, p.grad) for name, p in parameters.items()),
         "optimizer": by_owner(state),
-        "activations": at_forward_end[0][ACTIVATIONS],
+        "activations": after_forward[0][ACTIVATIONS],
         "gathered": max(snap[GATHERED] for snap in module_snapshots(tracker)),
         "peak": snapshot(tracker, "peak"),
         "collectives": {k: {"calls": n, "bytes": collectives.bytes[k]} for k, n in collectives.calls.items()},
     }
 
 
-def snapshot(tracker: FSDPMemTracker, kind: str) -> dict[str, int]:
+def snapshot(tracker: Tracker, kind: str) -> dict[str, int]:
     """Bytes by the tracker's names."""
     return named(tracker.get_tracker_snapshot(kind)[torch.device("cpu")])
 
 
-def module_snapshots(tracker: FSDPMemTracker) -> Iterable[dict[str, int]]:
+def module_snapshots(tracker: Tracker) -> Iterable[dict[str, int]]:
     """What the tracker saw before and after each FSDP module gathered, computed and gave back."""
     for stats in tracker.memory_tracking.values():
         for snaps in stats.snapshots.values():
@@ -237,15 +141,19 @@ def named(device_snapshot: dict[Any, int]) -> dict[str, int]:
 
 
 def rehearse(cfg: TrainConfig, world: int) -> dict[str, Any]:
-    """:func:`measure` of rank 0 of ``world`` with nothing real. Raises UserError where a step needs values."""
+    """:func:`measure` of rank 0 of ``world``, with nothing real. UserError where a step needs values."""
+    if world < 2:
+        raise UserError(f"--world={world} lays nothing out: give 2 ranks or more")
     validate(cfg, world)
+    # Whether oneDNN's product may be used is found out with values, once a process.
+    product(torch.ones(2048, 2), torch.ones(2, 1024))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         # allow_non_fake_inputs: the meta tensors that become fake ones, and the meshes' rank tables
         return measure(cfg, world, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f"this configuration reads a value on the host ({error.func}), which a fake tensor does not have: "
+            f"this configuration reads a value on the host ({error.func}), and fake tensors have none: "
             "leave out capacities, rounds (experts.max_rows_per_rank) and the like"
         ) from None
     finally:
@@ -253,13 +161,14 @@ def rehearse(cfg: TrainConfig, world: int) -> dict[str, Any]:
 
 
 def even_shares(cfg: TrainConfig, world: int) -> dict[str, float]:
-    """Bytes a rank if every parameter were cut into ``world`` equal parts."""
+    """Bytes a rank if every parameter were cut into equal parts, one for each rank that shares a copy."""
     assert cfg.model.vocab_size is not None
+    ranks = world // cfg.parallel.dp_replicate
     counts = count_parameters(abstract_decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size))
     size = 8 if cfg.train.precision is Precision.fp64 else 4
     return {
-        "experts": counts.experts * size / world,
-        "others": (counts.total - counts.experts) * size / world,
+        "experts": counts.experts * size / ranks,
+        "others": (counts.total - counts.experts) * size / ranks,
     }
 
 
