@@ -197,7 +197,10 @@ def show(cfg: TrainConfig, world: int, found: dict[str, Any], seconds: float) ->
     row("the same from the second step on", peak["Total"] + sum(found["optimizer"].values()))
     for kind, c in found["collectives"].items():
         print(f"{kind:34}{c['bytes'] / 2**20:14,.2f} in {c['calls']} calls")
-    print(f"{seconds:.1f} s on {machine()['cpu']}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"{seconds:.1f} s, {time.process_time():.1f} s of processor time with imports, "
+        f"on {machine()['cpu']}, {torch.get_num_threads()} thread(s)"
+    )
 
 
 def main() -> int:
