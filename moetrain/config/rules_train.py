@@ -223,14 +223,12 @@ def _installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+LAYOUT_RULES = (optimizer_numbers, layout_is_built, layout_fills_world, experts_spread_evenly)
 RULES = (
     loop_numbers,
     checkpoint_numbers,
-    optimizer_numbers,
     schedule_numbers,
-    layout_is_built,
-    layout_fills_world,
-    experts_spread_evenly,
+    *LAYOUT_RULES,
     global_batch_is_whole_micro_batches,
     device_is_there,
     compiler_is_there,

@@ -381,6 +381,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class VerifyOptions:
+    """``world``: the ranks of the run to come; null: the fewest that ``parallel`` allows, two at least."""
+
+    world: Optional[int] = None
+    ranks: int = 8  # processes that the proof may take; a larger layout is proved on a smaller one
+
+
+@dataclass(frozen=True)
+class VerifyConfig(TrainConfig):
+    """The root of ``moetrain verify``: what ``moetrain train`` takes, and how to prove it."""
+
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """The root of ``moetrain generate``. ``temperature`` 0 is greedy."""
 

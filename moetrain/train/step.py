@@ -80,7 +80,7 @@ class TrainStep:
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             sync_gradients(self.task, last=index == len(batches) - 1)
-            output = self.task(**batch_arguments(batch, self.seed, step))
+            output = self.task(**batch_arguments(batch, self.seed, step, _everybody()))
             totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
             loss = output.nll_sum / max(targets, 1)
@@ -94,7 +94,7 @@ class TrainStep:
 
     def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
         all_reduce_sum_(nll_sum, *aux_sums.values())
-        routing = self.stats.reduce(dist.group.WORLD if dist.is_initialized() else None)
+        routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
         loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
@@ -154,7 +154,9 @@ class TrainStep:
     @torch.no_grad()
     def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        return self._summed([self.task(**batch_arguments(b, self.seed, step)).records for b in batches])
+        return self._summed(
+            [self.task(**batch_arguments(b, self.seed, step, _everybody())).records for b in batches]
+        )
 
     @torch.no_grad()
     def _summed(self, records: list[list[Routing]]) -> dict[str, Tensor]:
@@ -186,6 +188,10 @@ class TrainStep:
         all_reduce_sum_(flags)
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
+
+
+def _everybody() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:

@@ -1,6 +1,6 @@
 """Ranks of ``moetrain`` that may end as they like: with a code, by a signal, one without the other.
 
-:func:`spawn.run_ranks` ends all ranks when one fails; here each is left alone, as on machines of their own.
+:func:`moetrain.parallel.ranks.run_ranks` ends all ranks when one fails; here each is left alone, as on machines of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import spawn
+from moetrain.parallel import ranks
 import torch
 import torch.distributed as dist
 
@@ -23,12 +23,12 @@ class Lives:
 
     def __init__(self, commands: list[list[str]], folder: Path, **environment: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(spawn._PRELOAD)
+        context.set_forkserver_preload(ranks.PRELOAD)
         self.folder, self.world = folder, len(commands)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes: list[Any] = []
         for rank, arguments in enumerate(commands):
-            variables = spawn._torchrun_variables(rank, self.world, self._store.port)
+            variables = ranks.torchrun_variables(rank, self.world, self._store.port)
             variables |= {"TORCHELASTIC_RUN_ID": "test"}
             target = (arguments, {**os.environ, **variables, **environment}, folder / f"rank_{rank}.log")
             process = context.Process(target=_live, args=target, daemon=True)
@@ -64,7 +64,7 @@ def _live(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    spawn._die_with_parent()
+    ranks.die_with_parent()
     torch.set_num_threads(1)
     import moetrain.report.page
     from moetrain.cli import main

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 from moetrain.train.stopping import PeerLostError, StopFlag
 

@@ -98,8 +98,10 @@ REFUSED = [
     ({"router.min_capacity": -1}, "router.min_capacity=-1"),
     ({"router.jitter": 1.0}, "router.jitter=1.0 must lie in [0, 1)"),
     ({"router.group": "4"}, "router.group=4 does not divide train.micro_batch_size=6", "take 3"),
-    ({"router.group": "0"}, "router.group=0 must be sequence, or a number"),
-    ({"router.group": "batch"}, "router.group=batch must be sequence, or a number"),
+    ({"router.group": "0"}, "router.group=0 must be sequence, all, or a number"),
+    ({"router.group": "batch"}, "router.group=batch must be sequence, all, or a number"),
+    ({"router.group": "all", "train.micro_batch_size": 3}, "train.micro_batch_size=3, but the share is 12"),
+    ({"router.group": "all", "router.capacity_factor": 1.0}, "router.group=all has no capacity"),
     ({"balance.losses": [LOSS, dataclasses.replace(LOSS, coef=-1.0)]}, "balance.losses.1.coef=-1.0"),
     ({"balance.losses": [dataclasses.replace(LOSS, coef=INF)]}, "balance.losses.0.coef=inf"),
     (
