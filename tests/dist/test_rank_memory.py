@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from spawn import run_ranks
+
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -20,6 +20,7 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
+from moetrain.parallel.ranks import run_ranks
 
 WORLD = 4
 T, D, E, K = 11, 14, 6, 3  # 33 assignments do not go evenly to 6 experts, nor 263 words or a width to 4 ranks
