@@ -74,7 +74,7 @@ class AllToAllDispatcher:
         ranks = self.exchange.group.size()
         sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(ranks, self.num_local).contiguous()
         received_Pe = self.exchange.all_to_all("counts", sent_Pe)
-        sent, received = torch.stack([sent_Pe, received_Pe]).tolist()
+        sent, received = self.host_counts(sent_Pe, received_Pe)
         useful = [sum(row[e] for row in received) for e in range(self.num_local)]
 
         rows_sent = sum(map(sum, sent))
@@ -105,6 +105,11 @@ class AllToAllDispatcher:
         scale_N = routing.forward_scale_N
         scale_n = None if scale_N is None else scale_N[:rows_sent]
         return Dispatched(source_XD, rows, weights_R, useful, _ReturnPlan(rows, None, route, scale_n))
+
+    def host_counts(self, sent_Pe: Tensor, received_Pe: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Both as lists: the host synchronisation of a call."""
+        sent, received = torch.stack([sent_Pe, received_Pe]).tolist()
+        return sent, received
 
     def agree(self, rounds: int) -> int:
         """One small all-reduce and a host synchronisation, for layers with a bound on rows only.
