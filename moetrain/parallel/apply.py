@@ -58,6 +58,20 @@ def parallelize(
     return model
 
 
+def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """How FSDP2 shards a rank's experts: whole ones where they go round, else each along its next dimension.
+
+    With more ranks than experts most would hold none, and a few eight times their share.
+    """
+    ways = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(1) if local.shape[0] % ways and local.shape[1] % ways == 0 else None
+
+    return place
+
+
 def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> list[nn.Module]:
     """Give each rank of ``ep`` its block of every layer's experts; returns the modules that hold them."""
     if meshes.sparse is None:
@@ -124,7 +138,8 @@ def _shard(
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
     for module in spread:
-        fully_shard(module, mesh=experts_mesh)
+        assert experts_mesh is not None
+        fully_shard(module, mesh=experts_mesh, shard_placement_fn=_placement(experts_mesh))
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)
     for module in model.modules():

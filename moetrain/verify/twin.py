@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 
 from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, TrainConfig
-from moetrain.errors import UserError
 
 SEQ = 11  # positions of a sequence
 VOCAB = 211
@@ -29,8 +28,9 @@ class Twin:
 
 
 def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
-    """What is run to verify ``cfg`` on ``world`` ranks. Raises UserError where the layout stays too large."""
+    """What is run to verify ``cfg`` on ``world`` ranks; on more than ``most_ranks`` where its axes need them."""
     parallel, ranks = _layout(cfg.parallel, world, most_ranks)
+    model = _with_experts_sharded_alike(_model(cfg.model), cfg, world, parallel, ranks)
     group = 2 if cfg.router.group.isdecimal() else 1
     router = replace(
         cfg.router,
@@ -46,7 +46,7 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
     )
     small = replace(
         cfg,
-        model=_model(cfg.model),
+        model=model,
         router=router,
         experts=experts,
         optim=optim,
@@ -86,10 +86,7 @@ def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[Para
     while math.prod(degrees) > most_ranks:
         reducible = [i for i, degree in enumerate(degrees) if _smallest_factor(degree) < degree]
         if not reducible:
-            raise UserError(
-                f"the smallest twin of this layout has {math.prod(degrees)} ranks, but "
-                f"verify.ranks={most_ranks}: set verify.ranks={math.prod(degrees)}"
-            )
+            break
         largest = max(reducible, key=lambda i: degrees[i])
         degrees[largest] = _smallest_factor(degrees[largest])
     replicate, efsdp, ep = degrees
@@ -98,3 +95,23 @@ def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[Para
 
 def _smallest_factor(number: int) -> int:
     return next((f for f in range(2, number + 1) if number % f == 0), 1)
+
+
+def _with_experts_sharded_alike(
+    m: ModelConfig, cfg: TrainConfig, world: int, small: ParallelConfig, ranks: int
+) -> ModelConfig:
+    """Where ranks hold too few experts to go round, FSDP cuts through them; so it does in the twin then."""
+    local = cfg.model.num_experts // cfg.parallel.ep
+    ways, small_ways = (
+        size // (p.dp_replicate * p.ep) for p, size in ((cfg.parallel, world), (small, ranks))
+    )
+    if cfg.parallel.ep == 1 or local % ways == 0:
+        return m
+    groups = getattr(cfg.router, "num_groups", None) or 1
+    fitting = (
+        experts
+        for experts in range(m.num_experts, 0, -small.ep)
+        if experts % groups == 0 and experts // small.ep % small_ways
+    )
+    width, hidden = small_ways * m.d_model, small_ways * m.d_ff_expert
+    return replace(m, num_experts=next(fitting, m.num_experts), d_model=width, d_ff_expert=hidden)
