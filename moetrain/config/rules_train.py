@@ -61,6 +61,7 @@ def schedule_numbers(cfg: TrainConfig, world: int) -> None:
 
 def layout_is_built(cfg: TrainConfig, world: int) -> None:
     p = cfg.parallel
+    above_zero("parallel", p, "timeout")
     at_least("parallel", p, 1, "dp_replicate", "dp_shard", "ep", "tp", "cp", "pp")
     for axis in ("tp", "cp", "pp"):
         degree = getattr(p, axis)
