@@ -65,7 +65,7 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     if meshes.sparse is None:
         return []
     mesh = meshes.sparse[EP]
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
+    layers = {_short(name): m for name, m in model.named_modules() if isinstance(m, MoELayer)}
     calls = Calls(list(layers))
     holders: list[nn.Module] = []
     for layer_name, layer in layers.items():
@@ -90,7 +90,12 @@ def _observe_shards(model: nn.Module, spread: list[nn.Module], meshes: Meshes, o
         if isinstance(module, FSDPModule):
             mesh = meshes.sparse if id(module) in experts else meshes.dense
             replicas = mesh[REPLICATE].get_group() if mesh and meshes.dp_replicate > 1 else None
-            observe_fsdp(module, name or "model", replicas, observer)
+            observe_fsdp(module, _short(name) or "model", replicas, observer)
+
+
+def _short(name: str) -> str:
+    """A module's name as the user knows it, without that of the task around the model."""
+    return name.removeprefix("model").removeprefix(".")
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

@@ -88,7 +88,7 @@ def report(view: View, why: str) -> list[str]:
     """The lines to print: where this rank is, why it ends, its splits, who has not arrived and is where."""
     own, place = view.own, view.own.place
     if place is None:
-        return [f"{why}; here: {own}", *_others(view, sorted(view.peers), "others")]
+        return [f"{why}; here: {own}", *_others(view, sorted(view.peers))]
     lines = [f"{own.phase}, {place.title}: {why}"]
     if (splits := _splits(place, view.members)) is not None:
         lines.append(splits)
@@ -103,38 +103,39 @@ def _splits(place: Place, members: Sequence[int]) -> str | None:
 
 
 def _missing(view: View, place: Place) -> list[str]:
-    peers = [rank for rank in view.members if rank in view.peers]
-    absent = [rank for rank in peers if not _arrived(view, rank, place)]
-    lost = [rank for rank in sorted(view.peers) if rank not in absent and _is_lost(view, rank)]
-    if not absent and not lost:
-        return ["all ranks have arrived"]
-    return _others(view, absent, "not arrived") + _others(view, lost, "lost")
+    """Those of the group that are not known to have come, and any rank of the run that has fallen silent."""
+    peers = view.peers
+    absent = [rank for rank in view.members if rank in peers and not _arrived(peers[rank], view.own, place)]
+    silent = [rank for rank in sorted(peers) if rank not in absent and _silent(peers[rank], view)]
+    return _others(view, absent + silent) or ["all ranks have arrived"]
 
 
-def _arrived(view: View, rank: int, place: Place) -> bool:
-    position = view.peers[rank].position
-    return position is not None and position.has_entered(place)
+def _arrived(peer: Peer, own: Position, place: Place) -> bool:
+    position = peer.position
+    if position is None or not position.has_entered(place):
+        return False
+    other = position.place
+    if other is None or (other.group, other.number) != (place.group, place.number):
+        return True
+    return (position.phase, other.title) == (own.phase, place.title)
 
 
-def _is_lost(view: View, rank: int) -> bool:
-    peer = view.peers[rank]
-    ended = peer.position is not None and bool(peer.position.ended)
-    return peer.silent > view.sure and not ended
+def _silent(peer: Peer, view: View) -> bool:
+    return peer.silent > view.sure and not (peer.position and peer.position.ended)
 
 
-def _others(view: View, chosen: Sequence[int], label: str) -> list[str]:
+def _others(view: View, chosen: Sequence[int]) -> list[str]:
     lines = []
     for rank in chosen[:_NAMED]:
         peer = view.peers[rank]
+        waited_for = "" if view.own.place is None else "not arrived, "
+        state = "lost (killed, stopped or cut off), " if _silent(peer, view) else waited_for
         if peer.position is None:
-            where = "never heard of"
-        else:
-            heard = f"heard of {peer.silent:.1f} s ago"
-            lost = "killed, stopped or cut off; last " if _is_lost(view, rank) else ""
-            where = f"{lost}{heard}: {peer.position}"
-        lines.append(f"{label}: rank {rank}, {where}")
+            lines.append(f"rank {rank}: {state}never heard of")
+            continue
+        lines.append(f"rank {rank}: {state}last heard of {peer.silent:.1f} s ago: {peer.position}")
     if more := chosen[_NAMED:]:
-        lines.append(f"{label}: {ranks(more)} too")
+        lines.append(f"and {ranks(more)}")
     return lines
 
 
