@@ -7,6 +7,7 @@ noted at all.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -39,6 +40,7 @@ class Journal:
         self.current: Entry | None = None
         self.last: Entry | None = None  # the one left most recently
         self.failed: Entry | None = None  # the first that an error went through
+        self.on_failure: Callable[[RuntimeError], None] = lambda error: None  # called where it happens
         self.idle_since = clock.now
         self.counts: dict[str, int] = {}  # name of a group -> collectives entered
         self._groups: dict[str, dist.ProcessGroup] = {}
@@ -64,17 +66,7 @@ class Journal:
 class Entry:
     """One collective, entered and left by ``with``; inside one another the innermost counts."""
 
-    __slots__ = (
-        "_journal",
-        "_outer",
-        "backward",
-        "collective",
-        "error",
-        "number",
-        "patient",
-        "phase",
-        "since",
-    )
+    __slots__ = ("_journal", "_outer", "backward", "collective", "number", "patient", "phase", "since")
 
     def __init__(self, journal: Journal, collective: Collective, patient: bool = False) -> None:
         self._journal, self.collective, self.patient = journal, collective, patient
@@ -90,10 +82,12 @@ class Entry:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         journal = self._journal
-        if isinstance(error, RuntimeError) and journal.failed is None:
-            self.error, journal.failed = error, self
         journal.last, journal.idle_since = self, journal.clock.now
         journal.current = self._outer
+        if isinstance(error, RuntimeError) and journal.failed is None:
+            journal.failed = self
+            if not self.patient:
+                journal.on_failure(error)
 
     def place(self) -> Place:
         c = self.collective

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from moetrain.parallel.verdict import View, judge, report
 _BEAT = 1.0  # seconds, or an eighth of a shorter time-out
 _OVERDUE = 4  # beats without news of a rank
 _LEAVING = 2.0  # seconds that a last message to the store may take
+_ADVICE = "nothing was saved; resume=auto goes on from the last checkpoint"
 _dogs = 0  # made by this process: all ranks make as many, and each has its keys in the store
 
 
@@ -63,6 +65,7 @@ class Watchdog:
         self._sure = _OVERDUE * self._interval
         self._clock = Clock(self._sure)
         self.journal = Journal(self._clock)
+        self.journal.on_failure = self._broken
         self._ended = ""
         self._ending = threading.Lock()
         self._stop = threading.Event()
@@ -79,7 +82,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         global _dog
-        if isinstance(error, Exception) and self._lost(error):
+        if isinstance(error, Exception) and (isinstance(error, OutOfStepError) or peer_lost(error)):
             self._end(cause(error), settle=True)
         self._ended = "all done" if error is None else " ".join((str(error) or type(error).__name__).split())
         self._stop.set()
@@ -88,19 +91,17 @@ class Watchdog:
         keep(None)
         _dog = None
 
-    def _lost(self, error: Exception) -> bool:
-        """Whether a collective broke, by whatever error, or found ranks out of step."""
-        failed = self.journal.failed
-        broke = failed is not None and failed.error is error and not failed.patient
-        return broke or isinstance(error, OutOfStepError) or peer_lost(error)
+    def _broken(self, error: RuntimeError) -> None:
+        """A collective failed. The run ends right here: on the way out a signal could end it unreported."""
+        self._end(cause(error), settle=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval / 2):
             self._clock.tick()
             if (told := self._heart.ended) is not None:
-                self._end(f"the run was ended by {told}", settle=True)
+                self._end(f"the run was ended by {told}")
             if (why := judge(self._view(), self._seconds)) is not None:
-                self._end(why, settle=False)
+                self._end(why)
 
     def _entry(self) -> Entry | None:
         return (self.journal.failed if self._ended else None) or self.journal.current
@@ -120,25 +121,24 @@ class Watchdog:
         store = TCPStore(host, port, timeout=timedelta(seconds=seconds), wait_for_workers=False)
         return PrefixStore(self._prefix, store)
 
-    def _end(self, why: str, settle: bool) -> NoReturn:
+    def _end(self, why: str, settle: bool = False) -> NoReturn:
         """Tell the others, report, and leave the process; of two threads the second waits for that.
 
         ``settle``: wait first until it shows which ranks have fallen silent.
         """
         self._ending.acquire()
         self._ended = why
-        self._heart.tell(why, _LEAVING)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
         if settle:
             self._pass(self._sure)
-        lines = report(self._view(), why)
+        self._heart.tell(why, _LEAVING)
+        lines = [*report(self._view(), why), _ADVICE]
         text = "".join(f"moetrain: error: rank {rank()}: {line}\n" for line in lines)
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         write_error_file(f"rank {rank()}: {'; '.join(lines)}")
-        if not settle:
-            self._pass(
-                2 * self._interval
-            )  # the store may go with this process, and the others have to read it
+        self._pass(2 * self._interval)  # the store may go with this process: let the others read
         os._exit(1)
 
     def _pass(self, seconds: float) -> None:
