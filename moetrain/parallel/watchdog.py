@@ -131,7 +131,7 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
         if settle:
-            self._pass(self._sure)
+            self._pass(self._sure + 2 * self._interval)  # a last beat may be read an interval late
         self._heart.tell(why, _LEAVING)
         lines = [*report(self._view(), why), _ADVICE]
         text = "".join(f"moetrain: error: rank {rank()}: {line}\n" for line in lines)

@@ -198,6 +198,7 @@ REFUSED = [
     ({"parallel.pp": 2}, "parallel.pp=2 is not built yet"),
     ({"parallel.dp_replicate": 0}, "parallel.dp_replicate=0"),
     ({"parallel.timeout": 0.0}, "parallel.timeout=0.0"),
+    ({"parallel.timeout": 1e30}, "parallel.timeout=1e+30"),
     ({"parallel.dp_replicate": 2}, "parallel.dp_replicate=2 does not divide the 1 ranks"),
     ({"parallel.dp_shard": 2}, "parallel.dp_replicate=1 times parallel.dp_shard=2 is 2", "has 1 ranks"),
     ({"train.global_batch_tokens": 400}, "train.global_batch_tokens=400", "384", "384 or 768"),
