@@ -6,10 +6,10 @@ Shapes: T tokens, E experts overall, e experts here, K choices a token, P ranks 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from moetrain.errors import UserError
 from moetrain.moe import MoELayer
 from moetrain.moe.all_to_all import AllToAllDispatcher
+from moetrain.moe.exchange import Exchange
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.parallel.clip import clip_
 from moetrain.train.step import TrainStep
@@ -54,13 +55,21 @@ def tell_counts(layer: MoELayer, tokens: int) -> None:
     if not isinstance(dispatcher, AllToAllDispatcher):
         raise UserError("parallel.ep=1 reads counts on the host: set parallel.ep to 2 or more")
     counts_E = in_turn(tokens * router.top_k, router.num_experts)
+    known = {field.name: getattr(dispatcher.exchange, field.name) for field in fields(Exchange)}
+    dispatcher.exchange = _Told(**known, counts_E=tuple(counts_E))
 
-    def host_counts(sent_Pe: Tensor, received_Pe: Tensor) -> tuple[Counts, Counts]:
-        ranks, here = sent_Pe.shape
-        sent = [counts_E[p * here : (p + 1) * here] for p in range(ranks)]
-        return sent, [sent[dist.get_rank(dispatcher.exchange.group)]] * ranks
 
-    dispatcher.host_counts = host_counts  # type: ignore[method-assign]
+@dataclass(frozen=True)
+class _Told(Exchange):
+    """Every rank sends ``counts_E`` rows to the experts."""
+
+    counts_E: tuple[int, ...] = ()
+
+    def on_host(self, *counts_Pf: Tensor) -> list[Counts]:
+        ranks, here = counts_Pf[0].shape[0], counts_Pf[0].shape[1] - 1
+        stamp = [0]
+        sent = [[*self.counts_E[p * here : (p + 1) * here], *stamp] for p in range(ranks)]
+        return [sent, [list(sent[self.group.rank()]) for _ in range(ranks)]]
 
 
 class KnownLengths(TorchDispatchMode):

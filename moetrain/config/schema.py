@@ -276,6 +276,7 @@ class ParallelConfig:
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    timeout: float = 600.0  # seconds that a rank waits in one collective before the run ends with a report
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ class AllToAllDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         ranks = self.exchange.group.size()
         sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(ranks, self.num_local).contiguous()
-        received_Pe = self.exchange.all_to_all("counts", sent_Pe)
-        sent, received = self.host_counts(sent_Pe, received_Pe)
+        received_Pe, sent, received = self.exchange.counts(sent_Pe)
         useful = [sum(row[e] for row in received) for e in range(self.num_local)]
 
         rows_sent = sum(map(sum, sent))
@@ -95,7 +94,7 @@ class AllToAllDispatcher:
         # Received rows lie by (sender, expert); experts want them by (expert, sender).
         experts_e = torch.arange(self.num_local, device=x_TD.device)
         experts_X = torch.repeat_interleave(
-            experts_e.repeat(ranks), received_Pe.view(-1), output_size=source_XD.shape[0]
+            experts_e.repeat(ranks), received_Pe.reshape(-1), output_size=source_XD.shape[0]
         )
         order_X = stable_order(experts_X, self.num_local)
         rows, slots_X = layout(
@@ -105,11 +104,6 @@ class AllToAllDispatcher:
         scale_N = routing.forward_scale_N
         scale_n = None if scale_N is None else scale_N[:rows_sent]
         return Dispatched(source_XD, rows, weights_R, useful, _ReturnPlan(rows, None, route, scale_n))
-
-    def host_counts(self, sent_Pe: Tensor, received_Pe: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Both as lists: the host synchronisation of a call."""
-        sent, received = torch.stack([sent_Pe, received_Pe]).tolist()
-        return sent, received
 
     def agree(self, rounds: int) -> int:
         """One small all-reduce and a host synchronisation, for layers with a bound on rows only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,39 @@ def unobserved(collective: Collective) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+class OutOfStepError(RuntimeError):
+    """Ranks of one exchange are in different layers or passes: their rows do not belong together."""
+
+
+@dataclass
+class Calls:
+    """Numbers a model's dispatches on this rank, also the recomputed. ``layers`` are its layers' names."""
+
+    layers: Sequence[str] = ()
+    made: int = 0
+
+    def next(self, layer: str) -> int:
+        """A stamp that ranks in step agree on."""
+        self.made += 1
+        place = self.layers.index(layer) + 1 if layer in self.layers else 0
+        return self.made * (len(self.layers) + 1) + place
+
+    def describe(self, stamp: int) -> str:
+        number, place = divmod(stamp, len(self.layers) + 1)
+        return f"dispatch {number}" + (f" ({self.layers[place - 1]})" if place else "")
+
+
 @dataclass(frozen=True)
 class Exchange:
-    """The ranks of a layer's experts and the collectives among them; every one goes through here."""
+    """The ranks of a layer's experts and the collectives among them; every one goes through here.
+
+    ``calls`` is shared by all layers of a model; ``layer`` is one of its.
+    """
 
     group: dist.ProcessGroup
     layer: str = ""
     observer: Observer = unobserved
+    calls: Calls = field(default_factory=Calls)
 
     def over(self, group: dist.ProcessGroup) -> Exchange:
         """The same layer's collectives over other ranks."""
@@ -65,6 +91,33 @@ class Exchange:
                 group=self.group,
             )
         return out
+
+    def counts(self, sent_Pe: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        """Rows of each rank for our experts [P, e], and (sent, received) on the host: one synchronisation.
+
+        One number more travels with the counts, by which ranks out of step are found before their rows are
+        mixed up. Raises OutOfStepError.
+        """
+        stamp = self.calls.next(self.layer)
+        stamped_Pf = torch.nn.functional.pad(sent_Pe, (0, 1), value=stamp)
+        row_bytes = sent_Pe.shape[1] * sent_Pe.element_size()
+        with self.observer(Collective(self.layer, "counts", "all_to_all", self.group, (), (), row_bytes)):
+            received_Pf = torch.empty_like(stamped_Pf)
+            dist.all_to_all_single(received_Pf, stamped_Pf, group=self.group)
+            sent, received = self.on_host(stamped_Pf, received_Pf)
+        for rank, (ours, theirs) in enumerate(zip(sent, received, strict=True)):
+            if (other := theirs.pop()) != ours.pop():
+                here, there = (dist.get_global_rank(self.group, r) for r in (self.group.rank(), rank))
+                raise OutOfStepError(
+                    f"ranks out of step: rank {here} is in {self.calls.describe(stamp)}, "
+                    f"rank {there} in {self.calls.describe(other)}"
+                )
+        return received_Pf[:, :-1], sent, received
+
+    def on_host(self, *counts_Pf: Tensor) -> list[list[list[int]]]:
+        """As lists: the host synchronisation of a dispatch."""
+        read: list[list[list[int]]] = torch.stack(counts_Pf).tolist()
+        return read
 
     def largest(self, name: str, value: int, device: torch.device) -> int:
         """The most of any rank; a host synchronisation."""

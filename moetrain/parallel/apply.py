@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
 from moetrain.moe.all_to_all import AllToAllDispatcher
-from moetrain.moe.exchange import Exchange, Observer, unobserved
-from moetrain.parallel.mesh import EP, Meshes
+from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
+from moetrain.parallel.fsdp_comms import observe_fsdp
+from moetrain.parallel.mesh import EP, REPLICATE, Meshes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +41,7 @@ def parallelize(
 
     recompute  keep only each block's inputs for the backward pass, and run the block again there.
     compile    torch.compile every block's forward with ``backend``.
-    observer   is told every collective that a layer's dispatch makes.
+    observer   is told every collective that a layer's dispatch or FSDP2 makes.
 
     Raises ValueError for a model without ``blocks``.
     """
@@ -55,6 +56,7 @@ def parallelize(
             _set_forward(block, torch.compile(block.forward, backend=backend))
     if meshes.fsdp is not None:
         _shard(model, blocks, meshes.fsdp, spread, meshes.experts_fsdp)
+        _observe_shards(model, spread, meshes, observer)
     return model
 
 
@@ -77,10 +79,10 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     if meshes.sparse is None:
         return []
     mesh = meshes.sparse[EP]
+    layers = {_short(name): m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    calls = Calls(list(layers))
     holders: list[nn.Module] = []
-    for layer_name, layer in list(model.named_modules()):
-        if not isinstance(layer, MoELayer):
-            continue
+    for layer_name, layer in layers.items():
         for name, parameter in list(layer.experts.named_parameters()):
             local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
@@ -88,12 +90,26 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             vars(fresh).update(vars(parameter))
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
-        exchange = Exchange(mesh.get_group(), layer_name, observer)
+        exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         layer.dispatcher = AllToAllDispatcher(
             exchange, weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
         )
         holders.append(layer.experts)
     return holders
+
+
+def _observe_shards(model: nn.Module, spread: list[nn.Module], meshes: Meshes, observer: Observer) -> None:
+    experts = set(map(id, spread))
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            mesh = meshes.sparse if id(module) in experts else meshes.dense
+            replicas = mesh[REPLICATE].get_group() if mesh and meshes.dp_replicate > 1 else None
+            observe_fsdp(module, _short(name) or "model", replicas, observer)
+
+
+def _short(name: str) -> str:
+    """A module's name as the user knows it, without that of the task around the model."""
+    return name.removeprefix("model").removeprefix(".")
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

@@ -20,6 +20,7 @@ from moetrain.moe.balance import (
     make_terms,
 )
 from moetrain.parallel.apply import parallelize
+from moetrain.parallel.journal import observe
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer
@@ -63,7 +64,8 @@ def assemble(
     adjust(model)
     counts = count_parameters(model)
     task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
-    parallelize(task, build_meshes(cfg.parallel, world, device), cfg.train.recompute, cfg.train.compile)
+    meshes = build_meshes(cfg.parallel, world, device)
+    parallelize(task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe)
     optimizer = build_optimizer(task, cfg.optim)
     controllers = _controllers(cfg, model)
     monitor = LossMonitor(cfg.train.spike_factor)

@@ -36,6 +36,8 @@ from moetrain.parallel.distributed import (
     shutdown,
     world,
 )
+from moetrain.parallel.journal import at, patiently
+from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
@@ -47,7 +49,7 @@ from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
-from moetrain.train.stopping import StopFlag, peer_lost
+from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
 
 _SUMMARY = "summary.json"
@@ -72,14 +74,10 @@ def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> int:
     device = resolve_device(cfg.train.device)
     told = [*validate(cfg, int(os.environ.get("WORLD_SIZE", "1"))), *notes]
     joined = dist.is_initialized()  # a comparison joins once, for all its runs
-    init_from_env(device=device)
+    init_from_env(backend_timeout(cfg.parallel.timeout), device)
     try:
-        return _train(cfg, device, told)
-    except Exception as error:
-        if world() > 1 and peer_lost(error):
-            print(f"moetrain: error: rank {rank()}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)  # leaving the process group could wait for the dead rank
-        raise
+        with watching(cfg.parallel.timeout):
+            return _train(cfg, device, told)
     finally:
         if not joined:
             shutdown()
@@ -90,12 +88,14 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
     _set_up_logging()
     _set_up_torch(cfg, device)
     run_dir = RunDir(run_path(cfg), rank())
-    checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
-    resume_from = checkpointer.resolve(cfg.resume)
+    with patiently("looking for a checkpoint"):
+        checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
+        resume_from = checkpointer.resolve(cfg.resume)
     built = build(cfg, device)
     state = built.state
     if resume_from is not None:
-        state.load(checkpointer, resume_from)
+        with patiently("loading a checkpoint"):
+            state.load(checkpointer, resume_from)
         if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
             checkpointer.set_aside_after(state.step)
     run_dir.truncate_after(state.step)
@@ -149,16 +149,17 @@ def build(cfg: TrainConfig, device: str) -> Built:
 def _prepare_in_turn(cfg: TrainConfig) -> Corpus:
     """Rank 0 first, then the others, which on other machines may have it all to do again.
 
-    Waiting takes as long as it takes: tokenising may be slower than any collective's time-out, and a dead
-    rank is noticed by its closed connections.
+    Waiting takes as long as it takes: tokenising may be slower than any collective's time-out. A rank that
+    dies is noticed by its closed connections, one that falls silent by the watchdog.
     """
     if world() == 1:
         return prepare(cfg.data, cfg.train.seed)
     patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
-    corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
-    dist.barrier(patient)
-    corpus = corpus or prepare(cfg.data, cfg.train.seed)
-    dist.barrier(patient)
+    with patiently("preparing the data"):
+        corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
+        dist.barrier(patient)
+        corpus = corpus or prepare(cfg.data, cfg.train.seed)
+        dist.barrier(patient)
     dist.destroy_process_group(patient)
     return corpus
 
@@ -247,6 +248,7 @@ def _close(
             saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
             print(f"{saved}; {again} goes on from there")
         return
+    at("the sample at the end")
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
     if not is_main():
         return

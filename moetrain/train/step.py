@@ -25,6 +25,7 @@ from moetrain.moe.balance.moments import MOMENTS, moment_BE
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.parallel.journal import watched
 from moetrain.train.metrics import RoutingStats, RoutingSummary
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
@@ -93,7 +94,7 @@ class TrainStep:
         return self._finish(nll_sum, aux_sums, targets, tokens)
 
     def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
-        all_reduce_sum_(nll_sum, *aux_sums.values())
+        all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses")
         routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
@@ -120,7 +121,7 @@ class TrainStep:
         counts = torch.tensor(
             [sum(b.num_targets for b in batches), sum(_valid_tokens(b) for b in batches)], dtype=torch.int64
         )
-        all_reduce_sum_(counts)
+        all_reduce_sum_(counts, name="the step's tokens")
         return int(counts[0]), int(counts[1])
 
     def _add_router_stats(self, records: list[Routing]) -> None:
@@ -131,9 +132,12 @@ class TrainStep:
 
     def _update_routers(self) -> None:
         if self._router_stats:
-            all_reduce_sum_(*self._router_stats)
-            for router, stats in zip(self._routers, self._router_stats, strict=True):
-                router.after_step(stats)
+            all_reduce_sum_(*self._router_stats, name="the routers' statistics")
+            with watched(
+                "the routers' update", "all_gather"
+            ):  # of those that put sharded parameters together
+                for router, stats in zip(self._routers, self._router_stats, strict=True):
+                    router.after_step(stats)
 
     def _totals(
         self, step: int, tokens: int, records: list[Routing], counts: dict[str, Tensor] | None
@@ -168,7 +172,7 @@ class TrainStep:
             counts[name] = _stack(
                 [[moment_BE(r, name, probabilities(r)).sum(0) for r in rs] for rs in records]
             )
-        all_reduce_sum_(*counts.values())
+        all_reduce_sum_(*counts.values(), name="the experts' load")
         return counts
 
     @torch.no_grad()
@@ -177,7 +181,7 @@ class TrainStep:
         weights = [_local(p) for p in self.task.parameters()]
         norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
         broken = (~norms.isfinite()).any().long()
-        all_reduce_sum_(broken)
+        all_reduce_sum_(broken, name="whether all weights are finite")
         name = self._first_not_finite(weights) if int(broken) else None
         return None if name is None else f"the update made {name} not finite"
 
@@ -185,7 +189,7 @@ class TrainStep:
         """The first parameter whose tensor (its own or its gradient) is not finite on any rank."""
         local = [t if t is None else _local(t) for t in tensors]
         flags = torch.tensor([t is not None and not bool(t.isfinite().all()) for t in local]).long()
-        all_reduce_sum_(flags)
+        all_reduce_sum_(flags, name="what is not finite")
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
 

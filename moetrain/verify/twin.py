@@ -28,7 +28,7 @@ class Twin:
 
 
 def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
-    """What is run to verify ``cfg`` on ``world`` ranks; on more than ``most_ranks`` where its axes need them."""
+    """What is run to verify ``cfg`` on ``world`` ranks; on more than ``most_ranks`` where axes need it."""
     parallel, ranks = _layout(cfg.parallel, world, most_ranks)
     model = _with_experts_sharded_alike(_model(cfg.model), cfg, world, parallel, ranks)
     group = 2 if cfg.router.group.isdecimal() else 1

@@ -19,7 +19,7 @@ from moetrain.errors import UserError
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.checkpoint_read import load_checkpoint
 from moetrain.train.state_dict import model_tensors, optimizer_tensors
-from moetrain.train.stopping import PeerLostError
+from moetrain.parallel.lost import PeerLostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -199,6 +199,8 @@ REFUSED = [
     ({"parallel.cp": 2}, "parallel.cp=2 is not built yet"),
     ({"parallel.pp": 2}, "parallel.pp=2 is not built yet"),
     ({"parallel.dp_replicate": 0}, "parallel.dp_replicate=0"),
+    ({"parallel.timeout": 0.0}, "parallel.timeout=0.0"),
+    ({"parallel.timeout": 1e30}, "parallel.timeout=1e+30"),
     ({"parallel.dp_replicate": 2}, "parallel.dp_replicate=2 does not divide the 1 ranks"),
     ({"parallel.dp_shard": 2}, "parallel.dp_replicate=1 times parallel.dp_shard=2 is 2", "has 1 ranks"),
     ({"train.global_batch_tokens": 400}, "train.global_batch_tokens=400", "384", "384 or 768"),
