@@ -1,5 +1,5 @@
-"""Ranks of these tests import the test's own module, and pytest with it."""
+"""Ranks begin with what they all import: pytest, of the test's own module, and the trainer."""
 
 from moetrain.parallel.ranks import PRELOAD
 
-PRELOAD.append("pytest")
+PRELOAD.extend(["pytest", "moetrain.train.run", "moetrain.verify.measure", "moetrain.report"])

@@ -1,6 +1,6 @@
 """A checkpoint of any layout is taken over by any other: model, optimizer, controllers, data, and what follows.
 
-The real parts that ``moetrain train`` builds, on the tiny model in fp64. The suite moves between four layouts;
+The real parts that ``moetrain train`` builds, on the tiny model in fp64. The suite moves between three layouts;
 all ordered pairs of nine are marked slow, and the result recorded in docs/expert_parallelism.md.
 """
 
@@ -36,7 +36,7 @@ LAYOUTS = {
     "ep 8": (8, ["parallel.ep=8"]),
     "hsdp 2 x ep 2 x efsdp 2": (8, ["parallel.dp_replicate=2", "parallel.ep=2"]),
 }
-FEW = ("one process", "ep 2", "dp 2", "hsdp 2 x ep 2")
+FEW = ("one process", "ep 2", "hsdp 2 x ep 2")
 OPTIONS = [
     "train.precision=fp64", "train.micro_batch_size=1", f"train.global_batch_tokens={8 * tiny.SEQ}",
     "model.num_experts=8", "model.num_shared_experts=1", "balance=aux_free",
@@ -118,7 +118,7 @@ def move_between(layouts: list[str], corpus: Path, tmp_path: Path, tolerance: fl
 
 
 def test_moving_between_a_few_layouts(corpus, tmp_path):
-    assert move_between(list(FEW), corpus, tmp_path, 1e-9) == 16
+    assert move_between(list(FEW), corpus, tmp_path, 1e-9) == 9
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ PAIRS = [
     ("relu", "ep 4"),
     ("base, all", "ep 2"),
     ("moepp", "ep 2"),
-    ("rounds", "ddp 4"),
+    ("rounds", "dp 2"),
 ]
 
 

@@ -69,22 +69,21 @@ def test_a_run_is_the_same_on_any_number_of_ranks(world, corpus, tmp_path):
     assert_close_rows(tiny.evaluations(tmp_path / "one"), tiny.evaluations(run), 1e-9)
 
 
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
-def test_a_run_with_experts_spread_is_the_same_and_its_checkpoints_load_anywhere(world, ep, corpus, tmp_path):
+def test_a_run_with_experts_spread_is_the_same_and_its_checkpoints_load_anywhere(corpus, tmp_path):
     """In fp64: the whole curve, then one process goes on from the ranks' checkpoint, and they from its own."""
     options = [*tiny.TRAINED, "train.precision=fp64", ONE_EACH, "balance=aux_free", "train.eval_samples=7"]
     options += ["model.num_experts=6", "model.num_shared_experts=1", "router.capacity_factor=1.2"]
-    spread = [*options, f"parallel.ep={ep}"]
+    spread = [*options, "parallel.ep=2"]
     one, several = tmp_path / "one", tmp_path / "several"
     with tiny.alone():
         assert tiny.train(corpus, one, *options) == 0
-    finish(corpus, several, *spread, world=world)
+    finish(corpus, several, *spread)
     assert_close_rows(tiny.steps(one), tiny.steps(several), 1e-9)
     assert_close_rows(tiny.evaluations(one), tiny.evaluations(several), 1e-9)
     begun_by_several, begun_by_one = cut(several, tmp_path / "a", 5), cut(one, tmp_path / "b", 5)
     with tiny.alone():
         assert tiny.train(corpus, begun_by_several, *options) == 0
-    finish(corpus, begun_by_one, *spread, world=world)
+    finish(corpus, begun_by_one, *spread)
     for run in (begun_by_several, begun_by_one):
         assert_close_rows(tiny.steps(one), tiny.steps(run), 1e-9)
         mine, theirs = (tiny.contents(tiny.checkpoint(r, 12))[0] for r in (run, one))
