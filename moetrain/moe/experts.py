@@ -5,6 +5,8 @@ Shapes: E experts, D model, F hidden, P = 2F (gated: gate columns, then up colum
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -36,6 +38,23 @@ class Experts(nn.Module):
 
     def forward(self, dispatched: Dispatched) -> Tensor:
         """out [R, D], each row times its routing weight, in the autocast dtype where one is on."""
+        return self._compute(dispatched, _local(self.w_gate_up_EDF2), _local(self.w_down_EFD))
+
+    def in_chunks(
+        self, arrivals: Iterable[Dispatched], sizes: list[int], give_back: Callable[[Tensor, int], Tensor]
+    ) -> list[Tensor]:
+        """``give_back(out [R, D], chunk)`` of each chunk of experts, ``sizes`` of them, as it arrives.
+
+        One call for all chunks, so that sharded weights are gathered once.
+        """
+        ups = _local(self.w_gate_up_EDF2).split(sizes)  # not slices: their gradients would be whole tensors
+        downs = _local(self.w_down_EFD).split(sizes)
+        return [
+            give_back(self._compute(dispatched, up, down), chunk)
+            for chunk, (dispatched, up, down) in enumerate(zip(arrivals, ups, downs, strict=True))
+        ]
+
+    def _compute(self, dispatched: Dispatched, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor) -> Tensor:
         x_XD = dispatched.source_XD
         device = x_XD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
@@ -43,8 +62,8 @@ class Experts(nn.Module):
             x_XD,
             dispatched.rows,
             dispatched.weights_R,
-            _local(self.w_gate_up_EDF2),
-            _local(self.w_down_EFD),
+            w_gate_up_EDF2,
+            w_down_EFD,
             self.activation,
             self.backend,
             dtype,
