@@ -5,13 +5,13 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
-from moetrain.config import rules_data, rules_model, rules_train
+from moetrain.config import rules_data, rules_dispatch, rules_model, rules_train
 from moetrain.config.schema import GenerateConfig, TrainConfig
 
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
-    for rules in (rules_model, rules_data, rules_train):
+    for rules in (rules_model, rules_data, rules_train, rules_dispatch):
         for rule in rules.RULES:
             rule(cfg, world)
     warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)

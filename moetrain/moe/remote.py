@@ -91,7 +91,8 @@ def pack(numbers_n: Tensor, values: list[Tensor]) -> Tensor:
 
 def unpack(packed_nW: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """What :func:`pack` was given: the numbers as int64, and values of ``dtype``."""
-    return packed_nW[:, 0].long(), list(packed_nW[:, 1:].contiguous().view(dtype).unbind(1))
+    bits_nW = packed_nW[:, 1:].clone(memory_format=torch.contiguous_format)  # aligned as dtype wants it
+    return packed_nW[:, 0].long(), list(bits_nW.view(dtype).unbind(1))
 
 
 def travelled(weights_n: Tensor, weights_X: Tensor, links: list[tuple[Link, Tensor | None]]) -> Tensor:

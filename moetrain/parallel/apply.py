@@ -13,16 +13,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
-from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Exchange, Observer, unobserved
+from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.mesh import EP, Meshes
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,8 +74,8 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
         exchange = Exchange(mesh.get_group(), layer_name, observer)
-        layer.dispatcher = AllToAllDispatcher(
-            exchange, weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
+        layer.dispatcher = build_dispatcher(
+            meshes, exchange, weight.shape[0], weight.device, layer.dispatcher.block
         )
         holders.append(layer.experts)
     return holders
@@ -125,6 +124,7 @@ def _shard(
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
     for module in spread:
         fully_shard(module, mesh=experts_mesh)
+        register_fsdp_forward_method(module, "in_chunks")
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)
     for module in model.modules():
