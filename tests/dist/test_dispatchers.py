@@ -6,10 +6,11 @@ Shapes: T tokens of a rank, D model, E experts, P ranks.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import invariance
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,11 +18,13 @@ from spawn import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.config.schema import ExpertDispatch, ParallelConfig
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.all_gather import AllGatherDispatcher
 from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Collective, Exchange, Observer, unobserved
 from moetrain.moe.hierarchical import HierarchicalDispatcher
+from moetrain.parallel.mesh import Meshes, build_meshes
 
 D, F, E, P = 7, 8, 12, 4
 DEVICE = torch.device("cpu")
@@ -235,6 +238,33 @@ def test_a_row_crosses_to_a_node_once_and_comes_back_once():
     routings = [found["routing"] for found in events()]
     assert sent[1]["results"] == sent[1]["rows' gradients"] == sum(int(r.counts_E.sum()) for r in routings)
     assert sent[0]["results"] == sent[0]["rows' gradients"] == 2 * sum(CASES["top 8"].tokens)
+
+
+LAYOUTS = {
+    "ep 4, two nodes": ParallelConfig(ep=4, dispatcher=ExpertDispatch.hierarchical, ranks_per_node=2),
+    "ep 2 x efsdp 2, two nodes": ParallelConfig(ep=2, dispatcher=ExpertDispatch.hierarchical, ranks_per_node=1),
+    "ep 2 x efsdp 2, overlap 3": ParallelConfig(ep=2, overlap=3),
+    "hsdp 2 x ep 2, all-gather": ParallelConfig(2, ep=2, dispatcher=ExpertDispatch.all_gather),
+}
+
+
+def step_of_each_layout(rank: int, world: int) -> list[invariance.Outcome]:
+    """The gradients of a recomputed model in several micro-batches."""
+    layouts = [build_meshes(cfg, world) for cfg in LAYOUTS.values()] if world > 1 else [Meshes()]
+    kept = invariance.MODEL, invariance.E
+    try:
+        invariance.MODEL, invariance.E = replace(invariance.MODEL, num_experts=8), 8
+        losses = invariance.terms("switch", "global_batch")
+        return [invariance.gradients(losses, 1, True, rank, world, meshes) for meshes in layouts]
+    finally:
+        invariance.MODEL, invariance.E = kept
+
+
+def test_a_sharded_recomputed_model_has_the_gradients_of_one_process():
+    (alone,) = step_of_each_layout(0, 1)
+    for found in run_ranks(step_of_each_layout, P, timeout=120):
+        for one in found:
+            invariance.assert_same(alone, one)
 
 
 def test_chunks_that_cannot_be_are_refused():
