@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comm_layer import ROUTINGS, Tally, dispatchers, draw, lower_bound, spread_layer
+from comm_layer import ROUTINGS, Tally, dispatchers, draw, lower_bound, spread_block
 from timing import machine, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
@@ -31,9 +31,9 @@ def count(rank: int, world: int, args: argparse.Namespace) -> dict[str, Any]:
         cell: dict[str, Any] = {"bound": lower_bound(ids_TK, args.experts, args.ranks_per_node, row_bytes)}
         for name, cfg in dispatchers(world, args.ranks_per_node).items():
             tally = Tally(args.ranks_per_node)
-            layer = spread_layer(cfg, ids_TK, args.d_model, args.d_ff, args.experts, tally)
+            block = spread_block(cfg, ids_TK, args.d_model, args.d_ff, args.experts, tally)
             x_BSD = torch.randn(1, args.tokens, args.d_model, requires_grad=True)
-            y_BSD, _ = layer(x_BSD)
+            y_BSD = block(x_BSD)
             forward = dict(tally.counts)
             y_BSD.sum().backward()
             cell[name] = {"forward": forward, "both": dict(tally.counts)}

@@ -65,24 +65,34 @@ class Given(nn.Module):
         return from_token_choice(self.ids_TK, scores_TE.gather(1, self.ids_TK), ctx, experts)
 
 
-class Stack(nn.Module):
-    """The one layer where ``parallelize`` looks for blocks."""
+class Block(nn.Module):
+    """x plus the layer's output."""
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([layer])
+        self.layer = layer
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.layer(x_BSD)[0]
 
 
-def spread_layer(
+class Stack(nn.Module):
+    """One block where ``parallelize`` looks for blocks."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+
+
+def spread_block(
     cfg: ParallelConfig, ids_TK: Tensor, d_model: int, d_ff: int, experts: int, observer: Observer
-) -> MoELayer:
+) -> nn.Module:
     torch.manual_seed(0)
     layer = MoELayer(d_model, d_ff, experts)
     layer.router = Given(ids_TK, d_model, experts)
     meshes = build_meshes(cfg, dist.get_world_size())
-    stack = Stack(layer)
-    parallelize(stack, meshes, observer=observer)
-    return layer
+    stack = parallelize(Stack(Block(layer)), meshes, observer=observer)
+    return stack.blocks[0]
 
 
 class Tally:
