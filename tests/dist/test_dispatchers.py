@@ -26,7 +26,8 @@ from moetrain.moe.exchange import Collective, Exchange, Observer, unobserved
 from moetrain.moe.hierarchical import HierarchicalDispatcher
 from moetrain.parallel.mesh import Meshes, build_meshes
 
-D, F, E, P = 7, 8, 12, 4
+# Blocks of rows and matrices are multiples of 64 bytes: products round by where their operands lie.
+D, F, E, P, BLOCK = 7, 8, 12, 4, 32
 DEVICE = torch.device("cpu")
 
 
@@ -41,6 +42,7 @@ class Case:
     shared: int = 0
     bound: int | None = None
     recompute: bool = False
+    autocast: bool = False  # of fp32
 
 
 CASES = {
@@ -53,6 +55,7 @@ CASES = {
     "zero-computation experts": Case("moepp", shared=1, tokens=(11, 5, 7, 0)),
     "rounds": Case(options={"top_k": 3}, bound=5),
     "rounds, scaled": Case("sparsemixer2", bound=7, shared=1),
+    "bf16": Case(options={"top_k": 3}, shared=1, autocast=True),
     "no tokens at all": Case(options={"top_k": 2}, tokens=(0, 0, 0, 0)),
 }
 FLAT = "flat"
@@ -63,9 +66,10 @@ CLOSE = ("two nodes", "one node", "four nodes", "all-gather")
 def layer_of(case: Case) -> MoELayer:
     torch.manual_seed(5)
     layer = MoELayer(
-        D, F, E, case.router, case.options, num_shared_experts=case.shared, block=8,
+        D, F, E, case.router, case.options, num_shared_experts=case.shared, block=BLOCK,
         max_rows_per_rank=case.bound,
-    ).double()  # fmt: skip
+    )  # fmt: skip
+    layer = layer.float() if case.autocast else layer.double()
     layer.router.usual_rows_per_token = None
     if case.hot:
         with torch.no_grad():
@@ -85,11 +89,12 @@ def input_of(case: Case, rank: int) -> tuple[Tensor, RouterContext]:
 def outcome(layer: MoELayer, case: Case, rank: int) -> dict[str, Tensor]:
     """The layer's output, and the gradients of its input and of every parameter."""
     x_BSD, ctx = input_of(case, rank)
-    x_BSD.requires_grad_()
-    if case.recompute:
-        y_BSD, _ = checkpoint(layer, x_BSD, ctx, use_reentrant=False)
-    else:
-        y_BSD, _ = layer(x_BSD, ctx)
+    x_BSD = x_BSD.to(layer.router.weight_ED.dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+        if case.recompute:
+            y_BSD, _ = checkpoint(layer, x_BSD, ctx, use_reentrant=False)
+        else:
+            y_BSD, _ = layer(x_BSD, ctx)
     (y_BSD * torch.linspace(-1, 2, y_BSD.numel(), dtype=y_BSD.dtype).view_as(y_BSD)).sum().backward()
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
     return {"y": y_BSD.detach(), "x": x_BSD.grad, **grads}
@@ -101,25 +106,25 @@ def spread(layer: MoELayer, rank: int) -> None:
         setattr(layer.experts, name, nn.Parameter(parameter.detach().chunk(P)[rank].clone()))
 
 
-def dispatchers(rank: int, block: int, observer: Observer = unobserved) -> dict[str, Any]:
+def dispatchers(rank: int, observer: Observer = unobserved) -> dict[str, Any]:
     whole = Exchange(dist.group.WORLD, observer=observer)
-    made: dict[str, Any] = {FLAT: AllToAllDispatcher(whole, E, DEVICE, block)}
+    made: dict[str, Any] = {FLAT: AllToAllDispatcher(whole, E, DEVICE, BLOCK)}
     for chunks in (2, 3):
-        made[f"overlap {chunks}"] = AllToAllDispatcher(whole, E, DEVICE, block, overlap=chunks)
+        made[f"overlap {chunks}"] = AllToAllDispatcher(whole, E, DEVICE, BLOCK, overlap=chunks)
     for name, places in (("two nodes", 2), ("one node", 4), ("four nodes", 1)):
         nodes = [dist.new_group(list(range(place, P, places))) for place in range(places)]
         node = [dist.new_group(list(range(n, n + places))) for n in range(0, P, places)]
         levels = whole.over(nodes[rank % places]), whole.over(node[rank // places])
         world = dist.group.WORLD
-        made[name] = HierarchicalDispatcher(*levels, E, DEVICE, block, world)
-        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, E, DEVICE, block, world, node_sums=False)
-    made["all-gather"] = AllGatherDispatcher(whole, E, DEVICE, block)
+        made[name] = HierarchicalDispatcher(*levels, E, DEVICE, BLOCK, world)
+        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, E, DEVICE, BLOCK, world, node_sums=False)
+    made["all-gather"] = AllGatherDispatcher(whole, E, DEVICE, BLOCK)
     return made
 
 
 def every_outcome(rank: int, world: int) -> dict[tuple[str, str], dict[str, Tensor]]:
     found = {}
-    for variant, dispatcher in dispatchers(rank, block=8).items():
+    for variant, dispatcher in dispatchers(rank).items():
         for name, case in CASES.items():
             layer = layer_of(case)
             spread(layer, rank)
@@ -146,16 +151,17 @@ def test_the_same_bits_as_the_flat_one(variant, name):
 def test_as_on_one_process(variant, name):
     """Each rank's tokens by themselves, through all experts; gradients of weights add up over the ranks."""
     case = CASES[name]
+    close = {"rtol": 0.02, "atol": 0.02} if case.autocast else {"rtol": 0, "atol": 1e-12}
     alone = [outcome(layer_of(case), case, rank) for rank in range(P)]
     found = [each[name, variant] for each in outcomes()]
     for key in alone[0]:
         if key.startswith("experts."):
             expected, there = sum(one[key] for one in alone), torch.cat([one[key] for one in found])
             assert expected.any() or not sum(case.tokens)
-            torch.testing.assert_close(there, expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(there, expected, **close)
         else:
             for one, other in zip(found, alone, strict=True):
-                torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-12)
+                torch.testing.assert_close(one[key], other[key], **close)
 
 
 def events_of(rank: int, world: int) -> dict[str, list[tuple[str, Collective | str]]]:
@@ -175,11 +181,16 @@ def events_of(rank: int, world: int) -> dict[str, list[tuple[str, Collective | s
 
     found = {}
     case = Case(options={"top_k": 8}, shared=1)
-    for variant, dispatcher in dispatchers(rank, 4, observer).items():
+    for variant, dispatcher in dispatchers(rank, observer).items():
         layer = layer_of(case)
         spread(layer, rank)
         layer.dispatcher = dispatcher
-        layer.shared.register_forward_hook(lambda *_: events.append(("computed", ("shared",))))
+
+        def shared_computed(_: nn.Module, __: Any, y: Tensor) -> None:
+            events.append(("computed", ("shared",)))
+            y.register_hook(lambda _: events.append(("computed", ("shared, backward",))))
+
+        layer.shared.register_forward_hook(shared_computed)
         events.clear()
         outcome(layer, case, rank)
         found[variant] = list(events)
@@ -199,8 +210,11 @@ def test_one_host_synchronisation_and_others_compute_while_rows_travel(variant):
     for found in events():
         seen = [(what, told[0]) for what, told in found[variant]]
         assert [told[1] for what, told in found[variant] if what == "made"].count("host") == 1
-        rows = seen.index(("made", "rows"))
-        assert rows < seen.index(("computed", "shared")) < seen.index(("waits", "rows"))
+        assert seen.index(("made", "rows")) < seen.index(("computed", "shared")) < seen.index(("waits", "rows"))
+        last = {event: place for place, event in enumerate(seen)}
+        gradients = "rows' gradients"
+        shared = last["computed", "shared, backward"]
+        assert last["made", gradients] < shared < last["waits", gradients]
         chunks = int(variant[-1]) if "overlap" in variant else 1
         for name in ("rows", "results", "results' gradients", "rows' gradients"):
             assert seen.count(("made", name)) == seen.count(("waits", name)) == levels * chunks, name
