@@ -47,8 +47,7 @@ class Experts(nn.Module):
 
         One call for all chunks, so that sharded weights are gathered once.
         """
-        ups = _local(self.w_gate_up_EDF2).split(sizes)  # not slices: their gradients would be whole tensors
-        downs = _local(self.w_down_EFD).split(sizes)
+        ups, downs = _parts(self.w_gate_up_EDF2, sizes), _parts(self.w_down_EFD, sizes)
         return [
             give_back(self._compute(dispatched, up, down), chunk)
             for chunk, (dispatched, up, down) in enumerate(zip(arrivals, ups, downs, strict=True))
@@ -68,6 +67,11 @@ class Experts(nn.Module):
             self.backend,
             dtype,
         )
+
+
+def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
+    return (_local(weight),) if len(sizes) == 1 else _local(weight).split(sizes)
 
 
 def _local(weight: Tensor) -> Tensor:

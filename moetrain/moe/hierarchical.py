@@ -40,7 +40,8 @@ class _Counts:
 
 
 class HierarchicalDispatcher(RemoteDispatcher):
-    """``nodes``: the ranks of this place in every node; ``node``: the ranks of this node, both in rank order.
+    """``nodes``: the ranks of this place in every node; ``node``: the ranks of this node, both in rank order;
+    ``company``: the ranks that must make equally many rounds, those of all these nodes at least.
 
     Experts lie in contiguous blocks over the ranks, node by node. ``node_sums``: results and gradients of a
     token are summed in the node before they go back; False: they go back one row an assignment, are summed as
@@ -55,14 +56,14 @@ class HierarchicalDispatcher(RemoteDispatcher):
         self,
         nodes: Exchange,
         node: Exchange,
+        company: dist.ProcessGroup,
         num_experts: int,
         device: torch.device,
         block: int | None = None,
-        company: dist.ProcessGroup | None = None,
         node_sums: bool = True,
     ) -> None:
         num_local = experts_per_rank(num_experts, nodes.size * node.size)
-        super().__init__(nodes.over(company or nodes.group), num_local, device, block)
+        super().__init__(nodes.over(company), num_local, device, block)
         self.nodes, self.node, self.node_sums = nodes, node, node_sums
 
     def plan(self, x_TD: Tensor, routing: Routing) -> tuple[Summed | Unsummed, list[Placed]]:

@@ -116,8 +116,8 @@ def dispatchers(rank: int, observer: Observer = unobserved) -> dict[str, Any]:
         node = [dist.new_group(list(range(n, n + places))) for n in range(0, P, places)]
         levels = whole.over(nodes[rank % places]), whole.over(node[rank // places])
         world = dist.group.WORLD
-        made[name] = HierarchicalDispatcher(*levels, E, DEVICE, BLOCK, world)
-        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, E, DEVICE, BLOCK, world, node_sums=False)
+        made[name] = HierarchicalDispatcher(*levels, world, E, DEVICE, BLOCK)
+        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, world, E, DEVICE, BLOCK, False)
     made["all-gather"] = AllGatherDispatcher(whole, E, DEVICE, BLOCK)
     return made
 
