@@ -26,6 +26,7 @@ def build_dispatcher(
         return AllGatherDispatcher(exchange, num_experts, device, block, everyone)
     if cfg.dispatcher is ExpertDispatch.all_to_all:
         return AllToAllDispatcher(exchange, num_experts, device, block, everyone, cfg.overlap)
-    assert meshes.levels is not None and everyone is not None
+    assert meshes.levels is not None
+    assert everyone is not None
     nodes, node = (exchange.over(meshes.levels[name].get_group()) for name in (NODE, PLACE))
     return HierarchicalDispatcher(nodes, node, everyone, num_experts, device, block, cfg.node_sums)
