@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from comm_layer import ROUTINGS, Tally, dispatchers, draw, lower_bound, spread_block
 from timing import machine, write_json
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 
 def count(rank: int, world: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -106,8 +106,8 @@ class Tally:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, collective: Collective) -> AbstractContextManager[object]:
-        if collective.kind == "host":
-            self.counts["host"] += 1
+        if not collective.sent:  # nothing between ranks' tokens and experts: a host read, or FSDP2's
+            self.counts["host"] += collective.kind == "host"
             return nullcontext()
         self.counts["collectives"] += 1
         own = dist.get_rank()

@@ -33,6 +33,7 @@ moetrain: train Mixture-of-Experts language models
   moetrain train experiment=moe_vs_dense                          compare variants over several seeds
   moetrain train -m router.top_k=1,2,4                            sweep: one run for each value
   torchrun --nproc-per-node 8 -m moetrain train experiment=small  eight GPUs or processes
+  moetrain verify parallel.ep=2 parallel.dp_shard=4               prove a layout equal to one process
   moetrain generate checkpoint=runs/mine prompt="def "            let a trained model write
   moetrain report runs/mine runs/other                            plots and tables in one HTML file
   moetrain status runs/mine                                       where a run stands
@@ -89,6 +90,12 @@ def _train(args: list[str]) -> int:
     return train_command(args)
 
 
+def _verify(args: list[str]) -> int:
+    from moetrain.config.app import verify_command
+
+    return verify_command(args)
+
+
 def _generate(args: list[str]) -> int:
     from moetrain.config.app import generate_command
 
@@ -140,6 +147,7 @@ def _doctor(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "verify": _verify,
     "generate": _generate,
     "report": _report,
     "status": _status,

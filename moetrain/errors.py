@@ -1,5 +1,13 @@
 """The exceptions that mean: the user can mend this. The command line prints them without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
 
 class UserError(Exception):
     """One line: what was wrong, where (config key, file, rank), both numbers, and what to do."""
@@ -11,3 +19,11 @@ class TrainingError(UserError):
     """Training itself went wrong (a loss not finite, a spike), with the last good checkpoint named."""
 
     exit_code = 1
+
+
+def write_error_file(line: str) -> None:
+    """Leave ``line`` where torchrun looks for it: it shows that of the first rank to fail."""
+    if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(note).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

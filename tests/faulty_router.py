@@ -5,6 +5,7 @@ T tokens, E experts.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -30,8 +31,12 @@ class FaultyOptions(TopKOptions):
     route_scale: float = 2.0
     samples: list[int] = field(default_factory=list)
     fault: str = "nan"
-    signal: int = 0  # sent once to this process in the step (from 0) called at_step, by the rank called rank
+    # Once, in the step (from 0) called at_step, in the MoE layer called at_layer, by the rank called rank:
+    signal: int = 0  # sent to this process
+    sleep: float = 0.0  # seconds
+    hold: bool = False  # sleep without letting another thread run Python
     at_step: int = -1
+    at_layer: int = 0
     rank: int = 0
 
 
@@ -44,13 +49,22 @@ class FaultyRouter(TopKRouter):
         routing = super().route(x_TD, ctx)
         if not self.training:
             return routing
-        mine = options.signal and options.rank == int(os.environ.get("RANK", "0"))
-        if mine and (ctx.step, ctx.layer) == (options.at_step, 0) and not getattr(self, "_sent", False):
-            self._sent = True
-            os.kill(os.getpid(), options.signal)
+        mine = options.rank == int(os.environ.get("RANK", "0"))
+        now = (ctx.step, ctx.layer) == (options.at_step, options.at_layer)
+        if mine and now and not getattr(self, "_done", False):
+            self._done = True
+            self._once()
         if bool(torch.isin(ctx.sample_ids_B, torch.tensor(options.samples)).any()):
             if options.fault == "sleep":
                 time.sleep(60)
             factor = float("nan") if options.fault == "nan" else -1e3
             return replace(routing, weights_N=routing.weights_N * factor)
         return routing
+
+    def _once(self) -> None:
+        if self.options.signal:
+            os.kill(os.getpid(), self.options.signal)
+        if self.options.hold:
+            ctypes.PyDLL(None).usleep(int(self.options.sleep * 1e6))
+        else:
+            time.sleep(self.options.sleep)

@@ -7,7 +7,7 @@ loss, metrics, and the gradient of every parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import AdamWConfig, ModelConfig
 from moetrain.data import Batch
-from moetrain.data.batch import IGNORE
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import LossTerm, RunningLoad
 from moetrain.moe.options import ExpertsConfig, RouterConfig
@@ -27,6 +26,7 @@ from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer
 from moetrain.train.step import StepResult, TrainStep
 from moetrain.train.task import NextToken
+from moetrain.verify.batches import cut, mixed
 
 B, S, V, E = 8, 11, 29, 7
 MODEL = ModelConfig(
@@ -35,10 +35,6 @@ MODEL = ModelConfig(
 )  # fmt: skip
 # Noise, and a capacity that drops: both must follow the sample, wherever it is computed.
 ROUTER = TopKOptions(top_k=2, capacity_factor=1.2, min_capacity=1, jitter=0.1)
-# Of each sequence, the tokens that are no padding, and how many of them have a target. The last quarter has
-# no target at all, and the sixth sequence not a single token.
-LENGTHS = (11, 3, 8, 1, 11, 0, 5, 9)
-TARGETS = (10, 2, 7, 1, 4, 0, 0, 0)
 FORMS = ("switch", "gshard_first", "sum_over_k")
 
 
@@ -48,37 +44,7 @@ def terms(form: str, scope: str) -> list[LossTerm]:
 
 def batch(seed: int = 0) -> Batch:
     """All eight sequences; each is two documents, the second from its middle on."""
-    draw = torch.Generator().manual_seed(seed)
-    ids_BT = torch.randint(0, V, (B, S + 1), generator=draw)
-    place_S = torch.arange(S)
-    lengths_B1, targets_B1 = torch.tensor(LENGTHS)[:, None], torch.tensor(TARGETS)[:, None]
-    start_B1 = (lengths_B1 + 1) // 2
-    valid_BS = place_S < lengths_B1
-    labels_BS = ids_BT[:, 1:].where(place_S < targets_B1, IGNORE)
-    second_BS = (place_S >= start_B1) & valid_BS
-    return Batch(
-        input_ids_BS=ids_BT[:, :-1].contiguous(),
-        labels_BS=labels_BS,
-        doc_ids_BS=second_BS + 2 * ~valid_BS,
-        positions_BS=place_S - second_BS * start_B1,
-        sample_ids_B=torch.arange(B) + 40,
-        domain_ids_BS=torch.zeros(B, S, dtype=torch.int64),
-        byte_counts_BS=torch.ones(B, S, dtype=torch.int64),
-        valid_BS=valid_BS,
-        num_targets=sum(TARGETS),
-    )
-
-
-def cut(whole: Batch, micro: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    """The micro-batches of ``micro`` sequences in a rank's contiguous share."""
-    share = B // world
-    pieces = []
-    for start in range(rank * share, (rank + 1) * share, micro):
-        rows = slice(start, start + micro)
-        tensors = {name: x[rows] for name, x in vars(whole).items() if isinstance(x, Tensor)}
-        piece = replace(whole, **tensors)
-        pieces.append(replace(piece, num_targets=int((piece.labels_BS != IGNORE).sum())))
-    return pieces
+    return mixed(B, S, V, seed)
 
 
 class Recorder(torch.optim.Optimizer):

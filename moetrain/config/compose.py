@@ -22,7 +22,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.overrides import normalize, plugins_in
-from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
+from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register, user_folder
 from moetrain.errors import UserError
 
@@ -38,6 +38,15 @@ def compose_train(
     """
     cfg = _compose(TrainConfig, config_name, overrides, config_dir)
     assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def compose_verify(
+    overrides: list[str], config_name: str = "verify", config_dir: str | None = None
+) -> VerifyConfig:
+    """The config that ``moetrain verify <overrides>`` proves: that of train, and ``verify``."""
+    cfg = _compose(VerifyConfig, config_name, overrides, config_dir)
+    assert isinstance(cfg, VerifyConfig)
     return cfg
 
 
@@ -90,8 +99,8 @@ def load_yaml(path: str | Path) -> TrainConfig:
 def config_hash(cfg: TrainConfig) -> str:
     """16 hex digits of what is trained: ``run``, ``resume``, ``compare`` and ``tracker`` do not take part."""
     kept = _plain(cfg)
-    for key in ("run", "resume", "compare", "tracker"):
-        del kept[key]
+    for key in ("run", "resume", "compare", "tracker", "verify"):
+        kept.pop(key, None)
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept)).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The page of ``moetrain train --help`` and ``moetrain generate --help``."""
+"""The pages of ``moetrain train --help`` and of the other Hydra commands."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ Trains a Mixture-of-Experts language model and leaves runs/NAME with checkpoints
 Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help, -m (--multirun),
   --config-dir FOLDER (your own yaml files, searched after the shipped ones), --config-name NAME
 """,
+    "verify": """\
+moetrain verify [group=option ...] [key=value ...]
+
+Proves that a layout trains like one process: a scaled-down twin of the config runs in fp64 on the CPU, on as
+many ranks as the layout needs (verify.ranks at most) and on one; losses, every gradient, norms, weights after
+steps and a checkpoint moved both ways are compared. Takes what train takes, and verify.world: the ranks of
+the run to come. Leaves a certificate below run.root that train finds.
+
+  moetrain verify parallel.ep=2 parallel.dp_shard=4
+  moetrain verify experiment=small parallel.ep=8 verify.world=64
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help, --config-dir FOLDER,
+  --config-name NAME
+""",
     "generate": """\
 moetrain generate checkpoint=RUN prompt="..." [key=value ...]
 
@@ -37,7 +51,7 @@ Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 def app_help(command: str, config_dir: str | None = None) -> str:
     """Usage, flags and groups; the composed config follows it."""
     text = _USAGE[command]
-    if command == "train":
+    if command in ("train", "verify"):
         groups = "\n".join(f"  {g:<12}{', '.join(names)}" for g, names in group_options(config_dir).items())
         text += f"\nGroups and their options:\n{groups}\n"
     return f"{text}\nKeys and their values:\n"

@@ -133,8 +133,17 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
     group, micro = cfg.router.group, cfg.train.micro_batch_size
     if group == "sequence":
         return
+    if group == "all":
+        share = cfg.train.global_batch_tokens // (cfg.data.seq_len * world)
+        if share > micro:
+            raise UserError(
+                f"router.group=all couples the tokens of a step, so each rank must take its share at once: "
+                f"train.micro_batch_size={micro}, but the share is {share} sequences; "
+                f"set train.micro_batch_size={share}, or a smaller train.global_batch_tokens"
+            )
+        return
     if not group.isdecimal() or int(group) < 1:
-        raise UserError(f"router.group={group} must be sequence, or a number of sequences from 1 up")
+        raise UserError(f"router.group={group} must be sequence, all, or a number of sequences from 1 up")
     if micro % int(group):
         raise UserError(
             f"router.group={group} does not divide train.micro_batch_size={micro}: "

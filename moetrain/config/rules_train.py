@@ -14,6 +14,7 @@ from moetrain.errors import UserError
 _DEVICES = ("auto", "cpu", "cuda")
 _ENGINES = ("native",)
 _TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # module -> extra of the same project
+_WEEK = 7 * 86400.0
 _COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -61,6 +62,7 @@ def schedule_numbers(cfg: TrainConfig, world: int) -> None:
 
 def layout_is_built(cfg: TrainConfig, world: int) -> None:
     p = cfg.parallel
+    within("parallel.timeout", p.timeout, 0, _WEEK, open_low=True, open_high=False)
     at_least("parallel", p, 1, "dp_replicate", "dp_shard", "ep", "tp", "cp", "pp")
     for axis in ("tp", "cp", "pp"):
         degree = getattr(p, axis)
@@ -223,14 +225,12 @@ def _installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+LAYOUT_RULES = (optimizer_numbers, layout_is_built, layout_fills_world, experts_spread_evenly)
 RULES = (
     loop_numbers,
     checkpoint_numbers,
-    optimizer_numbers,
     schedule_numbers,
-    layout_is_built,
-    layout_fills_world,
-    experts_spread_evenly,
+    *LAYOUT_RULES,
     global_batch_is_whole_micro_batches,
     device_is_there,
     compiler_is_there,

@@ -290,10 +290,9 @@ class ParallelConfig:
     pp: int = 1
     dispatcher: ExpertDispatch = ExpertDispatch.all_to_all
     ranks_per_node: Optional[int] = None  # consecutive ranks; null: LOCAL_WORLD_SIZE
-    node_sums: bool = (
-        True  # hierarchical only: a node's rows of a token are summed there; false: bits as all_to_all
-    )
+    node_sums: bool = True  # hierarchical only: a node's rows of a token are summed there
     overlap: int = 1  # all_to_all only: chunks of experts, of which one computes while the next travels
+    timeout: float = 600.0  # seconds that a rank waits in one collective before the run ends with a report
 
 
 @dataclass(frozen=True)
@@ -396,6 +395,21 @@ class TrainConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
     resume: str = "auto"  # auto | none | a checkpoint's path
     plugins: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """``world``: the ranks of the run to come; null: the fewest that ``parallel`` allows, two at least."""
+
+    world: Optional[int] = None
+    ranks: int = 8  # processes that the proof may take; a larger layout is proved on a smaller one
+
+
+@dataclass(frozen=True)
+class VerifyConfig(TrainConfig):
+    """The root of ``moetrain verify``: what ``moetrain train`` takes, and how to prove it."""
+
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
 
 
 @dataclass(frozen=True)

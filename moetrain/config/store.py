@@ -78,6 +78,7 @@ def register() -> None:
 def _register(routers: tuple[str, ...]) -> None:
     store = ConfigStore.instance()
     store.store(name="_train", node=editable(s.TrainConfig))
+    store.store(name="_verify", node=editable(s.VerifyConfig))
     store.store(name="_generate", node=editable(s.GenerateConfig))
     for group, classes in variants().items():
         for name, cls in classes.items():

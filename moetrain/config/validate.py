@@ -6,7 +6,9 @@ One function per rule. Each raises UserError with the key, both numbers and what
 from __future__ import annotations
 
 from moetrain.config import rules_data, rules_dispatch, rules_model, rules_train
-from moetrain.config.schema import GenerateConfig, TrainConfig
+from moetrain.config.rules import at_least
+from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
+from moetrain.errors import UserError
 
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
@@ -18,7 +20,26 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     return [text for warn in warnings if (text := warn(cfg)) is not None]
 
 
+def validate_verify(cfg: VerifyConfig) -> None:
+    """Check a layout that is to be proved, for the ranks it is meant for."""
+    at_least("verify", cfg.verify, 1, "world")
+    at_least("verify", cfg.verify, 2, "ranks")
+    if cfg.router.group == "all" and any(loss.scope.name == "micro" for loss in cfg.balance.losses):
+        raise UserError(
+            "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
+            "process does the same; take another scope"
+        )
+    for rule in (*rules_model.RULES, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
+        rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
+
+
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
     for rule in rules_train.GENERATE_RULES:
         rule(cfg)
+
+
+def smallest_world(parallel: ParallelConfig) -> int:
+    """The fewest ranks that such a layout can have, two at least."""
+    shard = parallel.ep if parallel.dp_shard is None else parallel.dp_shard
+    return max(2, parallel.dp_replicate * shard)

@@ -65,10 +65,10 @@ class AllGatherDispatcher(RemoteDispatcher):
     def plan(self, x_TD: Tensor, routing: Routing) -> tuple[_Everywhere, list[Placed]]:
         sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(-1, self.num_local)
         tokens_P1 = sent_Pe.new_full((self.exchange.size, 1), x_TD.shape[0])
-        received_PC = self.exchange.all_to_all("counts", torch.cat([tokens_P1, sent_Pe], 1))
-        sent, received = self.exchange.read("counts", sent_Pe, received_PC)
-        link = Link(self.exchange, sent.sum(1).tolist(), received[:, 1:].sum(1).tolist())
-        most = int(received[:, 0].max())
+        received_PC, *counts = self.exchange.counts(torch.cat([tokens_P1, sent_Pe], 1))
+        sent, received = ([row[1:] for row in rows] for rows in counts)
+        link = Link(self.exchange, [sum(row) for row in sent], [sum(row) for row in received])
+        most = max(row[0] for row in counts[1])
 
         size = sum(link.sent)
         weights_n, scale_n = routing.weights_N[:size], routing.forward_scale_N
@@ -86,6 +86,7 @@ class AllGatherDispatcher(RemoteDispatcher):
         sources_x = (tokens_x + first_P[cell_x // self.num_local])[order_x]
         plan, weights_R = place(
             sources_x, weights_x[order_x], scales[0][order_x] if scales else None, counts_Pe.sum(0),
-            received[:, 1:].sum(0).tolist(), most * self.exchange.size, block_of(x_TD, self.block),
+            [sum(column) for column in zip(*received, strict=True)], most * self.exchange.size,
+            block_of(x_TD, self.block),
         )  # fmt: skip
         return _Everywhere(self.exchange, x_TD.shape[0], most), [Placed(plan, weights_R)]

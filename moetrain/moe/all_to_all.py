@@ -84,11 +84,10 @@ class AllToAllDispatcher(RemoteDispatcher):
 
     def plan(self, x_TD: Tensor, routing: Routing) -> tuple[_Direct, list[Placed]]:
         sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(-1, self.num_local).contiguous()
-        received_Pe = self.exchange.all_to_all("counts", sent_Pe)
-        counts_Pe = self.exchange.read("counts", sent_Pe, received_Pe)
-        links = [self._link(counts_Pe, span) for span in self._spans()]
+        received_Pe, *counts = self.exchange.counts(sent_Pe)
+        links = [self._link(counts, span) for span in self._spans()]
 
-        size = int(counts_Pe[0].sum())
+        size = sum(map(sum, counts[0]))
         chunk_e = self._chunk_of_each(x_TD.device)
         tokens_n = routing.token_ids_N[:size]
         chunk_n = chunk_e[routing.expert_ids_N()[:size] % self.num_local]
@@ -97,24 +96,25 @@ class AllToAllDispatcher(RemoteDispatcher):
         picked = _by_expert(tokens_n, order_n, x_TD.shape[0])
         route = _Direct(links, picked, None if scale_n is None else scale_n[:size][order_n])
 
-        link = self._link(counts_Pe, slice(0, self.num_local))
+        link = self._link(counts, slice(0, self.num_local))
         weights_n = routing.weights_N[:size]
         weights_X = link.out("weights", weights_n.detach()).wait()
         weights_X = travelled(weights_n, weights_X, [(link, None)])
         block = block_of(x_TD, self.block)
-        return route, self._placed(received_Pe, counts_Pe[1], weights_X, chunk_e, block)
+        useful = [sum(column) for column in zip(*counts[1], strict=True)]
+        return route, self._placed(received_Pe, useful, weights_X, chunk_e, block)
 
     def _placed(
-        self, received_Pe: Tensor, host_Pe: Tensor, weights_X: Tensor, chunk_e: Tensor, block: int
+        self, received_Pe: Tensor, useful: list[int], weights_X: Tensor, chunk_e: Tensor, block: int
     ) -> list[Placed]:
         """Assignments come by (sender, expert), a chunk's rows likewise; experts want (expert, sender)."""
         experts_e = torch.arange(self.num_local, device=weights_X.device)
         experts_X = torch.repeat_interleave(
-            experts_e.repeat(len(received_Pe)), received_Pe.view(-1), output_size=weights_X.shape[0]
+            experts_e.repeat(len(received_Pe)), received_Pe.reshape(-1), output_size=weights_X.shape[0]
         )
         order_X = stable_order(experts_X, self.num_local)
         places_X = inverse(stable_order(chunk_e[experts_X], self.overlap))[order_X]
-        counts_e, useful = received_Pe.sum(0), host_Pe.sum(0).tolist()
+        counts_e = received_Pe.sum(0)
         chunks, first = [], 0
         for span in self._spans():
             size = sum(useful[span])
@@ -125,8 +125,8 @@ class AllToAllDispatcher(RemoteDispatcher):
             first += size
         return chunks
 
-    def _link(self, counts_Pe: list[Tensor], span: slice) -> Link:
-        sent, received = (counts[:, span].sum(1).tolist() for counts in counts_Pe)
+    def _link(self, counts: list[list[list[int]]], span: slice) -> Link:
+        sent, received = ([sum(row[span]) for row in rows] for rows in counts)
         return Link(self.exchange, sent, received)
 
     def _spans(self) -> list[slice]:
@@ -134,9 +134,8 @@ class AllToAllDispatcher(RemoteDispatcher):
         return [slice(first, last) for first, last in pairwise(ends)]
 
     def _chunk_of_each(self, device: torch.device) -> Tensor:
-        sizes = [span.stop - span.start for span in self._spans()]
-        chunks = torch.arange(self.overlap).repeat_interleave(torch.tensor(sizes))
-        return chunks.to(device)
+        chunks = [chunk for chunk, span in enumerate(self._spans()) for _ in range(span.start, span.stop)]
+        return torch.tensor(chunks, device=device)
 
 
 def experts_per_rank(num_experts: int, ranks: int) -> int:

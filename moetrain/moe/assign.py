@@ -15,6 +15,7 @@ from moetrain.moe.options import DropOrder
 from moetrain.moe.routing import Routing
 
 _DROP_SALT = 0x5EED
+ALL = "all"  # the routing group of all ranks' tokens
 
 
 def from_token_choice(
@@ -99,9 +100,13 @@ def count_BE(ids_TK: Tensor, ctx: RouterContext, num_experts: int) -> Tensor:
 
 
 def sequences_per_group(group: str, batch: int) -> int:
-    """How many sequences share a routing group; raises ValueError where they do not divide the batch."""
+    """How many of this rank's sequences share a routing group; ValueError where they do not divide them."""
+    if group == ALL:
+        return max(batch, 1)
     if group != "sequence" and not (group.isdecimal() and int(group)):
-        raise ValueError(f"router.group={group!r} must be 'sequence' or a positive number of sequences")
+        raise ValueError(
+            f"router.group={group!r} must be 'sequence', a positive number of sequences, or 'all'"
+        )
     size = 1 if group == "sequence" else int(group)
     if batch % size:
         raise ValueError(f"router.group={group} does not divide a batch of {batch} sequences")

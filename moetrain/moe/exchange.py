@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,6 +42,28 @@ def unobserved(collective: Collective) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+class OutOfStepError(RuntimeError):
+    """Ranks of one exchange are in different layers or passes: their rows do not belong together."""
+
+
+@dataclass
+class Calls:
+    """Numbers a model's dispatches on this rank, also the recomputed. ``layers`` are its layers' names."""
+
+    layers: Sequence[str] = ()
+    made: int = 0
+
+    def next(self, layer: str) -> int:
+        """A stamp that ranks in step agree on."""
+        self.made += 1
+        place = self.layers.index(layer) + 1 if layer in self.layers else 0
+        return self.made * (len(self.layers) + 1) + place
+
+    def describe(self, stamp: int) -> str:
+        number, place = divmod(stamp, len(self.layers) + 1)
+        return f"dispatch {number}" + (f" ({self.layers[place - 1]})" if place else "")
+
+
 @dataclass(frozen=True)
 class Flight:
     """Rows on their way; ``given`` is what they are read from meanwhile."""
@@ -61,12 +84,14 @@ class Flight:
 class Exchange:
     """The ranks of a layer's experts and the collectives among them; every one goes through here.
 
-    Those named ``start_`` return at once. All ranks must make the same ones in the same order.
+    Those named ``start_`` return at once. All ranks must make the same ones in the same order. ``calls`` is
+    shared by all layers of a model; ``layer`` is one of its.
     """
 
     group: dist.ProcessGroup
     layer: str = ""
     observer: Observer = unobserved
+    calls: Calls = field(default_factory=Calls)
 
     def over(self, group: dist.ProcessGroup) -> Exchange:
         """The same layer's collectives over other ranks."""
@@ -116,6 +141,35 @@ class Exchange:
         with self._observed(name, "all_reduce", most):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return int(self.read(name, most)[0])
+
+    def counts(self, sent_Pf: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        """What each rank has for us, of ``sent_Pf``'s shape, and (sent, received) on the host.
+
+        One host synchronisation. A stamp travels with the counts, by which ranks out of step are found before
+        their rows are mixed up. Raises OutOfStepError.
+        """
+        stamp = self.calls.next(self.layer)
+        stamped_Pg = F.pad(sent_Pf, (0, 1), value=stamp)
+        received_Pg = self.all_to_all("counts", stamped_Pg)
+        with self._observed("counts", "host", stamped_Pg):
+            sent, received = self.on_host(stamped_Pg, received_Pg)
+        self.check(sent[0][-1], [row[-1] for row in received])
+        return received_Pg[:, :-1], [row[:-1] for row in sent], [row[:-1] for row in received]
+
+    def on_host(self, *counts_Pg: Tensor) -> list[list[list[int]]]:
+        """As lists: the host synchronisation of :meth:`counts`."""
+        read: list[list[list[int]]] = torch.stack(counts_Pg).tolist()
+        return read
+
+    def check(self, stamp: int, theirs: list[int]) -> None:
+        """Raise OutOfStepError unless the stamps of all ranks, in rank order, are this one's."""
+        for rank, other in enumerate(theirs):
+            if other != stamp:
+                here, there = (dist.get_global_rank(self.group, r) for r in (self.group.rank(), rank))
+                raise OutOfStepError(
+                    f"ranks out of step: rank {here} is in {self.calls.describe(stamp)}, "
+                    f"rank {there} in {self.calls.describe(other)}"
+                )
 
     def read(self, name: str, *tensors: Tensor) -> list[Tensor]:
         """int64 tensors of one device on the host, of their shapes, in one host synchronisation."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.all_to_all import experts_per_rank
@@ -105,12 +106,18 @@ class HierarchicalDispatcher(RemoteDispatcher):
         counts_Pe = routing.counts_E[: routing.num_ffn_experts].view(-1, self.num_local)
         own_MLC = torch.cat([here_PT.sum(1)[:, None], counts_Pe], 1).view(-1, places, width)
         distinct_M1 = here_PT.unflatten(0, (self.nodes.size, places)).any(1).sum(1)[:, None]
-        own_MW = torch.cat([distinct_M1, own_MLC.flatten(1)], 1)
+        stamp = self.nodes.calls.next(self.nodes.layer)
+        own_MW = F.pad(torch.cat([distinct_M1, own_MLC.flatten(1)], 1), (0, 1), value=stamp)
         near_MW = self.nodes.all_to_all("counts", own_MW)
-        near_MLC = near_MW[:, 1:].view(-1, places, width)
-        far_LMC = self.node.all_to_all("counts", near_MLC.transpose(0, 1).contiguous())
-        own, near, far = self.node.read("counts", own_MW, near_MW, far_LMC)
-        own_C, near_C = own[:, 1:].view(own_MLC.shape), near[:, 1:].view(own_MLC.shape)
+        near_MLC = near_MW[:, 1:-1].reshape(own_MLC.shape)
+        leaving_LW = F.pad(near_MLC.transpose(0, 1).flatten(1), (0, 1), value=stamp)
+        far_LW = self.node.all_to_all("counts", leaving_LW)
+        far_LMC = far_LW[:, :-1].reshape(places, -1, width)
+        own, near, far_stamped = self.node.read("counts", own_MW, near_MW, far_LW)
+        self.nodes.check(stamp, near[:, -1].tolist())
+        self.node.check(stamp, far_stamped[:, -1].tolist())
+        own_C, near_C = own[:, 1:-1].reshape(own_MLC.shape), near[:, 1:-1].reshape(own_MLC.shape)
+        far = far_stamped[:, :-1].reshape(far_LMC.shape)
 
         def link(exchange: Exchange, sent: Tensor, received: Tensor) -> Link:
             return Link(exchange, sent.tolist(), received.tolist())

@@ -68,7 +68,7 @@ class RouterConfig:
     """What every router shares. ``name`` is its key in ROUTERS.
 
     ``group``: how many sequences form a routing group, the tokens that a capacity couples:
-    ``sequence`` (one) or a number that divides the micro-batch.
+    ``sequence`` (one), a number that divides the micro-batch, or ``all``: the step's, over all ranks.
     """
 
     name: str = "topk"

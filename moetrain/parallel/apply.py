@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
-from moetrain.moe.exchange import Exchange, Observer, unobserved
+from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
 from moetrain.parallel.dispatchers import build_dispatcher
-from moetrain.parallel.mesh import EP, Meshes
+from moetrain.parallel.fsdp_comms import observe_fsdp
+from moetrain.parallel.mesh import EP, REPLICATE, Meshes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +40,7 @@ def parallelize(
 
     recompute  keep only each block's inputs for the backward pass, and run the block again there.
     compile    torch.compile every block's forward with ``backend``.
-    observer   is told every collective that a layer's dispatch makes.
+    observer   is told every collective that a layer's dispatch or FSDP2 makes.
 
     Raises ValueError for a model without ``blocks``.
     """
@@ -54,7 +55,22 @@ def parallelize(
             _set_forward(block, torch.compile(block.forward, backend=backend))
     if meshes.fsdp is not None:
         _shard(model, blocks, meshes.fsdp, spread, meshes.experts_fsdp)
+        _observe_shards(model, spread, meshes, observer)
     return model
+
+
+def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """How FSDP2 shards a rank's experts: whole ones where they go round, else each along its next dimension.
+
+    With more ranks than experts most would hold none, and a few eight times their share.
+    """
+    ways = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(1) if local.shape[0] % ways and local.shape[1] % ways == 0 else None
+
+    return place
 
 
 def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> list[nn.Module]:
@@ -62,10 +78,10 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     if meshes.sparse is None:
         return []
     mesh = meshes.sparse[EP]
+    layers = {_short(name): m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    calls = Calls(list(layers))
     holders: list[nn.Module] = []
-    for layer_name, layer in list(model.named_modules()):
-        if not isinstance(layer, MoELayer):
-            continue
+    for layer_name, layer in layers.items():
         for name, parameter in list(layer.experts.named_parameters()):
             local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
             placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
@@ -73,12 +89,26 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             vars(fresh).update(vars(parameter))
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
-        exchange = Exchange(mesh.get_group(), layer_name, observer)
+        exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         layer.dispatcher = build_dispatcher(
             meshes, exchange, weight.shape[0], weight.device, layer.dispatcher.block
         )
         holders.append(layer.experts)
     return holders
+
+
+def _observe_shards(model: nn.Module, spread: list[nn.Module], meshes: Meshes, observer: Observer) -> None:
+    experts = set(map(id, spread))
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            mesh = meshes.sparse if id(module) in experts else meshes.dense
+            replicas = mesh[REPLICATE].get_group() if mesh and meshes.dp_replicate > 1 else None
+            observe_fsdp(module, _short(name) or "model", replicas, observer)
+
+
+def _short(name: str) -> str:
+    """A module's name as the user knows it, without that of the task around the model."""
+    return name.removeprefix("model").removeprefix(".")
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
@@ -123,7 +153,8 @@ def _shard(
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
     for module in spread:
-        fully_shard(module, mesh=experts_mesh)
+        assert experts_mesh is not None
+        fully_shard(module, mesh=experts_mesh, shard_placement_fn=_placement(experts_mesh))
         register_fsdp_forward_method(module, "in_chunks")
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from moetrain.parallel.journal import watched
+
 _Layout = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and the dimensions of it that shard the gradient
 
 
@@ -39,7 +41,9 @@ def global_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> T
         if layout is not None:
             mesh, dims = layout
             for dim in dims:
-                dist.all_reduce(total, op=op, group=mesh.get_group(dim))
+                group = mesh.get_group(dim)
+                with watched("the gradients' norm", group=group):
+                    dist.all_reduce(total, op=op, group=group)
         totals.append(total)
     if not totals:
         return torch.zeros((), dtype=torch.float64)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.parallel.journal import watched
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -85,25 +86,28 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every rank has come here. Over gloo, so that a GPU's queue is not drained."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        with watched("a barrier"):
+            dist.all_reduce(torch.zeros(1))
 
 
-def all_reduce_sum_(*tensors: Tensor) -> None:
+def all_reduce_sum_(*tensors: Tensor, name: str = "a sum") -> None:
     """Sum every tensor over all ranks in place, in one collective per dtype and device.
 
-    Shapes and dtypes must agree across ranks. All ranks end with the same bits.
+    Shapes and dtypes must agree across ranks. All ranks end with the same bits. ``name`` says what is summed,
+    for the report when a rank does not come.
     """
     if not dist.is_initialized():
         return
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     for kind in kinds:
-        _sum_flat_([t for t in tensors if (t.dtype, t.device) == kind])
+        _sum_flat_([t for t in tensors if (t.dtype, t.device) == kind], name)
 
 
-def _sum_flat_(tensors: Iterable[Tensor]) -> None:
+def _sum_flat_(tensors: Iterable[Tensor], name: str) -> None:
     tensors = list(tensors)
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
+    with watched(name):
+        dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.detach().copy_(part.view_as(tensor))
 
@@ -122,7 +126,8 @@ def broadcast_object(value: Any, src: int = 0) -> Any:
         except (TypeError, ValueError) as raised:
             error = raised
     size = torch.tensor([-1 if error else len(data)])
-    dist.broadcast(size, src)
+    with watched("a value of one rank", "broadcast"):
+        dist.broadcast(size, src)
     if error:
         raise error
     if int(size) < 0:
@@ -132,7 +137,8 @@ def broadcast_object(value: Any, src: int = 0) -> Any:
         if data
         else torch.empty(int(size), dtype=torch.uint8)
     )
-    dist.broadcast(buffer, src)
+    with watched("a value of one rank", "broadcast"):
+        dist.broadcast(buffer, src)
     return json.loads(bytes(buffer.tolist()))
 
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.errors import UserError
+from moetrain.parallel.lost import raising_peer_lost
 from moetrain.train.checkpoint_format import dtype_name, verify
 from moetrain.train.checkpoint_io import JsonWriter, clean_folder, remove_folder, save_planner
 from moetrain.train.checkpoint_read import (
@@ -39,7 +40,6 @@ from moetrain.train.checkpoint_read import (
     steps_in,
 )
 from moetrain.train.peers import Peers
-from moetrain.train.stopping import raising_peer_lost
 
 ABANDONED = "abandoned"
 
@@ -65,7 +65,7 @@ class Checkpointer:
 
     Every method is collective: all ranks call it, in the same order, and all return the same or all raise.
     UserError is for what the user can mend (a full disk, a damaged checkpoint, another model);
-    :class:`moetrain.train.stopping.PeerLostError` means that a rank is gone. Constructing one removes what a
+    :class:`moetrain.parallel.lost.PeerLostError` means that a rank is gone. Constructing one removes what a
     killed run left half-written, so only the training of this run may: readers use
     :func:`moetrain.train.checkpoint_read.load_checkpoint`.
     """

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from moetrain.errors import UserError
+from moetrain.parallel.lost import raising_peer_lost
 from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
 from moetrain.train.checkpoint_io import JsonReader, load_planner
 from moetrain.train.peers import Peers
-from moetrain.train.stopping import raising_peer_lost
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
 _STEP = re.compile(r"step_(\d{8,})")

@@ -13,6 +13,7 @@ from pathlib import Path
 from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
+from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
 
@@ -23,9 +24,10 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     Runs lie in ``<folder>/<arm>/seed_<n>``; the folder is ``run.dir`` or ``run.root/run.name``, and without
     either one is named by the time, so name it to be able to go on.
     """
-    init_from_env(device=resolve_device(cfg.train.device))
+    init_from_env(backend_timeout(cfg.parallel.timeout), resolve_device(cfg.train.device))
     try:
-        return _compare(cfg, arms)
+        with watching(cfg.parallel.timeout):
+            return _compare(cfg, arms)
     finally:
         shutdown()
 

@@ -42,7 +42,7 @@ def evaluate(
         reshard(task)
     finally:
         task.train(was_training)
-    all_reduce_sum_(sums)
+    all_reduce_sum_(sums, name="the evaluation's losses")
     sums[2] *= byte_scale
     columns = sums.t().tolist()
     per_domain = {

@@ -9,6 +9,7 @@ from typing import Any
 from moetrain.config.schema import CheckpointConfig, LoopConfig, OnNonFinite, ScheduleConfig
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
+from moetrain.parallel.journal import at, patiently
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.metrics import load_every, step_row
 from moetrain.train.optim import set_lr
@@ -70,7 +71,8 @@ class Loop:
         if finished and self._evaluated != state.step:
             self._evaluate()
         self._save()
-        around.checkpointer.wait()
+        with patiently("saving a checkpoint"):
+            around.checkpointer.wait()
         return finished
 
     def _catch_up(self) -> None:
@@ -85,6 +87,7 @@ class Loop:
 
     def _one_step(self) -> None:
         state = self.state
+        at(f"step {state.step + 1}")
         first_sample = state.loader.samples
         batches = state.loader.next_step()
         if state.step in state.skipped:  # after a rollback: the batch that broke the run is left out
@@ -137,6 +140,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         self._evaluated = self.state.step
+        at(f"evaluation after step {self.state.step}")
         with self.state.meter.paused():
             row = self.evaluate()
         self.around.run_dir.metrics.append(row)
@@ -144,7 +148,8 @@ class Loop:
         self.around.progress.evaluation(row)
 
     def _save(self) -> None:
-        with self.state.meter.paused():
+        at(f"after step {self.state.step}")
+        with self.state.meter.paused(), patiently("saving a checkpoint"):
             self.state.save(self.around.checkpointer)
 
     def _rolled_back(self, result: StepResult, samples: range) -> bool:
@@ -155,10 +160,12 @@ class Loop:
         if policy is OnNonFinite.skip and not result.applied and in_a_row <= _MAX_IN_A_ROW:
             around.progress.say(f"{what}; update skipped (train.on_nonfinite=skip)")
             return False
-        good = around.checkpointer.latest_valid()
+        with patiently("looking for a checkpoint"):
+            good = around.checkpointer.latest_valid()
         if policy is OnNonFinite.rollback and good is not None and in_a_row <= _MAX_IN_A_ROW:
             bad = (*state.skipped, state.step)
-            state.load(around.checkpointer, good)
+            with patiently("loading a checkpoint"):
+                state.load(around.checkpointer, good)
             state.skipped, self._evaluated = bad, state.step  # its evaluation, if due, was before its save
             around.run_dir.truncate_after(state.step)
             around.progress.say(f"{what}; back to {good}, and step {bad[-1] + 1}'s batch is left out")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.moe.routing import Routing
+from moetrain.parallel.journal import watched
 
 MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
 OTHER_DOMAINS = "other"
@@ -56,7 +57,8 @@ class RoutingStats:
         sums_LC = self._sums_LC.clone()
         self._sums_LC.zero_()
         if group is not None and self.layers:
-            dist.all_reduce(sums_LC, group=group)
+            with watched("the routing metrics", group=group):
+                dist.all_reduce(sums_LC, group=group)
         return RoutingSummary(self.layers, self.num_experts, sums_LC)
 
 

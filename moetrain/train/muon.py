@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+from moetrain.parallel.journal import watched
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, the quintic torch.optim.Muon uses too
 _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens gets a zero update, not 0/0
 
@@ -178,7 +180,9 @@ def _on_whole_matrices(direction: Callable[[Tensor], Tensor], update: Tensor) ->
         local = update.to_local()
         return direction(local) if local.numel() else local
     mesh = update.device_mesh
-    whole = direction(update.full_tensor())
+    with watched("a whole matrix for Muon", "all_gather"):
+        gathered = update.full_tensor()
+    whole = direction(gathered)
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=update.placements).to_local()
 

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 
 from moetrain.errors import UserError
-from moetrain.train.stopping import raising_peer_lost
+from moetrain.parallel.lost import raising_peer_lost
 
 _TIMEOUT = timedelta(hours=1)  # a dead rank closes its connections and is noticed at once
 T = TypeVar("T")

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -20,22 +21,12 @@ import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 
 from moetrain.config.compose import to_yaml
-from moetrain.config.schema import Precision, TrainConfig
+from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Corpus, TrainLoader, prepare, val_batches
 from moetrain.errors import UserError
-from moetrain.models.count import count_parameters, flops_per_token
-from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import (
-    BiasController,
-    Controller,
-    LossFollower,
-    RunningLoad,
-    SparsityController,
-    make_terms,
-)
+from moetrain.models.count import flops_per_token
 from moetrain.parallel.allocator import keep_freed_memory
-from moetrain.parallel.apply import parallelize
 from moetrain.parallel.distributed import (
     broadcast_object,
     init_from_env,
@@ -45,23 +36,22 @@ from moetrain.parallel.distributed import (
     shutdown,
     world,
 )
-from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.journal import at, patiently
+from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
-from moetrain.train.monitor import LossMonitor, ThroughputMeter
-from moetrain.train.optim import build_optimizer
+from moetrain.train.monitor import ThroughputMeter
 from moetrain.train.progress import build_progress, printable
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
-from moetrain.train.stopping import StopFlag, peer_lost
-from moetrain.train.task import NextToken
+from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
 
-_AUTOCAST = {Precision.bf16: torch.bfloat16}
 _SUMMARY = "summary.json"
 _PATIENCE = timedelta(days=7)  # of ranks that wait for one that tokenises
 
@@ -76,35 +66,36 @@ class Built:
     summary: dict[str, Any]
 
 
-def train(cfg: TrainConfig) -> int:
-    """Train as ``cfg`` says; returns the exit code. Raises UserError for what the user can mend."""
+def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> int:
+    """Train as ``cfg`` says; returns the exit code. ``notes`` are said at the start, after the warnings.
+
+    Raises UserError for what the user can mend.
+    """
     device = resolve_device(cfg.train.device)
-    warnings = validate(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    told = [*validate(cfg, int(os.environ.get("WORLD_SIZE", "1"))), *notes]
     joined = dist.is_initialized()  # a comparison joins once, for all its runs
-    init_from_env(device=device)
+    init_from_env(backend_timeout(cfg.parallel.timeout), device)
     try:
-        return _train(cfg, device, warnings)
-    except Exception as error:
-        if world() > 1 and peer_lost(error):
-            print(f"moetrain: error: rank {rank()}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)  # leaving the process group could wait for the dead rank
-        raise
+        with watching(cfg.parallel.timeout):
+            return _train(cfg, device, told)
     finally:
         if not joined:
             shutdown()
 
 
-def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:
+def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
     started = time.monotonic()
     _set_up_logging()
     _set_up_torch(cfg, device)
     run_dir = RunDir(run_path(cfg), rank())
-    checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
-    resume_from = checkpointer.resolve(cfg.resume)
+    with patiently("looking for a checkpoint"):
+        checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
+        resume_from = checkpointer.resolve(cfg.resume)
     built = build(cfg, device)
     state = built.state
     if resume_from is not None:
-        state.load(checkpointer, resume_from)
+        with patiently("loading a checkpoint"):
+            state.load(checkpointer, resume_from)
         if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
             checkpointer.set_aside_after(state.step)
     run_dir.truncate_after(state.step)
@@ -121,7 +112,7 @@ def _train(cfg: TrainConfig, device: str, warnings: list[str]) -> int:
             build_progress(cfg.train.steps, state.step, rank()) as progress,
             StopFlag(run_dir.stop_file) as stop,
         ):
-            for line in [*warnings, *_opening_lines(cfg, run_dir, built, resume_from)]:
+            for line in [*told, *_opening_lines(cfg, run_dir, built, resume_from)]:
                 progress.say(line)
             around = Surroundings(run_dir, checkpointer, tracker, progress, stop)
             judge = partial(_evaluate, cfg, built)
@@ -140,63 +131,35 @@ def build(cfg: TrainConfig, device: str) -> Built:
     """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait."""
     corpus = _prepare_in_turn(cfg)
     vocab_size = _vocab_size(cfg, corpus)
-    torch.manual_seed(cfg.train.seed)
-    try:
-        model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if cfg.train.precision is Precision.fp64:
-        model = model.double()
-    counts = count_parameters(model)
-    task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
-    parallelize(task, build_meshes(cfg.parallel, world(), device), cfg.train.recompute, cfg.train.compile)
-    optimizer = build_optimizer(task, cfg.optim)
+    made = assemble(cfg, vocab_size, device, world())
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
     loader = TrainLoader(corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world())
-    controllers = _controllers(cfg, model)
-    monitor = LossMonitor(cfg.train.spike_factor)
-    terms = make_terms(cfg.balance.losses)
-    step = TrainStep(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
-    state = TrainState(task, optimizer, controllers, loader, monitor, ThroughputMeter())
+    state = TrainState(made.task, made.optimizer, made.controllers, loader, made.monitor, ThroughputMeter())
     summary = {
-        "params_total": counts.total,
-        "params_active": counts.active,
+        "params_total": made.counts.total,
+        "params_active": made.counts.active,
         "flops_per_token": flops_per_token(cfg.model, cfg.router, cfg.data.seq_len, vocab_size, cfg.experts),
         "vocab_size": vocab_size,
         "train_tokens": corpus.train.num_tokens,
         "val_tokens": corpus.val.num_tokens,
     }
-    return Built(corpus, state, step, summary)
-
-
-def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
-    routers = [layer.router for layer in model.moe_layers().values()]
-    controllers: list[Controller] = []
-    if routers and cfg.balance.bias_rate:
-        controllers.append(BiasController(routers, cfg.balance.bias_rate))
-    if routers and cfg.balance.sparsity_rate:
-        target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
-        controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
-    if routers and cfg.balance.chunk_max_factor:
-        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
-    if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
-        controllers.append(RunningLoad(len(routers), routers[0].num_experts))
-    return controllers
+    return Built(corpus, state, made.step, summary)
 
 
 def _prepare_in_turn(cfg: TrainConfig) -> Corpus:
     """Rank 0 first, then the others, which on other machines may have it all to do again.
 
-    Waiting takes as long as it takes: tokenising may be slower than any collective's time-out, and a dead
-    rank is noticed by its closed connections.
+    Waiting takes as long as it takes: tokenising may be slower than any collective's time-out. A rank that
+    dies is noticed by its closed connections, one that falls silent by the watchdog.
     """
     if world() == 1:
         return prepare(cfg.data, cfg.train.seed)
     patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
-    corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
-    dist.barrier(patient)
-    corpus = corpus or prepare(cfg.data, cfg.train.seed)
-    dist.barrier(patient)
+    with patiently("preparing the data"):
+        corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
+        dist.barrier(patient)
+        corpus = corpus or prepare(cfg.data, cfg.train.seed)
+        dist.barrier(patient)
     dist.destroy_process_group(patient)
     return corpus
 
@@ -285,6 +248,7 @@ def _close(
             saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
             print(f"{saved}; {again} goes on from there")
         return
+    at("the sample at the end")
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
     if not is_main():
         return

@@ -20,6 +20,16 @@ from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_stat
 from moetrain.train.task import NextToken
 
 
+def state_tensors(
+    task: NextToken, optimizer: torch.optim.Optimizer, controllers: Sequence[Controller]
+) -> dict[str, Tensor]:
+    """Name -> live tensor of model, optimizer and controllers."""
+    tensors = model_tensors(task.model) | optimizer_tensors(task.model, optimizer)
+    for controller in controllers:
+        tensors |= {f"controller.{name}": tensor for name, tensor in controller.tensors().items()}
+    return tensors
+
+
 @dataclass
 class TrainState:
     """The live objects of a run, and its position. ``step`` counts finished optimizer steps."""
@@ -37,10 +47,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor; a load fills them in place."""
-        tensors = model_tensors(self.task.model) | optimizer_tensors(self.task.model, self.optimizer)
-        for controller in self.controllers:
-            tensors |= {f"controller.{name}": tensor for name, tensor in controller.tensors().items()}
-        return tensors
+        return state_tensors(self.task, self.optimizer, self.controllers)
 
     def save(self, checkpointer: Checkpointer) -> Path:
         """Write a checkpoint of the state after ``step`` steps."""

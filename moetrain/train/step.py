@@ -25,6 +25,7 @@ from moetrain.moe.balance.moments import MOMENTS, moment_BE
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.parallel.journal import watched
 from moetrain.train.metrics import RoutingStats, RoutingSummary
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
@@ -80,7 +81,7 @@ class TrainStep:
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             sync_gradients(self.task, last=index == len(batches) - 1)
-            output = self.task(**batch_arguments(batch, self.seed, step))
+            output = self.task(**batch_arguments(batch, self.seed, step, _everybody()))
             totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
             loss = output.nll_sum / max(targets, 1)
@@ -93,8 +94,8 @@ class TrainStep:
         return self._finish(nll_sum, aux_sums, targets, tokens)
 
     def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
-        all_reduce_sum_(nll_sum, *aux_sums.values())
-        routing = self.stats.reduce(dist.group.WORLD if dist.is_initialized() else None)
+        all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses")
+        routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
         loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
@@ -120,7 +121,7 @@ class TrainStep:
         counts = torch.tensor(
             [sum(b.num_targets for b in batches), sum(_valid_tokens(b) for b in batches)], dtype=torch.int64
         )
-        all_reduce_sum_(counts)
+        all_reduce_sum_(counts, name="the step's tokens")
         return int(counts[0]), int(counts[1])
 
     def _add_router_stats(self, records: list[Routing]) -> None:
@@ -131,9 +132,12 @@ class TrainStep:
 
     def _update_routers(self) -> None:
         if self._router_stats:
-            all_reduce_sum_(*self._router_stats)
-            for router, stats in zip(self._routers, self._router_stats, strict=True):
-                router.after_step(stats)
+            all_reduce_sum_(*self._router_stats, name="the routers' statistics")
+            with watched(
+                "the routers' update", "all_gather"
+            ):  # of those that put sharded parameters together
+                for router, stats in zip(self._routers, self._router_stats, strict=True):
+                    router.after_step(stats)
 
     def _totals(
         self, step: int, tokens: int, records: list[Routing], counts: dict[str, Tensor] | None
@@ -154,7 +158,9 @@ class TrainStep:
     @torch.no_grad()
     def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        return self._summed([self.task(**batch_arguments(b, self.seed, step)).records for b in batches])
+        return self._summed(
+            [self.task(**batch_arguments(b, self.seed, step, _everybody())).records for b in batches]
+        )
 
     @torch.no_grad()
     def _summed(self, records: list[list[Routing]]) -> dict[str, Tensor]:
@@ -166,7 +172,7 @@ class TrainStep:
             counts[name] = _stack(
                 [[moment_BE(r, name, probabilities(r)).sum(0) for r in rs] for rs in records]
             )
-        all_reduce_sum_(*counts.values())
+        all_reduce_sum_(*counts.values(), name="the experts' load")
         return counts
 
     @torch.no_grad()
@@ -175,7 +181,7 @@ class TrainStep:
         weights = [_local(p) for p in self.task.parameters()]
         norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
         broken = (~norms.isfinite()).any().long()
-        all_reduce_sum_(broken)
+        all_reduce_sum_(broken, name="whether all weights are finite")
         name = self._first_not_finite(weights) if int(broken) else None
         return None if name is None else f"the update made {name} not finite"
 
@@ -183,9 +189,13 @@ class TrainStep:
         """The first parameter whose tensor (its own or its gradient) is not finite on any rank."""
         local = [t if t is None else _local(t) for t in tensors]
         flags = torch.tensor([t is not None and not bool(t.isfinite().all()) for t in local]).long()
-        all_reduce_sum_(flags)
+        all_reduce_sum_(flags, name="what is not finite")
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
+
+
+def _everybody() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:

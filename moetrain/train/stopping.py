@@ -5,9 +5,9 @@ How a trainer tells the three ways of ending apart:
 * :meth:`StopFlag.agree` returns True on every rank at the same step: save, say so, exit 0.
 * a second signal: the process is gone (exit code 130 or 143), nothing is saved.
 * :class:`PeerLostError`, raised by :meth:`StopFlag.agree` and by the checkpointer, or any exception for which
-  :func:`peer_lost` is true: a rank is dead or unreachable. Call no collective and save nothing; print the
-  message and leave with a non-zero code through ``os._exit``, since destroying the process group may wait
-  for the dead rank. The newest checkpoint is untouched.
+  :func:`moetrain.parallel.lost.peer_lost` is true: a rank is dead or unreachable. Call no collective and save
+  nothing; print the message and leave with a non-zero code through ``os._exit``, since destroying the process
+  group may wait for the dead rank. The newest checkpoint is untouched.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -27,29 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moetrain.parallel.journal import watched
+from moetrain.parallel.lost import PeerLostError, cause
+
 STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # torchrun passes on the signal that the terminal has already sent to every process.
 _TORCHRUN_GRACE_SECONDS = 3.0
-_PEER_LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed out|socket (timeout|closed)|"
-    r"no route to host|connectfullmesh|remote (side|process)",
-    re.IGNORECASE,
-)
-_NOISE = re.compile(r"^\[[^\]]*\] *|\. This is typically caused.*$")
-
 log = logging.getLogger(__name__)
-
-
-class PeerLostError(RuntimeError):
-    """Another rank is dead or unreachable: nothing may be saved and no collective may follow."""
-
-
-def peer_lost(error: BaseException) -> bool:
-    """Whether ``error`` came out of a collective because a rank died, hung or became unreachable."""
-    if isinstance(error, PeerLostError | dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)) is not None
 
 
 class StopFlag:
@@ -128,11 +111,12 @@ class StopFlag:
         if self._world > 1:
             flag = torch.tensor([int(stop)], dtype=torch.int32, device=self._device)
             try:
-                dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-                stop = bool(flag.item())
+                with watched("whether to stop", group=self._group):
+                    dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+                    stop = bool(flag.item())
             except RuntimeError as error:
                 raise PeerLostError(
-                    f"rank {self._rank} of {self._world} lost contact with another rank ({_cause(error)}); "
+                    f"rank {self._rank} of {self._world} lost contact with another rank ({cause(error)}); "
                     "nothing was saved, resume=auto goes on from the last checkpoint"
                 ) from error
         if stop:
@@ -214,22 +198,3 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(
     before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
 )
-
-
-@contextlib.contextmanager
-def raising_peer_lost(what: str) -> Iterator[None]:
-    """Turns the errors of a collective that a dead rank causes into PeerLostError; ``what`` was under way."""
-    try:
-        yield
-    except PeerLostError:
-        raise
-    except RuntimeError as error:
-        if not peer_lost(error):
-            raise
-        raise PeerLostError(f"lost contact with another rank while {what} ({_cause(error)})") from error
-
-
-def _cause(error: BaseException) -> str:
-    """A backend's error in one line: without the place in its source, and without its advice."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return _NOISE.sub("", line)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.data import Batch
@@ -69,8 +70,13 @@ class NextToken(nn.Module):
         return torch.autocast(device, dtype=self.autocast_dtype, enabled=enabled)
 
 
-def batch_arguments(batch: Batch, seed: int, step: int) -> dict[str, object]:
-    """The keyword arguments of :class:`NextToken` for a batch (labels included)."""
+def batch_arguments(
+    batch: Batch, seed: int, step: int, group: dist.ProcessGroup | None = None
+) -> dict[str, object]:
+    """The keyword arguments of :class:`NextToken` for a batch (labels included).
+
+    ``group``: the ranks whose tokens a router may couple; None: this one's.
+    """
     rows, seq = batch.input_ids_BS.shape
     ctx = RouterContext(
         batch=rows,
@@ -80,6 +86,7 @@ def batch_arguments(batch: Batch, seed: int, step: int) -> dict[str, object]:
         valid_T=None if batch.valid_BS is None else batch.valid_BS.reshape(-1),
         seed=seed,
         step=step,
+        group=group,
     )
     return {
         "input_ids_BS": batch.input_ids_BS,

@@ -1,6 +1,6 @@
 """Ranks of ``moetrain`` that may end as they like: with a code, by a signal, one without the other.
 
-:func:`spawn.run_ranks` ends all ranks when one fails; here each is left alone, as on machines of their own.
+:func:`moetrain.parallel.ranks.run_ranks` ends all ranks when one fails; here each is left alone, as on machines of their own.
 """
 
 from __future__ import annotations
@@ -10,27 +10,36 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import spawn
+import netns
+from moetrain.parallel import ranks
 import torch
 import torch.distributed as dist
 
 
 class Lives:
-    """``world`` ranks that run one command line each; their output goes to ``folder/rank_<n>.log``."""
+    """``world`` ranks that run one command line each; their output goes to ``folder/rank_<n>.log``.
 
-    def __init__(self, commands: list[list[str]], folder: Path, **environment: str) -> None:
+    ``namespaces``: the network namespace of each rank (see netns.py); all in this process's by default.
+    """
+
+    def __init__(
+        self, commands: list[list[str]], folder: Path, namespaces: Sequence[str] = (), **environment: str
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(spawn._PRELOAD)
+        context.set_forkserver_preload(ranks.PRELOAD)
         self.folder, self.world = folder, len(commands)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes: list[Any] = []
         for rank, arguments in enumerate(commands):
-            variables = spawn._torchrun_variables(rank, self.world, self._store.port)
+            variables = ranks.torchrun_variables(rank, self.world, self._store.port)
             variables |= {"TORCHELASTIC_RUN_ID": "test"}
-            target = (arguments, {**os.environ, **variables, **environment}, folder / f"rank_{rank}.log")
+            namespace = namespaces[rank] if namespaces else None
+            variables = {**os.environ, **variables, **environment}
+            target = (arguments, variables, folder / f"rank_{rank}.log", namespace)
             process = context.Process(target=_live, args=target, daemon=True)
             process.start()
             self.processes.append(process)
@@ -46,17 +55,20 @@ class Lives:
     def codes(self, seconds: float = 120) -> list[int]:
         """Exit codes in rank order; a killed rank's is negative. An error where one does not end in time."""
         deadline = time.monotonic() + seconds
-        for rank, process in enumerate(self.processes):
-            process.join(max(0.0, deadline - time.monotonic()))
-            said = self.output(rank)
-            assert process.exitcode is not None, f"rank {rank} still runs after {seconds:g} s: {said}"
-        return [process.exitcode for process in self.processes]
+        return [self.code(rank, max(0.0, deadline - time.monotonic())) for rank in range(self.world)]
+
+    def code(self, rank: int, seconds: float = 120) -> int:
+        """The exit code of one rank, likewise."""
+        self.processes[rank].join(seconds)
+        code: int | None = self.processes[rank].exitcode
+        assert code is not None, f"rank {rank} still runs after {seconds:g} s: {self.output(rank)}"
+        return code
 
     def output(self, rank: int) -> str:
         return (self.folder / f"rank_{rank}.log").read_text(errors="replace")
 
 
-def _live(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _live(arguments: list[str], environment: dict[str, str], log: Path, namespace: str | None) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -64,7 +76,9 @@ def _live(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    spawn._die_with_parent()
+    if namespace is not None:
+        netns.enter(namespace)
+    ranks.die_with_parent()
     torch.set_num_threads(1)
     import moetrain.report.page
     from moetrain.cli import main

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -19,7 +19,7 @@ from moetrain.errors import UserError
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.checkpoint_read import load_checkpoint
 from moetrain.train.state_dict import model_tensors, optimizer_tensors
-from moetrain.train.stopping import PeerLostError
+from moetrain.parallel.lost import PeerLostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -14,7 +14,6 @@ import invariance
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +24,7 @@ from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Collective, Exchange, Observer, unobserved
 from moetrain.moe.hierarchical import HierarchicalDispatcher
 from moetrain.parallel.mesh import Meshes, build_meshes
+from moetrain.parallel.ranks import run_ranks
 
 # Blocks of rows and matrices are multiples of 64 bytes: products round by where their operands lie.
 D, F, E, P, BLOCK = 7, 8, 12, 4, 32

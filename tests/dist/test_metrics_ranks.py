@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.routing import Routing
 from moetrain.train.metrics import RoutingStats

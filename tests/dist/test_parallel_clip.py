@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor

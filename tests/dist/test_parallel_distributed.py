@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import RankError, run_ranks
+from moetrain.parallel.ranks import RankError, run_ranks
 
 from moetrain.config.schema import ParallelConfig
 from moetrain.errors import UserError

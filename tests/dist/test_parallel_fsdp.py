@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

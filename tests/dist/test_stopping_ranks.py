@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
-from moetrain.train.stopping import PeerLostError, StopFlag
+from moetrain.parallel.lost import PeerLostError
+from moetrain.train.stopping import StopFlag
 
 
 def _steps(rank: int, world: int, folder: str, asked: int, how: str, own_group: bool) -> tuple:

@@ -18,7 +18,7 @@ from invariance import (
     terms,
     weights_after_three_steps,
 )
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.schema import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes

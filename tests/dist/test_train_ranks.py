@@ -16,7 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from lives import Lives
-from spawn import run_ranks
+from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.compose import compose_train
 from moetrain.config.schema import DataConfig

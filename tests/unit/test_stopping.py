@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.train.stopping import PeerLostError, StopFlag, peer_lost
+from moetrain.parallel.lost import PeerLostError, peer_lost
+from moetrain.train.stopping import StopFlag
 
 
 def wait_for(condition) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.assign import apply_capacity
+from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import Repair, RouterConfig
 from moetrain.moe.repair import repair_overflow
@@ -93,6 +93,10 @@ def _check_capacity(options: RouterConfig) -> None:
         factor = getattr(options, key)
         if factor is not None and not factor > 0:
             raise ValueError(f"router.{key}={factor} must be positive, or null for dropless")
+    if options.group == ALL and (options.capacity_factor or options.eval_capacity_factor) is not None:
+        raise ValueError(
+            "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
+        )
     if options.min_capacity < 0:
         raise ValueError(f"router.min_capacity={options.min_capacity} must not be negative")
     limited = options.capacity_factor is not None or options.eval_capacity_factor is not None

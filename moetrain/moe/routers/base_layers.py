@@ -64,15 +64,16 @@ class BaseRouter(LinearRouter):
         )
 
     def _balanced(self, affinity_TE: Tensor, ctx: RouterContext) -> Tensor:
-        scores_GLE, valid_GL = by_group(affinity_TE, ctx, self.options.group)
+        groups = by_group(affinity_TE, ctx, self.options.group)
+        scores_GLE, valid_GL = groups.values_GLC, groups.valid_GL
         options = self.options
         assert isinstance(options, BaseOptions)
         if options.solver is Solver.exact:
-            return _exact(scores_GLE, valid_GL).view(-1)
+            return groups.own(_exact(scores_GLE, valid_GL))
         if not scores_GLE.numel():
-            return torch.zeros_like(valid_GL, dtype=torch.int64).view(-1)
+            return groups.own(torch.zeros_like(valid_GL, dtype=torch.int64))
         range_G = scores_GLE.amax((1, 2)) - scores_GLE.amin((1, 2))
-        return auction(scores_GLE, valid_GL, (options.eps * range_G).clamp(min=1e-6))[0].view(-1)
+        return groups.own(auction(scores_GLE, valid_GL, (options.eps * range_G).clamp(min=1e-6))[0])
 
 
 def _finite(scores_TE: Tensor) -> Tensor:

@@ -69,9 +69,9 @@ class ExpertChoiceRouter(LinearRouter):
         if not self.training and self.eval_mode == "threshold":
             mask_TE = scores_TE.detach() >= self.threshold_E
             return from_mask(mask_TE, scores_TE, ctx, scores_TE, logits_TE)
-        scores_GLE, valid_GL = by_group(scores_TE.detach(), ctx, self.options.group)
-        mask_GLE, stats = self._choose(scores_GLE, valid_GL)
-        routing = from_mask(mask_GLE.view(scores_TE.shape), scores_TE, ctx, scores_TE, logits_TE)
+        groups = by_group(scores_TE.detach(), ctx, self.options.group)
+        mask_GLE, stats = self._choose(groups.values_GLC, groups.valid_GL)
+        routing = from_mask(groups.own(mask_GLE), scores_TE, ctx, scores_TE, logits_TE)
         return replace(routing, stats=stats)  # only a training step sums them
 
     def _choose(self, scores_GLE: Tensor, valid_GL: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,8 @@ class SinkhornRouter(LinearRouter):
         selection_TE = logits_TE.detach()
         if self.training:
             tolerance = self.options.tolerance  # type: ignore[attr-defined]
-            grouped_GLE, valid_GL = by_group(selection_TE, ctx, self.options.group)
-            selection_TE = sinkhorn_plan(grouped_GLE, valid_GL, tolerance).view_as(selection_TE)
+            groups = by_group(selection_TE, ctx, self.options.group)
+            selection_TE = groups.own(sinkhorn_plan(groups.values_GLC, groups.valid_GL, tolerance))
         ids_TK = top_ids(selection_TE, self.top_k)
         weights_TE = torch.sigmoid(logits_TE) if self.top_k == 1 else scores_TE
         return from_token_choice(

@@ -6,7 +6,7 @@ value. Every rank has one thread, the environment that torchrun would give it, a
 
 Processes come from a fork server that has torch imported already and has never run an operator, so a rank
 starts in a fraction of a second. Each rank leads its own process group, and the whole group is killed when
-the call ends for whatever reason; a rank also ends by itself when the test process dies.
+the call ends for whatever reason; a rank also ends by itself when the calling process dies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-_PRELOAD = [
+PRELOAD = [  # a test suite may add what its functions' modules import
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch._dynamo",  # FSDP2 and checkpointing import it at their first use, for two seconds a rank
-    "pytest",
 ]
 _START_TIMEOUT = 120.0
 
@@ -75,15 +75,15 @@ def run_ranks(
     ``timeout`` seconds, counted from when all have started. Every process is gone when the call returns.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     # The parent serves the store, as torchrun's agent does: no port is picked and then lost to another test.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, args))
     processes, pipes = [], []
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            environment = {**os.environ, **_torchrun_variables(rank, world_size, store.port)}
+            environment = {**os.environ, **torchrun_variables(rank, world_size, store.port)}
             process = context.Process(
                 target=_rank_main, args=(call, environment, theirs, init, timeout), daemon=True
             )
@@ -103,7 +103,7 @@ def run_ranks(
             pipe.close()
 
 
-def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -171,7 +171,7 @@ def _rank_main(call: bytes, environment: dict[str, str], pipe: Any, init: bool, 
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    _die_with_parent()
+    die_with_parent()
     torch.set_num_threads(1)
     pipe.send_bytes(b"started")
     try:
@@ -190,12 +190,15 @@ def _rank_main(call: bytes, environment: dict[str, str], pipe: Any, init: bool, 
         dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
 
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
     def watch() -> None:
-        connection.wait([parent.sentinel])
+        connection.wait([sentinel])
         os.killpg(os.getpid(), signal.SIGKILL)
 
-    if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import RankError, RanksTimeoutError, run_ranks
+from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 
 
 def _sum(rank: int, world_size: int, offset: float) -> tuple[int, torch.Tensor]:

@@ -1,0 +1,89 @@
+"""From a config to the live parts of a training step; ``moetrain verify`` proves exactly what this builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.config.schema import Precision, TrainConfig
+from moetrain.errors import UserError
+from moetrain.models.count import Counts, count_parameters
+from moetrain.models.decoder import Decoder
+from moetrain.moe.balance import (
+    BiasController,
+    Controller,
+    LossFollower,
+    RunningLoad,
+    SparsityController,
+    make_terms,
+)
+from moetrain.parallel.apply import parallelize
+from moetrain.parallel.journal import observe
+from moetrain.parallel.mesh import build_meshes
+from moetrain.train.monitor import LossMonitor
+from moetrain.train.optim import build_optimizer
+from moetrain.train.step import TrainStep
+from moetrain.train.task import NextToken
+
+_AUTOCAST = {Precision.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A step and what it acts on; ``counts`` are of the whole model, on whatever ranks it lies."""
+
+    task: NextToken
+    optimizer: torch.optim.Optimizer
+    controllers: list[Controller]
+    monitor: LossMonitor
+    step: TrainStep
+    counts: Counts
+
+
+def assemble(
+    cfg: TrainConfig,
+    vocab_size: int,
+    device: str,
+    world: int,
+    adjust: Callable[[Decoder], None] = lambda model: None,
+) -> Assembled:
+    """Model, layout over ``world`` ranks, optimizer, losses and controllers.
+
+    ``adjust`` may change the model's weights before they are laid out; every rank must change them alike.
+    Raises UserError where the model or the layout cannot be built.
+    """
+    torch.manual_seed(cfg.train.seed)
+    try:
+        model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if cfg.train.precision is Precision.fp64:
+        model = model.double()
+    adjust(model)
+    counts = count_parameters(model)
+    task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
+    meshes = build_meshes(cfg.parallel, world, device)
+    parallelize(task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe)
+    optimizer = build_optimizer(task, cfg.optim)
+    controllers = _controllers(cfg, model)
+    monitor = LossMonitor(cfg.train.spike_factor)
+    terms = make_terms(cfg.balance.losses)
+    step = TrainStep(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
+    return Assembled(task, optimizer, controllers, monitor, step, counts)
+
+
+def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
+    routers = [layer.router for layer in model.moe_layers().values()]
+    controllers: list[Controller] = []
+    if routers and cfg.balance.bias_rate:
+        controllers.append(BiasController(routers, cfg.balance.bias_rate))
+    if routers and cfg.balance.sparsity_rate:
+        target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
+        controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
+    if routers and cfg.balance.chunk_max_factor:
+        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
+    if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
+        controllers.append(RunningLoad(len(routers), routers[0].num_experts))
+    return controllers

@@ -1,0 +1,1 @@
+"""``moetrain verify``: a layout is proved equal to one process before it costs anybody a GPU hour."""

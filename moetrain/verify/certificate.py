@@ -1,0 +1,92 @@
+"""What a proof leaves behind: a JSON file that training finds again by the config and the layout it is of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import moetrain
+from moetrain.config.compose import config_hash
+from moetrain.config.schema import (
+    CheckpointConfig,
+    LoopConfig,
+    ScheduleConfig,
+    StdlibData,
+    TrainConfig,
+    VerifyOptions,
+)
+from moetrain.errors import UserError
+from moetrain.train.run_dir import environment, git_state, write_atomic
+from moetrain.verify.compare import Check
+from moetrain.verify.twin import Twin, twin_of
+
+_FOLDER = "certificates"
+
+
+def certificate_path(cfg: TrainConfig, world: int) -> Path:
+    """Where the certificate of ``cfg`` on ``world`` ranks lies, if there is one: below ``run.root``."""
+    return Path(cfg.run.root) / _FOLDER / f"{proof_hash(cfg, world)}.json"
+
+
+def proof_hash(cfg: TrainConfig, world: int) -> str:
+    """16 hex digits of what a proof is of: the twin, without what changes nothing of the comparison."""
+    twin = twin_of(cfg, world, VerifyOptions().ranks).cfg
+    kept = replace(
+        twin,
+        data=StdlibData(),
+        schedule=ScheduleConfig(),
+        optim=replace(twin.optim, lr=1.0),
+        checkpoint=CheckpointConfig(),
+        train=LoopConfig(recompute=twin.train.recompute, deterministic=twin.train.deterministic),
+        plugins=[],
+    )
+    return config_hash(kept)
+
+
+def write_certificate(cfg: TrainConfig, world: int, twin: Twin, checks: Sequence[Check]) -> Path:
+    """Raises UserError where it cannot be written."""
+    path = certificate_path(cfg, world)
+    content: dict[str, Any] = {
+        "config_hash": proof_hash(cfg, world),
+        "layout": _layout(cfg, world),
+        "twin": {
+            "layout": _layout(twin.cfg, twin.world),
+            "model": twin.cfg.model,
+            "router": twin.cfg.router.name,
+        },
+        "checks": [asdict(check) for check in checks],
+        "environment": environment(cfg.train.seed, world, []),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made: {error.strerror}; set run.root=FOLDER") from error
+    write_atomic(path, json.dumps(content, indent=1, default=_plain) + "\n")
+    return path
+
+
+def certificate_line(cfg: TrainConfig, world: int) -> str:
+    """What training says of its layout: proved, proved by other code, or not."""
+    path = certificate_path(cfg, world)
+    try:
+        found = json.loads(path.read_text())["environment"]
+        when, git = str(found["time"])[:10], found["git"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"this layout has no parity certificate; moetrain verify verify.world={world} ... makes one"
+    now = git_state(Path(moetrain.__file__).parent)
+    same = found["moetrain"] == moetrain.__version__ and git == now
+    by = "" if same else ", by other code than this"
+    return f"this layout was proved equal to one process: {path} ({when}{by})"
+
+
+def _layout(cfg: TrainConfig, world: int) -> dict[str, int]:
+    parallel = cfg.parallel
+    shard = world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
+    return {"world": world, "dp_replicate": parallel.dp_replicate, "dp_shard": shard, "ep": parallel.ep}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else getattr(value, "name", str(value))

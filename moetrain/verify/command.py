@@ -1,0 +1,118 @@
+"""``moetrain verify``: run the twin on ranks and on one process, compare, print, and leave a certificate."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.config.schema import MuonConfig, VerifyConfig
+from moetrain.config.validate import smallest_world
+from moetrain.errors import UserError
+from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
+from moetrain.verify.certificate import certificate_path, write_certificate
+from moetrain.verify.compare import Check, compare, replicas
+from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, resume
+from moetrain.verify.twin import Twin, twin_of
+
+TOLERANCE = 1e-9
+_SECONDS = 600.0
+_TELLING = ("gradient", "weight", "bits", "norm", "loss", "state")  # nearest to a cause first
+_AFTER, _LATER = f"{STEPS} steps", f"{STEPS + MORE_STEPS} steps"
+
+
+def verify(cfg: VerifyConfig) -> int:
+    """The exit code: 0 where every binding check holds, else 1. Raises UserError for what cannot be run."""
+    world = cfg.verify.world or smallest_world(cfg.parallel)
+    twin = twin_of(cfg, world, cfg.verify.ranks)
+    if twin.world > cfg.verify.ranks:
+        raise UserError(
+            f"the smallest twin of this layout has {twin.world} ranks, but verify.ranks={cfg.verify.ranks}: "
+            f"set verify.ranks={twin.world}"
+        )
+    certificate_path(cfg, world).unlink(missing_ok=True)  # what follows decides
+    console = Console(highlight=False)
+    console.print(_opening(cfg, world, twin))
+    try:
+        checks = prove(twin)
+    except (RankError, RanksTimeoutError) as error:
+        if isinstance(error, RankError) and error.kind == UserError.__name__:
+            raise UserError(error.text.strip().rpartition(f"{UserError.__name__}: ")[2]) from None
+        console.print(f"NOT equal to one process: {_one_line(error)}", soft_wrap=True)
+        return 1
+    console.print(_table(checks))
+    broken = [check for check in checks if check.binding and not check.holds]
+    told = {check.scenario: check for check in sorted(broken, key=lambda check: -_TELLING.index(check.kind))}
+    for scenario in dict.fromkeys(check.scenario for check in broken):
+        console.print(f"NOT equal to one process: {told[scenario].problem}", soft_wrap=True)
+    if broken:
+        return 1
+    path = write_certificate(cfg, world, twin, checks)
+    console.print(f"equal to one process; certificate {path}", soft_wrap=True)
+    return 0
+
+
+def prove(twin: Twin, tolerance: float = TOLERANCE) -> list[Check]:
+    """Both sides run, each takes the other's checkpoint over, and everything is compared.
+
+    Raises RankError where a rank fails, RanksTimeoutError where one hangs.
+    """
+    loose = [_AFTER, _LATER] if isinstance(twin.cfg.optim, MuonConfig) else []
+
+    def alone(fn: Callable[..., Findings], checkpoints: Path) -> Findings:
+        found: Findings = run_ranks(fn, 1, twin, checkpoints, timeout=_SECONDS, init=False)[0]
+        return found
+
+    def together(fn: Callable[..., Findings], checkpoints: Path) -> list[Findings]:
+        return run_ranks(fn, twin.world, twin, checkpoints, timeout=_SECONDS)
+
+    with tempfile.TemporaryDirectory(prefix="moetrain_verify_") as folder:
+        ours, theirs = Path(folder, "one"), Path(folder, "ranks")
+        one, ranks = alone(measure, ours), together(measure, theirs)
+        moved_here, moved_there = alone(resume, theirs), together(resume, ours)
+    saved = "checkpoint"
+    expected = {scenario: found for scenario, found in one.items() if scenario != saved}
+    checks = [*compare(expected, ranks, tolerance, loose), replicas(ranks, _LATER)]
+    for name, before, after in (
+        ("checkpoint of the ranks on one process", ranks[0], [moved_here]),
+        ("checkpoint of one process on the ranks", one, moved_there),
+    ):
+        checks += compare({name: before[saved]}, [{name: found[saved]} for found in after], tolerance)
+        steps = f"{name}, {MORE_STEPS} more steps"
+        found = [{steps: f[_LATER]} for f in after]
+        checks += compare({steps: one[_LATER]}, found, tolerance, [steps] if loose else [])
+    return checks
+
+
+def _opening(cfg: VerifyConfig, world: int, twin: Twin) -> str:
+    p, small = cfg.parallel, twin.cfg.parallel
+    shard = world // p.dp_replicate if p.dp_shard is None else p.dp_shard
+    return (
+        f"layout of {world} ranks: dp_replicate {p.dp_replicate}, dp_shard {shard}, ep {p.ep}; "
+        f"twin in fp64 on {twin.world} ranks: dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
+        f"ep {small.ep}, router {twin.cfg.router.name}, {twin.cfg.model.num_experts} experts"
+    )
+
+
+def _table(checks: list[Check]) -> Table:
+    """One row a scenario: what was compared, and the largest difference of all."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "scenario", "compared", "largest difference"):
+        table.add_column(column, overflow="fold")
+    for scenario in dict.fromkeys(check.scenario for check in checks):
+        own = [check for check in checks if check.scenario == scenario]
+        broken = [check for check in own if not check.holds]
+        verdict = "ok" if not broken else "FAILED" if any(check.binding for check in broken) else "told"
+        worst = max(own, key=lambda check: check.worst)
+        compared = ", ".join(f"{check.number} {check.what}" for check in own)
+        table.add_row(verdict, scenario, compared, f"{worst.worst:.0e}" if worst.worst else "0")
+    return table
+
+
+def _one_line(error: RankError | RanksTimeoutError) -> str:
+    if isinstance(error, RanksTimeoutError):
+        return str(error)
+    return f"rank {error.rank} failed with {error.text.strip().splitlines()[-1]}"

@@ -1,0 +1,189 @@
+"""What one rank, or one process alone, does with the twin, and everything that came of it.
+
+Findings: scenario -> quantity -> tensor. A quantity's kind stands before its first colon: ``loss``, ``norm``,
+``gradient``, ``weight``, ``state``, ``bits``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.schema import TrainConfig
+from moetrain.config.store import import_plugins
+from moetrain.data import Batch
+from moetrain.models.decoder import Decoder
+from moetrain.moe.assign import ALL
+from moetrain.moe.routers import ROUTERS
+from moetrain.parallel.clip import global_norm
+from moetrain.train.assemble import Assembled, assemble
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.state import state_tensors
+from moetrain.train.step import StepResult
+from moetrain.verify.batches import Scenario, cut, mixed, scenarios, without_targets
+from moetrain.verify.twin import SEQ, VOCAB, Twin
+
+Findings = dict[str, dict[str, Tensor]]
+
+STEPS, MORE_STEPS = 3, 2  # before the checkpoint, and after it
+_SEED = 2
+
+
+def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
+    """Gradients of every scenario, then optimizer steps; leaves a checkpoint of step 3 in ``folder``."""
+    cfg = _prepare(twin, world)
+    split = partial(_split, twin, rank, world)
+    found = _gradients(build(cfg), twin, split)
+    other = replace(cfg, train=replace(cfg.train, recompute=not cfg.train.recompute))
+    again = _cases(twin)[0]
+    found[f"{again.name}, recompute {_on(other)}"] = _one_step(build(other), split(again.whole, 2))
+    made = build(cfg)
+    found[f"{STEPS} steps"] = _steps(made, twin, split, range(STEPS))
+    tensors = state_tensors(made.task, made.optimizer, made.controllers)
+    found["checkpoint"] = _whole("bits", tensors)
+    checkpointer = Checkpointer(folder)
+    checkpointer.save(STEPS, tensors, {})
+    checkpointer.close()
+    found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, split, _later())
+    return found
+
+
+def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
+    """A model of other weights takes the checkpoint in ``folder`` over, and goes on."""
+    cfg = _prepare(twin, world)
+    made = build(replace(cfg, train=replace(cfg.train, seed=cfg.train.seed + 1)))
+    tensors = state_tensors(made.task, made.optimizer, made.controllers)
+    checkpointer = Checkpointer(folder)
+    path = checkpointer.latest_valid()
+    assert path is not None
+    checkpointer.load(path, tensors)
+    found = {"checkpoint": _whole("bits", tensors)}
+    found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, partial(_split, twin, rank, world), _later())
+    return found
+
+
+def _cases(twin: Twin) -> list[Scenario]:
+    alone = ROUTERS[twin.cfg.router.name].causal
+    return scenarios(twin.sequences, SEQ, VOCAB, twin.world, alone)
+
+
+def _prepare(twin: Twin, world: int) -> TrainConfig:
+    torch.set_num_threads(1)
+    # gathering a whole tensor in two collectives is slow, it says; here it is meant
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    torch.use_deterministic_algorithms(twin.cfg.train.deterministic)
+    import_plugins(twin.cfg.plugins)
+    return twin.cfg if world > 1 else twin.alone()
+
+
+def build(cfg: TrainConfig) -> Assembled:
+    made = assemble(
+        cfg, VOCAB, "cpu", math.prod((cfg.parallel.dp_replicate, cfg.parallel.dp_shard or 1)), enliven
+    )
+    made.step.seed = _SEED
+    return made
+
+
+@torch.no_grad()
+def enliven(model: Decoder) -> None:
+    """Larger weights than a model begins with, and none zero, so that every path matters."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1)
+        parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
+
+
+def _split(twin: Twin, rank: int, world: int, whole: Batch, micro_batches: int) -> list[Batch]:
+    """This rank's micro-batches. One process alone takes all at once, unless a loss is of micro-batches."""
+    share = whole.sample_ids_B.shape[0] // twin.world
+    by_micro = any(loss.scope.name == "micro" for loss in twin.cfg.balance.losses)
+    if twin.cfg.router.group == ALL:  # couples the whole step
+        micro_batches = 1
+    if world > 1 or by_micro:
+        return cut(whole, share // micro_batches, rank, world)
+    return [whole]
+
+
+_Split = Callable[[Batch, int], list[Batch]]
+
+
+def _gradients(made: Assembled, twin: Twin, split: _Split) -> Findings:
+    found: Findings = {}
+    cases = _cases(twin)
+    for case in cases:
+        found[case.name] = _one_step(made, split(case.whole, case.micro_batches))
+    terms = made.step.terms
+    for term in terms:
+        made.step.terms = [term]
+        found[f"loss {term.key} alone"] = _one_step(made, split(without_targets(cases[0].whole), 1))
+    made.step.terms = terms
+    return found
+
+
+class _Recorder(torch.optim.Optimizer):
+    """Keeps the norms and the gradients it is given, and changes nothing."""
+
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+        super().__init__([parameter for _, parameter in named], {"lr": 0.0})
+        self.named, self.found = named, dict[str, Tensor]()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [parameter for _, parameter in self.named]
+        self.found["norm: largest"] = global_norm(parameters, math.inf)
+        for name, p in self.named:
+            self.found[f"gradient: {name}"] = whole(torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
+    """Figures and gradients of one step, which leaves the weights alone."""
+    step = made.step
+    recorder = _Recorder([(n.removeprefix("model."), p) for n, p in made.task.named_parameters()])
+    optimizer, clip = step.optimizer, step.clip_norm
+    step.optimizer, step.clip_norm = recorder, None
+    result = step.run(0, batches)
+    step.optimizer, step.clip_norm = optimizer, clip
+    return _figures(result) | recorder.found
+
+
+def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for number in numbers:
+        result = made.step.run(number, split(mixed(twin.sequences, SEQ, VOCAB, seed=number + 10), 2))
+        found |= {f"{key} of step {number}": value for key, value in _figures(result).items()}
+    return found | _whole("weight", state_tensors(made.task, made.optimizer, made.controllers))
+
+
+def _later() -> range:
+    return range(STEPS, STEPS + MORE_STEPS)
+
+
+def _on(cfg: TrainConfig) -> str:
+    return "on" if cfg.train.recompute else "off"
+
+
+def _figures(result: StepResult) -> dict[str, Tensor]:
+    """Losses as of the whole step, and both norms."""
+    figures = {"loss: nats": result.loss, "norm: L2": result.grad_norm, "loss: tokens": float(result.tokens)}
+    for key, values_L in result.aux.items():
+        figures |= {f"loss: {key} in layer {layer}": value for layer, value in enumerate(values_L)}
+    figures |= {f"state: {key}": value for key, value in result.routing.metrics().items()}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+
+
+def _whole(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}: {name}": whole(tensor) for name, tensor in tensors.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of it; every rank of its mesh must ask."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

@@ -1,0 +1,117 @@
+"""The scaled-down twin of a config: the same structure, small prime sizes, fp64, and few ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, TrainConfig
+
+SEQ = 11  # positions of a sequence
+VOCAB = 211
+_SEQUENCES = 8  # of a step, at least
+_CLIP = 0.01  # far below any gradient's norm here: clipping is always active
+_ROWS = 17  # experts.max_rows_per_rank, where it is set: small enough for several rounds
+
+
+@dataclass(frozen=True)
+class Twin:
+    """``cfg`` is laid out over ``world`` ranks; a step has ``sequences``, alike on every rank."""
+
+    cfg: TrainConfig
+    world: int
+    sequences: int
+
+    def alone(self) -> TrainConfig:
+        """The same on one process, without a layout."""
+        return replace(self.cfg, parallel=ParallelConfig(), train=replace(self.cfg.train, recompute=False))
+
+
+def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
+    """What is run to verify ``cfg`` on ``world`` ranks; on more than ``most_ranks`` where axes need it."""
+    parallel, ranks = _layout(cfg.parallel, world, most_ranks)
+    model = _with_experts_sharded_alike(_model(cfg.model), cfg, world, parallel, ranks)
+    group = 2 if cfg.router.group.isdecimal() else 1
+    router = replace(
+        cfg.router,
+        group="2" if group == 2 else cfg.router.group,
+        min_capacity=min(cfg.router.min_capacity, 1),  # else no capacity would ever drop anything
+    )
+    experts = cfg.experts
+    if experts.max_rows_per_rank is not None:
+        experts = replace(experts, max_rows_per_rank=_ROWS)
+    optim = cfg.optim if cfg.optim.clip_norm is None else replace(cfg.optim, clip_norm=_CLIP)
+    train = replace(
+        cfg.train, precision=Precision.fp64, compile=False, device="cpu", threads=1, spike_factor=None
+    )
+    small = replace(
+        cfg,
+        model=model,
+        router=router,
+        experts=experts,
+        optim=optim,
+        parallel=parallel,
+        train=train,
+    )
+    unit = 2 * group * ranks
+    return Twin(small, ranks, unit * math.ceil(_SEQUENCES / unit))
+
+
+def _model(m: ModelConfig) -> ModelConfig:
+    """Two MoE layers where there are as many; all experts, since routers' options refer to their number."""
+    every, dense = min(m.moe_every, 2), min(m.first_dense, 1)
+    kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
+    kv_heads = min(kv, 2)
+    return replace(
+        m,
+        vocab_size=VOCAB,
+        d_model=13,
+        num_layers=min(m.num_layers, dense + 2 * every),
+        first_dense=dense,
+        moe_every=every,
+        num_heads=kv_heads * min(m.num_heads // kv, 3),
+        num_kv_heads=kv_heads,
+        head_dim=4,
+        d_ff=11,
+        d_ff_expert=7,
+        num_shared_experts=min(m.num_shared_experts, 2),
+        sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
+    )
+
+
+def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[ParallelConfig, int]:
+    """The same axes, fewer ranks: the largest degree falls to its smallest prime factor, until all fit."""
+    shard = world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
+    degrees = [parallel.dp_replicate, shard // parallel.ep, parallel.ep]
+    while math.prod(degrees) > most_ranks:
+        reducible = [i for i, degree in enumerate(degrees) if _smallest_factor(degree) < degree]
+        if not reducible:
+            break
+        largest = max(reducible, key=lambda i: degrees[i])
+        degrees[largest] = _smallest_factor(degrees[largest])
+    replicate, efsdp, ep = degrees
+    return replace(parallel, dp_replicate=replicate, dp_shard=efsdp * ep, ep=ep), math.prod(degrees)
+
+
+def _smallest_factor(number: int) -> int:
+    return next((f for f in range(2, number + 1) if number % f == 0), 1)
+
+
+def _with_experts_sharded_alike(
+    m: ModelConfig, cfg: TrainConfig, world: int, small: ParallelConfig, ranks: int
+) -> ModelConfig:
+    """Where ranks hold too few experts to go round, FSDP cuts through them; so it does in the twin then."""
+    local = cfg.model.num_experts // cfg.parallel.ep
+    ways, small_ways = (
+        size // (p.dp_replicate * p.ep) for p, size in ((cfg.parallel, world), (small, ranks))
+    )
+    if cfg.parallel.ep == 1 or local % ways == 0:
+        return m
+    groups = getattr(cfg.router, "num_groups", None) or 1
+    fitting = (
+        experts
+        for experts in range(m.num_experts, 0, -small.ep)
+        if experts % groups == 0 and experts // small.ep % small_ways
+    )
+    width, hidden = small_ways * m.d_model, small_ways * m.d_ff_expert
+    return replace(m, num_experts=next(fitting, m.num_experts), d_model=width, d_ff_expert=hidden)

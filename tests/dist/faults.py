@@ -1,0 +1,100 @@
+"""A plug-in that breaks the trainer on its ranks: ``plugins=[faults]`` and ``FAULT=name`` in the environment.
+
+One process alone stays whole. Each fault is one that a framework has shipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+import moetrain.parallel.apply as apply
+import moetrain.train.step as step
+from moetrain.moe.exchange import Exchange
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.metrics import RoutingStats
+
+
+def experts_averaged_twice() -> None:
+    """Summed over the ranks as it should be, and then divided by ep once more."""
+    shard = apply._shard
+
+    def broken(model: Any, blocks: Any, mesh: Any, spread: Any, experts_mesh: Any) -> None:
+        shard(model, blocks, mesh, spread, experts_mesh)
+        for module in spread:
+            module.set_gradient_divide_factor(2.0)
+
+    apply._shard = broken
+
+
+def router_gradient_not_reduced() -> None:
+    sync = step.sync_gradients
+
+    def broken(task: Any, last: bool) -> None:
+        sync(task, last)
+        for module in task.modules():
+            if getattr(module, "is_router", False) and hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(False, recurse=False)
+
+    step.sync_gradients = broken
+
+
+def norm_misses_the_experts() -> None:
+    clip, norm = step.clip_, step.global_norm
+
+    def others(parameters: Any) -> list[Any]:
+        return [p for p in parameters if "ep" not in p.device_mesh.mesh_dim_names]
+
+    step.clip_ = lambda parameters, most: clip(others(parameters), most)
+    step.global_norm = lambda parameters, kind=2.0: norm(others(parameters), kind)
+
+
+def an_expert_skipped_on_save() -> None:
+    """Rank 1 saves zeros in the place of its first expert."""
+    save = Checkpointer.save
+
+    def broken(self: Any, number: int, tensors: Any, extra: Any) -> Any:
+        kept = {}
+        for name, tensor in tensors.items():
+            if name.startswith("model.") and name.endswith("w_down_EFD") and os.environ["RANK"] == "1":
+                tensor = tensor.detach().clone()
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                local[:1].zero_()
+            kept[name] = tensor
+        return save(self, number, kept, extra)
+
+    Checkpointer.save = broken
+
+
+def aux_loss_divided_by_world_size() -> None:
+    total = step.total_loss
+
+    def broken(*args: Any) -> Any:
+        loss, raw = total(*args)
+        return None if loss is None else loss / int(os.environ["WORLD_SIZE"]), raw
+
+    step.total_loss = broken
+
+
+def splits_swapped() -> None:
+    """Each rank takes what it received from one sender for that of another."""
+    exchange = Exchange.all_to_all
+
+    def broken(self: Any, name: str, rows: Any, sent: Any = (), received: Any = ()) -> Any:
+        out = exchange(self, name, rows, sent, received)
+        return out.flip(0) if name == "counts" else out
+
+    Exchange.all_to_all = broken
+
+
+def bias_not_synchronised() -> None:
+    reduce = RoutingStats.reduce
+    RoutingStats.reduce = lambda self, group=None: reduce(self, None)
+
+
+if os.environ.get("WORLD_SIZE", "1") != "1" and "FAULT" in os.environ:
+    fault: Callable[[], None] = globals()[os.environ["FAULT"]]
+    fault()

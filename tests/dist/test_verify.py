@@ -1,0 +1,102 @@
+"""``moetrain verify``: a whole trainer passes, every broken one fails and says where, and training knows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from lives import Lives
+
+from moetrain.cli import main
+
+FAULTS = {
+    "experts_averaged_twice": r"4 of 16 gradients differ, .* in blocks.*experts",
+    "router_gradient_not_reduced": r"2 of 16 gradients differ, .* in blocks.*router\.weight_ED",
+    "norm_misses_the_experts": "padded, accumulated: 1 of 2 norms differ, .* in L2",
+    "an_expert_skipped_on_save": r"checkpoint of the ranks on one process: 2 of 66 tensors .*w_down_EFD",
+    "aux_loss_divided_by_world_size": r"loss switch_global_batch alone: 1. of 16 gradients differ",
+    "splits_swapped": "rank . failed with RuntimeError",
+    "bias_not_synchronised": r"3 steps: .* weights, states differ, .*bias_E",
+}
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capfd):
+    """(exit code, output) of a command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main(list(arguments))
+        return code, " ".join(capfd.readouterr().out.split())
+
+    return run
+
+
+def test_a_layout_that_is_right_gets_its_certificate(said, tmp_path):
+    code, text = said("verify", "parallel.ep=2", "balance=aux_free", "optim=muon")
+    assert code == 0, text
+    (path,) = (tmp_path / "runs" / "certificates").iterdir()
+    assert text.endswith(f"equal to one process; certificate runs/certificates/{path.name}")
+    content = json.loads(path.read_text())
+    assert content["layout"] == {"world": 2, "dp_replicate": 1, "dp_shard": 2, "ep": 2}
+    assert content["config_hash"] == path.stem
+    kinds = {check["kind"] for check in content["checks"]}
+    assert kinds == {"loss", "norm", "gradient", "weight", "state", "bits"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_trainer_is_told_where(fault, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", fault)
+    code, text = said("verify", "parallel.ep=2", "balance=switch", "balance.bias_rate=0.01", "plugins=[faults]")
+    assert code == 1
+    assert re.search(f"NOT equal to one process: .*{FAULTS[fault]}", text), text
+    assert "Traceback" not in text
+    assert not (tmp_path / "runs" / "certificates").exists()
+
+
+def test_training_says_whether_its_layout_was_proved(said, corpus, tmp_path):
+    """Whatever else changes, the proof is of the structure; and nothing is said on one process."""
+    same = ["parallel.ep=2", "model.num_experts=4", "optim.lr=0.02"]
+    arguments = tiny.command(corpus, tmp_path / "run", *same, "train.steps=1", "run.root=runs")
+
+    def trained() -> str:
+        with Lives([arguments] * 2, tmp_path) as lives:
+            assert lives.codes() == [0, 0], lives.output(0)
+            return " ".join(lives.output(0).split())
+
+    assert "this layout has no parity certificate; moetrain verify verify.world=2" in trained()
+    code, text = said("verify", *arguments[1:])
+    assert code == 0, text
+    shutil.rmtree(tmp_path / "run")
+    assert "this layout was proved equal to one process: runs/certificates/" in trained()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["parallel.ep=3"], "parallel.ep=3 does not divide model.num_experts=8"),
+        (["parallel.ep=2", "verify.world=3"], "parallel.ep=2 borrows ranks of parallel.dp_shard"),
+        (["parallel.ep=2", "parallel.dp_replicate=3", "verify.ranks=5"], "has 6 ranks, but verify.ranks=5"),
+        (["verify.rank=5"], "unknown key verify.rank"),
+        (["-m"], "verify has no sweeps"),
+    ],
+)
+def test_what_cannot_be_proved_is_one_line(said, capfd, arguments, message):
+    assert main(["verify", *arguments]) == 2
+    found = capfd.readouterr()
+    assert found.err.startswith("moetrain: error: ")
+    assert found.err.count("\n") == 1
+    assert message in found.err
+
+
+def test_verify_starts_its_own_ranks(said, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["verify"]) == 2
+    assert "verify starts its own ranks, but WORLD_SIZE=2" in capfd.readouterr().err
