@@ -106,13 +106,13 @@ class Tally:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, collective: Collective) -> AbstractContextManager[object]:
-        if not collective.sent:  # nothing between ranks' tokens and experts: a host read, or FSDP2's
+        if not collective.sent and collective.kind != "all_to_all":  # a host read, or FSDP2's own
             self.counts["host"] += collective.kind == "host"
             return nullcontext()
         self.counts["collectives"] += 1
         own = dist.get_rank()
         peers = dist.get_process_group_ranks(collective.group)
-        for peer, rows in zip(peers, collective.sent, strict=False):
+        for peer, rows in zip(peers, collective.sent or [1] * len(peers), strict=True):
             if peer != own:
                 near = peer // self.ranks_per_node == own // self.ranks_per_node
                 self.counts["inside" if near else "across"] += rows * collective.row_bytes

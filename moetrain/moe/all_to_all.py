@@ -90,11 +90,11 @@ class AllToAllDispatcher(RemoteDispatcher):
         size = sum(map(sum, counts[0]))
         chunk_e = self._chunk_of_each(x_TD.device)
         tokens_n = routing.token_ids_N[:size]
-        chunk_n = chunk_e[routing.expert_ids_N()[:size] % self.num_local]
-        order_n = stable_order(chunk_n, self.overlap)
-        scale_n = routing.forward_scale_N
-        picked = _by_expert(tokens_n, order_n, x_TD.shape[0])
-        route = _Direct(links, picked, None if scale_n is None else scale_n[:size][order_n])
+        scale_n = None if routing.forward_scale_N is None else routing.forward_scale_N[:size]
+        route = _Direct(links, Picked.of(tokens_n, x_TD.shape[0]), scale_n)
+        if self.overlap > 1:
+            chunk_n = chunk_e[routing.expert_ids_N()[:size] % self.num_local]
+            route = _reordered(route, stable_order(chunk_n, self.overlap))
 
         link = self._link(counts, slice(0, self.num_local))
         weights_n = routing.weights_N[:size]
@@ -159,7 +159,8 @@ def scale(rows_nD: Tensor, scale_n: Tensor | None) -> Tensor:
     return rows_nD if scale_n is None else (rows_nD * scale_n[:, None]).to(rows_nD.dtype)
 
 
-def _by_expert(tokens_n: Tensor, order_n: Tensor, num_tokens: int) -> Picked:
-    """The tokens of rows that go in ``order_n``; sums go by expert all the same."""
-    by_expert = Picked.of(tokens_n, num_tokens)
-    return Picked(tokens_n[order_n], inverse(order_n)[by_expert.by_source_u], by_expert.ends_X)
+def _reordered(route: _Direct, order_n: Tensor) -> _Direct:
+    """The same rows, which go in ``order_n``; a token's are summed by expert all the same."""
+    was, scale_n = route.picked, route.scale_n
+    picked = Picked(was.ids_u[order_n], inverse(order_n)[was.by_source_u], was.ends_X)
+    return _Direct(route.links, picked, None if scale_n is None else scale_n[order_n])

@@ -6,7 +6,7 @@ networks, X source rows, R computed rows, block-aligned by expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -44,14 +44,20 @@ class Plan:
     scale_R: Tensor | None  # multiplies the forward only
 
 
-class ExpertsHere(Protocol):
-    """What a dispatcher needs of this rank's experts."""
+class Chunks(Protocol):
+    """Rows that come by chunks of experts, ``sizes`` of them, and leave by chunks."""
 
-    def __call__(self, dispatched: Dispatched) -> Tensor: ...
+    @property
+    def sizes(self) -> list[int]: ...
 
-    def in_chunks(
-        self, arrivals: Iterable[Dispatched], sizes: list[int], give_back: Callable[[Tensor, int], Tensor]
-    ) -> list[Tensor]: ...
+    def arrivals(self) -> Iterator[Dispatched]:
+        """Each chunk's rows as soon as they are here."""
+        ...
+
+    def give_back(self, out_RD: Tensor, chunk: int) -> Tensor: ...
+
+
+Compute = Callable[[Any], Any]  # Dispatched -> out [R, D]; Chunks -> what give_back returns, by chunk
 
 
 class Dispatcher(Protocol):
@@ -61,7 +67,7 @@ class Dispatcher(Protocol):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Any: ...
 
-    def compute(self, dispatched: Any, experts: ExpertsHere, meanwhile: Callable[[], B]) -> tuple[Tensor, B]:
+    def compute(self, dispatched: Any, experts: Compute, meanwhile: Callable[[], B]) -> tuple[Tensor, B]:
         """y [T, D], and what ``meanwhile`` returns, which is called while rows travel."""
         ...
 
@@ -96,7 +102,7 @@ class LocalDispatcher:
         return Dispatched(x_TD, plan.rows, weights_R, useful, plan)
 
     def compute(
-        self, dispatched: Dispatched, experts: ExpertsHere, meanwhile: Callable[[], B]
+        self, dispatched: Dispatched, experts: Compute, meanwhile: Callable[[], B]
     ) -> tuple[Tensor, B]:
         return self.combine(experts(dispatched), dispatched.plan), meanwhile()
 

@@ -21,7 +21,8 @@ class Collective:
     name      what travels: ``counts``, ``rows``, ``weights``, ``results``, their gradients, ``rounds``.
     kind      all_to_all, all_reduce, all_gather or reduce_scatter; ``host`` where this rank waits for numbers
               of the device and nothing is sent.
-    sent      rows to each rank of the group, received likewise; empty for all_reduce and host.
+    sent      rows to each rank of the group, received likewise; empty where all have one, and for
+              all_reduce and host.
     row_bytes bytes of one row.
     """
 
@@ -104,13 +105,13 @@ class Exchange:
     def start_all_to_all(
         self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
     ) -> Flight:
-        """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets as many."""
-        if not sent:
-            sent = received = [rows.shape[0] // self.size] * self.size
+        """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets one."""
         rows = rows.contiguous()
         watched = self._observed(name, "all_to_all", rows, sent, received)
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(out, rows, list(received), list(sent), group=self.group, async_op=True)
+        out = rows.new_empty(sum(received) if sent else rows.shape[0], *rows.shape[1:])
+        work = dist.all_to_all_single(
+            out, rows, list(received) or None, list(sent) or None, group=self.group, async_op=True
+        )
         return Flight(rows, out, work, watched)
 
     def all_to_all(

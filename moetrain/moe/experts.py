@@ -5,13 +5,11 @@ Shapes: E experts, D model, F hidden, P = 2F (gated: gate columns, then up colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.moe.dispatch import Dispatched
+from moetrain.moe.dispatch import Chunks, Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
@@ -36,21 +34,19 @@ class Experts(nn.Module):
         nn.init.normal_(self.w_gate_up_EDF2, std=d_model**-0.5)
         nn.init.normal_(self.w_down_EFD, std=d_ff**-0.5)
 
-    def forward(self, dispatched: Dispatched) -> Tensor:
-        """out [R, D], each row times its routing weight, in the autocast dtype where one is on."""
-        return self._compute(dispatched, _local(self.w_gate_up_EDF2), _local(self.w_down_EFD))
+    def forward(self, dispatched: Dispatched | Chunks) -> Tensor | list[Tensor]:
+        """out [R, D], each row times its routing weight, in the autocast dtype where one is on.
 
-    def in_chunks(
-        self, arrivals: Iterable[Dispatched], sizes: list[int], give_back: Callable[[Tensor, int], Tensor]
-    ) -> list[Tensor]:
-        """``give_back(out [R, D], chunk)`` of each chunk of experts, ``sizes`` of them, as it arrives.
-
-        One call for all chunks, so that sharded weights are gathered once.
+        Of chunks of experts, what their ``give_back`` makes of each one's out. One call for all, so that
+        sharded weights are gathered once.
         """
+        if isinstance(dispatched, Dispatched):
+            return self._compute(dispatched, _local(self.w_gate_up_EDF2), _local(self.w_down_EFD))
+        sizes = dispatched.sizes
         ups, downs = _parts(self.w_gate_up_EDF2, sizes), _parts(self.w_down_EFD, sizes)
         return [
-            give_back(self._compute(dispatched, up, down), chunk)
-            for chunk, (dispatched, up, down) in enumerate(zip(arrivals, ups, downs, strict=True))
+            dispatched.give_back(self._compute(chunk, up, down), number)
+            for number, (chunk, up, down) in enumerate(zip(dispatched.arrivals(), ups, downs, strict=True))
         ]
 
     def _compute(self, dispatched: Dispatched, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor) -> Tensor:

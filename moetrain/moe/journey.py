@@ -8,7 +8,7 @@ Shapes: T tokens, D model, X rows at the experts, n assignments, u rows sent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,13 +43,16 @@ class Route(Protocol):
         ...
 
 
-@dataclass
 class Journey:
-    """The flights of a route by chunk: left here by what launches them for what waits for them."""
+    """The flights of a route by chunk: left here by what launches them for what waits for them.
 
-    route: Route
-    away: dict[int, Flight] = field(default_factory=dict)
-    back: dict[int, Flight] = field(default_factory=dict)
+    No dataclass: FSDP2 looks for tensors in a module's dataclasses, and puts copies in their place.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.away: dict[int, Flight] = {}
+        self.back: dict[int, Flight] = {}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.moe.dispatch import Dispatched, ExpertsHere, Plan, sum_by_source
+from moetrain.moe.dispatch import Compute, Dispatched, Plan, sum_by_source
 from moetrain.moe.exchange import Exchange, Link
 from moetrain.moe.journey import Journey, Route, arrive, come_home, send, turn_back
 from moetrain.moe.routing import Routing
@@ -42,7 +42,6 @@ class Sent:
         return [len(chunk.plan.rows.useful) for chunk in self.chunks]
 
     def arrivals(self) -> Iterator[Dispatched]:
-        """Each chunk's rows as soon as they are here."""
         for c, (placed, ticket) in enumerate(zip(self.chunks, self.tickets, strict=True)):
             rows = placed.plan.rows
             source_XD = arrive(ticket, self.journey, c)
@@ -70,10 +69,9 @@ class RemoteDispatcher(ABC):
         journey = Journey(route)
         return Sent(journey, send(x_TD, journey), chunks)
 
-    def compute(self, dispatched: Sent, experts: ExpertsHere, meanwhile: Callable[[], B]) -> tuple[Tensor, B]:
+    def compute(self, dispatched: Sent, experts: Compute, meanwhile: Callable[[], B]) -> tuple[Tensor, B]:
         beside = meanwhile()
-        tickets = experts.in_chunks(dispatched.arrivals(), dispatched.sizes, dispatched.give_back)
-        return come_home(tickets, dispatched.journey), beside
+        return come_home(experts(dispatched), dispatched.journey), beside
 
     def agree(self, rounds: int) -> int:
         """One small all-reduce and a host synchronisation, for layers with a bound on rows only.

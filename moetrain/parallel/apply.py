@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -155,7 +155,6 @@ def _shard(
     for module in spread:
         assert experts_mesh is not None
         fully_shard(module, mesh=experts_mesh, shard_placement_fn=_placement(experts_mesh))
-        register_fsdp_forward_method(module, "in_chunks")
     for module in [*routers, *blocks, model]:
         fully_shard(module, mesh=mesh)
     for module in model.modules():
