@@ -1,7 +1,7 @@
 """Expert parallelism: each rank holds a block of the experts, and rows travel to them and back.
 
 Shapes: T tokens, D model, E experts overall, e experts here, P ranks of the group, n assignments to
-feed-forward networks of this rank's tokens, X rows received, R computed rows, block-aligned by expert.
+feed-forward networks of this rank's tokens, X rows received, c one of C chunks of the experts here.
 
 A rank without tokens, an expert without rows and everything on one expert are ordinary input: every rank
 takes part in every exchange, with empty parts where it has nothing.
@@ -10,49 +10,61 @@ takes part in every exchange, with empty parts where it has nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moetrain.moe.assign import stable_order
-from moetrain.moe.dispatch import Dispatched, Plan, block_of, layout
-from moetrain.moe.exchange import Exchange
+from moetrain.moe.dispatch import block_of, place
+from moetrain.moe.exchange import Exchange, Flight, Link
+from moetrain.moe.journey import Picked
+from moetrain.moe.remote import Placed, RemoteDispatcher, travelled
 from moetrain.moe.routing import Routing
-from moetrain.ops import gather_sum
 
 
 @dataclass(frozen=True)
-class _Route:
-    """Who sends how many rows to whom, and which token each sent row is.
+class _Direct:
+    """One row an assignment, by (chunk, rank, expert, token); ``links`` are of the chunks."""
 
-    ``tokens_n`` are sorted by (expert, token), so by receiver; ``by_token_n`` are their places grouped by
-    token, ``ends_T`` closes each group.
-    """
-
-    exchange: Exchange
-    sent: list[int]
-    received: list[int]
-    tokens_n: Tensor
-    by_token_n: Tensor
-    ends_T: Tensor
-
-
-@dataclass(frozen=True)
-class _ReturnPlan(Plan):
-    route: _Route
+    links: list[Link]
+    picked: Picked
     scale_n: Tensor | None
 
+    @property
+    def chunks(self) -> int:
+        return len(self.links)
 
-class AllToAllDispatcher:
-    """Contiguous blocks of experts over the ranks of ``exchange``, in rank order.
+    def leave(self, name: str, x_TD: Tensor, chunk: int) -> Flight:
+        first = sum(sum(link.sent) for link in self.links[:chunk])
+        link = self.links[chunk]
+        ids_n = self.picked.ids_u.narrow(0, first, sum(link.sent))
+        return link.out(name, x_TD.index_select(0, ids_n))
 
-    ``company``: the ranks that must make equally many rounds; None: the same.
-    One host synchronisation a call: what is sent and received, from which all layouts follow. Three
-    exchanges forward (counts, rows with their weights, results) and two backward.
-    Raises ValueError where the group's size does not divide ``num_experts``.
+    def arrive(self, name: str, flight: Flight, chunk: int) -> Tensor:
+        return flight.wait()
+
+    def turn_back(self, name: str, rows_XD: Tensor, chunk: int) -> Flight:
+        return self.links[chunk].back(name, rows_XD)
+
+    def come_home(self, flights: list[Flight], scaled: bool) -> Tensor:
+        rows_nD = joined([flight.wait() for flight in flights])
+        return self.picked.total(scale(rows_nD, self.scale_n if scaled else None))
+
+
+class AllToAllDispatcher(RemoteDispatcher):
+    """Contiguous blocks of experts over the ranks of ``exchange``, in rank order; one row an assignment.
+
+    ``company``: the ranks that must make equally many rounds; None: the same. ``overlap``: rows go in that
+    many chunks of whole experts, each computed while the next travels. The result does not depend on it, bit
+    for bit: every product is of one expert's rows, all of them in the same order, and sums are made once, at
+    the token, when all rows are back. Chunks of tokens would split the sums of the weights' gradients.
+
+    One host synchronisation a call: what is sent and received, from which all layouts follow. Four
+    exchanges forward (counts, weights, rows, results), three backward; those of rows once a chunk.
+    Raises ValueError where the group's size does not divide ``num_experts``, or ``overlap`` is no number of
+    chunks of this rank's.
     """
 
     def __init__(
@@ -62,108 +74,93 @@ class AllToAllDispatcher:
         device: torch.device,
         block: int | None = None,
         company: dist.ProcessGroup | None = None,
+        overlap: int = 1,
     ) -> None:
-        ranks = exchange.group.size()
-        if num_experts % ranks:
-            raise ValueError(f"{ranks} ranks do not divide {num_experts} experts")
-        self.exchange, self.device, self.block = exchange, device, block
-        self.company = exchange if company is None else exchange.over(company)
-        self.num_local = num_experts // ranks
+        num_local = experts_per_rank(num_experts, exchange.size)
+        if not 1 <= overlap <= num_local:
+            raise ValueError(f"overlap={overlap}, but there are {num_local} experts a rank")
+        super().__init__(exchange.over(company or exchange.group), num_local, device, block)
+        self.exchange, self.overlap = exchange, overlap
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        ranks = self.exchange.group.size()
-        sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(ranks, self.num_local).contiguous()
-        received_Pe, sent, received = self.exchange.counts(sent_Pe)
-        useful = [sum(row[e] for row in received) for e in range(self.num_local)]
+    def plan(self, x_TD: Tensor, routing: Routing) -> tuple[_Direct, list[Placed]]:
+        sent_Pe = routing.counts_E[: routing.num_ffn_experts].view(-1, self.num_local).contiguous()
+        received_Pe, *counts = self.exchange.counts(sent_Pe)
+        links = [self._link(counts, span) for span in self._spans()]
 
-        rows_sent = sum(map(sum, sent))
-        tokens_n = routing.token_ids_N[:rows_sent]
-        route = _Route(
-            self.exchange,
-            [sum(row) for row in sent],
-            [sum(row) for row in received],
-            tokens_n,
-            stable_order(tokens_n, x_TD.shape[0]),
-            torch.bincount(tokens_n, minlength=x_TD.shape[0]).cumsum(0),
-        )
-        device = x_TD.device.type
-        if torch.is_autocast_enabled(device):
-            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # what the experts would make of it
-        source_XD, weights_X = _Send.apply(x_TD, routing.weights_N[:rows_sent], route)  # type: ignore[no-untyped-call]
+        size = sum(map(sum, counts[0]))
+        chunk_e = self._chunk_of_each(x_TD.device)
+        tokens_n = routing.token_ids_N[:size]
+        scale_n = None if routing.forward_scale_N is None else routing.forward_scale_N[:size]
+        route = _Direct(links, Picked.of(tokens_n, x_TD.shape[0]), scale_n)
+        if self.overlap > 1:
+            chunk_n = chunk_e[routing.expert_ids_N()[:size] % self.num_local]
+            route = _reordered(route, stable_order(chunk_n, self.overlap))
 
-        # Received rows lie by (sender, expert); experts want them by (expert, sender).
-        experts_e = torch.arange(self.num_local, device=x_TD.device)
+        link = self._link(counts, slice(0, self.num_local))
+        weights_n = routing.weights_N[:size]
+        weights_X = link.out("weights", weights_n.detach()).wait()
+        weights_X = travelled(weights_n, weights_X, [(link, None)])
+        block = block_of(x_TD, self.block)
+        useful = [sum(column) for column in zip(*counts[1], strict=True)]
+        return route, self._placed(received_Pe, useful, weights_X, chunk_e, block)
+
+    def _placed(
+        self, received_Pe: Tensor, useful: list[int], weights_X: Tensor, chunk_e: Tensor, block: int
+    ) -> list[Placed]:
+        """Assignments come by (sender, expert), a chunk's rows likewise; experts want (expert, sender)."""
+        experts_e = torch.arange(self.num_local, device=weights_X.device)
         experts_X = torch.repeat_interleave(
-            experts_e.repeat(ranks), received_Pe.reshape(-1), output_size=source_XD.shape[0]
+            experts_e.repeat(len(received_Pe)), received_Pe.reshape(-1), output_size=weights_X.shape[0]
         )
         order_X = stable_order(experts_X, self.num_local)
-        rows, slots_X = layout(
-            order_X, received_Pe.sum(0), useful, source_XD.shape[0], block_of(x_TD, self.block)
-        )
-        weights_R = weights_X.new_zeros(rows.ids_R.shape[0]).scatter(0, slots_X, weights_X[order_X])
-        scale_N = routing.forward_scale_N
-        scale_n = None if scale_N is None else scale_N[:rows_sent]
-        return Dispatched(source_XD, rows, weights_R, useful, _ReturnPlan(rows, None, route, scale_n))
+        places_X = inverse(stable_order(chunk_e[experts_X], self.overlap))[order_X]
+        counts_e = received_Pe.sum(0)
+        chunks, first = [], 0
+        for span in self._spans():
+            size = sum(useful[span])
+            here = slice(first, first + size)
+            sources_n, weights_n = places_X[here] - first, weights_X[order_X[here]]
+            plan, weights_R = place(sources_n, weights_n, None, counts_e[span], useful[span], size, block)
+            chunks.append(Placed(plan, weights_R))
+            first += size
+        return chunks
 
-    def agree(self, rounds: int) -> int:
-        """One small all-reduce and a host synchronisation, for layers with a bound on rows only.
+    def _link(self, counts: list[list[list[int]]], span: slice) -> Link:
+        sent, received = ([sum(row[span]) for row in rows] for rows in counts)
+        return Link(self.exchange, sent, received)
 
-        Over all ranks that gather sharded experts together, which they do once a round.
-        """
-        return self.company.largest("rounds", rounds, self.device)
+    def _spans(self) -> list[slice]:
+        ends = [chunk * self.num_local // self.overlap for chunk in range(self.overlap + 1)]
+        return [slice(first, last) for first, last in pairwise(ends)]
 
-    def combine(self, out_RD: Tensor, plan: Plan) -> Tensor:
-        """y [T, D]: each token's rows summed in expert order; tokens without rows get zeros."""
-        assert isinstance(plan, _ReturnPlan)
-        rows = plan.rows
-        out_XD = gather_sum(out_RD, rows.by_source_N, rows.ends_X, rows.ids_R)  # one row each: a permutation
-        y_TD: Tensor = _Return.apply(out_XD, plan.route, plan.scale_n)  # type: ignore[no-untyped-call]
-        return y_TD
-
-
-def _out(name: str, rows: Tensor, route: _Route) -> Tensor:
-    """Rows, one an assignment, to the experts' ranks."""
-    return route.exchange.all_to_all(name, rows, route.sent, route.received)
+    def _chunk_of_each(self, device: torch.device) -> Tensor:
+        chunks = [chunk for chunk, span in enumerate(self._spans()) for _ in range(span.start, span.stop)]
+        return torch.tensor(chunks, device=device)
 
 
-def _back(name: str, rows: Tensor, route: _Route) -> Tensor:
-    return route.exchange.all_to_all(name, rows, route.received, route.sent)
+def experts_per_rank(num_experts: int, ranks: int) -> int:
+    """Raises ValueError where it is no whole number."""
+    if num_experts % ranks:
+        raise ValueError(f"{ranks} ranks do not divide {num_experts} experts")
+    return num_experts // ranks
 
 
-def _sum_by_token(rows_nD: Tensor, route: _Route) -> Tensor:
-    return gather_sum(rows_nD, route.by_token_n, route.ends_T, route.tokens_n)
+def inverse(order_n: Tensor) -> Tensor:
+    """The place of each element in a permutation."""
+    return torch.empty_like(order_n).scatter_(0, order_n, torch.arange(len(order_n), device=order_n.device))
 
 
-class _Send(torch.autograd.Function):
-    """Tokens and weights of assignments to their experts' ranks; gradients come back, summed by token."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_n: Tensor, route: _Route) -> tuple[Tensor, Tensor]:
-        ctx.route = route
-        rows_nD = x_TD.index_select(0, route.tokens_n)
-        return _out("rows", rows_nD, route), _out("weights", weights_n, route)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, drows_XD: Tensor, dweights_X: Tensor) -> tuple[Tensor, Tensor, None]:
-        route = ctx.route
-        dx_TD = _sum_by_token(_back("rows' gradients", drows_XD, route), route)
-        return dx_TD, _back("weights' gradients", dweights_X, route), None
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _Return(torch.autograd.Function):
-    """Results back to their tokens, scaled in the forward pass only, and summed."""
+def scale(rows_nD: Tensor, scale_n: Tensor | None) -> Tensor:
+    """Rows times their forward scale, in their own dtype."""
+    return rows_nD if scale_n is None else (rows_nD * scale_n[:, None]).to(rows_nD.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, out_XD: Tensor, route: _Route, scale_n: Tensor | None) -> Tensor:
-        ctx.route = route
-        rows_nD = _back("results", out_XD, route)
-        if scale_n is not None:
-            rows_nD = (rows_nD * scale_n[:, None]).to(rows_nD.dtype)
-        return _sum_by_token(rows_nD, route)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
-        rows_nD = dy_TD.index_select(0, ctx.route.tokens_n)
-        return _out("results' gradients", rows_nD, ctx.route), None, None
+def _reordered(route: _Direct, order_n: Tensor) -> _Direct:
+    """The same rows, which go in ``order_n``; a token's are summed by expert all the same."""
+    was, scale_n = route.picked, route.scale_n
+    picked = Picked(was.ids_u[order_n], inverse(order_n)[was.by_source_u], was.ends_X)
+    return _Direct(route.links, picked, None if scale_n is None else scale_n[order_n])

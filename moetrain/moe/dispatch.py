@@ -6,8 +6,9 @@ networks, X source rows, R computed rows, block-aligned by expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from moetrain.ops import Rows, gather_sum
 
 _BLOCK = {"cpu": 32}
 _BLOCK_GPU = 128
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,32 @@ class Plan:
     scale_R: Tensor | None  # multiplies the forward only
 
 
+class Chunks(Protocol):
+    """Rows that come by chunks of experts, ``sizes`` of them, and leave by chunks."""
+
+    @property
+    def sizes(self) -> list[int]: ...
+
+    def arrivals(self) -> Iterator[Dispatched]:
+        """Each chunk's rows as soon as they are here."""
+        ...
+
+    def give_back(self, out_RD: Tensor, chunk: int) -> Tensor: ...
+
+
+Compute = Callable[[Any], Any]  # Dispatched -> out [R, D]; Chunks -> what give_back returns, by chunk
+
+
 class Dispatcher(Protocol):
-    """``combine(experts(dispatch(x, routing)), plan)`` is the layer's output."""
+    """``dispatch`` sets rows on their way, ``compute`` makes of them the layer's output."""
 
     block: int | None  # rows that each expert's segment is rounded up to; None: the device's default
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched: ...
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Any: ...
 
-    def combine(self, out_RD: Tensor, plan: Plan) -> Tensor: ...
+    def compute(self, dispatched: Any, experts: Compute, meanwhile: Callable[[], B]) -> tuple[Tensor, B]:
+        """y [T, D], and what ``meanwhile`` returns, which is called while rows travel."""
+        ...
 
     def agree(self, rounds: int) -> int:
         """The most of any rank that dispatches together with this one."""
@@ -73,28 +93,55 @@ class LocalDispatcher:
         counts_E = routing.counts_E[: routing.num_ffn_experts]
         useful = counts_E.tolist()
         tokens_N = routing.token_ids_N[: sum(useful)]
-        rows, slots_N = layout(tokens_N, counts_E, useful, x_TD.shape[0], block_of(x_TD, self.block))
-        size = rows.ids_R.shape[0]
-        here = slice(slots_N.shape[0])  # zero-computation experts come last, and do without rows
-        weights_R = routing.weights_N.new_zeros(size).scatter(0, slots_N, routing.weights_N[here])
+        here = slice(tokens_N.shape[0])  # zero-computation experts come last, and do without rows
         scale_N = routing.forward_scale_N
-        scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N[here])
-        return Dispatched(x_TD, rows, weights_R, list(rows.useful), Plan(rows, scale_R))
+        plan, weights_R = place(
+            tokens_N, routing.weights_N[here], None if scale_N is None else scale_N[here],
+            counts_E, useful, x_TD.shape[0], block_of(x_TD, self.block),
+        )  # fmt: skip
+        return Dispatched(x_TD, plan.rows, weights_R, useful, plan)
+
+    def compute(
+        self, dispatched: Dispatched, experts: Compute, meanwhile: Callable[[], B]
+    ) -> tuple[Tensor, B]:
+        return self.combine(experts(dispatched), dispatched.plan), meanwhile()
 
     def agree(self, rounds: int) -> int:
         return rounds
 
     def combine(self, out_RD: Tensor, plan: Plan) -> Tensor:
         """y [T, D]: each token's rows summed in expert order; tokens without rows get zeros."""
-        if plan.scale_R is not None:
-            # the value is scaled, the gradient is not (gradient estimators for a discrete choice)
-            out_RD = out_RD + (out_RD * (plan.scale_R[:, None] - 1)).detach().to(out_RD.dtype)
-        return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R)
+        return sum_by_source(out_RD, plan)
+
+
+def sum_by_source(out_RD: Tensor, plan: Plan) -> Tensor:
+    """Each source row's computed rows, scaled, summed in expert order: [X, D]."""
+    if plan.scale_R is not None:
+        # the value is scaled, the gradient is not (gradient estimators for a discrete choice)
+        out_RD = out_RD + (out_RD * (plan.scale_R[:, None] - 1)).detach().to(out_RD.dtype)
+    return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R)
 
 
 def block_of(x: Tensor, block: int | None) -> int:
     """Rows of a block: as asked, or the device's default."""
     return block or _BLOCK.get(x.device.type, _BLOCK_GPU)
+
+
+def place(
+    sources_N: Tensor,
+    weights_N: Tensor,
+    scale_N: Tensor | None,
+    counts_E: Tensor,
+    useful: list[int],
+    num_source: int,
+    block: int,
+) -> tuple[Plan, Tensor]:
+    """The plan of assignments sorted by expert, of which each names its source row, and weights [R]."""
+    rows, slots_N = layout(sources_N, counts_E, useful, num_source, block)
+    size = rows.ids_R.shape[0]
+    weights_R = weights_N.new_zeros(size).scatter(0, slots_N, weights_N)
+    scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N)
+    return Plan(rows, scale_R), weights_R
 
 
 def layout(

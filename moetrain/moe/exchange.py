@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,8 +19,10 @@ class Collective:
 
     layer     the layer's name in the model.
     name      what travels: ``counts``, ``rows``, ``weights``, ``results``, their gradients, ``rounds``.
-    kind      all_to_all, all_reduce, all_gather or reduce_scatter.
-    sent      rows to each rank of the group, received likewise; empty where all ranks have the same.
+    kind      all_to_all, all_reduce, all_gather or reduce_scatter; ``host`` where this rank waits for numbers
+              of the device and nothing is sent.
+    sent      rows to each rank of the group, received likewise; empty where all have one, and for
+              all_reduce and host.
     row_bytes bytes of one row.
     """
 
@@ -32,6 +35,7 @@ class Collective:
     row_bytes: int
 
 
+# Called as a collective is made; its context is held while this rank waits for the outcome.
 Observer = Callable[[Collective], AbstractContextManager[object]]
 
 
@@ -62,10 +66,27 @@ class Calls:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """Rows on their way; ``given`` is what they are read from meanwhile."""
+
+    given: Tensor
+    rows: Tensor
+    work: dist.Work
+    watched: AbstractContextManager[object]
+
+    def wait(self) -> Tensor:
+        """The rows that arrived; once only."""
+        with self.watched:
+            self.work.wait()
+        return self.rows
+
+
+@dataclass(frozen=True)
 class Exchange:
     """The ranks of a layer's experts and the collectives among them; every one goes through here.
 
-    ``calls`` is shared by all layers of a model; ``layer`` is one of its.
+    Those named ``start_`` return at once. All ranks must make the same ones in the same order. ``calls`` is
+    shared by all layers of a model; ``layer`` is one of its.
     """
 
     group: dist.ProcessGroup
@@ -77,57 +98,106 @@ class Exchange:
         """The same layer's collectives over other ranks."""
         return replace(self, group=group)
 
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def start_all_to_all(
+        self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
+    ) -> Flight:
+        """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets one."""
+        rows = rows.contiguous()
+        watched = self._observed(name, "all_to_all", rows, sent, received)
+        out = rows.new_empty(sum(received) if sent else rows.shape[0], *rows.shape[1:])
+        work = dist.all_to_all_single(
+            out, rows, list(received) or None, list(sent) or None, group=self.group, async_op=True
+        )
+        return Flight(rows, out, work, watched)
+
     def all_to_all(
         self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
     ) -> Tensor:
-        """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets as many."""
-        with self._observed(name, "all_to_all", rows, sent, received):
-            out = rows.new_empty(sum(received) if received else rows.shape[0], *rows.shape[1:])
-            dist.all_to_all_single(
-                out,
-                rows.contiguous(),
-                list(received) if received else None,
-                list(sent) if sent else None,
-                group=self.group,
-            )
-        return out
+        return self.start_all_to_all(name, rows, sent, received).wait()
 
-    def counts(self, sent_Pe: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-        """Rows of each rank for our experts [P, e], and (sent, received) on the host: one synchronisation.
+    def start_all_gather(self, name: str, rows: Tensor) -> Flight:
+        """The rows [size n, ...] of all ranks, in rank order; every rank has n."""
+        rows = rows.contiguous()
+        each = [rows.shape[0]] * self.size
+        watched = self._observed(name, "all_gather", rows, each, each)
+        out = rows.new_empty(sum(each), *rows.shape[1:])
+        return Flight(rows, out, dist.all_gather_single(out, rows, group=self.group, async_op=True), watched)
 
-        One number more travels with the counts, by which ranks out of step are found before their rows are
-        mixed up. Raises OutOfStepError.
-        """
-        stamp = self.calls.next(self.layer)
-        stamped_Pf = torch.nn.functional.pad(sent_Pe, (0, 1), value=stamp)
-        row_bytes = sent_Pe.shape[1] * sent_Pe.element_size()
-        with self.observer(Collective(self.layer, "counts", "all_to_all", self.group, (), (), row_bytes)):
-            received_Pf = torch.empty_like(stamped_Pf)
-            dist.all_to_all_single(received_Pf, stamped_Pf, group=self.group)
-            sent, received = self.on_host(stamped_Pf, received_Pf)
-        for rank, (ours, theirs) in enumerate(zip(sent, received, strict=True)):
-            if (other := theirs.pop()) != ours.pop():
-                here, there = (dist.get_global_rank(self.group, r) for r in (self.group.rank(), rank))
-                raise OutOfStepError(
-                    f"ranks out of step: rank {here} is in {self.calls.describe(stamp)}, "
-                    f"rank {there} in {self.calls.describe(other)}"
-                )
-        return received_Pf[:, :-1], sent, received
-
-    def on_host(self, *counts_Pf: Tensor) -> list[list[list[int]]]:
-        """As lists: the host synchronisation of a dispatch."""
-        read: list[list[list[int]]] = torch.stack(counts_Pf).tolist()
-        return read
+    def start_reduce_scatter(self, name: str, rows: Tensor) -> Flight:
+        """This rank's n rows of [size n, ...], summed over all ranks."""
+        rows = rows.contiguous()
+        each = [rows.shape[0] // self.size] * self.size
+        watched = self._observed(name, "reduce_scatter", rows, each, each)
+        out = rows.new_empty(each[0], *rows.shape[1:])
+        work = dist.reduce_scatter_single(out, rows, group=self.group, async_op=True)
+        return Flight(rows, out, work, watched)
 
     def largest(self, name: str, value: int, device: torch.device) -> int:
         """The most of any rank; a host synchronisation."""
         most = torch.tensor(value, device=device)
         with self._observed(name, "all_reduce", most):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-            return int(most)
+        return int(self.read(name, most)[0])
+
+    def counts(self, sent_Pf: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        """What each rank has for us, of ``sent_Pf``'s shape, and (sent, received) on the host.
+
+        One host synchronisation. A stamp travels with the counts, by which ranks out of step are found before
+        their rows are mixed up. Raises OutOfStepError.
+        """
+        stamp = self.calls.next(self.layer)
+        stamped_Pg = F.pad(sent_Pf, (0, 1), value=stamp)
+        received_Pg = self.all_to_all("counts", stamped_Pg)
+        with self._observed("counts", "host", stamped_Pg):
+            sent, received = self.on_host(stamped_Pg, received_Pg)
+        self.check(sent[0][-1], [row[-1] for row in received])
+        return received_Pg[:, :-1], [row[:-1] for row in sent], [row[:-1] for row in received]
+
+    def on_host(self, *counts_Pg: Tensor) -> list[list[list[int]]]:
+        """As lists: the host synchronisation of :meth:`counts`."""
+        read: list[list[list[int]]] = torch.stack(counts_Pg).tolist()
+        return read
+
+    def check(self, stamp: int, theirs: list[int]) -> None:
+        """Raise OutOfStepError unless the stamps of all ranks, in rank order, are this one's."""
+        for rank, other in enumerate(theirs):
+            if other != stamp:
+                here, there = (dist.get_global_rank(self.group, r) for r in (self.group.rank(), rank))
+                raise OutOfStepError(
+                    f"ranks out of step: rank {here} is in {self.calls.describe(stamp)}, "
+                    f"rank {there} in {self.calls.describe(other)}"
+                )
+
+    def read(self, name: str, *tensors: Tensor) -> list[Tensor]:
+        """int64 tensors of one device on the host, of their shapes, in one host synchronisation."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self._observed(name, "host", flat):
+            flat = flat.cpu()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _observed(
         self, name: str, kind: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
     ) -> AbstractContextManager[object]:
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         return self.observer(Collective(self.layer, name, kind, self.group, sent, received, row_bytes))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Rows out in fixed numbers, one for each rank of ``exchange``, and back in the same numbers."""
+
+    exchange: Exchange
+    sent: list[int]
+    received: list[int]
+
+    def out(self, name: str, rows: Tensor) -> Flight:
+        """``sum(sent)`` rows, by receiver; those that arrive are by sender."""
+        return self.exchange.start_all_to_all(name, rows, self.sent, self.received)
+
+    def back(self, name: str, rows: Tensor) -> Flight:
+        return self.exchange.start_all_to_all(name, rows, self.received, self.sent)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.moe.dispatch import Dispatched
+from moetrain.moe.dispatch import Chunks, Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
@@ -34,8 +34,22 @@ class Experts(nn.Module):
         nn.init.normal_(self.w_gate_up_EDF2, std=d_model**-0.5)
         nn.init.normal_(self.w_down_EFD, std=d_ff**-0.5)
 
-    def forward(self, dispatched: Dispatched) -> Tensor:
-        """out [R, D], each row times its routing weight, in the autocast dtype where one is on."""
+    def forward(self, dispatched: Dispatched | Chunks) -> Tensor | list[Tensor]:
+        """out [R, D], each row times its routing weight, in the autocast dtype where one is on.
+
+        Of chunks of experts, what their ``give_back`` makes of each one's out. One call for all, so that
+        sharded weights are gathered once.
+        """
+        if isinstance(dispatched, Dispatched):
+            return self._compute(dispatched, _local(self.w_gate_up_EDF2), _local(self.w_down_EFD))
+        sizes = dispatched.sizes
+        ups, downs = _parts(self.w_gate_up_EDF2, sizes), _parts(self.w_down_EFD, sizes)
+        return [
+            dispatched.give_back(self._compute(chunk, up, down), number)
+            for number, (chunk, up, down) in enumerate(zip(dispatched.arrivals(), ups, downs, strict=True))
+        ]
+
+    def _compute(self, dispatched: Dispatched, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor) -> Tensor:
         x_XD = dispatched.source_XD
         device = x_XD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
@@ -43,12 +57,17 @@ class Experts(nn.Module):
             x_XD,
             dispatched.rows,
             dispatched.weights_R,
-            _local(self.w_gate_up_EDF2),
-            _local(self.w_down_EFD),
+            w_gate_up_EDF2,
+            w_down_EFD,
             self.activation,
             self.backend,
             dtype,
         )
+
+
+def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
+    return (_local(weight),) if len(sizes) == 1 else _local(weight).split(sizes)
 
 
 def _local(weight: Tensor) -> Tensor:

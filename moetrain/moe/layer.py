@@ -6,12 +6,13 @@ Shapes: B batch, S sequence, T = B S tokens, D model, R computed rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from moetrain.moe.context import RouterContext
-from moetrain.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import RouterConfig
@@ -30,7 +31,7 @@ class Started:
 
     x_BSD: Tensor
     routing: Routing
-    dispatched: Dispatched | None
+    dispatched: Any  # the dispatcher's own
     rounds: list[int]
 
 
@@ -90,24 +91,32 @@ class MoELayer(nn.Module):
         return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing), rounds)
 
     def finish(self, started: Started, shared_input: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Compute and combine; returns y in the dtype of the experts' products, and the routing."""
-        x_TD = started.x_BSD.reshape(-1, started.x_BSD.shape[-1])
+        """Compute and combine; returns y in the dtype of the experts' products, and the routing.
+
+        Zero-computation and shared experts compute while rows travel.
+        """
+        x_BSD = started.x_BSD
+        beside = partial(
+            self._beside, x_BSD, started.routing, x_BSD if shared_input is None else shared_input
+        )
         if started.dispatched is None:
-            y_TD = in_rounds(x_TD, started.routing, started.rounds, self._one_round)
+            x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            y_TD, others = in_rounds(x_TD, started.routing, started.rounds, self._one_round), beside()
         else:
-            y_TD = self._compute(started.dispatched)
-        y_BSD = y_TD.view_as(started.x_BSD)
-        if self.zero_experts is not None:
-            y_BSD = y_BSD + self.zero_experts(started.x_BSD, started.routing).to(y_BSD.dtype)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(started.x_BSD if shared_input is None else shared_input)
+            y_TD, others = self.dispatcher.compute(started.dispatched, self.experts, beside)
+        y_BSD = y_TD.view_as(x_BSD)
+        for other_BSD in others:
+            y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
         return y_BSD, started.routing
 
-    def _one_round(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return self._compute(self.dispatcher.dispatch(x_TD, routing))
+    def _beside(self, x_BSD: Tensor, routing: Routing, shared_BSD: Tensor) -> list[Tensor]:
+        """What is added to the dispatched experts' sum."""
+        parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, routing)]
+        return parts if self.shared is None else [*parts, self.shared(shared_BSD)]
 
-    def _compute(self, dispatched: Dispatched) -> Tensor:
-        return self.dispatcher.combine(self.experts(dispatched), dispatched.plan)
+    def _one_round(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        dispatched = self.dispatcher.dispatch(x_TD, routing)
+        return self.dispatcher.compute(dispatched, self.experts, lambda: None)[0]
 
     def _rounds(self, routing: Routing, tokens: int) -> list[int]:
         """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,8 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
-from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
+from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.fsdp_comms import observe_fsdp
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
 
@@ -91,8 +90,8 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
-        layer.dispatcher = AllToAllDispatcher(
-            exchange, weight.shape[0], weight.device, layer.dispatcher.block, dist.group.WORLD
+        layer.dispatcher = build_dispatcher(
+            meshes, exchange, weight.shape[0], weight.device, layer.dispatcher.block
         )
         holders.append(layer.experts)
     return holders

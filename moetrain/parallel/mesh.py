@@ -7,15 +7,17 @@ data-parallel ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moetrain.config.schema import ParallelConfig
+from moetrain.config.schema import ExpertDispatch, ParallelConfig
 from moetrain.errors import UserError
+from moetrain.parallel.distributed import local_world
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 EFSDP, EP = "efsdp", "ep"
+NODE, PLACE = "ep_node", "ep_place"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Meshes:
     ep: int = 1
     dense: DeviceMesh | None = None
     sparse: DeviceMesh | None = None  # built with expert parallelism; None while ep is 1
+    levels: DeviceMesh | None = None  # an ep group's [ep_node, ep_place]; built for hierarchical dispatch
+    cfg: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def world(self) -> int:
@@ -76,4 +80,23 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
     if cfg.ep > 1:
         sizes = (cfg.dp_replicate, shard // cfg.ep, cfg.ep)
         sparse = init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, EFSDP, EP))
-    return Meshes(cfg.dp_replicate, shard, cfg.ep, dense, sparse)
+    levels = _levels(cfg, world, device_type) if cfg.ep > 1 else None
+    return Meshes(cfg.dp_replicate, shard, cfg.ep, dense, sparse, levels, cfg)
+
+
+def ranks_per_node(cfg: ParallelConfig) -> int:
+    """Consecutive ranks that share a machine."""
+    return local_world() if cfg.ranks_per_node is None else cfg.ranks_per_node
+
+
+def _levels(cfg: ParallelConfig, world: int, device_type: str) -> DeviceMesh | None:
+    if cfg.dispatcher is not ExpertDispatch.hierarchical:
+        return None
+    places = min(ranks_per_node(cfg), cfg.ep)
+    if cfg.ep % places:
+        raise UserError(
+            f"parallel.ranks_per_node={places} does not divide parallel.ep={cfg.ep}: an ep group must be "
+            "whole nodes"
+        )
+    sizes = (world // cfg.ep, cfg.ep // places, places)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("ep_group", NODE, PLACE))

@@ -44,7 +44,7 @@ def test_a_rank_is_killed_in_a_layer(corpus, tmp_path):
         said = report(lives, 0)
     assert said.startswith("moetrain: error: rank 0: step 4, blocks.1.feed_forward, counts (all_to_all, forward):")
     assert "onnection" in said.splitlines()[0], said  # what gloo said, in one line
-    assert "splits by rank 0, 1: sends and expects equally many rows of 24 bytes" in said
+    assert "splits by rank 0, 1: sends and expects equally many rows of 32 bytes" in said
     assert "rank 1: lost (killed, stopped or cut off), last heard of" in said
 
 

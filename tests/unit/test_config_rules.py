@@ -12,6 +12,7 @@ from moetrain.config.rules_train import _installed
 from moetrain.config.schema import (
     DomainsData,
     EngineConfig,
+    ExpertDispatch,
     GenerateConfig,
     HubData,
     LocalData,
@@ -384,6 +385,39 @@ def test_generate_refused(changes, said):
     validate_generate(cfg)
     with pytest.raises(UserError, match=said.replace("(", r"\(").replace("]", r"\]")):
         validate_generate(change(cfg, changes))
+
+
+HIERARCHICAL = {"parallel.ep": 4, "parallel.dispatcher": ExpertDispatch.hierarchical}
+DISPATCH = [
+    ({"parallel.overlap": 0}, "parallel.overlap=0 must be 1 or more"),
+    ({"parallel.overlap": 2}, "parallel.overlap=2 needs parallel.ep above 1: set parallel.overlap=1"),
+    ({"parallel.overlap": 2, **HIERARCHICAL}, "is of parallel.dispatcher=all_to_all, not of hierarchical"),
+    ({"parallel.ep": 4, "parallel.overlap": 4}, "parallel.overlap=4", "=12 / parallel.ep=4 leaves 3 a rank"),
+    ({"parallel.node_sums": False}, "is of parallel.dispatcher=hierarchical, not of all_to_all"),
+    ({"parallel.ranks_per_node": 0, **HIERARCHICAL}, "parallel.ranks_per_node=0 must be 1 or more"),
+    ({"parallel.ranks_per_node": 3, **HIERARCHICAL}, "parallel.ranks_per_node=3 and parallel.ep=4: one must"),
+    (HIERARCHICAL, "parallel.ranks_per_node=3 (LOCAL_WORLD_SIZE) and parallel.ep=4"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), [(d[0], d[1:]) for d in DISPATCH], ids=[d[1] for d in DISPATCH])
+def test_dispatch_refused(base, changes, said, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError) as caught:
+        validate(change(base, {"train.global_batch_tokens": 384 * 4, **changes}), 4)
+    assert all(text in str(caught.value) for text in said)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {"parallel.ep": 4, "parallel.overlap": 3},
+    {"parallel.ranks_per_node": 2, "parallel.node_sums": False, **HIERARCHICAL},
+    {"parallel.ranks_per_node": 4, **HIERARCHICAL},
+    {"parallel.ranks_per_node": 4, **HIERARCHICAL, "parallel.ep": 2},
+    {"parallel.ranks_per_node": 3, **HIERARCHICAL, "parallel.ep": 1},
+])  # fmt: skip
+def test_dispatch_accepted(base, changes):
+    validate(change(base, {"train.global_batch_tokens": 384 * 4, **changes}), 4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -126,7 +126,13 @@ def test_layouts_follow_torchrun(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     layouts = {name: compose_train([f"parallel={name}"]).parallel for name in GROUPS["parallel"]}
     degrees = {name: (p.dp_replicate, p.dp_shard) for name, p in layouts.items()}
-    assert degrees == {"auto": (1, None), "fsdp": (1, None), "ddp": (8, 1), "hsdp": (2, None)}
+    assert degrees == {
+        "auto": (1, None),
+        "fsdp": (1, None),
+        "ddp": (8, 1),
+        "hsdp": (2, None),
+        "ep": (1, None),
+    }
 
 
 def test_the_comparison_changes_only_the_model_and_its_balance():

@@ -1,0 +1,32 @@
+"""The dispatcher of a layer whose experts are spread over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from moetrain.config.schema import ExpertDispatch
+from moetrain.moe.all_gather import AllGatherDispatcher
+from moetrain.moe.all_to_all import AllToAllDispatcher
+from moetrain.moe.dispatch import Dispatcher
+from moetrain.moe.exchange import Exchange
+from moetrain.moe.hierarchical import HierarchicalDispatcher
+from moetrain.parallel.mesh import NODE, PLACE, Meshes
+
+
+def build_dispatcher(
+    meshes: Meshes, exchange: Exchange, num_experts: int, device: torch.device, block: int | None
+) -> Dispatcher:
+    """As ``meshes.cfg`` says, over the ranks of ``exchange``, which are an ep group.
+
+    All ranks make equally many rounds, since they gather sharded experts together.
+    """
+    cfg, everyone = meshes.cfg, dist.group.WORLD
+    if cfg.dispatcher is ExpertDispatch.all_gather:
+        return AllGatherDispatcher(exchange, num_experts, device, block, everyone)
+    if cfg.dispatcher is ExpertDispatch.all_to_all:
+        return AllToAllDispatcher(exchange, num_experts, device, block, everyone, cfg.overlap)
+    assert meshes.levels is not None
+    assert everyone is not None
+    nodes, node = (exchange.over(meshes.levels[name].get_group()) for name in (NODE, PLACE))
+    return HierarchicalDispatcher(nodes, node, everyone, num_experts, device, block, cfg.node_sums)
