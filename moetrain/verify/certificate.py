@@ -13,6 +13,7 @@ from moetrain.config.compose import config_hash
 from moetrain.config.schema import (
     CheckpointConfig,
     LoopConfig,
+    ParallelConfig,
     ScheduleConfig,
     StdlibData,
     TrainConfig,
@@ -39,6 +40,7 @@ def proof_hash(cfg: TrainConfig, world: int) -> str:
         data=StdlibData(),
         schedule=ScheduleConfig(),
         optim=replace(twin.optim, lr=1.0),
+        parallel=replace(twin.parallel, timeout=ParallelConfig().timeout),
         checkpoint=CheckpointConfig(),
         train=LoopConfig(recompute=twin.train.recompute, deterministic=twin.train.deterministic),
         plugins=[],

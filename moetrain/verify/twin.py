@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, TrainConfig
+from moetrain.config.schema import ExpertDispatch, ModelConfig, ParallelConfig, Precision, TrainConfig
 
 SEQ = 11  # positions of a sequence
 VOCAB = 211
@@ -80,17 +80,29 @@ def _model(m: ModelConfig) -> ModelConfig:
 
 
 def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[ParallelConfig, int]:
-    """The same axes, fewer ranks: the largest degree falls to its smallest prime factor, until all fit."""
+    """The same axes, fewer ranks: the largest degree falls to the least of its kind, until all fit.
+
+    A group whose rows go by way of nodes keeps two nodes, of two ranks where there are as many.
+    """
     shard = world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
     degrees = [parallel.dp_replicate, shard // parallel.ep, parallel.ep]
+    levels = parallel.dispatcher is ExpertDispatch.hierarchical
+    least = [
+        *map(_smallest_factor, degrees[:2]),
+        4 if levels and parallel.ep % 4 == 0 else _smallest_factor(parallel.ep),
+    ]
     while math.prod(degrees) > most_ranks:
-        reducible = [i for i, degree in enumerate(degrees) if _smallest_factor(degree) < degree]
+        reducible = [axis for axis in range(3) if least[axis] < degrees[axis]]
         if not reducible:
             break
-        largest = max(reducible, key=lambda i: degrees[i])
-        degrees[largest] = _smallest_factor(degrees[largest])
+        largest = max(reducible, key=lambda axis: degrees[axis])
+        degrees[largest] = least[largest]
     replicate, efsdp, ep = degrees
-    return replace(parallel, dp_replicate=replicate, dp_shard=efsdp * ep, ep=ep), math.prod(degrees)
+    node = max(1, ep // 2) if levels else None
+    return (
+        replace(parallel, dp_replicate=replicate, dp_shard=efsdp * ep, ep=ep, ranks_per_node=node),
+        math.prod(degrees),
+    )
 
 
 def _smallest_factor(number: int) -> int:

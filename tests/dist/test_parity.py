@@ -38,6 +38,9 @@ LAYOUTS = {
     "hsdp 2 x 2": (4, ["parallel.dp_replicate=2"]),
     "hsdp 2 x ep 2": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
     "ddp 4": (4, ["parallel.dp_replicate=4", "parallel.dp_shard=1"]),
+    "hierarchical, ep 4": (4, ["parallel.ep=4", "parallel.dispatcher=hierarchical"]),
+    "all_gather, ep 2 x efsdp 2": (4, ["parallel.ep=2", "parallel.dispatcher=all_gather"]),
+    "overlap 2, ep 2": (2, ["parallel.ep=2", "parallel.overlap=2"]),
     "ep 8": (8, ["parallel.ep=8"]),
     "ep 2 x efsdp 4": (8, ["parallel.ep=2"]),
     "ep 4 x efsdp 2": (8, ["parallel.ep=4"]),
@@ -48,9 +51,9 @@ PAIRS = [
     ("topk", "ep 2 x efsdp 2"),
     ("sigmoid", "hsdp 2 x ep 2"),
     ("expert_choice, all", "ep 2"),
-    ("relu", "ep 4"),
+    ("relu", "hierarchical, ep 4"),
     ("base, all", "ep 2"),
-    ("moepp", "ep 2"),
+    ("moepp", "overlap 2, ep 2"),
     ("rounds", "dp 2"),
 ]
 

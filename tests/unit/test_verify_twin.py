@@ -45,6 +45,14 @@ def test_published_shapes_keep_their_structure(experiment):
     assert small.model.d_model * small.model.num_layers < 100
 
 
+@pytest.mark.parametrize(("ep", "layout"), [(2, (2, 1)), (4, (4, 2)), (64, (4, 2)), (8, (8, 4))])
+def test_rows_that_go_by_nodes_do_in_the_twin(ep, layout):
+    """(ep, ranks of a node); how many ranks a node really has is not known here."""
+    options = [f"parallel.ep={ep}", "parallel.dispatcher=hierarchical", "model.num_experts=192"]
+    parallel = twin(ep, *options).cfg.parallel
+    assert (parallel.ep, parallel.ranks_per_node) == layout
+
+
 def test_where_fsdp_cuts_through_experts_it_does_in_the_twin():
     """128 experts over ep 64 leave two a rank, for 16 ranks to share."""
     small = twin(1024, "parallel.ep=64", "model.num_experts=128")
@@ -66,7 +74,14 @@ def test_a_proof_is_of_structure_and_layout():
 
     base = of(4, "parallel.ep=2")
     assert base == of(4, "parallel.ep=2", "optim.lr=0.5", "data.seq_len=64", "train.seed=3", "run.name=x")
-    assert base == of(4, "parallel.ep=2", "parallel.dp_shard=4", "model.d_model=512", "train.precision=bf16")
+    assert base == of(
+        4,
+        "parallel.ep=2",
+        "parallel.dp_shard=4",
+        "model.d_model=512",
+        "train.precision=bf16",
+        "parallel.timeout=9",
+    )
     others = [
         of(2, "parallel.ep=2"),
         of(4, "parallel.ep=4"),
@@ -74,8 +89,9 @@ def test_a_proof_is_of_structure_and_layout():
         of(4, "parallel.ep=2", "model.num_experts=16"),
         of(4, "parallel.ep=2", "optim=muon"),
         of(4, "parallel.ep=2", "train.recompute=true"),
+        of(4, "parallel.ep=2", "parallel.overlap=2"),
     ]
-    assert len({base, *others}) == 7
+    assert len({base, *others}) == 8
 
 
 def test_the_smallest_world_of_a_layout():
