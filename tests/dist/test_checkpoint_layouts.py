@@ -36,7 +36,7 @@ LAYOUTS = {
     "ep 8": (8, ["parallel.ep=8"]),
     "hsdp 2 x ep 2 x efsdp 2": (8, ["parallel.dp_replicate=2", "parallel.ep=2"]),
 }
-FEW = ("one process", "ep 2", "hsdp 2 x ep 2")
+FEW = ("one process", "ep 2", "dp 2")
 OPTIONS = [
     "train.precision=fp64", "train.micro_batch_size=1", f"train.global_batch_tokens={8 * tiny.SEQ}",
     "model.num_experts=8", "model.num_shared_experts=1", "balance=aux_free",

@@ -49,7 +49,9 @@ def _steps(rank: int, world: int, layout: ParallelConfig, micro: int) -> tuple[l
     return found, weights_after_three_steps(micro, False, rank, world, meshes)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (LAYOUTS[name][0] > 2)) for name in LAYOUTS]
+)
 def test_no_gradient_and_no_update_depends_on_the_ranks(name):
     world, layout, micro = LAYOUTS[name]
     results = run_ranks(_steps, world, layout, micro, timeout=200)
