@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moetrain.config.compose import compose_arms, compose_generate, compose_train, compose_verify
 from moetrain.config.flags import parse_flags
-from moetrain.config.launch import world_size
+from moetrain.config.launch import is_rank_0, world_size
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.validate import validate, validate_generate, validate_verify
@@ -32,7 +32,7 @@ def train_command(argv: list[str]) -> int:
     from moetrain.verify.certificate import certificate_line
 
     world = world_size()
-    return train(cfg, [certificate_line(cfg, world)] if world > 1 else [])
+    return train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
 
 
 def verify_command(argv: list[str]) -> int:

@@ -35,7 +35,7 @@ def verify(cfg: VerifyConfig) -> int:
         )
     certificate_path(cfg, world).unlink(missing_ok=True)  # what follows decides
     console = Console(highlight=False)
-    console.print(_opening(cfg, world, twin))
+    console.print(_opening(cfg, world, twin), soft_wrap=True)
     try:
         checks = prove(twin)
     except (RankError, RanksTimeoutError) as error:
