@@ -56,7 +56,7 @@ def trained(monkeypatch):
     seen = []
     module = types.ModuleType("run")
 
-    def train(cfg):
+    def train(cfg, notes=()):
         seen.append(cfg)
         folder = Path(cfg.run.dir or os.path.join(cfg.run.root, cfg.run.name or "unnamed"))
         folder.mkdir(parents=True)
