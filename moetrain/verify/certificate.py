@@ -15,10 +15,10 @@ from moetrain.config.schema import (
     LoopConfig,
     ParallelConfig,
     ScheduleConfig,
-    StdlibData,
     TrainConfig,
     VerifyOptions,
 )
+from moetrain.config.schema_data import StdlibData
 from moetrain.errors import UserError
 from moetrain.train.run_dir import environment, git_state, write_atomic
 from moetrain.verify.compare import Check

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from moetrain.config.schema import LossConfig, LossName, LossScope
+from moetrain.config.schema_balance import LossConfig, LossName, LossScope
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.balance import (
     LossTerm,

@@ -17,7 +17,7 @@ from invariance import B, Recorder, assert_same, batch, build, cut, gradients, r
 from scipy import stats
 from torch import Tensor
 
-from moetrain.config.schema import LossConfig, LossName, LossScope
+from moetrain.config.schema_balance import LossConfig, LossName, LossScope
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss

@@ -21,16 +21,8 @@ from moetrain.config.compose import (
 from moetrain.config.editable import editable, freeze, original
 from moetrain.config.names import near_miss, nearest
 from moetrain.config.overrides import normalize
-from moetrain.config.schema import (
-    CompareConfig,
-    GenerateConfig,
-    LocalData,
-    MixturePart,
-    RunConfig,
-    SourceKind,
-    TrainConfig,
-    WandbTracker,
-)
+from moetrain.config.schema import CompareConfig, GenerateConfig, RunConfig, TrainConfig, WandbTracker
+from moetrain.config.schema_data import LocalData, MixturePart, SourceKind
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import Score, TopKOptions

@@ -9,23 +9,17 @@ from moetrain.config import rules_data, rules_model, rules_train
 from moetrain.config import validate as validate_module
 from moetrain.config.compose import compose_train
 from moetrain.config.rules_train import _installed
-from moetrain.config.schema import (
+from moetrain.config.schema import EngineConfig, ExpertDispatch, GenerateConfig, MuonConfig, WandbTracker
+from moetrain.config.schema_balance import LossConfig, LossName, LossScope
+from moetrain.config.schema_data import (
     DomainsData,
-    EngineConfig,
-    ExpertDispatch,
-    GenerateConfig,
     HubData,
     LocalData,
-    LossConfig,
-    LossName,
-    LossScope,
     MixtureData,
     MixturePart,
-    MuonConfig,
     SourceKind,
     TokenizerConfig,
     TokenizerKind,
-    WandbTracker,
 )
 from moetrain.config.validate import validate, validate_generate
 from moetrain.errors import UserError

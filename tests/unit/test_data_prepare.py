@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moetrain.config.schema import (
+from moetrain.config.schema_data import (
     LocalData,
     MixtureData,
     MixturePart,

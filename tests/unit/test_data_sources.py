@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moetrain.config.schema import (
+from moetrain.config.schema_data import (
     DataConfig,
     DomainsData,
     LocalData,

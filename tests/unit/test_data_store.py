@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_data_prepare import documents, text_folder
 
-from moetrain.config.schema import TokenizerConfig
+from moetrain.config.schema_data import TokenizerConfig
 from moetrain.data import cache_root, prepare, shards
 from moetrain.data.cache import build_once
 from moetrain.data.shards import StreamWriter, open_store, write_manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.schema import (
+from moetrain.config.schema_data import (
     DataConfig,
     DomainsData,
     HubData,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.schema import TextFormat
+from moetrain.config.schema_data import TextFormat
 from moetrain.data.documents import Document, digest_of
 from moetrain.data.sources.offline import offline_datasets
 from moetrain.errors import UserError
