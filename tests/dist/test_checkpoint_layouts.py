@@ -1,6 +1,6 @@
 """A checkpoint of any layout is taken over by any other: model, optimizer, controllers, data, and what follows.
 
-The real parts that ``moetrain train`` builds, on the tiny model in fp64. The suite moves between three layouts;
+The real parts that ``moetrain train`` builds, on the tiny model in fp64. The suite moves between two layouts;
 all ordered pairs of nine are marked slow, and the result recorded in docs/expert_parallelism.md.
 """
 
@@ -36,7 +36,7 @@ LAYOUTS = {
     "ep 8": (8, ["parallel.ep=8"]),
     "hsdp 2 x ep 2 x efsdp 2": (8, ["parallel.dp_replicate=2", "parallel.ep=2"]),
 }
-FEW = ("one process", "ep 2", "dp 2")
+FEW = ("one process", "ep 2")
 OPTIONS = [
     "train.precision=fp64", "train.micro_batch_size=1", f"train.global_batch_tokens={8 * tiny.SEQ}",
     "model.num_experts=8", "model.num_shared_experts=1", "balance=aux_free",
@@ -118,7 +118,7 @@ def move_between(layouts: list[str], corpus: Path, tmp_path: Path, tolerance: fl
 
 
 def test_moving_between_a_few_layouts(corpus, tmp_path):
-    assert move_between(list(FEW), corpus, tmp_path, 1e-9) == 9
+    assert move_between(list(FEW), corpus, tmp_path, 1e-9) == 4
 
 
 @pytest.mark.slow
@@ -134,20 +134,18 @@ def test_every_ordered_pair_with_muon(corpus, tmp_path):
     assert move_between(list(LAYOUTS)[:6], corpus, tmp_path, 1e-3, "optim=muon") == 36
 
 
-@pytest.mark.parametrize("damage", ["removed", "renamed"])
-def test_a_lost_shard_is_named_by_every_layout(damage, corpus, tmp_path):
+def test_a_lost_shard_is_named_by_every_layout(corpus, tmp_path):
+    """Renamed, it is as good as lost: one process and two ranks say its name, and then that of a removed one."""
     arguments = [a for a in tiny.command(corpus, tmp_path, *OPTIONS)[1:] if "run.dir" not in a]
     on("ep 2", save, arguments, str(tmp_path / "kept"))
     path = next((tmp_path / "kept").glob("step_*"))
     shard = next(p for p in path.iterdir() if p.name.startswith("__1_"))
-    if damage == "removed":
-        shard.unlink()
-    else:
-        shutil.move(shard, shard.with_name("__7_0.distcp"))
-    for layout in ("one process", "ep 2"):
+    renamed = shutil.move(shard, shard.with_name("__7_0.distcp"))
+    for layout in ("ep 2", "one process"):
         with pytest.raises(RankError, match=shard.name) as error:
             on(layout, load_named, arguments, str(path))
         assert error.value.kind == UserError.__name__
+        Path(renamed).unlink(missing_ok=True)
 
 
 def load_named(rank: int, world: int, arguments: list[str], path: str) -> None:

@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, corpus, pair, t
     tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(pair, 12))
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_rank_is_killed_the_other_ends_without_saving(lost, corpus, pair, tmp_path):
     run = tmp_path / "run"
     options = [*tiny.TRAINED, *FAULTY]

@@ -207,7 +207,7 @@ def test_groups_couple_their_sequences() -> None:
         ("3", "does not divide a batch of 2 sequences"),
         ("0", "positive"),
         ("-1", "positive"),
-        ("all", "positive"),
+        ("some", "positive"),
     ],
 )
 def test_impossible_groups_are_refused(group: str, message: str) -> None:

@@ -20,7 +20,13 @@ from moetrain.router_tools import CHECKS, check_router
 PAGE = Path(__file__).parents[2] / "docs" / "routers.md"
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS))
+# Of each kind one; the others' properties are in test_router_invariants.py, and here they are marked slow.
+KINDS = {"topk", "expert_choice", "base", "relu", "moepp", "hash", "threshold"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in sorted(ROUTERS)]
+)
 def test_every_router_passes_every_check(name):
     assert [outcome for outcome in check_router(name) if outcome.failure is not None] == []
 

@@ -19,6 +19,12 @@ def test_pytest_enters_every_folder_of_tests(pytestconfig):
     assert [f for f in folders if any(fnmatch.fnmatch(f, p) for p in patterns)] == []
 
 
+def test_no_two_test_files_share_a_name():
+    """Without packages a second file of a name is not imported, and the first is taken for it."""
+    names = [path.name for path in TESTS.glob("*/test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_test_file_is_ignored_by_git():
     files = [str(path) for path in TESTS.rglob("*.py")]
     try:
