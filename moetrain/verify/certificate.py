@@ -22,7 +22,7 @@ from moetrain.config.schema_data import StdlibData
 from moetrain.errors import UserError
 from moetrain.train.run_dir import environment, git_state, write_atomic
 from moetrain.verify.compare import Check
-from moetrain.verify.twin import Twin, twin_of
+from moetrain.verify.twin import Twin, dp_shard, twin_of
 
 _FOLDER = "certificates"
 
@@ -86,7 +86,7 @@ def certificate_line(cfg: TrainConfig, world: int) -> str:
 
 def _layout(cfg: TrainConfig, world: int) -> dict[str, int]:
     parallel = cfg.parallel
-    shard = world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
+    shard = dp_shard(parallel, world)
     return {"world": world, "dp_replicate": parallel.dp_replicate, "dp_shard": shard, "ep": parallel.ep}
 
 

@@ -16,7 +16,7 @@ from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 from moetrain.verify.certificate import certificate_path, write_certificate
 from moetrain.verify.compare import Check, compare, replicas
 from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, resume
-from moetrain.verify.twin import Twin, twin_of
+from moetrain.verify.twin import Twin, dp_shard, twin_of
 
 TOLERANCE = 1e-9
 _SECONDS = 600.0
@@ -89,9 +89,8 @@ def prove(twin: Twin, tolerance: float = TOLERANCE) -> list[Check]:
 
 def _opening(cfg: VerifyConfig, world: int, twin: Twin) -> str:
     p, small = cfg.parallel, twin.cfg.parallel
-    shard = world // p.dp_replicate if p.dp_shard is None else p.dp_shard
     return (
-        f"layout of {world} ranks: dp_replicate {p.dp_replicate}, dp_shard {shard}, ep {p.ep}; "
+        f"layout of {world} ranks: dp_replicate {p.dp_replicate}, dp_shard {dp_shard(p, world)}, ep {p.ep}; "
         f"twin in fp64 on {twin.world} ranks: dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
         f"ep {small.ep}, router {twin.cfg.router.name}, {twin.cfg.model.num_experts} experts"
     )

@@ -57,6 +57,11 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
     return Twin(small, ranks, unit * math.ceil(_SEQUENCES / unit))
 
 
+def dp_shard(parallel: ParallelConfig, world: int) -> int:
+    """Its degree; an unset one fills the world."""
+    return world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
+
+
 def _model(m: ModelConfig) -> ModelConfig:
     """Two MoE layers where there are as many; all experts, since routers' options refer to their number."""
     every, dense = min(m.moe_every, 2), min(m.first_dense, 1)
@@ -84,8 +89,7 @@ def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[Para
 
     A group whose rows go by way of nodes keeps two nodes, of two ranks where there are as many.
     """
-    shard = world // parallel.dp_replicate if parallel.dp_shard is None else parallel.dp_shard
-    degrees = [parallel.dp_replicate, shard // parallel.ep, parallel.ep]
+    degrees = [parallel.dp_replicate, dp_shard(parallel, world) // parallel.ep, parallel.ep]
     levels = parallel.dispatcher is ExpertDispatch.hierarchical
     least = [
         *map(_smallest_factor, degrees[:2]),
