@@ -80,6 +80,7 @@ class ModelConfig:
     num_shared_experts: int = 0
     moe_every: int = 1  # every n-th layer is MoE: the layers l with (l + 1) % n == 0
     first_dense: int = 0  # the first m layers are dense
+    qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     sliding_window: Optional[int] = None  # in tokens, the query's own included
     rope_theta: float = 10000.0

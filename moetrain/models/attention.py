@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.d_model))
         self.w_qkv_PD.muon_splits = tuple(self.widths)  # type: ignore[attr-defined]  # three matrices in one
+        self.b_qkv_P = nn.Parameter(torch.zeros(sum(self.widths))) if cfg.qkv_bias else None
         self.w_out_DQ = nn.Parameter(torch.empty(cfg.d_model, self.widths[0]))
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         return F.linear(y_BQSH.transpose(1, 2).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
-        parts = list(F.linear(x_BSD, self.w_qkv_PD).split(self.widths, dim=-1))
+        parts = list(F.linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -33,6 +33,7 @@ class Counts:
     experts_active: int = 0
     router: int = 0
     norms: int = 0
+    biases: int = 0
 
     @property
     def total(self) -> int:
@@ -41,8 +42,8 @@ class Counts:
     @property
     def active(self) -> int:
         """What one token passes through, the whole embedding and head included, as model cards count it."""
-        inner = self.attention + self.dense + self.shared + self.experts_active + self.router + self.norms
-        return inner + self.embedding + self.head
+        inner = self.attention + self.dense + self.shared + self.experts_active + self.router
+        return inner + self.norms + self.biases + self.embedding + self.head
 
     @property
     def active_without_embeddings(self) -> int:
@@ -54,9 +55,9 @@ class Counts:
 class Flops:
     """Forward floating-point operations per token, two per multiply-add, matrix products only.
 
-    ``scores``: queries by keys, and weights by values. Embedding look-ups, norms, rotations, activations,
-    softmax and the sorting of tokens are left out. Training costs three times the forward pass (two
-    products in the backward pass for each forward one), recomputation not included.
+    ``scores``: queries by keys, and weights by values. Embedding look-ups, norms, biases, rotations,
+    activations, softmax and the sorting of tokens are left out. Training costs three times the forward pass
+    (two products in the backward pass for each forward one), recomputation not included.
     """
 
     projections: int
@@ -154,7 +155,7 @@ def _kind(name: str, ndim: int) -> str:
     if ".router." in name:
         return "router"
     if ndim == 1:
-        return "norms"
+        return "biases" if ".b_" in name else "norms"
     if name in ("embed_VD", "head_VD"):
         return "embedding" if name == "embed_VD" else "head"
     parts = {

@@ -138,7 +138,7 @@ class Decoder(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew from torch's generator: normal(init_std), less for what adds to the residual.
 
-        Output projections take init_std / sqrt(2 num_layers), norms 1; routers keep their own draw.
+        Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers keep their own draw.
         """
         std = self.cfg.init_std
         out_std = std / (2 * self.cfg.num_layers) ** 0.5
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             if ".router." in name:
                 continue
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if ".b_" in name else 1.0)
             else:
                 projects_out = ".w_out_" in name or ".w_down_" in name
                 parameter.normal_(0.0, out_std if projects_out else std)

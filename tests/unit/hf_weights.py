@@ -1,4 +1,4 @@
-"""Hugging Face state dicts of MoE decoders in this project's names and layouts, for parity tests.
+"""Hugging Face parameters of dense and MoE decoders in this project's names and layouts, for parity tests.
 
 The mapping is linear, so it turns Hugging Face's gradients into ours as well.
 Shapes: E experts, D model, F expert hidden, P columns of the joint projection of queries, keys and values.
@@ -26,6 +26,7 @@ TRANSPOSED = {
 }
 JOINED = {
     "attention.w_qkv_PD": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "attention.b_qkv_P": [f"self_attn.{part}_proj.bias" for part in "qkv"],
     "feed_forward.w_gate_up_PD": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 OUTER = {
@@ -36,7 +37,7 @@ OUTER = {
 
 
 def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ours, by name, of a Hugging Face state dict (or of its gradients). Every name must be known."""
+    """Ours, by name, of Hugging Face parameters (or their gradients). Every name must be known."""
     ours = {OUTER[name]: tensor for name, tensor in tensors.items() if name in OUTER}
     used = len(ours)
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}

@@ -28,7 +28,8 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
     """softmax over the keys that ``seen(row, query, key)`` allows, one query and head at a time."""
     q_heads, kv_heads, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    q, k, v = (x_BSD @ attention.w_qkv_PD.t()).split(
+    b_qkv_P = 0 if attention.b_qkv_P is None else attention.b_qkv_P
+    q, k, v = (x_BSD @ attention.w_qkv_PD.t() + b_qkv_P).split(
         [q_heads * width, kv_heads * width, kv_heads * width], -1
     )
     if attention.qk_norm is QKNorm.full:
@@ -49,9 +50,13 @@ def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
     return y.reshape(BATCH, SEQ, -1) @ attention.w_out_DQ.t()
 
 
-def build(qk_norm: QKNorm = QKNorm.none, num_kv_heads: int = 2) -> tuple[Attention, Tensor]:
+def build(
+    qk_norm: QKNorm = QKNorm.none, num_kv_heads: int = 2, qkv_bias: bool = False
+) -> tuple[Attention, Tensor]:
     torch.manual_seed(0)
-    attention = Attention(replace(TINY, qk_norm=qk_norm, num_kv_heads=num_kv_heads)).double()
+    attention = Attention(
+        replace(TINY, qk_norm=qk_norm, num_kv_heads=num_kv_heads, qkv_bias=qkv_bias)
+    ).double()
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_(0, 0.4)
@@ -65,9 +70,9 @@ def run(attention: Attention, x_BSD: Tensor, window: int | None, doc_ids_BS: Ten
 
 
 @pytest.mark.parametrize("qk_norm", list(QKNorm))
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
-def test_attention_equals_the_loop(qk_norm: QKNorm, num_kv_heads: int) -> None:
-    attention, x = build(qk_norm, num_kv_heads)
+@pytest.mark.parametrize(("num_kv_heads", "qkv_bias"), [(1, False), (2, True), (6, False)])
+def test_attention_equals_the_loop(qk_norm: QKNorm, num_kv_heads: int, qkv_bias: bool) -> None:
+    attention, x = build(qk_norm, num_kv_heads, qkv_bias)
     expected = by_loop(attention, x, lambda b, i, j: j <= i)
     torch.testing.assert_close(run(attention, x, None, None), expected, rtol=1e-11, atol=1e-11)
 

@@ -72,7 +72,7 @@ CASES = [
     {"num_experts": 0},
     {"first_dense": 1, "tie_embeddings": False},
     {"moe_every": 2, "num_shared_experts": 3, "qk_norm": QKNorm.full, "num_kv_heads": 6},
-    {"sliding_window": 4, "num_kv_heads": 1},
+    {"sliding_window": 4, "num_kv_heads": 1, "qkv_bias": True},
 ]
 
 
@@ -93,7 +93,7 @@ def test_operations_equal_those_that_a_counter_sees(changes: dict[str, Any]) -> 
 
 
 def test_parameters_by_kind_add_up() -> None:
-    model = decoder(first_dense=1, num_shared_experts=2, tie_embeddings=False, top_k=3)
+    model = decoder(first_dense=1, num_shared_experts=2, tie_embeddings=False, top_k=3, qkv_bias=True)
     counts = count_parameters(model)
     assert counts.total == sum(p.numel() for p in model.parameters())
     width, hidden, experts, moe_layers = 23, 13, 5, 2
@@ -104,6 +104,7 @@ def test_parameters_by_kind_add_up() -> None:
     assert counts.dense == 3 * width * 29
     assert counts.attention == 3 * (width * 10 * (6 + 2 + 2) + 10 * 6 * width)
     assert counts.norms == (2 * 3 + 1) * width
+    assert counts.biases == 3 * 10 * (6 + 2 + 2)
     assert counts.embedding == counts.head == VOCAB * width
     assert counts.active == counts.total - counts.experts + counts.experts_active
     assert counts.active_without_embeddings == counts.active - 2 * VOCAB * width

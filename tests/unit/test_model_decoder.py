@@ -175,7 +175,9 @@ def test_tied_and_untied_heads() -> None:
 def test_initialisation_follows_the_generator_and_the_config() -> None:
     def build(seed: int) -> Decoder:
         torch.manual_seed(seed)
-        cfg = ModelConfig(d_model=64, num_layers=8, first_dense=1, init_std=0.05, num_shared_experts=1)
+        cfg = ModelConfig(
+            d_model=64, num_layers=8, first_dense=1, init_std=0.05, num_shared_experts=1, qkv_bias=True
+        )
         return Decoder(cfg, RouterConfig(), ExpertsConfig(), 997)
 
     first, again, other = (dict(build(seed).named_parameters()) for seed in (1, 1, 2))
@@ -184,7 +186,8 @@ def test_initialisation_follows_the_generator_and_the_config() -> None:
     scaled = 0.05 / math.sqrt(16)
     for name, parameter in first.items():
         if parameter.ndim == 1:
-            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            expected = 0.0 if name.endswith("attention.b_qkv_P") else 1.0
+            assert (parameter == expected).all(), name
         elif ".router." not in name:
             std = scaled if "w_out" in name or "w_down" in name else 0.05
             assert abs(parameter.std().item() / std - 1) < 0.1, name

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from model_cases import decoder
 from torch import nn
 
 from moetrain.config.schema import AdamWConfig, MuonConfig
@@ -71,6 +72,13 @@ def test_adamw_decays_matrices_and_nothing_else():
 def test_muon_takes_hidden_matrices_but_no_router_embedding_or_vector():
     groups = group_parameters(Model(), muon=True)
     assert names(groups) == {"muon": HIDDEN, "decay": OTHERS, "no_decay": VECTORS}
+
+
+def test_a_decoders_biases_neither_decay_nor_get_muon():
+    for muon in (False, True):
+        groups = names(group_parameters(decoder(qkv_bias=True), muon))
+        found = {kind for kind, members in groups.items() if "blocks.0.attention.b_qkv_P" in members}
+        assert found == {"no_decay"}
 
 
 def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_refused():

@@ -1,0 +1,172 @@
+"""Published architectures, small: transformers' model and ours with the same weights.
+
+Importing it skips a test file where transformers is missing. Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hf_weights import from_hf
+from torch import Tensor
+
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.models import Decoder
+from moetrain.moe.options import Backend, ExpertsConfig
+from moetrain.moe.routers.topk import Score, TopKOptions
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
+
+BATCH, SEQ, VOCAB = 3, 11, 97
+THETA = 5000.0
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 31,
+    "head_dim": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,  # a padding token's embedding would get no gradient
+    "eos_token_id": None,
+}
+OURS = {
+    "d_model": 31,
+    "head_dim": 14,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "tie_embeddings": False,
+    "rope_theta": THETA,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """transformers' config and ours, less what all share. ``router`` None: a dense model."""
+
+    name: str
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+    router: TopKOptions | None = None
+    rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
+    seq: int = SEQ
+
+    def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
+        torch.manual_seed(0)
+        rope = {"rope_type": "default", "rope_theta": THETA, **self.rope}
+        options = {"tie_word_embeddings": False, "initializer_range": 0.2, **SHAPE, **self.theirs}
+        config = getattr(transformers, f"{self.name}Config")(**options, rope_parameters=rope)
+        config._attn_implementation = config._experts_implementation = "eager"
+        theirs = getattr(transformers, f"{self.name}ForCausalLM")(config).to(dtype)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.rand_like(parameter) - 0.5)
+        cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
+        experts = ExpertsConfig(backend=Backend(backend))
+        ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
+        missing, unexpected = ours.load_state_dict(from_hf(dict(theirs.named_parameters())), strict=False)
+        assert unexpected == []
+        assert all(name.endswith("router.bias_E") for name in missing)
+        return theirs, ours
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """(ids, labels) [B, S]: a fifth of the labels ask for nothing."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(VOCAB, (BATCH, self.seq), generator=generator)
+        return ids, ids.where(torch.rand(BATCH, self.seq, generator=generator) > 0.2, -100)
+
+
+MIXTRAL = Family(
+    "Mixtral",
+    {"intermediate_size": 37, "num_local_experts": 7, "rms_norm_eps": 1e-5},
+    {"d_ff_expert": 37, "norm_eps": 1e-5},
+    TopKOptions(top_k=2, score=Score.softmax_after),
+)
+MIXTRAL_WINDOW = Family(
+    "Mixtral", {**MIXTRAL.theirs, "sliding_window": 4}, {**MIXTRAL.ours, "sliding_window": 4}, MIXTRAL.router
+)
+QWEN3_MOE = Family(
+    "Qwen3Moe",
+    {
+        "moe_intermediate_size": 23,
+        "num_experts": 11,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+    },
+    {"num_experts": 11, "d_ff_expert": 23, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=True),
+)
+QWEN3_MOE_MIXED = Family(  # the first layer dense, then every layer with an even number (from 1)
+    "Qwen3Moe",
+    {**QWEN3_MOE.theirs, "decoder_sparse_step": 2, "mlp_only_layers": [0], "intermediate_size": 41},
+    {**QWEN3_MOE.ours, "moe_every": 2, "first_dense": 1, "d_ff": 41},
+    QWEN3_MOE.router,
+)
+OLMOE = Family(
+    "Olmoe",
+    {
+        "hidden_size": 60,
+        "head_dim": 10,
+        "intermediate_size": 23,
+        "num_experts": 11,
+        "num_experts_per_tok": 3,
+        "rms_norm_eps": 1e-5,
+    },
+    {
+        "d_model": 60,
+        "head_dim": None,
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-5,
+        "qk_norm": QKNorm.full,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=False),
+)
+LLAMA = Family(  # transformers wants heads that divide the width
+    "Llama",
+    {"hidden_size": 66, "intermediate_size": 41, "rms_norm_eps": 1e-5},
+    {"d_model": 66, "d_ff": 41, "norm_eps": 1e-5},
+)
+LLAMA_TIED = Family(
+    "Llama", {**LLAMA.theirs, "tie_word_embeddings": True}, {**LLAMA.ours, "tie_embeddings": True}
+)
+MISTRAL = Family(
+    "Mistral",
+    {"intermediate_size": 41, "rms_norm_eps": 1e-5, "sliding_window": None},
+    {"d_ff": 41, "norm_eps": 1e-5},
+)
+MISTRAL_WINDOW = Family(
+    "Mistral", {**MISTRAL.theirs, "sliding_window": 4}, {**MISTRAL.ours, "sliding_window": 4}
+)
+QWEN2 = Family(
+    "Qwen2",
+    {"intermediate_size": 41, "rms_norm_eps": 1e-6},
+    {"d_ff": 41, "norm_eps": 1e-6, "qkv_bias": True},
+)
+QWEN2_TIED = Family(
+    "Qwen2", {**QWEN2.theirs, "tie_word_embeddings": True}, {**QWEN2.ours, "tie_embeddings": True}
+)
+QWEN3 = Family(
+    "Qwen3",
+    {"intermediate_size": 41, "rms_norm_eps": 1e-6},
+    {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
+)
+FAMILIES = {
+    "mixtral": MIXTRAL,
+    "mixtral_window": MIXTRAL_WINDOW,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe_mixed": QWEN3_MOE_MIXED,
+    "olmoe": OLMOE,
+    "llama": LLAMA,
+    "llama_tied": LLAMA_TIED,
+    "mistral": MISTRAL,
+    "mistral_window": MISTRAL_WINDOW,
+    "qwen2": QWEN2,
+    "qwen2_tied": QWEN2_TIED,
+    "qwen3": QWEN3,
+}
