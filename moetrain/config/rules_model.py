@@ -17,7 +17,7 @@ _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
 def sizes(cfg: TrainConfig, world: int) -> None:
     m = cfg.model
     at_least("model", m, 1, "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-    at_least("model", m, 1, "d_ff_expert", "moe_every", "vocab_size", "sliding_window")
+    at_least("model", m, 1, "d_ff_expert", "d_ff_shared", "moe_every", "vocab_size", "sliding_window")
     at_least("model", m, 0, "num_experts", "num_shared_experts", "first_dense", "init_std")
     above_zero("model", m, "rope_theta", "norm_eps")
     at_least("experts", cfg.experts, 1, "block")
@@ -67,6 +67,17 @@ def moe_layers_exist(cfg: TrainConfig, world: int) -> None:
             f"model.first_dense={m.first_dense} leave none of the {m.num_layers} layers MoE: "
             "lower them, or set model.num_experts=0 for a dense model"
         )
+
+
+def shared_experts_exist(cfg: TrainConfig, world: int) -> None:
+    """Their options would seem to have an effect."""
+    m = cfg.model
+    for name, given in (("d_ff_shared", m.d_ff_shared is not None), ("shared_gate", m.shared_gate)):
+        if given and not m.num_shared_experts:
+            raise UserError(
+                f"model.{name}={getattr(m, name)} is of shared experts, but model.num_shared_experts=0: "
+                "leave it out, or set model.num_shared_experts=1"
+            )
 
 
 def vocabulary_is_large_enough(cfg: TrainConfig, world: int) -> None:
@@ -259,6 +270,7 @@ RULES = (
     kv_heads_divide_heads,
     first_dense_fits,
     moe_layers_exist,
+    shared_experts_exist,
     vocabulary_is_large_enough,
     router_numbers,
     top_k_fits,

@@ -78,6 +78,8 @@ class ModelConfig:
     num_experts: int = 8  # 0: a dense model
     d_ff_expert: int = 512
     num_shared_experts: int = 0
+    d_ff_shared: Optional[int] = None  # of all shared experts together; null: each as wide as d_ff_expert
+    shared_gate: bool = False  # shared experts' output times sigmoid(x @ gate), one number a token
     moe_every: int = 1  # every n-th layer is MoE: the layers l with (l + 1) % n == 0
     first_dense: int = 0  # the first m layers are dense
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)

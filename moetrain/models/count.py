@@ -21,7 +21,7 @@ class Counts:
     """Parameters by kind. A tied matrix counts once, as ``embedding``; ``head`` is then 0.
 
     ``experts_active`` are those of the K of E experts that one token passes through. ``shared`` includes
-    what experts without a feed-forward network hold, as each process has all of it.
+    the shared experts' gate and what experts without a feed-forward network hold: each process has all of it.
     """
 
     embedding: int = 0
@@ -162,6 +162,7 @@ def _kind(name: str, ndim: int) -> str:
         ".attention.": "attention",
         ".experts.": "experts",
         ".shared.": "shared",
+        ".shared_gate_": "shared",
         ".zero_experts.": "shared",
     }
     for part, kind in parts.items():

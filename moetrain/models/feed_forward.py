@@ -68,6 +68,8 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.M
         activation=experts.activation.value,
         backend=experts.backend.value,
         num_shared_experts=cfg.num_shared_experts,
+        d_ff_shared=cfg.d_ff_shared,
+        shared_gate=cfg.shared_gate,
         block=experts.block,
         max_rows_per_rank=experts.max_rows_per_rank,
     )

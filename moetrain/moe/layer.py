@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.context import RouterContext
@@ -41,6 +43,8 @@ class MoELayer(nn.Module):
     ``router`` is a key of ROUTERS; its options come as a dict or as the options dataclass. ``num_experts``
     have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
     assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
+    ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
+    output is multiplied by sigmoid(x @ gate), one number a token.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -54,10 +58,14 @@ class MoELayer(nn.Module):
         activation: str = "swiglu",
         backend: str = "auto",
         num_shared_experts: int = 0,
+        d_ff_shared: int | None = None,
+        shared_gate: bool = False,
         block: int | None = None,
         max_rows_per_rank: int | None = None,
     ) -> None:
         super().__init__()
+        if num_shared_experts == 0 and (d_ff_shared is not None or shared_gate):
+            raise ValueError("d_ff_shared and shared_gate are of shared experts, but num_shared_experts=0")
         if max_rows_per_rank is not None and max_rows_per_rank < 1:
             raise ValueError(
                 f"experts.max_rows_per_rank={max_rows_per_rank} must be at least 1, or null for no bound"
@@ -66,7 +74,11 @@ class MoELayer(nn.Module):
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
         self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
-        self.shared = MLP(d_model, num_shared_experts * d_ff, activation) if num_shared_experts else None
+        shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
+        self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
+        self.shared_gate_1D = nn.Parameter(torch.empty(1, d_model)) if shared_gate else None
+        if self.shared_gate_1D is not None:
+            nn.init.normal_(self.shared_gate_1D, std=d_model**-0.5)
         kinds = self.router.zero_experts
         self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
         self.dispatcher: Dispatcher = LocalDispatcher(block)
@@ -112,7 +124,14 @@ class MoELayer(nn.Module):
     def _beside(self, x_BSD: Tensor, routing: Routing, shared_BSD: Tensor) -> list[Tensor]:
         """What is added to the dispatched experts' sum."""
         parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, routing)]
-        return parts if self.shared is None else [*parts, self.shared(shared_BSD)]
+        return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
+
+    def _shared(self, x_BSD: Tensor) -> Tensor:
+        assert self.shared is not None
+        y_BSD: Tensor = self.shared(x_BSD)
+        return (
+            y_BSD if self.shared_gate_1D is None else y_BSD * F.linear(x_BSD, self.shared_gate_1D).sigmoid()
+        )
 
     def _one_round(self, x_TD: Tensor, routing: Routing) -> Tensor:
         dispatched = self.dispatcher.dispatch(x_TD, routing)

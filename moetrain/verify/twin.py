@@ -80,6 +80,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         d_ff=11,
         d_ff_expert=7,
         num_shared_experts=min(m.num_shared_experts, 2),
+        d_ff_shared=None if m.d_ff_shared is None else 5,
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
     )
 

@@ -107,6 +107,27 @@ QWEN3_MOE_MIXED = Family(  # the first layer dense, then every layer with an eve
     {**QWEN3_MOE.ours, "moe_every": 2, "first_dense": 1, "d_ff": 41},
     QWEN3_MOE.router,
 )
+QWEN2_MOE = Family(
+    "Qwen2Moe",
+    {
+        "moe_intermediate_size": 23,
+        "shared_expert_intermediate_size": 19,
+        "num_experts": 11,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-6,
+    },
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "num_shared_experts": 1,
+        "d_ff_shared": 19,
+        "shared_gate": True,
+        "norm_eps": 1e-6,
+        "qkv_bias": True,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=False),
+)
 OLMOE = Family(
     "Olmoe",
     {
@@ -161,6 +182,7 @@ FAMILIES = {
     "mixtral_window": MIXTRAL_WINDOW,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe_mixed": QWEN3_MOE_MIXED,
+    "qwen2_moe": QWEN2_MOE,
     "olmoe": OLMOE,
     "llama": LLAMA,
     "llama_tied": LLAMA_TIED,

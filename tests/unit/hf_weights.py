@@ -19,6 +19,8 @@ RENAMED = {
     "post_attention_layernorm.weight": "feed_forward_norm.weight_D",
     "mlp.gate.weight": "feed_forward.router.weight_ED",
     "mlp.down_proj.weight": "feed_forward.w_down_DF",
+    "mlp.shared_expert.down_proj.weight": "feed_forward.shared.w_down_DF",
+    "mlp.shared_expert_gate.weight": "feed_forward.shared_gate_1D",
 }
 TRANSPOSED = {
     "mlp.experts.gate_up_proj": "feed_forward.experts.w_gate_up_EDF2",
@@ -28,6 +30,7 @@ JOINED = {
     "attention.w_qkv_PD": [f"self_attn.{part}_proj.weight" for part in "qkv"],
     "attention.b_qkv_P": [f"self_attn.{part}_proj.bias" for part in "qkv"],
     "feed_forward.w_gate_up_PD": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "feed_forward.shared.w_gate_up_PD": [f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")],
 }
 OUTER = {
     "model.embed_tokens.weight": "embed_VD",

@@ -71,7 +71,7 @@ CASES = [
     {},
     {"num_experts": 0},
     {"first_dense": 1, "tie_embeddings": False},
-    {"moe_every": 2, "num_shared_experts": 3, "qk_norm": QKNorm.full, "num_kv_heads": 6},
+    {"moe_every": 2, "num_shared_experts": 3, "shared_gate": True, "qk_norm": QKNorm.full, "num_kv_heads": 6},
     {"sliding_window": 4, "num_kv_heads": 1, "qkv_bias": True},
 ]
 
@@ -93,13 +93,14 @@ def test_operations_equal_those_that_a_counter_sees(changes: dict[str, Any]) -> 
 
 
 def test_parameters_by_kind_add_up() -> None:
-    model = decoder(first_dense=1, num_shared_experts=2, tie_embeddings=False, top_k=3, qkv_bias=True)
+    changes = {"num_shared_experts": 2, "d_ff_shared": 17, "shared_gate": True, "qkv_bias": True}
+    model = decoder(first_dense=1, tie_embeddings=False, top_k=3, **changes)
     counts = count_parameters(model)
     assert counts.total == sum(p.numel() for p in model.parameters())
     width, hidden, experts, moe_layers = 23, 13, 5, 2
     assert counts.experts == moe_layers * experts * 3 * width * hidden
     assert counts.experts_active == moe_layers * 3 * 3 * width * hidden
-    assert counts.shared == moe_layers * 2 * 3 * width * hidden
+    assert counts.shared == moe_layers * (3 * width * 17 + width)
     assert counts.router == moe_layers * experts * width
     assert counts.dense == 3 * width * 29
     assert counts.attention == 3 * (width * 10 * (6 + 2 + 2) + 10 * 6 * width)

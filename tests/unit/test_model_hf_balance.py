@@ -21,7 +21,7 @@ def our_balance(records: list[Routing]) -> list[Tensor]:
     return [balance_loss(r, "sum_over_k", "micro", totals, layer) for layer, r in enumerate(records)]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_balance_loss_and_its_gradient_are_theirs_with_one_moe_layer(name: str) -> None:
     """Their form is sum_over_k, which is k at perfect balance: k times the switch form."""
     family = FAMILIES[name]

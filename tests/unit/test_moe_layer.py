@@ -66,8 +66,19 @@ def test_shared_experts_treat_padding_as_any_dense_layer_does() -> None:
     assert torch.equal(layer(x_BSD, ctx)[0], layer.shared(x_BSD))
 
 
+def test_the_gate_scales_the_shared_experts_token_by_token() -> None:
+    layer, ungated = (make(num_shared_experts=2, d_ff_shared=3, shared_gate=gate) for gate in (True, False))
+    ungated.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "shared_gate_1D"})
+    assert layer.shared.w_down_DF.shape == (5, 3)
+    x_BSD = torch.randn(2, 3, 5, dtype=torch.float64)
+    gate_BS1 = (x_BSD * layer.shared_gate_1D).sum(-1, keepdim=True).sigmoid()
+    want = ungated(x_BSD)[0] + (gate_BS1 - 1) * ungated.shared(x_BSD)
+    torch.testing.assert_close(layer(x_BSD)[0], want, rtol=0, atol=1e-12)
+
+
 def test_gradcheck() -> None:
-    layer = make(d_model=3, d_ff=2, num_experts=4, num_shared_experts=1, router_options={"score": "sigmoid"})
+    options = {"num_shared_experts": 1, "d_ff_shared": 1, "shared_gate": True}
+    layer = make(d_model=3, d_ff=2, num_experts=4, router_options={"score": "sigmoid"}, **options)
     names, leaves = zip(*layer.named_parameters(), strict=True)
     x_BSD = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -211,6 +222,8 @@ def test_evaluation_has_its_own_capacity_and_no_jitter() -> None:
         ({"backend": "tritn"}, "unknown experts backend 'tritn'; known: auto"),
         ({"block": 0}, "experts.block=0 must be at least 1"),
         ({"num_experts": 0}, "num_experts=0"),
+        ({"shared_gate": True}, "of shared experts, but num_shared_experts=0"),
+        ({"d_ff_shared": 3}, "of shared experts, but num_shared_experts=0"),
         ({"router_options": {"capacity_factor": -1.0}}, "router.capacity_factor=-1.0 must be positive"),
         ({"router_options": {"min_capacity": -1}}, "router.min_capacity=-1"),
     ],

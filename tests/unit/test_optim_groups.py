@@ -74,11 +74,12 @@ def test_muon_takes_hidden_matrices_but_no_router_embedding_or_vector():
     assert names(groups) == {"muon": HIDDEN, "decay": OTHERS, "no_decay": VECTORS}
 
 
-def test_a_decoders_biases_neither_decay_nor_get_muon():
+def test_a_decoders_biases_do_not_decay_and_neither_they_nor_the_shared_gate_get_muon():
+    model = decoder(qkv_bias=True, num_shared_experts=1, shared_gate=True)
     for muon in (False, True):
-        groups = names(group_parameters(decoder(qkv_bias=True), muon))
-        found = {kind for kind, members in groups.items() if "blocks.0.attention.b_qkv_P" in members}
-        assert found == {"no_decay"}
+        groups = names(group_parameters(model, muon))
+        assert "blocks.0.attention.b_qkv_P" in groups["no_decay"]
+        assert "blocks.0.feed_forward.shared_gate_1D" in groups["decay"]
 
 
 def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_refused():
