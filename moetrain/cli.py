@@ -35,6 +35,9 @@ moetrain: train Mixture-of-Experts language models
   torchrun --nproc-per-node 8 -m moetrain train experiment=small  eight GPUs or processes
   moetrain verify parallel.ep=2 parallel.dp_shard=4               prove a layout equal to one process
   moetrain generate checkpoint=runs/mine prompt="def "            let a trained model write
+  moetrain convert source=/models/llama target=llama              Hugging Face or GGUF in
+  moetrain train init_from=llama                                  train on from there
+  moetrain export checkpoint=runs/mine target=out                 and out to Hugging Face
   moetrain report runs/mine runs/other                            plots and tables in one HTML file
   moetrain status runs/mine                                       where a run stands
 
@@ -102,6 +105,18 @@ def _generate(args: list[str]) -> int:
     return generate_command(args)
 
 
+def _convert(args: list[str]) -> int:
+    from moetrain.config.app import convert_command
+
+    return convert_command(args)
+
+
+def _export(args: list[str]) -> int:
+    from moetrain.config.app import export_command
+
+    return export_command(args)
+
+
 def _report(args: list[str]) -> int:
     from moetrain.report import report_command
 
@@ -149,6 +164,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
     "generate": _generate,
+    "convert": _convert,
+    "export": _export,
     "report": _report,
     "status": _status,
     "router": _router,

@@ -1,4 +1,4 @@
-"""The Hydra commands, ``moetrain train``, ``moetrain verify`` and ``moetrain generate``.
+"""The Hydra commands: ``moetrain train``, ``verify``, ``generate``, ``convert``, ``export``.
 
 A single run is composed here and handed over as a frozen object; nothing is written before it is valid.
 Sweeps (``sweep.py``) and printed pages (``pages.py``) go through ``hydra.main``.
@@ -6,13 +6,18 @@ Sweeps (``sweep.py``) and printed pages (``pages.py``) go through ``hydra.main``
 
 from __future__ import annotations
 
-from moetrain.config.compose import compose_arms, compose_generate, compose_train, compose_verify
+from typing import TypeVar
+
+from moetrain.config.compose import compose_app, compose_arms, compose_train
 from moetrain.config.flags import parse_flags
 from moetrain.config.launch import is_rank_0, world_size
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
+from moetrain.config.schema_convert import ConvertConfig, ExportConfig
 from moetrain.config.validate import validate, validate_generate, validate_verify
 from moetrain.errors import UserError
+
+T = TypeVar("T")
 
 
 def train_command(argv: list[str]) -> int:
@@ -37,16 +42,13 @@ def train_command(argv: list[str]) -> int:
 
 def verify_command(argv: list[str]) -> int:
     """``moetrain verify ...``; returns the exit code. Raises UserError for what the user can mend."""
-    flags = parse_flags("verify", argv)
-    if flags.page:
-        return print_page(VerifyConfig, "verify", flags)
-    if flags.multirun:
-        raise UserError("-m: verify has no sweeps; train has")
+    cfg = _composed("verify", VerifyConfig, argv)
+    if cfg is None:
+        return 0
     if world_size() > 1:
         raise UserError(
             f"verify starts its own ranks, but WORLD_SIZE={world_size()}: run it without torchrun"
         )
-    cfg = compose_verify(flags.overrides, flags.config_name, flags.config_dir)
     validate_verify(cfg)
     from moetrain.verify.command import verify
 
@@ -55,16 +57,44 @@ def verify_command(argv: list[str]) -> int:
 
 def generate_command(argv: list[str]) -> int:
     """``moetrain generate ...``; returns the exit code. Raises UserError for what the user can mend."""
-    flags = parse_flags("generate", argv)
-    if flags.page:
-        return print_page(GenerateConfig, "generate", flags)
-    if flags.multirun:
-        raise UserError("-m: generate has no sweeps; train has")
-    cfg = compose_generate(flags.overrides, flags.config_name, flags.config_dir)
+    cfg = _composed("generate", GenerateConfig, argv)
+    if cfg is None:
+        return 0
     validate_generate(cfg)
     from moetrain.train.sample import generate_app
 
     return generate_app(cfg)
+
+
+def convert_command(argv: list[str]) -> int:
+    """``moetrain convert ...``; returns the exit code. Raises UserError for what the user can mend."""
+    cfg = _composed("convert", ConvertConfig, argv)
+    if cfg is None:
+        return 0
+    from moetrain.convert.importing import convert
+
+    return convert(cfg)
+
+
+def export_command(argv: list[str]) -> int:
+    """``moetrain export ...``; returns the exit code. Raises UserError for what the user can mend."""
+    cfg = _composed("export", ExportConfig, argv)
+    if cfg is None:
+        return 0
+    from moetrain.convert.exporting import export
+
+    return export(cfg)
+
+
+def _composed(command: str, root: type[T], argv: list[str]) -> T | None:
+    """The config of a command without sweeps; None where a page was asked for and printed."""
+    flags = parse_flags(command, argv)
+    if flags.page:
+        print_page(root, command, flags)
+        return None
+    if flags.multirun:
+        raise UserError(f"-m: {command} has no sweeps; train has")
+    return compose_app(root, flags.config_name, flags.overrides, flags.config_dir)
 
 
 def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:

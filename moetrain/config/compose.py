@@ -12,7 +12,7 @@ import re
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +21,13 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
+from moetrain.config.init_from import source_overrides
 from moetrain.config.overrides import normalize, plugins_in
-from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig, VerifyConfig
+from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register, user_folder
 from moetrain.errors import UserError
+
+T = TypeVar("T")
 
 HYDRA_VERSION_BASE = "1.3"
 
@@ -36,26 +39,13 @@ def compose_train(
 
     ``config_dir`` is searched after the shipped configs, for ``config_name`` as for any group's option.
     """
-    cfg = _compose(TrainConfig, config_name, overrides, config_dir)
-    assert isinstance(cfg, TrainConfig)
-    return cfg
+    return compose_app(TrainConfig, config_name, overrides, config_dir)
 
 
-def compose_verify(
-    overrides: list[str], config_name: str = "verify", config_dir: str | None = None
-) -> VerifyConfig:
-    """The config that ``moetrain verify <overrides>`` proves: that of train, and ``verify``."""
-    cfg = _compose(VerifyConfig, config_name, overrides, config_dir)
-    assert isinstance(cfg, VerifyConfig)
-    return cfg
-
-
-def compose_generate(
-    overrides: list[str], config_name: str = "generate", config_dir: str | None = None
-) -> GenerateConfig:
-    """The config that ``moetrain generate <overrides>`` runs."""
-    cfg = _compose(GenerateConfig, config_name, overrides, config_dir)
-    assert isinstance(cfg, GenerateConfig)
+def compose_app(root: type[T], config_name: str, overrides: list[str], config_dir: str | None = None) -> T:
+    """The config of any command, whose class is ``root``."""
+    cfg = _compose(root, config_name, [*source_overrides(overrides), *overrides], config_dir)
+    assert isinstance(cfg, root)
     return cfg
 
 
@@ -154,11 +144,12 @@ def from_node(root: type, node: DictConfig) -> Any:
 def _compose(root: type, config_name: str, overrides: list[str], config_dir: str | None) -> Any:
     cfg = _finish(root, check_composes(root, overrides, config_name, config_dir))
     loaded = set(plugins_in(overrides))
-    late = [p for p in cfg.plugins if p not in loaded]
+    named = getattr(cfg, "plugins", [])
+    late = [p for p in named if p not in loaded]
     if late:
         raise UserError(
             f"plugins=[{late[0]}] stands in a config file; code is imported only when the command line "
-            f"says so: add plugins=[{','.join(cfg.plugins)}]"
+            f"says so: add plugins=[{','.join(named)}]"
         )
     return cfg
 

@@ -45,6 +45,27 @@ Continues a prompt with the newest checkpoint of a run folder, or with the check
 
 Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 """,
+    "convert": """\
+moetrain convert source=FOLDER_OR_FILE target=FOLDER [tokenizer=FILE]
+
+Turns a Hugging Face checkpoint (safetensors) or a GGUF file into a folder that train init_from=, generate,
+upcycle and export read. Tensor by tensor; every tensor is used once or nothing is written.
+
+  moetrain convert source=/models/SmolLM2-135M target=smollm2
+  moetrain train init_from=smollm2
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
+""",
+    "export": """\
+moetrain export checkpoint=RUN target=FOLDER [family=auto] [dtype=keep]
+
+Writes the newest checkpoint of a run, of any layout, as a Hugging Face folder that transformers loads.
+
+  moetrain export checkpoint=runs/mine target=out dtype=bf16
+  moetrain export checkpoint=runs/mine target=out family=mixtral
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
+""",
 }
 
 

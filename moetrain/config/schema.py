@@ -246,6 +246,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
     resume: str = "auto"  # auto | none | a checkpoint's path
     plugins: list[str] = field(default_factory=list)
 

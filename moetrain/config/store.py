@@ -19,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from moetrain.config import schema as s
+from moetrain.config import schema_convert as c
 from moetrain.config import schema_data as d
 from moetrain.config.editable import editable
 from moetrain.config.names import nearest
@@ -81,6 +82,8 @@ def _register(routers: tuple[str, ...]) -> None:
     store.store(name="_train", node=editable(s.TrainConfig))
     store.store(name="_verify", node=editable(s.VerifyConfig))
     store.store(name="_generate", node=editable(s.GenerateConfig))
+    store.store(name="_convert", node=editable(c.ConvertConfig))
+    store.store(name="_export", node=editable(c.ExportConfig))
     for group, classes in variants().items():
         for name, cls in classes.items():
             node = OmegaConf.structured(editable(cls))

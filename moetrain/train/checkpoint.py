@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -29,12 +28,17 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from moetrain.errors import UserError
 from moetrain.parallel.lost import raising_peer_lost
 from moetrain.train.checkpoint_format import dtype_name, verify
-from moetrain.train.checkpoint_io import JsonWriter, clean_folder, remove_folder, save_planner
+from moetrain.train.checkpoint_io import (
+    JsonWriter,
+    clean_folder,
+    remove_folder,
+    save_error,
+    save_planner,
+)
 from moetrain.train.checkpoint_read import (
     fill,
     find_checkpoint,
     newest_valid,
-    one_line,
     require_intact,
     step_folder,
     steps_in,
@@ -235,28 +239,10 @@ class Checkpointer:
                 yield
         except CheckpointException as error:
             self._discard(save)
-            raise _save_error(error, save) from error
+            raise save_error(error, save.target, save.nbytes) from error
 
     def _discard(self, save: _Save) -> None:
         """Remove what was half-written; a failed background save does it too, so the second one waits."""
         if self._peers.rank == 0:
             with self._removing, contextlib.suppress(OSError):
                 remove_folder(save.writer.temporary)
-
-
-def _save_error(error: CheckpointException, save: _Save) -> Exception:
-    """What a failed save raises, on every rank: the first failing rank's cause, and the free space."""
-    rank, (cause, _) = sorted(error.failures.items())[0]
-    if isinstance(cause, UserError):
-        return cause
-    if not isinstance(cause, OSError):
-        return RuntimeError(f"checkpoint {save.target} was not saved: rank {rank}: {one_line(cause)}")
-    where = f" ({cause.filename})" if cause.filename else ""
-    try:
-        free = f"{shutil.disk_usage(save.target.parent).free:,}"
-    except OSError:
-        free = "an unknown number of"
-    return UserError(
-        f"checkpoint {save.target} was not saved: rank {rank}: {cause.strerror or one_line(cause)}{where}; "
-        f"its tensors take {save.nbytes:,} bytes, {free} bytes are free there; earlier checkpoints are kept"
-    )

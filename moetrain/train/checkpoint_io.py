@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -124,16 +125,23 @@ class _HashingFileSystem(FileSystem):
 class JsonWriter(FileSystemWriter):
     """Writes one checkpoint into ``<folder of target>/.tmp_<name of target>`` and renames it to ``target``.
 
+    ``one_file_each``: a file for each tensor, since DCP holds a file's tensors in memory until it is written.
     ``extra`` is the text of ``extra.json`` (the coordinator's counts). ``on_complete`` runs on the
     coordinator after the rename and must not raise. Everything is fsynced in order: files, folder, rename,
     parent folder.
     """
 
     def __init__(
-        self, target: Path, step: int, extra: str, hashed: bool, on_complete: Callable[[], None]
+        self,
+        target: Path,
+        step: int,
+        extra: str,
+        hashed: bool,
+        on_complete: Callable[[], None],
+        one_file_each: bool = False,
     ) -> None:
         self.temporary = target.parent / f"{TEMPORARY}{target.name}"
-        super().__init__(self.temporary, sync_files=True)
+        super().__init__(self.temporary, single_file_per_rank=not one_file_each, sync_files=True)
         self._files = _HashingFileSystem(hashed)
         self.fs = self._files
         self._target, self._step, self._extra = target, step, extra
@@ -214,6 +222,30 @@ def save_planner() -> SavePlanner:
 
 def load_planner() -> LoadPlanner:
     return TensorLoadPlanner()
+
+
+def save_error(error: CheckpointException, target: Path, nbytes: int) -> Exception:
+    """What a failed save raises, on every rank: the first failing rank's cause, and the free space."""
+    rank, (cause, _) = sorted(error.failures.items())[0]
+    if isinstance(cause, UserError):
+        return cause
+    if not isinstance(cause, OSError):
+        return RuntimeError(f"checkpoint {target} was not saved: rank {rank}: {one_line(cause)}")
+    where = f" ({cause.filename})" if cause.filename else ""
+    try:
+        free = f"{shutil.disk_usage(target.parent).free:,}"
+    except OSError:
+        free = "an unknown number of"
+    return UserError(
+        f"checkpoint {target} was not saved: rank {rank}: {cause.strerror or one_line(cause)}{where}; "
+        f"its tensors take {nbytes:,} bytes, {free} bytes are free there; earlier checkpoints are kept"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -11,18 +11,19 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.storage import StorageReader
 
 from moetrain.errors import UserError
 from moetrain.parallel.lost import raising_peer_lost
 from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
-from moetrain.train.checkpoint_io import JsonReader, load_planner
+from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line
 from moetrain.train.peers import Peers
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
@@ -93,54 +94,81 @@ def find_checkpoint(path: Path, peers: Peers | None = None) -> Path:
     return path
 
 
-def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+
+
+def load_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str = "", cast: bool = False
+) -> dict[str, Any]:
     """Find the checkpoint that ``path`` means, fill ``tensors`` from it and return its extra; see the others.
 
-    Writes nothing, so that it may look into the folder of a running training.
+    ``cast``: stored values may have another dtype and become that of ``tensors``. Writes nothing, so that it
+    may look into the folder of a running training.
     """
     peers = Peers()
-    return fill(find_checkpoint(path, peers), tensors, prefix, peers)
+    return fill(find_checkpoint(path, peers), tensors, prefix, peers, cast)
 
 
 def read_extra(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
     try:
-        return cast(dict[str, Any], json.loads((path / EXTRA).read_text()))
+        extra: dict[str, Any] = json.loads((path / EXTRA).read_text())
+        return extra
     except (OSError, ValueError) as error:
         raise UserError(f"{path / EXTRA} cannot be read: {error}") from error
 
 
-def fill(path: Path, tensors: Mapping[str, Tensor], prefix: str, peers: Peers) -> dict[str, Any]:
+def fill(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str, peers: Peers, cast: bool = False
+) -> dict[str, Any]:
     """Fill ``tensors`` in place from the intact checkpoint ``path``; returns its extra.
 
     Only names that start with ``prefix`` count, and among them the two sides must agree in names, global
-    shapes and dtypes; else one UserError lists what differs and nothing has been changed.
+    shapes and, without ``cast``, dtypes; else one UserError lists what differs and nothing has been changed.
     """
-    metadata, complaint = _read_metadata(path)
-    peers.raise_together(complaint or _difference(path, metadata, tensors, prefix))
+    metadata, complaint = read_metadata(path)
+    peers.raise_together(complaint)
+    fill_from(JsonReader(path, metadata), metadata, f"checkpoint {path}", tensors, prefix, peers, cast)
+    return read_extra(path)
+
+
+def fill_from(
+    reader: StorageReader,
+    metadata: Metadata,
+    where: str,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    peers: Peers,
+    cast: bool,
+) -> None:
+    """Fill ``tensors`` with what ``reader`` reads; ``where`` names it in messages."""
+    peers.raise_together(_difference(where, metadata, tensors, prefix, cast))
     try:
-        with torch.no_grad(), raising_peer_lost(f"loading {path}"):
+        with torch.no_grad(), raising_peer_lost(f"loading {where}"):
             dcp_load(
                 dict(tensors),
-                storage_reader=JsonReader(path, metadata),
+                storage_reader=reader,
                 planner=load_planner(),
                 process_group=peers.group,
                 no_dist=peers.group is None,
             )
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise UserError(f"checkpoint {path} cannot be read: rank {rank}: {one_line(cause)}") from error
-    return read_extra(path)
+        raise UserError(f"{where} cannot be read: rank {rank}: {one_line(cause)}") from error
 
 
-def _read_metadata(path: Path) -> tuple[Metadata, str | None]:
+def read_metadata(path: Path) -> tuple[Metadata, str | None]:
     try:
         return decode_metadata((path / METADATA).read_text()), None
     except (OSError, FormatError, UnicodeDecodeError) as error:
         return Metadata({}), f"checkpoint {path} cannot be read: {METADATA}: {error}"
 
 
-def _difference(path: Path, metadata: Metadata, tensors: Mapping[str, Tensor], prefix: str) -> str | None:
+def _difference(
+    where: str, metadata: Metadata, tensors: Mapping[str, Tensor], prefix: str, cast: bool
+) -> str | None:
     """One line on how the stored names, shapes and dtypes differ from ``tensors``; None if they agree."""
     stored: dict[str, Any] = {n: e for n, e in metadata.state_dict_metadata.items() if n.startswith(prefix)}
     complaints = [f"{name} is not in the checkpoint" for name in tensors if name not in stored]
@@ -149,13 +177,14 @@ def _difference(path: Path, metadata: Metadata, tensors: Mapping[str, Tensor], p
         if tensor.is_meta:
             complaints.append(f"{name} is on the meta device: it has no memory to load into")
         elif name in stored:
-            there = _describe(stored[name].properties.dtype, stored[name].size)
+            dtype = tensor.dtype if cast else stored[name].properties.dtype
+            there = _describe(dtype, stored[name].size)
             here = _describe(tensor.dtype, tensor.shape)
             if there != here:
                 complaints.append(f"{name} is {there} in the checkpoint and {here} here")
     if not complaints:
         return None
-    head = f"checkpoint {path} is of another model or optimizer: {len(complaints)} difference(s): "
+    head = f"{where} is of another model or optimizer: {len(complaints)} difference(s): "
     return head + listing(complaints, "; ")
 
 
@@ -167,9 +196,3 @@ def listing(items: Sequence[str], separator: str) -> str:
     """At most ten of ``items``, and how many more there are."""
     more = len(items) - _LISTED
     return separator.join([*items[:_LISTED], *([f"and {more} more"] if more > 0 else [])])
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -51,6 +51,15 @@ class Peers:
         self.raise_together(error)
         return cast(T, self.gather(value)[0])
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, done by every rank; a UserError of any rank is raised on all."""
+        try:
+            value, error = [work()], None
+        except UserError as found:
+            value, error = [], str(found)
+        self.raise_together(error)
+        return value[0]
+
     def raise_together(self, error: str | None) -> None:
         """Raise UserError with the first rank's error on every rank when any rank has one."""
         for found in self.gather(error):

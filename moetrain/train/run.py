@@ -41,6 +41,7 @@ from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
+from moetrain.train.initial import carry_over, load_initial
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
@@ -48,6 +49,7 @@ from moetrain.train.progress import build_progress, printable
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
+from moetrain.train.state_dict import model_tensors
 from moetrain.train.step import TrainStep
 from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
@@ -98,6 +100,12 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
             state.load(checkpointer, resume_from)
         if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
             checkpointer.set_aside_after(state.step)
+    elif cfg.init_from is not None:
+        start = Path(cfg.init_from).expanduser()
+        with patiently("loading the first weights"):
+            load_initial(start, model_tensors(state.task.model), built.corpus.tokenizer)
+        if is_main():
+            carry_over(start, run_dir.path)
     run_dir.truncate_after(state.step)
     run_dir.write_config(to_yaml(cfg))
     run_dir.write_environment(cfg.train.seed, world())
@@ -230,6 +238,8 @@ def _opening_lines(cfg: TrainConfig, run_dir: RunDir, built: Built, resumed: Pat
     ]
     if resumed is not None:
         lines.append(f"resuming from {resumed}: {built.state.step} steps done")
+    elif cfg.init_from is not None:
+        lines.append(f"starting from the weights of {cfg.init_from}")
     return lines
 
 

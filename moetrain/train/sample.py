@@ -16,7 +16,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
-from moetrain.train.checkpoint_read import CHECKPOINTS, find_checkpoint, load_checkpoint
+from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.progress import printable
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
@@ -75,7 +75,7 @@ def generate_app(cfg: GenerateConfig) -> int:
     """``moetrain generate``: print the prompt and its continuation. Returns the exit code."""
     prompt = _prompt(cfg)
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
-    run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+    run_dir = run_of(checkpoint)
     trained = load_yaml(run_dir / "config.yaml")
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def generate_app(cfg: GenerateConfig) -> int:
     model = Decoder(trained.model, trained.router, trained.experts, vocab_size)
     if trained.train.precision is Precision.fp64:
         model = model.double()
-    load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL)
+    load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL, cast=True)
     model = model.to(device, torch.float64 if cfg.precision is Precision.fp64 else None)
     with torch.autocast(device, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
         text = continue_text(

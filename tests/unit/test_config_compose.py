@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moetrain.config.compose import (
+    compose_app,
     compose_arms,
-    compose_generate,
     compose_train,
     config_hash,
     load_yaml,
@@ -126,9 +126,13 @@ def test_a_prompt_needs_no_quotes_of_its_own():
         "  spaced  ",
         "naïve\nlines",
     ):
-        assert compose_generate(["checkpoint=/a b/[c]", f"prompt={prompt}"]).prompt == prompt
-    assert compose_generate(["checkpoint=x", "prompt='a: b'"]).prompt == "a: b"
-    assert compose_generate(["checkpoint=x", "prompt=null"]).prompt is None
+        assert prompt_of(["checkpoint=/a b/[c]", f"prompt={prompt}"]) == prompt
+    assert prompt_of(["checkpoint=x", "prompt='a: b'"]) == "a: b"
+    assert prompt_of(["checkpoint=x", "prompt=null"]) is None
+
+
+def prompt_of(overrides: list[str]) -> str | None:
+    return compose_app(GenerateConfig, "generate", overrides).prompt
 
 
 PIECES = st.lists(st.sampled_from(["${", "}", "\\", *"a:'\"#-e1. \n?~$"]), max_size=10)

@@ -1,0 +1,98 @@
+"""``init_from``: the model that a training starts from decides ``model``, ``router`` and the tokenizer.
+
+Its values stand between the defaults and the command line: what the user says still comes last, and must fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrain.errors import UserError
+
+if TYPE_CHECKING:
+    from moetrain.models.hf.family import ModelSpec
+
+_CONFIG = "config.yaml"
+
+
+def source_overrides(overrides: list[str]) -> list[str]:
+    """What ``init_from=`` among ``overrides`` adds before them; nothing where there is none.
+
+    A whole group chosen by the user (``model=``, ``router=``, ``experts=``) is left to him, and the
+    tokenizer too where he names one. Raises UserError for a path that is neither kind of folder.
+    """
+    given = dict(o.lstrip("+").partition("=")[::2] for o in overrides)
+    value = given.get("init_from", "null").strip("'\"")
+    if value in ("null", ""):
+        return []
+    path = Path(value).expanduser()
+    found = spec_overrides(read_spec(path))
+    if not any(key.startswith("data.tokenizer") for key in given):
+        tokenizer = path / "tokenizer" if (path / _CONFIG).is_file() else path
+        found += ["data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer.absolute()}"]
+    groups = [group for group in ("model", "router", "experts") if group in given]
+    chosen = tuple(f"{group}{mark}" for group in groups for mark in ".=")
+    return [override for override in found if not override.startswith(chosen)]
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """What the model in a run folder, a converted one or a Hugging Face folder is."""
+    from moetrain.models.hf import Fields, ModelSpec, family_of
+    from moetrain.models.hf.source import read_json
+
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UserError(
+            f"init_from={path} {what}: give a run folder, a folder made by moetrain convert or upcycle, or a "
+            "Hugging Face folder (a GGUF file: moetrain convert it first)"
+        )
+    if (path / _CONFIG).is_file():
+        from moetrain.config.compose import load_yaml
+
+        cfg = load_yaml(path / _CONFIG)
+        model = cfg.model
+        if model.vocab_size is None:
+            from moetrain.data import load_tokenizer
+
+            model = replace(model, vocab_size=load_tokenizer(path / "tokenizer").vocab_size)
+        return ModelSpec(model, cfg.router, cfg.experts)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"init_from={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
+        )
+    where = f"{path}: config.json"
+    config = read_json(path / "config.json")
+    return family_of(config, where).read(Fields(config, where))
+
+
+def spec_overrides(spec: ModelSpec) -> list[str]:
+    """Hydra overrides under which a config describes just ``spec``."""
+    return [
+        *_values("model", spec.model),
+        f"router={spec.router.name}",
+        *_values("router", spec.router, without=("name",)),
+        f"experts.activation={spec.experts.activation.name}",
+    ]
+
+
+def _values(path: str, value: Any, without: tuple[str, ...] = ()) -> list[str]:
+    if is_dataclass(value):
+        parts = [(f.name, getattr(value, f.name)) for f in fields(value) if f.name not in without]
+        return [line for name, part in parts for line in _values(f"{path}.{name}", part)]
+    return [f"{path}={_spelled(value)}"]
+
+
+def _spelled(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_spelled(item) for item in value)}]"
+    return repr(value) if isinstance(value, float) else str(value)

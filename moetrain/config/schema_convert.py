@@ -1,0 +1,42 @@
+"""The roots of the commands that turn one checkpoint into another."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+from omegaconf import MISSING
+
+
+class ExportFormat(Enum):
+    hf = "hf"
+
+
+class StoredDtype(Enum):
+    """``keep``: as it is stored."""
+
+    keep = "keep"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """The root of ``moetrain convert``."""
+
+    source: str = MISSING  # a Hugging Face folder, or a GGUF file
+    target: str = MISSING  # the folder to make
+    tokenizer: Optional[str] = None  # a tokenizer.json or its folder; null: the source's
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The root of ``moetrain export``."""
+
+    checkpoint: str = MISSING  # a run folder (its newest checkpoint), one checkpoint, or a converted folder
+    target: str = MISSING  # the folder to make
+    format: ExportFormat = ExportFormat.hf
+    family: str = "auto"  # auto: one that expresses the model exactly
+    dtype: StoredDtype = StoredDtype.keep
+    max_shard_gb: float = 5.0  # of one safetensors file, in 1e9 bytes
+    plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

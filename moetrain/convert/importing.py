@@ -1,0 +1,76 @@
+"""``moetrain convert``: a Hugging Face folder or a GGUF file becomes a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from moetrain.config.schema_convert import ConvertConfig
+from moetrain.convert.model_folder import tensor_hash, write_model_folder
+from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.data.tokenizer import JsonTokenizer
+from moetrain.errors import UserError
+from moetrain.models.hf.carried import carry_files
+from moetrain.models.hf.gguf import GGUFFile
+from moetrain.models.hf.gguf_tokenizer import tokenizer_of
+from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
+
+
+def convert(cfg: ConvertConfig) -> int:
+    """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
+    path = Path(cfg.source).expanduser()
+    source = _open(path)
+    hashing = _HashingSource(source)
+    opened = open_source(hashing)
+    tokenizer = _tokenizer(cfg.tokenizer, source)
+    family = opened.family.model_type
+    write_model_folder(
+        target=Path(cfg.target).expanduser(),
+        spec=opened.spec,
+        tokenizer=tokenizer,
+        carry=lambda folder: carry_files(path, folder) if path.is_dir() else None,
+        tensors=opened.infos,
+        read=opened.read,
+        origin={"source": str(path.absolute()), "family": family, "tensors": hashing.hashes},
+    )
+    count = sum(info.nbytes for info in opened.infos.values())
+    print(
+        f"{len(source.tensors)} tensors of {opened.family.architecture} became {len(opened.table)} in "
+        f"{cfg.target} ({count / 1e9:.2f} GB)\n"
+        f"train on: moetrain train init_from={cfg.target}\n"
+        f"write:    moetrain generate checkpoint={cfg.target} prompt='The '"
+    )
+    return 0
+
+
+def _open(path: Path) -> Source:
+    if path.is_dir():
+        return SafetensorsFolder(path)
+    if not path.exists():
+        raise UserError(f"source={path} does not exist")
+    if path.suffix == ".gguf":
+        return GGUFFile(path)
+    raise UserError(f"source={path}: give a folder with config.json and safetensors, or a .gguf file")
+
+
+def _tokenizer(given: str | None, source: Source) -> Tokenizer:
+    if given is not None:
+        return load_tokenizer(given)
+    if isinstance(source, GGUFFile):
+        return JsonTokenizer(*tokenizer_of(source.metadata, source.path))
+    return load_tokenizer(source.path)
+
+
+class _HashingSource:
+    """A source that notes the hash of every tensor that is read from it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.path, self.config, self.tensors = source.path, source.config, source.tensors
+        self.hashes: dict[str, str] = {}
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        self.hashes[name] = tensor_hash(tensor)
+        return tensor

@@ -1,0 +1,105 @@
+"""A model without a run: config.yaml, tokenizer/, hf/ and one checkpoint, which every command can start from.
+
+It is a run folder whose only checkpoint holds the model alone, so ``generate``, ``eval``, ``export``,
+``upcycle`` and ``train init_from=`` read it as they read a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moetrain.config.compose import compose_train, to_yaml
+from moetrain.config.init_from import spec_overrides
+from moetrain.convert.progress import progress
+from moetrain.data import Tokenizer
+from moetrain.errors import UserError
+from moetrain.models.hf.carried import CARRIED
+from moetrain.models.hf.family import ModelSpec
+from moetrain.models.hf.source import TensorInfo, bytes_of
+from moetrain.train.checkpoint_io import TEMPORARY, remove_folder, sync_folder
+from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
+from moetrain.train.checkpoint_stream import write_streamed
+from moetrain.train.sample import TOKENIZER
+from moetrain.train.state_dict import MODEL
+
+
+def write_model_folder(
+    target: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    carry: Callable[[Path], None],
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    origin: Mapping[str, Any],
+) -> None:
+    """Write ``target`` whole or not at all; ``tensors`` are by our names, without a prefix.
+
+    ``carry`` puts what other tools want into the folder that it is given; ``origin`` says where the tensors
+    come from. Raises UserError where ``target`` exists or cannot be written, and for a tokenizer that has
+    more tokens than the model.
+    """
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only "
+            f"{spec.vocab_size}: it is not this model's; give its own: tokenizer=/path/to/tokenizer.json"
+        )
+    hashes: dict[str, str] = {}
+    total = sum(info.nbytes for info in tensors.values())
+    with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
+        tokenizer.save(folder / TOKENIZER)
+        carry(folder / CARRIED)
+        cfg = compose_train([*spec_overrides(spec), *_tokenizer_overrides(target / TOKENIZER)])
+        (folder / "config.yaml").write_text(to_yaml(cfg))
+
+        def read_hashed(name: str) -> Tensor:
+            tensor = read(name.removeprefix(MODEL))
+            hashes[name] = tensor_hash(tensor)
+            advance(tensor.nbytes)
+            return tensor
+
+        write_streamed(
+            step_folder(folder / CHECKPOINTS, 0),
+            0,
+            {MODEL + name: info for name, info in tensors.items()},
+            read_hashed,
+            lambda: {"origin": origin, "tensors": hashes},
+        )
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` when all went well and is removed when anything did not."""
+    if target.exists():
+        raise UserError(f"target={target} exists already: choose another, or remove it")
+    folder = target.parent / f"{TEMPORARY}{target.name}"
+    try:
+        remove_folder(folder)
+        folder.mkdir(parents=True)
+        yield folder
+        sync_folder(folder)
+        os.replace(folder, target)
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        raise UserError(
+            f"target={target} cannot be written: {error.strerror} ({error.filename or folder}); "
+            f"{free:,} bytes are free there"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in its own dtype and in C order."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def _tokenizer_overrides(folder: Path) -> list[str]:
+    return ["data.tokenizer.kind=file", f"data.tokenizer.path={folder.absolute()}"]

@@ -1,0 +1,16 @@
+"""Hugging Face checkpoints: one file a family, and the tables by which tensors move both ways."""
+
+from moetrain.models.hf import (  # noqa: F401  (each registers its family)
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from moetrain.models.hf.family import FAMILIES, Family, ModelSpec, families_for, family_of
+from moetrain.models.hf.fields import Fields
+
+__all__ = ["FAMILIES", "Family", "Fields", "ModelSpec", "families_for", "family_of"]

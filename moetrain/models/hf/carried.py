@@ -1,0 +1,32 @@
+"""Files beside the weights that other tools want: kept with a model, so that its export gives them back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+CARRIED = "hf"  # the folder of a run folder that holds them
+
+_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "NOTICE",
+)
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy those of the files that ``source`` has; ``target`` is made only if there is one."""
+    for name in _NAMES:
+        if (source / name).is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,96 @@
+"""A family of models as two functions on ``config.json`` and a table of names; one file a family.
+
+``docs/families.md`` shows how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.config.schema import ModelConfig
+from moetrain.errors import UserError
+from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.pieces import Table
+from moetrain.models.hf.tables import MoENames, decoder_table
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.routers.topk import TopKOptions
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that decides a model's function but its weights; ``vocab_size`` is set in ``model``."""
+
+    model: ModelConfig
+    router: RouterConfig = field(default_factory=TopKOptions)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.model.vocab_size is not None
+        return self.model.vocab_size
+
+
+class CannotExpressError(ValueError):
+    """A model that a family has no words for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """``read`` a config.json into a ModelSpec, ``write`` one back (raises CannotExpressError)."""
+
+    model_type: str
+    architecture: str
+    read: Callable[[Fields], ModelSpec]
+    write: Callable[[ModelSpec], dict[str, Any]]
+    names: MoENames = field(default_factory=MoENames)
+
+    def table(self, spec: ModelSpec) -> Table:
+        """Which of their tensors fill which block of ours."""
+        return decoder_table(spec.model, spec.vocab_size, self.names)
+
+    def config(self, spec: ModelSpec) -> dict[str, Any]:
+        """``config.json`` of ``spec``, without what concerns no weight (token ids, lengths)."""
+        head = {"architectures": [self.architecture], "model_type": self.model_type}
+        return head | self.write(spec)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known by its ``model_type``. A second use of one is an error."""
+    if FAMILIES.setdefault(family.model_type, family) is not family:
+        raise ValueError(f"family {family.model_type!r} is registered already")
+    return family
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that a config.json names. Raises UserError for one that is unknown."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type={kind!r} is not known; known: {', '.join(sorted(FAMILIES))} "
+            "(docs/families.md shows how to add one)"
+        )
+    named = config.get("architectures")
+    family = FAMILIES[kind]
+    if named and family.architecture not in named:
+        raise UserError(
+            f"{where}: architectures={named} is not the language model {family.architecture}: "
+            "other heads cannot be read"
+        )
+    return family
+
+
+def families_for(spec: ModelSpec) -> tuple[list[Family], list[str]]:
+    """The families that express ``spec`` exactly, and why each other one does not."""
+    able, reasons = [], []
+    for family in FAMILIES.values():
+        try:
+            family.config(spec)
+            able.append(family)
+        except CannotExpressError as error:
+            reasons.append(f"{family.model_type}: {error}")
+    return able, reasons

@@ -1,0 +1,45 @@
+"""OLMoE: queries and keys normalised over all heads at once (Muennighoff et al. 2024, arXiv:2409.02060)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moetrain.config.schema import QKNorm
+from moetrain.models.hf.family import Family, ModelSpec, register_family
+from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.translate import (
+    read_decoder,
+    read_experts,
+    read_topk,
+    require,
+    require_all_moe,
+    write_decoder,
+    write_topk,
+)
+
+
+def _read(fields: Fields) -> ModelSpec:
+    fields.must_be("attention_bias", False)
+    fields.must_be("clip_qkv", None)
+    width, experts = fields.integer("intermediate_size"), fields.integer("num_experts")
+    model = read_decoder(fields, qk_norm=QKNorm.full, num_experts=experts, d_ff_expert=width)
+    router = read_topk(fields, fields.flag("norm_topk_prob", False))
+    return ModelSpec(model, router, read_experts(fields))
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    require_all_moe(spec)
+    require("model.sliding_window", spec.model.sliding_window, None)
+    top_k, renormalized = write_topk(spec)
+    as_dense = replace(spec, model=replace(spec.model, d_ff=spec.model.d_ff_expert))
+    return write_decoder(as_dense, qk_norm=QKNorm.full, head_dim=False) | {
+        "attention_bias": False,
+        "clip_qkv": None,
+        "num_experts": spec.model.num_experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": renormalized,
+    }
+
+
+register_family(Family("olmoe", "OlmoeForCausalLM", _read, _write))

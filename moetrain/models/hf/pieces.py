@@ -1,0 +1,125 @@
+"""How the tensors of another model's checkpoint tile ours: data, so that one table serves both ways.
+
+Shapes: sizes and offsets are in elements along the dimensions of our tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import UserError
+
+_LISTED = 8  # names in one message
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of theirs and the block of ours that it fills.
+
+    ``transposed``: their last two dimensions are ours the other way round. Dimensions of size 1 in ours that
+    theirs lacks (an expert's number) are left out of their shape: ``shape`` is theirs.
+    """
+
+    theirs: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        """Their tensor as the block of ours; a view."""
+        return (tensor.mT if self.transposed else tensor).reshape(self.sizes)
+
+    def to_theirs(self, ours: Tensor) -> Tensor:
+        """Their tensor, contiguous, cut out of the whole of ours."""
+        block = ours
+        for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            block = block.narrow(dim, start, size)
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+        block = block.reshape(shape)
+        return (block.mT if self.transposed else block).contiguous()
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """One tensor of ours, of ``shape``, and what it is made of; no pieces: fp32 zeros, not stored by them."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+
+
+Table = dict[str, Tiled]  # by our names
+
+
+def fill_block(
+    block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], read: Callable[[str], Tensor]
+) -> None:
+    """Fill ``block``, which lies at ``offsets`` of our whole tensor; reads only what overlaps it.
+
+    The values are cast to ``block``'s dtype.
+    """
+    if not pieces:
+        block.zero_()
+    for piece in pieces:
+        starts = [max(o, p) for o, p in zip(offsets, piece.offsets, strict=True)]
+        stops = [
+            min(o + size, p + length)
+            for o, size, p, length in zip(offsets, block.shape, piece.offsets, piece.sizes, strict=True)
+        ]
+        if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
+            continue
+        there, here = piece.to_ours(read(piece.theirs)), block
+        for dim, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            there = there.narrow(dim, start - piece.offsets[dim], stop - start)
+            here = here.narrow(dim, start - offsets[dim], stop - start)
+        here.copy_(there)
+
+
+def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the pieces fill every element of each of ``ours`` exactly once.
+
+    A table that does not is a mistake in a family's file, not in a checkpoint.
+    """
+    if table.keys() != ours.keys():
+        raise ValueError(f"the table and the model differ in {sorted(table.keys() ^ ours.keys())}")
+    for name, tiled in table.items():
+        if tiled.shape != tuple(ours[name].shape):
+            raise ValueError(f"{name} is {list(ours[name].shape)}, and the table says {list(tiled.shape)}")
+        if not tiled.pieces:
+            continue
+        count = torch.zeros(ours[name].shape, dtype=torch.uint8)
+        for piece in tiled.pieces:
+            view = count
+            for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+                view = view.narrow(dim, start, size)
+            view += 1
+            if math.prod(piece.shape) != math.prod(piece.sizes):
+                raise ValueError(f"{piece.theirs} has another number of elements than its block of {name}")
+        if not bool((count == 1).all()):
+            raise ValueError(f"the pieces of {name} do not fill it exactly once")
+
+
+def check_source(table: Table, theirs: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raises one UserError unless ``theirs`` (name -> shape) holds just the pieces of ``table``, in shape.
+
+    So every tensor of the source is used exactly once and every one of ours is filled.
+    """
+    wanted = {piece.theirs: piece.shape for tiled in table.values() for piece in tiled.pieces}
+    complaints = [f"{name} is missing" for name in wanted if name not in theirs]
+    complaints += [f"{name} has no place in this model" for name in theirs if name not in wanted]
+    complaints += [
+        f"{name} is {list(theirs[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in theirs and tuple(theirs[name]) != shape
+    ]
+    if complaints:
+        more = f"; and {len(complaints) - _LISTED} more" if len(complaints) > _LISTED else ""
+        raise UserError(
+            f"{where} does not hold the tensors of the model that its config describes: "
+            f"{len(complaints)} difference(s): {'; '.join(complaints[:_LISTED])}{more}"
+        )

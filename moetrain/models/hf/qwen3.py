@@ -1,0 +1,32 @@
+"""Qwen3, dense: each head of queries and keys is normalised (Yang et al. 2025, arXiv:2505.09388)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moetrain.config.schema import QKNorm
+from moetrain.models.hf.family import Family, ModelSpec, register_family
+from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.translate import (
+    read_decoder,
+    read_experts,
+    require_dense,
+    window_or_none,
+    write_decoder,
+    write_window,
+)
+
+
+def _read(fields: Fields) -> ModelSpec:
+    fields.must_be("attention_bias", False)
+    model = read_decoder(fields, qk_norm=QKNorm.head, sliding_window=window_or_none(fields))
+    return ModelSpec(model, experts=read_experts(fields))
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    require_dense(spec)
+    own = {"attention_bias": False} | write_window(spec.model)
+    return write_decoder(spec, qk_norm=QKNorm.head) | own
+
+
+register_family(Family("qwen3", "Qwen3ForCausalLM", _read, _write))

@@ -1,0 +1,111 @@
+"""The tables of a decoder's parts, in the names that Hugging Face's Llama-like models share.
+
+Shapes: D model, P columns of the joint projection (all queries, keys, values), F hidden, E experts,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.models.attention import head_shape
+from moetrain.models.decoder import is_moe_layer
+from moetrain.models.hf.pieces import Piece, Table, Tiled
+
+
+@dataclass(frozen=True)
+class MoENames:
+    """What a family calls the parts of an MoE layer, within one layer."""
+
+    router: str = "mlp.gate.weight"
+    gate: str = "mlp.experts.{}.gate_proj.weight"
+    up: str = "mlp.experts.{}.up_proj.weight"
+    down: str = "mlp.experts.{}.down_proj.weight"
+    shared: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate.weight"
+
+
+def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
+    """The table of a whole decoder, dense or MoE per layer."""
+    table = {
+        "embed_VD": _whole("model.embed_tokens.weight", (vocab_size, cfg.d_model)),
+        "norm.weight_D": _whole("model.norm.weight", (cfg.d_model,)),
+    }
+    if not cfg.tie_embeddings:
+        table["head_VD"] = _whole("lm_head.weight", (vocab_size, cfg.d_model))
+    for layer in range(cfg.num_layers):
+        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        parts = _attention(cfg) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _dense(cfg))
+        for name, tiled in parts.items():
+            pieces = tuple(replace(piece, theirs=theirs + piece.theirs) for piece in tiled.pieces)
+            table[ours + name] = replace(tiled, pieces=pieces)
+    return table
+
+
+def _attention(cfg: ModelConfig) -> Table:
+    heads, kv_heads, head_dim = head_shape(cfg)
+    widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+    weights = {f"self_attn.{part}_proj.weight": width for part, width in widths.items()}
+    table = {
+        "attention.w_qkv_PD": _rows(weights, cfg.d_model),
+        "attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"])),
+        "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
+        "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
+    }
+    if cfg.qkv_bias:
+        biases = {f"self_attn.{part}_proj.bias": width for part, width in widths.items()}
+        table["attention.b_qkv_P"] = _rows(biases, None)
+    if cfg.qk_norm is not QKNorm.none:
+        per_head = cfg.qk_norm is QKNorm.head
+        for part in ("q", "k"):
+            width = head_dim if per_head else widths[part]
+            table[f"attention.{part}_norm.weight_D"] = _whole(f"self_attn.{part}_norm.weight", (width,))
+    return table
+
+
+def _dense(cfg: ModelConfig, ours: str = "feed_forward", theirs: str = "mlp", width: int = 0) -> Table:
+    width = width or cfg.d_ff
+    halves = {f"{theirs}.gate_proj.weight": width, f"{theirs}.up_proj.weight": width}
+    return {
+        f"{ours}.w_gate_up_PD": _rows(halves, cfg.d_model),
+        f"{ours}.w_down_DF": _whole(f"{theirs}.down_proj.weight", (cfg.d_model, width)),
+    }
+
+
+def _moe(cfg: ModelConfig, names: MoENames) -> Table:
+    width, d_model = cfg.d_ff_expert, cfg.d_model
+    up: list[Piece] = []
+    down: list[Piece] = []
+    for e in range(cfg.num_experts):
+        for half, name in enumerate((names.gate, names.up)):
+            place = ((e, 0, half * width), (1, d_model, width))
+            up.append(Piece(name.format(e), *place, shape=(width, d_model), transposed=True))
+        place = ((e, 0, 0), (1, width, d_model))
+        down.append(Piece(names.down.format(e), *place, shape=(d_model, width), transposed=True))
+    table = {
+        "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
+        "feed_forward.router.bias_E": Tiled((cfg.num_experts,)),
+        "feed_forward.experts.w_gate_up_EDF2": Tiled((cfg.num_experts, d_model, 2 * width), tuple(up)),
+        "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
+    }
+    if cfg.num_shared_experts:
+        shared = cfg.d_ff_shared or cfg.num_shared_experts * width
+        table |= _dense(cfg, "feed_forward.shared", names.shared, shared)
+    if cfg.shared_gate:
+        table["feed_forward.shared_gate_1D"] = _whole(names.shared_gate, (1, d_model))
+    return table
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Tiled:
+    return Tiled(shape, (Piece(name, (0,) * len(shape), shape, shape),))
+
+
+def _rows(parts: dict[str, int], columns: int | None) -> Tiled:
+    """Tensors one below the other; ``columns`` None: of one dimension."""
+    pieces, start = [], 0
+    for name, count in parts.items():
+        shape = (count,) if columns is None else (count, columns)
+        pieces.append(Piece(name, (start, *(0 for _ in shape[1:])), shape, shape))
+        start += count
+    return Tiled((start,) if columns is None else (start, columns), tuple(pieces))

@@ -1,0 +1,157 @@
+"""The keys of ``config.json`` that families share, read into ours and written back.
+
+Writing raises CannotExpressError where the model does what the family has no key for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.errors import UserError
+from moetrain.models.attention import head_shape
+from moetrain.models.hf.family import CannotExpressError, ModelSpec
+from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.rope import read_rope, write_rope
+from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.routers.topk import Score, TopKOptions
+
+_ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
+
+
+def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
+    """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
+    cfg = ModelConfig(
+        vocab_size=fields.integer("vocab_size"),
+        d_model=fields.integer("hidden_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=fields.integer("num_attention_heads"),
+        num_kv_heads=fields.integer_or_none("num_key_value_heads"),
+        head_dim=fields.integer_or_none("head_dim"),
+        d_ff=fields.integer("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        init_std=fields.number("initializer_range") if "initializer_range" in fields.values else 0.02,
+        **{"num_experts": 0, **read_rope(fields), **own},
+    )
+    try:
+        head_shape(cfg)
+    except UserError as error:
+        raise fields.refuse(str(error)) from None
+    return cfg
+
+
+def read_experts(fields: Fields) -> ExpertsConfig:
+    name = fields.get("hidden_act")
+    if name not in _ACTIVATIONS:
+        raise fields.refuse(f"hidden_act={name!r} is not supported: {', '.join(_ACTIVATIONS)} are")
+    return ExpertsConfig(activation=_ACTIVATIONS[name])
+
+
+def write_decoder(
+    spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False, head_dim: bool = True
+) -> dict[str, Any]:
+    """What all share. ``qk_norm`` and ``qkv_bias``: what the family does; ``head_dim``: it has such a key.
+
+    Raises CannotExpressError where the model does otherwise.
+    """
+    m = spec.model
+    heads, kv_heads, width = head_shape(m)
+    require("model.qk_norm", m.qk_norm.name, qk_norm.name)
+    require("model.qkv_bias", m.qkv_bias, qkv_bias)
+    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if spec.experts.activation not in activations:
+        raise CannotExpressError(f"experts.activation={spec.experts.activation.name} has no gate")
+    if not head_dim and width * heads != m.d_model:
+        raise CannotExpressError(f"model.head_dim={width} is not model.d_model / model.num_heads")
+    written = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": m.d_ff,
+        "hidden_act": activations[spec.experts.activation],
+        "rms_norm_eps": m.norm_eps,
+        "tie_word_embeddings": m.tie_embeddings,
+        "initializer_range": m.init_std,
+        **write_rope(m),
+    }
+    return written | ({"head_dim": width} if head_dim else {})
+
+
+def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
+    """A softmax over all experts, the best chosen; ``renormalize``: their weights sum to 1."""
+    top_k = fields.integer("num_experts_per_tok")
+    return TopKOptions(top_k=top_k, score=Score.softmax, renormalize=renormalize)
+
+
+def write_topk(spec: ModelSpec) -> tuple[int, bool]:
+    """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
+    router = spec.router
+    if not isinstance(router, TopKOptions) or router.name != "topk":
+        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    if router.score is Score.sigmoid:
+        raise CannotExpressError("router.score=sigmoid")
+    require("router.route_scale", router.route_scale, 1.0)
+    if router.top_groups not in (None, router.num_groups):
+        raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
+    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
+    top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k
+    return top_k, router.renormalize or router.score is Score.softmax_after
+
+
+def require(key: str, value: Any, wanted: Any) -> None:
+    """Raises CannotExpressError unless a key has the one value that the family stands for."""
+    if value != wanted:
+        raise CannotExpressError(f"{key}={value}, and it has only {wanted}")
+
+
+def require_dense(spec: ModelSpec) -> None:
+    require("model.num_experts", spec.model.num_experts, 0)
+
+
+def require_all_moe(spec: ModelSpec, shared: bool = False) -> None:
+    """Every layer is MoE; no shared expert unless the family has one."""
+    if not spec.model.num_experts:
+        raise CannotExpressError("model.num_experts=0, and it has experts")
+    require("model.moe_every", spec.model.moe_every, 1)
+    require("model.first_dense", spec.model.first_dense, 0)
+    if not shared:
+        require("model.num_shared_experts", spec.model.num_shared_experts, 0)
+
+
+def window_or_none(fields: Fields) -> int | None:
+    """Qwen's window: off unless ``use_sliding_window``, then on the layers from ``max_window_layers`` on."""
+    if not fields.flag("use_sliding_window", False):
+        return None
+    first, layers = fields.integer("max_window_layers"), fields.integer("num_hidden_layers")
+    if 0 < first < layers:
+        raise fields.refuse(
+            f"max_window_layers={first} gives a sliding window to some of the {layers} layers only, "
+            "which is not supported"
+        )
+    return fields.integer_or_none("sliding_window") if first <= 0 else None
+
+
+def write_window(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of :func:`window_or_none`."""
+    on = cfg.sliding_window is not None
+    first = 0 if on else cfg.num_layers
+    return {"use_sliding_window": on, "sliding_window": cfg.sliding_window, "max_window_layers": first}
+
+
+def read_sparse_layers(fields: Fields) -> dict[str, int]:
+    """``moe_every`` and ``first_dense`` of Qwen's ``decoder_sparse_step`` and ``mlp_only_layers``."""
+    layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step")
+    dense = fields.values.get("mlp_only_layers") or []
+    moe = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
+    first = moe[0] if moe else layers
+    if moe != [i for i in range(first, layers) if (i + 1) % step == 0]:
+        raise fields.refuse(f"mlp_only_layers={dense}: only the first layers can be dense besides the step's")
+    return {"moe_every": step, "first_dense": 0 if first < step else first}
+
+
+def write_sparse_layers(cfg: ModelConfig) -> dict[str, Any]:
+    dense = [i for i in range(cfg.first_dense) if (i + 1) % cfg.moe_every == 0]
+    return {"decoder_sparse_step": cfg.moe_every, "mlp_only_layers": dense}

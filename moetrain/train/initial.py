@@ -1,0 +1,97 @@
+"""``init_from``: a model's first weights, from another run or from Hugging Face's files, under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.errors import UserError
+from moetrain.models.hf.carried import CARRIED, carry_files
+from moetrain.models.hf.pieces import fill_block
+from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
+from moetrain.train.checkpoint_read import fill_from, load_checkpoint
+from moetrain.train.peers import Peers
+from moetrain.train.sample import TOKENIZER
+from moetrain.train.state_dict import MODEL
+
+_CONFIG = "config.yaml"
+
+
+def load_initial(path: Path, tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Fill the model's ``tensors`` (named ``model.<name>``), whatever dtype and layout they are stored in.
+
+    Collective. ``path`` is a run folder, one made by convert or upcycle, or a Hugging Face folder. Raises
+    UserError where the model is another one, or ``tokenizer`` is not the one that its embedding belongs to.
+    """
+    peers = Peers()
+    peers.together(lambda: _check_tokenizer(path, tokenizer))
+    if (path / _CONFIG).is_file():
+        load_checkpoint(path, tensors, MODEL, cast=True)
+        return
+    opened = peers.together(lambda: open_source(SafetensorsFolder(path)))
+    reader = _PiecesReader(opened)
+    fill_from(reader, reader.read_metadata(), f"init_from={path}", tensors, MODEL, peers, cast=True)
+
+
+def carry_over(path: Path, run_dir: Path) -> None:
+    """Keep what other tools want of the model that a run starts from, for its export. Rank 0 calls it."""
+    ours = (path / _CONFIG).is_file()
+    carry_files(path / CARRIED if ours else path, run_dir / CARRIED)
+
+
+def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    folder = path / TOKENIZER if (path / _CONFIG).is_file() else path
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        return  # the weights alone; the user chose the tokenizer
+    own = load_tokenizer(folder)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={path} was trained with the tokenizer in {folder} ({own.vocab_size} tokens), but "
+            f"data.tokenizer is another one ({tokenizer.vocab_size} tokens): its ids would mean other text; "
+            f"leave data.tokenizer out"
+        )
+
+
+class _PiecesReader(FileSystemReader):
+    """Serves blocks of our tensors out of Hugging Face's, so that DCP can fill any layout from them."""
+
+    def __init__(self, opened: Opened) -> None:
+        super().__init__(opened.source.path)
+        self._opened = opened
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        tensors: dict[str, Any] = {}
+        storage: dict[MetadataIndex, Any] = {}
+        for name, info in self._opened.infos.items():
+            shape = torch.Size(info.shape)
+            chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+            tensors[MODEL + name] = TensorStorageMetadata(TensorProperties(dtype=info.dtype), shape, [chunk])
+            storage[MetadataIndex(MODEL + name, chunk.offsets)] = None
+        return Metadata(state_dict_metadata=tensors, storage_data=storage)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            target = planner.resolve_tensor(item)
+            name = item.storage_index.fqn.removeprefix(MODEL)
+            block = torch.empty(item.lengths, dtype=target.dtype)
+            fill_block(block, item.storage_offsets, self._opened.table[name].pieces, self._opened.source.read)
+            target.copy_(block)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
