@@ -129,12 +129,7 @@ def _config(
         before = {key: before[key] for key in _KEPT if key in before}
     dtypes = {str(info.dtype).removeprefix("torch.") for info in infos.values()}
     own = family.config(spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
-    for key in (
-        "torch_dtype",
-        "rope_theta",
-        "rope_scaling",
-        "layer_types",
-    ):  # other words for what ``own`` says
+    for key in _OTHER_WORDS:
         before.pop(key, None)
     defaults = {"eos_token_id": tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
     return defaults | before | own
