@@ -1,0 +1,39 @@
+"""Sparse upcycling: MoE models from dense ones."""
+
+from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.method import METHODS
+from moetrain.upcycle.methods import (
+    CopyOptions,
+    DropOptions,
+    GranularOptions,
+    GrowOptions,
+    JoinOptions,
+    Rest,
+    ScaleOn,
+    SplitBy,
+    SplitOptions,
+)
+from moetrain.upcycle.options import MethodOptions, RouterStart
+from moetrain.upcycle.target import Target
+from moetrain.upcycle.upcycle import Upcycled, Upcycling, prepare, upcycle
+
+__all__ = [
+    "METHODS",
+    "CopyOptions",
+    "DropOptions",
+    "GranularOptions",
+    "GrowOptions",
+    "JoinOptions",
+    "LayerCalibration",
+    "MethodOptions",
+    "Rest",
+    "RouterStart",
+    "ScaleOn",
+    "SplitBy",
+    "SplitOptions",
+    "Target",
+    "Upcycled",
+    "Upcycling",
+    "prepare",
+    "upcycle",
+]

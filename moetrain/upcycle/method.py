@@ -1,0 +1,117 @@
+"""The seam of upcycling methods: a base class, and a registry by options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from moetrain.errors import UserError
+from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.networks import Networks
+from moetrain.upcycle.options import MethodOptions
+from moetrain.upcycle.plan import Plan
+from moetrain.upcycle.target import Target
+
+Options = TypeVar("Options", bound=MethodOptions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all layers share. ``d_ff``: width of the source's networks, ``sources`` of them in a layer."""
+
+    target: Target
+    seed: int
+    d_ff: int
+    sources: int = 1
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Whether the MoE model computes the dense function at step 0, and one sentence why or why not."""
+
+    preserves: bool
+    reason: str
+
+
+class Method(Generic[Options]):
+    """One way to make experts. Everything is a function of the job and the layer."""
+
+    reads_moe = False  # whether the source's layers are MoE already
+    fills_shared = False  # whether it makes the target's shared experts
+    takes_donors = False  # whether it reads several models
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def check(self, job: Job) -> None:
+        """UserError where sizes or options do not fit; before any layer is read."""
+
+    def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
+        raise NotImplementedError
+
+    def redraw(self, experts: Networks, plan: Plan, job: Job, layer: int) -> None:
+        """Draw, in place, what is new in freshly copied experts."""
+
+    def promise(self, job: Job) -> Promise:
+        raise NotImplementedError
+
+    def notes(self, job: Job) -> list[str]:
+        """What a user may want to know of the result, a sentence each."""
+        return []
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    name: str
+    cls: type[Method[MethodOptions]]
+    options: type[MethodOptions]
+    paper: str
+
+
+METHODS: dict[str, MethodSpec] = {}
+M = TypeVar("M", bound=type)
+
+
+def register(name: str, options: type[MethodOptions], paper: str) -> Callable[[M], M]:
+    """Class decorator: make a method known by name. A second use of a name is an error."""
+
+    def add(cls: M) -> M:
+        if name in METHODS and METHODS[name].cls is not cls:
+            raise ValueError(f"upcycling method {name!r} is registered already")
+        METHODS[name] = MethodSpec(name, cls, options, paper)
+        return cls
+
+    return add
+
+
+def build_method(options: MethodOptions) -> Method[MethodOptions]:
+    """The method of ``options.name``. UserError for an unknown name or another method's options."""
+    spec = METHODS.get(options.name)
+    if spec is None:
+        raise UserError(f"upcycle.method={options.name} is not known; known: {', '.join(sorted(METHODS))}")
+    if not isinstance(options, spec.options):
+        raise UserError(
+            f"upcycle.method={options.name} takes {spec.options.__name__}, not {type(options).__name__}"
+        )
+    return spec.cls(options)
+
+
+def same_width(job: Job) -> None:
+    """UserError unless an expert is as wide as a source network."""
+    if job.target.model.d_ff_expert != job.d_ff:
+        raise UserError(
+            f"whole networks of d_ff={job.d_ff} do not fit model.d_ff_expert="
+            f"{job.target.model.d_ff_expert}: set them equal, or take upcycle.method=granular or split"
+        )
+
+
+def identical_experts(job: Job) -> Promise:
+    """What E copies of one network promise."""
+    combine = job.target.combine
+    lost = combine.keeps_the_total()
+    if lost is None and combine.total != 1.0:
+        lost = f"a token's weights sum to {combine.total:g}, not 1; set router.route_scale=1"
+    if lost is not None:
+        return Promise(False, f"the experts are equal, but {lost}")
+    return Promise(True, "the experts are equal and every token's weights sum to 1")

@@ -1,0 +1,20 @@
+"""Upcycling methods, one a file; importing this package registers them."""
+
+from moetrain.upcycle.methods.copy import CopyOptions
+from moetrain.upcycle.methods.drop import DropOptions
+from moetrain.upcycle.methods.granular import GranularOptions, ScaleOn
+from moetrain.upcycle.methods.grow import GrowOptions
+from moetrain.upcycle.methods.join import JoinOptions, Rest
+from moetrain.upcycle.methods.split import SplitBy, SplitOptions
+
+__all__ = [
+    "CopyOptions",
+    "DropOptions",
+    "GranularOptions",
+    "GrowOptions",
+    "JoinOptions",
+    "Rest",
+    "ScaleOn",
+    "SplitBy",
+    "SplitOptions",
+]

@@ -1,0 +1,117 @@
+"""One network's hidden units dealt out to experts: at random or by what is active together.
+
+MoEfication (Zhang et al. 2022, arXiv:2110.01786) finds units that fire together; LLaMA-MoE (Zhu et al. 2024,
+arXiv:2406.16554) splits and trains on. Experts hold d_ff_expert units each and no unit twice, so that all of
+them at weight 1, plus the shared expert, are the dense network.
+
+Routing weights are not 1: with w the weight of a chosen expert where all score alike, the down projections
+are multiplied by E / (k w). That keeps the mean over even choices, and with k = E and an even router
+(``router_start=zeros``) it is exact. Where weights are renormalised it is E, whatever k.
+
+Shapes: E experts, F units of an expert, Q of the shared expert, N of the dense network, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import UserError
+from moetrain.upcycle.calibration import LayerCalibration, need
+from moetrain.upcycle.cluster import balanced_kmeans
+from moetrain.upcycle.combine import CAPACITY
+from moetrain.upcycle.draw import generator
+from moetrain.upcycle.method import Job, Method, Promise, register
+from moetrain.upcycle.options import MethodOptions, RouterStart
+from moetrain.upcycle.plan import Plan
+
+
+class SplitBy(Enum):
+    """``random``; ``clusters``: balanced k-means of each unit's |activation| over the calibration tokens,
+    at length 1, so that what counts is when a unit is active and not how strongly."""
+
+    random = "random"
+    clusters = "clusters"
+
+
+@dataclass(frozen=True)
+class SplitOptions(MethodOptions):
+    """A shared expert takes the units with the largest mean |activation|, unscaled."""
+
+    name: str = "split"
+    by: SplitBy = SplitBy.random
+    scale: Optional[float] = None  # on the down projections; null: by the router, E / (k w)
+
+
+@register("split", SplitOptions, "Zhang et al. 2022, arXiv:2110.01786; Zhu et al. 2024, arXiv:2406.16554")
+class Split(Method[SplitOptions]):
+    fills_shared = True
+
+    def check(self, job: Job) -> None:
+        cfg = job.target.model
+        held = (cfg.num_experts + cfg.num_shared_experts) * cfg.d_ff_expert
+        if held != job.d_ff:
+            raise UserError(
+                f"(num_experts + num_shared_experts) d_ff_expert = ({cfg.num_experts} + "
+                f"{cfg.num_shared_experts}) {cfg.d_ff_expert} = {held} must be the source's d_ff={job.d_ff}"
+            )
+        if not self._scale(job) > 0:
+            raise UserError(f"upcycle.scale={self.options.scale} must be positive, or null")
+
+    def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
+        cfg, rest = job.target.model, torch.arange(job.d_ff)
+        hidden_TN, shared_Q = None, None
+        if self.options.by is SplitBy.clusters or cfg.num_shared_experts:
+            wanted_by = "upcycle.by=clusters" if self.options.by is SplitBy.clusters else "a shared expert"
+            hidden_TN = need(calibration, "hidden_TF", job.d_ff, layer, wanted_by).double().abs()
+        if cfg.num_shared_experts and hidden_TN is not None:
+            order_N = hidden_TN.mean(0).sort(descending=True, stable=True).indices
+            width = cfg.num_shared_experts * cfg.d_ff_expert
+            shared_Q, rest = order_N[:width].sort().values, order_N[width:].sort().values
+        groups_EF = self._deal(rest, hidden_TN, cfg.num_experts, generator(job.seed, layer, "split"))
+        source_E = torch.zeros(cfg.num_experts, dtype=torch.int64)
+        return Plan(source_E, groups_EF, down_scale=self._scale(job), shared_Q=shared_Q)
+
+    def promise(self, job: Job) -> Promise:
+        combine, num_experts = job.target.combine, job.target.model.num_experts
+        if combine.top_k != num_experts:
+            return Promise(False, f"a token sees {combine.top_k} of {num_experts} parts of the network")
+        if combine.drops:
+            return Promise(False, CAPACITY)
+        if self.options.router_start is not RouterStart.zeros:
+            return Promise(
+                False, "the parts' weights differ by token; upcycle.router_start=zeros makes them even"
+            )
+        if combine.even_weight is None or abs(self._scale(job) * combine.even_weight - 1) > 1e-12:
+            return Promise(False, f"upcycle.scale={self._scale(job):g} does not undo the routing weights")
+        return Promise(
+            True, "a token sees all parts of the network, and their factor undoes the even weights"
+        )
+
+    def notes(self, job: Job) -> list[str]:
+        return [f"down projections of the experts times {self._scale(job):.6g}"]
+
+    def _deal(self, units_n: Tensor, hidden_TN: Tensor | None, parts: int, gen: torch.Generator) -> Tensor:
+        """[E, F], ascending in each expert."""
+        if self.options.by is SplitBy.random or hidden_TN is None:
+            dealt_n = units_n[torch.randperm(len(units_n), generator=gen)]
+        else:
+            active_nT = torch.nn.functional.normalize(hidden_TN[:, units_n].t(), dim=1)
+            cluster_n, _ = balanced_kmeans(active_nT, parts, gen)
+            dealt_n = units_n[cluster_n.argsort(stable=True)]
+        return dealt_n.view(parts, -1).sort(1).values
+
+    def _scale(self, job: Job) -> float:
+        if self.options.scale is not None:
+            return self.options.scale
+        combine, num_experts = job.target.combine, job.target.model.num_experts
+        if combine.top_k is None or combine.even_weight is None:
+            raise UserError(
+                f"the weights of router={job.target.router.name} are not known, and so neither is the factor "
+                f"that undoes them: set upcycle.scale ({num_experts} where they sum to 1)"
+            )
+        return num_experts / (combine.top_k * combine.even_weight)

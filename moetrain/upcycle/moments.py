@@ -1,0 +1,75 @@
+"""The optimizer's state of an upcycled layer.
+
+A moment goes where its weight goes. A weight that was multiplied by s has a gradient 1 / s as large, so its
+first moment is divided by s and its second one by s^2; what is drawn anew and the router start from zero.
+Experts keep the dense step count: with it AdamW corrects no bias, which is right for moments that are copied;
+entries that start from zero take steps of up to (1 - beta1) / sqrt(1 - beta2) of the rate at first.
+
+Shapes: E experts, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import UserError
+from moetrain.upcycle.names import EXPERTS, ROUTER, SHARED, prefix
+from moetrain.upcycle.plan import Plan, clear_fresh, take_experts, take_shared
+from moetrain.upcycle.source import STEP, Source, optim_name
+
+POWER = {"exp_avg": -1, "momentum": -1, "exp_avg_sq": -2}  # of a weight's scale
+_ELSEWHERE = "embed_VD"  # routers and embeddings are of one kind for every optimizer
+
+
+def layer_moments(
+    source: Source, plan: Plan, layer: int, router: dict[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """(``optim.<parameter>.<key>``, tensor) of the layer's new parameters; ``router``: shapes of its own.
+
+    UserError for state that is neither AdamW's nor Muon's, or that one of the matrices lacks.
+    """
+    start = prefix(layer)
+    up, down = (start + name for name in source.names)
+    if source.keys(up) != source.keys(down):
+        raise UserError(
+            f"{up} and {down} have different optimizer state: {source.keys(up)}, {source.keys(down)}"
+        )
+    names = [start + name for name in EXPERTS]
+    shared = [] if plan.shared_Q is None else [start + name for name in SHARED]
+    for key in source.keys(up):
+        if key == STEP:
+            steps = [source.one(optim_name(old, key)) for old in (up, down)]
+            yield from zip((optim_name(name, key) for name in names + shared), steps + steps, strict=False)
+            continue
+        if key not in POWER:
+            raise UserError(f"optimizer state {key!r} of {up} is not known; known: step, {', '.join(POWER)}")
+        networks = source.networks(layer, key)
+        experts = take_experts(networks, plan, source.columns, POWER[key])
+        if plan.fresh_EMF is not None:
+            clear_fresh(experts, plan.fresh_EMF)
+        yield optim_name(names[0], key), experts.w_gate_up_SDP
+        yield optim_name(names[1], key), experts.w_down_SFD
+        if plan.shared_Q is not None:
+            dense = take_shared(networks, plan.shared_Q, source.columns)
+            yield optim_name(shared[0], key), dense.w_gate_up_PD
+            yield optim_name(shared[1], key), dense.w_down_DF
+    if source.reads_moe:
+        yield from _copied_router(source, plan, start + ROUTER[0])
+    else:
+        yield from _new_router(source, router.items())
+
+
+def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
+    for key in source.keys(name):
+        old = source.one(optim_name(name, key))
+        yield optim_name(name, key), old if key == STEP else old[plan.source_E]
+
+
+def _new_router(source: Source, router: Iterable[tuple[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in router:
+        for key in source.keys(_ELSEWHERE):
+            old = source.states[0][optim_name(_ELSEWHERE, key)]
+            yield optim_name(name, key), torch.zeros(() if key == STEP else shape, dtype=old.dtype)

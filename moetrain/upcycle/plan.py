@@ -1,0 +1,76 @@
+"""A plan: where every hidden unit of every expert comes from. Weights and optimizer state follow the same.
+
+Shapes: S source networks, E experts, D model, N hidden units of a source, F of an expert, Q of the shared
+expert, M matrices (gate where there is one, up, down).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.upcycle.draw import wide
+from moetrain.upcycle.networks import DenseLayer, Networks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Expert e's unit f is unit ``units_EF[e, f]`` of network ``source_E[e]``, times the scales.
+
+    up_scale, down_scale  factors of gate and up, and of down.
+    fresh_EMF   bool: entries that are drawn anew after the copy; None: none are.
+    shared_Q    units of network 0 that the shared expert takes, unscaled; None: there is no shared expert.
+    router_group  neighbouring experts that share one router row.
+    """
+
+    source_E: Tensor
+    units_EF: Tensor
+    up_scale: float = 1.0
+    down_scale: float = 1.0
+    fresh_EMF: Tensor | None = None
+    shared_Q: Tensor | None = None
+    router_group: int = 1
+
+
+def whole_networks(source_E: Tensor, d_ff: int) -> Plan:
+    """Each expert is a whole network."""
+    return Plan(source_E, torch.arange(d_ff).expand(len(source_E), -1))
+
+
+def take_experts(networks: Networks, plan: Plan, columns: int, power: int = 1) -> Networks:
+    """The experts [E, D, P], [E, F, D], in the sources' dtype. ``columns``: 2 where gated, else 1.
+
+    The scales are raised to ``power``. A weight w kept as w' = s w in a layer that computes the same has
+    dL/dw' = (1 / s) dL/dw, so that first moments take power -1 and second ones -2.
+    """
+    num_experts, d_ff = plan.units_EF.shape
+    width, up_SDP, down_SFD = networks.w_down_SFD.shape[2], networks.w_gate_up_SDP, networks.w_down_SFD
+    split_SDCN = up_SDP.unflatten(-1, (columns, -1))
+    taken_up = up_SDP.new_empty(num_experts, width, columns, d_ff)
+    taken_down = down_SFD.new_empty(num_experts, d_ff, width)
+    for e, source in enumerate(plan.source_E.tolist()):
+        units_F = plan.units_EF[e]
+        taken_up[e] = scaled(split_SDCN[source].index_select(-1, units_F), plan.up_scale**power)
+        taken_down[e] = scaled(down_SFD[source].index_select(0, units_F), plan.down_scale**power)
+    return Networks(taken_up.flatten(-2), taken_down)
+
+
+def take_shared(networks: Networks, shared_Q: Tensor, columns: int) -> DenseLayer:
+    """The shared expert, of the first network's units."""
+    split_CND = networks.w_gate_up_SDP[0].t().unflatten(0, (columns, -1))
+    up_PD = split_CND.index_select(1, shared_Q).flatten(0, 1)
+    return DenseLayer(up_PD, networks.w_down_SFD[0].index_select(0, shared_Q).t().contiguous())
+
+
+def clear_fresh(experts: Networks, fresh_EMF: Tensor) -> None:
+    """Zero, in place, what is drawn anew: it has no history."""
+    columns = fresh_EMF.shape[1] - 1
+    for m, matrix_EFD in enumerate(experts.matrices(columns)):
+        matrix_EFD.masked_fill_(fresh_EMF[:, m, :, None], 0.0)
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """Times ``factor``, rounded once."""
+    return values if factor == 1.0 else (values.to(wide(values.dtype)) * factor).to(values.dtype)

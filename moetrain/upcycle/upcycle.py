@@ -1,0 +1,179 @@
+"""Sparse upcycling: a dense model's tensors in, an MoE model's out.
+
+A pure function of full tensors on the CPU. Each layer draws from generators of its own, so that neither the
+order of layers nor the number of ranks changes a bit. Names are those of ``models.decoder.Decoder``.
+
+Shapes: E experts, D model, P = 2F (gated) or F, F hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import UserError
+from moetrain.models.count import abstract_decoder
+from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.method import Job, Method, build_method
+from moetrain.upcycle.methods import JoinOptions, Rest
+from moetrain.upcycle.moments import layer_moments
+from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, Ledger, open_ledger, prefix
+from moetrain.upcycle.networks import Networks
+from moetrain.upcycle.options import MethodOptions
+from moetrain.upcycle.plan import Plan, take_experts, take_shared
+from moetrain.upcycle.router_start import check_start, start_router
+from moetrain.upcycle.source import Source, State, check_donors
+from moetrain.upcycle.target import Target
+
+Calibration = Mapping[int, LayerCalibration]
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """The MoE model's tensors, and what became of the source.
+
+    dropped    source tensors that are in none of them.
+    preserves  whether the result computes what the source does, with this router; ``reason`` says why.
+    """
+
+    state: dict[str, Tensor]
+    dropped: list[str]
+    notes: list[str]
+    preserves: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """An upcycling that was checked and not yet done: :meth:`tensors` goes layer by layer."""
+
+    job: Job
+    method: Method[MethodOptions]
+    source: Source
+    ledger: Ledger
+    shapes: Mapping[str, torch.Size]
+    parameters: frozenset[str]
+    calibration: Calibration
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the MoE model once. Those that pass unchanged are the source's own, not copies.
+
+        Raises UserError for a shape that does not fit; those before it have come by then.
+        """
+        options = self.method.options
+        mean = isinstance(options, JoinOptions) and options.rest is Rest.mean
+        for name in self.ledger.passed:
+            yield name, self._fitting(name, self.source.mean(name) if mean else self.source.states[0][name])
+        for layer in self.job.target.layers:
+            for name, tensor in self.layer(layer):
+                yield name, self._fitting(name, tensor)
+
+    @torch.no_grad()
+    def layer(self, layer: int) -> list[tuple[str, Tensor]]:
+        """The tensors of one new MoE layer by name, optimizer state included if it is carried."""
+        networks = self.source.networks(layer)
+        if networks.d_ff != self.job.d_ff:
+            raise UserError(
+                f"layer {layer} of the source has d_ff={networks.d_ff}, an earlier {self.job.d_ff}"
+            )
+        calibration = self.calibration.get(layer)
+        plan = self.method.plan(self.job, layer, calibration)
+        new = upcycle_layer(networks, self.method, plan, self.job, layer)
+        new |= self._router(plan, networks, layer, calibration)
+        named = [(prefix(layer) + name, tensor) for name, tensor in new.items()]
+        if not self.method.options.carry_optimizer:
+            return named
+        router = {
+            name: tensor.shape for name, tensor in named if ".router." in name and name in self.parameters
+        }
+        return named + list(layer_moments(self.source, plan, layer, router))
+
+    def _router(
+        self, plan: Plan, networks: Networks, layer: int, calibration: LayerCalibration | None
+    ) -> dict[str, Tensor]:
+        if self.method.reads_moe:
+            old = self.source.states[0]
+            return {name: old[prefix(layer) + name][plan.source_E] for name in ROUTER}
+        dtype, options, job = networks.w_down_SFD.dtype, self.method.options, self.job
+        start = start_router(options, job.target, plan.router_group, dtype, job.seed, layer, calibration)
+        return {f"router.{name}": tensor for name, tensor in start.items()}
+
+    def _fitting(self, name: str, tensor: Tensor) -> Tensor:
+        wanted = self.shapes.get(name)
+        if wanted is not None and tensor.shape != wanted:
+            raise UserError(f"{name} is {list(tensor.shape)} here, but the target model wants {list(wanted)}")
+        return tensor
+
+
+def upcycle_layer(
+    networks: Networks, method: Method[MethodOptions], plan: Plan, job: Job, layer: int
+) -> dict[str, Tensor]:
+    """The experts of one layer, and its shared one if the plan has it, by name within the layer."""
+    columns = 2 if job.target.gated else 1
+    experts = take_experts(networks, plan, columns)
+    method.redraw(experts, plan, job, layer)
+    made = dict(zip(EXPERTS, (experts.w_gate_up_SDP, experts.w_down_SFD), strict=True))
+    if plan.shared_Q is not None:
+        shared = take_shared(networks, plan.shared_Q, columns)
+        made |= zip(SHARED, (shared.w_gate_up_PD, shared.w_down_DF), strict=True)
+    return made
+
+
+def prepare(
+    state: State,
+    target: Target,
+    options: MethodOptions,
+    seed: int,
+    calibration: Calibration | None = None,
+    donors: Sequence[State] = (),
+) -> Upcycling:
+    """Check everything that names and numbers tell. ``state`` may load its tensors as they are asked for.
+
+    ``donors``: further models of the same shape, for ``JoinOptions``. Raises UserError.
+    """
+    method = build_method(options)
+    if donors and not method.takes_donors:
+        raise UserError(f"upcycle.method={options.name} reads one model, not {len(donors) + 1}")
+    states = [state, *donors]
+    check_donors(states, options.carry_optimizer)
+    if "embed_VD" not in state:
+        raise UserError("the source has no tensor embed_VD: it is not a decoder's state")
+    cfg = target.model
+    model = abstract_decoder(cfg, target.router, target.experts, state["embed_VD"].shape[0])
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    ledger = open_ledger(list(state), list(shapes), target, method)
+    source = Source(states, method.reads_moe, 2 if target.gated else 1)
+    first = source.networks(target.layers[0])
+    job = Job(target, seed, first.d_ff, first.count)
+    method.check(job)
+    if not method.reads_moe:
+        check_start(options, target)
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    return Upcycling(job, method, source, ledger, shapes, parameters, calibration or {})
+
+
+def upcycle(
+    state: State,
+    target: Target,
+    options: MethodOptions,
+    seed: int,
+    calibration: Calibration | None = None,
+    donors: Sequence[State] = (),
+) -> Upcycled:
+    """The whole MoE model at once; see :func:`prepare`, which takes the same and goes by layers."""
+    work = prepare(state, target, options, seed, calibration, donors)
+    made: dict[str, Tensor] = {}
+    for name, tensor in work.tensors():
+        if name in made:
+            raise UserError(f"{name} was made twice")
+        made[name] = tensor
+    if missing := sorted(work.shapes.keys() - made.keys()):
+        raise UserError(f"{missing[0]} was not made, nor {len(missing) - 1} others")
+    promise, notes = work.method.promise(work.job), work.method.notes(work.job)
+    if options.carry_optimizer and not work.method.reads_moe:
+        state_names = sum(name.startswith(OPTIM) for name in made)
+        notes = [*notes, f"{state_names} tensors of optimizer state; routers start from zero"]
+    return Upcycled(made, work.ledger.dropped, notes, promise.preserves, promise.reason)
