@@ -5,7 +5,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from moetrain.errors import UserError
 from moetrain.moe import ROUTERS
@@ -14,6 +14,7 @@ from moetrain.moe.routers.base import resolve_top_k
 from moetrain.moe.routers.hashed import HashOptions
 from moetrain.moe.routers.noisy_topk import NoisyTopKOptions
 from moetrain.moe.routers.random import RandomOptions
+from moetrain.moe.routers.sigma import SigmaOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 
@@ -26,6 +27,7 @@ class Combine:
     total        the sum of a token's weights where it is the same for all tokens, else None.
     ties_whole   whether experts of equal score are chosen by index, so that neighbours go together.
     drops        whether a capacity may take assignments away.
+    own_scores   whether an expert's score is its own (sigmoid), not a share of one (softmax).
     num_groups   groups of experts that selection is limited to; 1 where there is no limit.
     """
 
@@ -34,6 +36,7 @@ class Combine:
     total: float | None
     ties_whole: bool
     drops: bool
+    own_scores: bool = False
     num_groups: int = 1
 
     def keeps_the_total(self) -> str | None:
@@ -65,16 +68,16 @@ def combine_of(router: RouterConfig, num_experts: int) -> Combine:
     if isinstance(options, (HashOptions, RandomOptions, NoisyTopKOptions)):  # weights sum to 1, by chance
         k = resolve_top_k(options.top_k, num_experts)
         return Combine(k, 1 / k, 1.0, False, drops)
-    return Combine(None, None, None, False, drops)
+    return Combine(None, None, None, False, drops, isinstance(options, SigmaOptions))
 
 
 def _top_k(options: TopKOptions, num_experts: int, drops: bool) -> Combine:
     k, scale = resolve_top_k(options.top_k, num_experts), options.route_scale
     limited = options.top_groups not in (None, options.num_groups)
-    num_groups = options.num_groups if limited else 1
+    own_scores = options.score is Score.sigmoid
+    facts = Combine(k, None, None, True, drops, own_scores, options.num_groups if limited else 1)
     if options.renormalize or options.score is Score.softmax_after:
-        return Combine(k, scale / k, scale, True, drops, num_groups)
-    if options.score is Score.sigmoid:
-        return Combine(k, scale / 2, None, True, drops, num_groups)
-    total = scale if k == num_experts else None
-    return Combine(k, scale / num_experts, total, True, drops, num_groups)
+        return replace(facts, even_weight=scale / k, total=scale)
+    if own_scores:
+        return replace(facts, even_weight=scale / 2)
+    return replace(facts, even_weight=scale / num_experts, total=scale if k == num_experts else None)

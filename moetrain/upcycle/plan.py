@@ -22,7 +22,8 @@ class Plan:
     up_scale, down_scale  factors of gate and up, and of down.
     fresh_EMF   bool: entries that are drawn anew after the copy; None: none are.
     shared_Q    units of network 0 that the shared expert takes, unscaled; None: there is no shared expert.
-    router_group  neighbouring experts that share one router row.
+    router_group  neighbouring experts that share one new router row.
+    bias_scale    factor of a selection bias that is copied with its router row.
     """
 
     source_E: Tensor
@@ -32,6 +33,7 @@ class Plan:
     fresh_EMF: Tensor | None = None
     shared_Q: Tensor | None = None
     router_group: int = 1
+    bias_scale: float = 1.0
 
 
 def whole_networks(source_E: Tensor, d_ff: int) -> Plan:

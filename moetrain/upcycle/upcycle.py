@@ -95,8 +95,8 @@ class Upcycling:
         self, plan: Plan, networks: Networks, layer: int, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
         if self.method.reads_moe:
-            old = self.source.states[0]
-            return {name: old[prefix(layer) + name][plan.source_E] for name in ROUTER}
+            weight, bias = (self.source.states[0][prefix(layer) + name][plan.source_E] for name in ROUTER)
+            return dict(zip(ROUTER, (weight, bias * plan.bias_scale), strict=True))
         dtype, options, job = networks.w_down_SFD.dtype, self.method.options, self.job
         start = start_router(options, job.target, plan.router_group, dtype, job.seed, layer, calibration)
         return {f"router.{name}": tensor for name, tensor in start.items()}

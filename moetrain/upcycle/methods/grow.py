@@ -1,9 +1,10 @@
 """More experts from a trained MoE: copies of its experts and of their router rows.
 
 With E' = m E experts, expert e becomes the neighbours m e to m e + m - 1. Copies have equal scores and ties
-go by index, so that top_k' = m top_k takes all copies of what the source would take, each at 1 / m
-of the weight: a softmax over all experts gives that by itself, renormalised weights of any score do too, and
-sigmoid weights as they are do not. (Aggregation of experts: Kim et al. 2021, arXiv:2109.10465.)
+go by index, so that top_k' = m top_k takes all copies of what the source would take, each at 1 / m of
+the weight: a softmax over all experts gives that by itself, renormalised weights of any score do too, and
+sigmoid weights as they are do not. Where scores are a softmax, copies share them, and the selection bias that
+is added to them is divided by m as well. (Aggregation of experts: Kim et al. 2021, arXiv:2109.10465.)
 
 Shapes: E experts of the target.
 """
@@ -47,7 +48,8 @@ class Grow(Method[GrowOptions]):
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         copies = job.target.model.num_experts // job.sources
-        return whole_networks(torch.arange(job.sources).repeat_interleave(copies), job.d_ff)
+        plan = whole_networks(torch.arange(job.sources).repeat_interleave(copies), job.d_ff)
+        return plan if job.target.combine.own_scores else replace(plan, bias_scale=1 / copies)
 
     def promise(self, job: Job) -> Promise:
         copies = job.target.model.num_experts // job.sources
