@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from moetrain.errors import UserError
 from moetrain.moe import ROUTERS
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import resolve_top_k
@@ -53,8 +52,6 @@ def full_options(router: RouterConfig) -> RouterConfig:
     """The router's own options, also where only what all routers share was given."""
     if type(router) is not RouterConfig:
         return router
-    if router.name not in ROUTERS:
-        raise UserError(f"router={router.name} is not known; known: {', '.join(sorted(ROUTERS))}")
     shared = {f.name: getattr(router, f.name) for f in fields(router)}
     return ROUTERS[router.name].options(**shared)
 

@@ -142,7 +142,10 @@ def prepare(
     if "embed_VD" not in state:
         raise UserError("the source has no tensor embed_VD: it is not a decoder's state")
     cfg = target.model
-    model = abstract_decoder(cfg, target.router, target.experts, state["embed_VD"].shape[0])
+    try:
+        model = abstract_decoder(cfg, target.router, target.experts, state["embed_VD"].shape[0])
+    except ValueError as error:
+        raise UserError(f"the target model cannot be built: {error}") from error
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     ledger = open_ledger(list(state), list(shapes), target, method)
     source = Source(states, method.reads_moe, 2 if target.gated else 1)
