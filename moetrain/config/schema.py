@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from moetrain.config.schema_balance import BalanceConfig
 from moetrain.config.schema_data import DataConfig
+from moetrain.config.schema_rope import RopeScaling
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 
 
@@ -86,6 +87,7 @@ class ModelConfig:
     qk_norm: QKNorm = QKNorm.none
     sliding_window: Optional[int] = None  # in tokens, the query's own included
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     init_std: float = 0.02

@@ -5,7 +5,7 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
-from moetrain.config import rules_data, rules_dispatch, rules_model, rules_train
+from moetrain.config import rules_data, rules_dispatch, rules_model, rules_rope, rules_train
 from moetrain.config.rules import at_least
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
 from moetrain.errors import UserError
@@ -13,7 +13,7 @@ from moetrain.errors import UserError
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
-    for rules in (rules_model, rules_data, rules_train, rules_dispatch):
+    for rules in (rules_model, rules_rope, rules_data, rules_train, rules_dispatch):
         for rule in rules.RULES:
             rule(cfg, world)
     warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)
@@ -29,7 +29,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
-    for rule in (*rules_model.RULES, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
+    for rule in (*rules_model.RULES, *rules_rope.RULES, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
 
 

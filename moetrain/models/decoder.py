@@ -154,4 +154,4 @@ class Decoder(nn.Module):
     def _rope(self, positions_BS: Tensor, dtype: torch.dtype) -> Rope:
         head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]
         wide = torch.promote_types(dtype, torch.float32)
-        return rope_table(positions_BS, head_dim, self.cfg.rope_theta, wide)
+        return rope_table(positions_BS, head_dim, self.cfg.rope_theta, wide, self.cfg.rope_scaling)

@@ -1,16 +1,22 @@
 """Rotary position embedding, in the half-split convention of Hugging Face checkpoints.
 
 Shapes: B batch (1 where all rows share their positions), S sequence, N heads, H head width, h = H / 2.
-Source: Su et al. 2021, "RoFormer"; element i is rotated together with element i + h.
+Source: Su et al. 2021, "RoFormer"; element i is rotated together with element i + h. The scalings' sources
+stand in ``config/schema_rope.py``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moetrain.config.schema_rope import RopeKind, RopeScaling
+
+_UNSCALED = RopeScaling()
 
 
 class Rope(NamedTuple):
@@ -20,12 +26,54 @@ class Rope(NamedTuple):
     sin_BS1h: Tensor
 
 
-def rope_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin of position * theta^(-2i / head_dim), in ``dtype`` (fp32 or fp64)."""
+def rope_table(
+    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling = _UNSCALED
+) -> Rope:
+    """cos and sin of position * theta^(-2i / head_dim), scaled, in ``dtype`` (fp32 or fp64)."""
     steps_h = torch.arange(0, head_dim, 2, device=positions_BS.device).to(dtype)
-    angle_BS1h = positions_BS[..., None, None].to(dtype) * (1.0 / theta ** (steps_h / head_dim))
-    cos_BS1h = angle_BS1h.cos()
-    return Rope(torch.cat([cos_BS1h, cos_BS1h], dim=-1), angle_BS1h.sin())
+    frequency_h, size = _scaled(1.0 / theta ** (steps_h / head_dim), theta, scaling)
+    angle_BS1h = positions_BS[..., None, None].to(dtype) * frequency_h
+    cos_BS1h = angle_BS1h.cos().mul_(size)
+    return Rope(torch.cat([cos_BS1h, cos_BS1h], dim=-1), angle_BS1h.sin().mul_(size))
+
+
+def _scaled(frequency_h: Tensor, theta: float, s: RopeScaling) -> tuple[Tensor, float]:
+    """(frequencies in radians a position, what cos and sin are multiplied by)."""
+    if s.kind is RopeKind.none:
+        return frequency_h, 1.0
+    if s.kind is RopeKind.linear:
+        return frequency_h / s.factor, 1.0
+    if s.kind is RopeKind.llama3:
+        return _between(frequency_h, s.factor, _llama3_kept(frequency_h, s)), 1.0
+    size = 0.1 * math.log(s.factor) + 1 if s.attention_factor is None else s.attention_factor
+    return _between(frequency_h, s.factor, _yarn_kept(frequency_h, theta, s)), size
+
+
+def _between(frequency_h: Tensor, factor: float, kept_h: Tensor) -> Tensor:
+    """The frequencies where ``kept_h`` is 1, divided by the factor where it is 0."""
+    return frequency_h * kept_h + frequency_h / factor * (1 - kept_h)
+
+
+def _llama3_kept(frequency_h: Tensor, s: RopeScaling) -> Tensor:
+    """Linear in a pair's turns within the original length."""
+    assert s.original_max_positions is not None
+    turns_h = frequency_h * s.original_max_positions / (2 * math.pi)
+    return ((turns_h - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+
+
+def _yarn_kept(frequency_h: Tensor, theta: float, s: RopeScaling) -> Tensor:
+    """Linear in the number of the pair, between those of ``beta_fast`` and of ``beta_slow`` turns."""
+    assert s.original_max_positions is not None
+    width = 2 * len(frequency_h)
+    first, last = (
+        width * math.log(s.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (s.beta_fast, s.beta_slow)
+    )
+    if s.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)  # the whole width, though there are half as many pairs
+    pair_h = torch.arange(len(frequency_h), device=frequency_h.device).to(frequency_h.dtype)
+    return 1 - ((pair_h - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
 def apply_rope(x_BSNH: Tensor, rope: Rope) -> Tensor:
@@ -43,7 +91,7 @@ def _rotate(x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor, sign: int) -> Te
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so that nothing but the shared table is saved."""
+    """The gradient is the rotation back, scaled alike, so that nothing but the shared table is saved."""
 
     @staticmethod
     def forward(ctx: Any, x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def _model(m: ModelConfig) -> ModelConfig:
     every, dense = min(m.moe_every, 2), min(m.first_dense, 1)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
+    length = m.rope_scaling.original_max_positions
     return replace(
         m,
         vocab_size=VOCAB,
@@ -82,6 +83,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         num_shared_experts=min(m.num_shared_experts, 2),
         d_ff_shared=None if m.d_ff_shared is None else 5,
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
+        rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
 
 

@@ -5,7 +5,7 @@ Importing it skips a test file where transformers is missing. Shapes: B batch, S
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hf_weights import from_hf
 from torch import Tensor
 
 from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models import Decoder
 from moetrain.moe.options import Backend, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -150,7 +151,7 @@ OLMOE = Family(
 )
 LLAMA = Family(  # transformers wants heads that divide the width
     "Llama",
-    {"hidden_size": 66, "intermediate_size": 41, "rms_norm_eps": 1e-5},
+    {"hidden_size": 66, "intermediate_size": 41, "rms_norm_eps": 1e-5, "initializer_range": 0.1},
     {"d_model": 66, "d_ff": 41, "norm_eps": 1e-5},
 )
 LLAMA_TIED = Family(
@@ -177,6 +178,41 @@ QWEN3 = Family(
     {"intermediate_size": 41, "rms_norm_eps": 1e-6},
     {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
 )
+LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
+
+
+def scaled(family: Family, theirs: dict[str, Any], ours: RopeScaling) -> Family:
+    """The family with long sequences and a scaled rope; the original length is in neither argument."""
+    rope = {"rope_type": ours.kind.name, "factor": ours.factor, **theirs}
+    if ours.kind is not RopeKind.linear:
+        rope["original_max_position_embeddings"] = ORIGINAL
+        ours = replace(ours, original_max_positions=ORIGINAL)
+    return replace(
+        family,
+        theirs={**family.theirs, "max_position_embeddings": int(ours.factor * ORIGINAL)},
+        ours={**family.ours, "rope_scaling": ours},
+        rope=rope,
+        seq=LONG,
+    )
+
+
+SCALED = {
+    "llama_linear": scaled(LLAMA, {}, RopeScaling(RopeKind.linear, 2.5)),
+    "llama_llama3": scaled(
+        LLAMA, {"low_freq_factor": 1.0, "high_freq_factor": 4.0}, RopeScaling(RopeKind.llama3, 8.0)
+    ),
+    "llama_tied_llama3": scaled(
+        LLAMA_TIED,
+        {"low_freq_factor": 0.5, "high_freq_factor": 3.0},
+        RopeScaling(RopeKind.llama3, 3.0, low_freq_factor=0.5, high_freq_factor=3.0),
+    ),
+    "llama_yarn": scaled(LLAMA, {}, RopeScaling(RopeKind.yarn, 4.0)),
+    "qwen2_yarn": scaled(
+        QWEN2,
+        {"beta_fast": 4.0, "beta_slow": 0.25, "truncate": False, "attention_factor": 0.7},
+        RopeScaling(RopeKind.yarn, 4.0, beta_fast=4.0, beta_slow=0.25, truncate=False, attention_factor=0.7),
+    ),
+}
 FAMILIES = {
     "mixtral": MIXTRAL,
     "mixtral_window": MIXTRAL_WINDOW,
@@ -191,4 +227,5 @@ FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": QWEN2_TIED,
     "qwen3": QWEN3,
+    **SCALED,
 }

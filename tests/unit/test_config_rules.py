@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
+from dataclasses import replace
 
 import pytest
 
-from moetrain.config import rules_data, rules_model, rules_train
+from moetrain.config import rules_data, rules_model, rules_rope, rules_train
 from moetrain.config import validate as validate_module
 from moetrain.config.compose import compose_train
 from moetrain.config.rules_train import _installed
@@ -21,6 +22,7 @@ from moetrain.config.schema_data import (
     TokenizerConfig,
     TokenizerKind,
 )
+from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.config.validate import validate, validate_generate
 from moetrain.errors import UserError
 
@@ -56,6 +58,7 @@ def base():
 
 NAN, INF = float("nan"), float("inf")
 LOSS = LossConfig()
+LLAMA3, YARN = (RopeScaling(kind, 8.0, 64) for kind in (RopeKind.llama3, RopeKind.yarn))
 LOCALITY, DIRICHLET = LossConfig(LossName.locality), LossConfig(LossName.dirichlet, scope=LossScope.sequence)
 
 REFUSED = [
@@ -70,6 +73,21 @@ REFUSED = [
     ({"model.shared_gate": True}, "model.shared_gate=True is of shared experts"),
     ({"model.sliding_window": 0}, "model.sliding_window=0 must be 1 or more"),
     ({"model.rope_theta": 0.0}, "model.rope_theta=0.0 must be above 0"),
+    ({"model.rope_scaling.factor": 2.0}, "model.rope_scaling.factor=2.0 is not used by", "linear or llama3"),
+    ({"model.rope_scaling": RopeScaling(RopeKind.linear, 0.5)}, "model.rope_scaling.factor=0.5 must be 1 or"),
+    ({"model.rope_scaling": RopeScaling(RopeKind.linear, 2.0, 64)}, "original_max_positions=64 is not used"),
+    ({"model.rope_scaling": RopeScaling(RopeKind.yarn, 2.0)}, "kind=yarn needs model.rope_scaling.original"),
+    ({"model.rope_scaling": RopeScaling(RopeKind.llama3, 2.0)}, "kind=llama3 needs model.rope_scaling.orig"),
+    ({"model.rope_scaling": replace(LLAMA3, original_max_positions=0)}, "original_max_positions=0 must be 1"),
+    ({"model.rope_scaling": replace(LLAMA3, low_freq_factor=0.0)}, "low_freq_factor=0.0 must be above 0"),
+    (
+        {"model.rope_scaling": replace(LLAMA3, low_freq_factor=4.0)},
+        "model.rope_scaling.high_freq_factor=4.0 must be above model.rope_scaling.low_freq_factor=4.0",
+    ),
+    ({"model.rope_scaling": replace(LLAMA3, truncate=False)}, "truncate=False is not used", "take kind=yarn"),
+    ({"model.rope_scaling": replace(YARN, beta_fast=INF)}, "model.rope_scaling.beta_fast=inf must be above"),
+    ({"model.rope_scaling": replace(YARN, attention_factor=0.0)}, "attention_factor=0.0 must be above 0"),
+    ({"model.rope_scaling": YARN, "model.rope_theta": 1.0}, "model.rope_theta=1.0 must be above 1"),
     ({"model.norm_eps": NAN}, "model.norm_eps=nan"),
     ({"experts.block": 0}, "experts.block=0"),
     ({"model.num_heads": 7}, "model.num_heads=7 does not divide model.d_model=240: take 8 heads"),
@@ -237,6 +255,9 @@ ACCEPTED = [
     {"model.num_kv_heads": 3},
     {"model.first_dense": 3},
     {"model.moe_every": 4},
+    {"model.rope_scaling": YARN},
+    {"model.rope_scaling": RopeScaling(RopeKind.linear, 1.0)},
+    {"model.rope_scaling": replace(LLAMA3, low_freq_factor=3.9)},
     {"model.num_shared_experts": 2, "model.d_ff_shared": 1, "model.shared_gate": True},
     {"model.vocab_size": 4096, "data.tokenizer.vocab_size": 4096},
     {"router.top_k": 12},
@@ -277,7 +298,7 @@ def test_accepted(base, changes):
 def test_every_rule_refuses_something(base):
     """Each rule function, called alone, raises for at least one of the cases above."""
     base = change(base, {"data.tokenizer.vocab_size": 512})
-    rules = [*rules_model.RULES, *rules_data.RULES, *rules_train.RULES]
+    rules = [*rules_model.RULES, *rules_rope.RULES, *rules_data.RULES, *rules_train.RULES]
     silent = set(rules) - {rules_train.compiler_is_there, rules_train.tracker_is_installed}
     for changes, *_ in REFUSED:
         cfg = change(base, changes)

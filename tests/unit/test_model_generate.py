@@ -8,6 +8,7 @@ import torch
 from model_cases import VOCAB, decoder, tokens
 from torch import Tensor
 
+from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.errors import UserError
 from moetrain.models import Decoder, KVCache, generate
 from moetrain.models.generate import choose
@@ -21,6 +22,14 @@ def test_cached_pieces_equal_the_full_forward_pass(window: int | None, pieces: l
     for piece in ids.split(pieces, dim=1):
         parts.append(model(piece, cache=cache).hidden_BSD)
     assert cache.length == 11
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).hidden_BSD, rtol=1e-11, atol=1e-11)
+
+
+def test_cached_pieces_with_biases_and_a_scaled_rope() -> None:
+    scaling = RopeScaling(RopeKind.yarn, factor=3.0, original_max_positions=5)
+    model, ids = decoder(qkv_bias=True, rope_scaling=scaling), tokens(3, 11)
+    cache = KVCache(3, 11)
+    parts = [model(piece, cache=cache).hidden_BSD for piece in ids.split([4, 1, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).hidden_BSD, rtol=1e-11, atol=1e-11)
 
 

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from hf_families import BATCH, FAMILIES
+from hf_families import BATCH, FAMILIES, ORIGINAL, SCALED, transformers
 from hf_weights import from_hf
 from torch import Tensor
 
-from moetrain.models import Decoder, cross_entropy_sum
+from moetrain.config.schema_rope import RopeKind, RopeScaling
+from moetrain.models import Decoder, cross_entropy_sum, generate
+from moetrain.models.rope import rope_table
 
 
 def assert_alike(theirs: Any, ours: Decoder, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
     """Logits of what ``mask`` [B, S] says is no padding, the loss, and the gradient of every parameter."""
     dtype = ours.embed_VD.dtype
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 5e-6, "atol": 5e-6}
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-6, "atol": 2e-6}
     reference = theirs(ids, attention_mask=mask, labels=labels, use_cache=False)
     hidden = ours(ids).hidden_BSD
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -63,3 +65,41 @@ def test_logits_by_the_default_backend(name: str) -> None:
     theirs, ours = family.build(torch.float32, "auto")
     ids, _ = family.batch()
     torch.testing.assert_close(ours.logits(ours(ids).hidden_BSD), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn"])
+def test_generation_with_a_cache_goes_beyond_the_original_positions(name: str) -> None:
+    theirs, ours = SCALED[name].build(torch.float32)
+    prompt = SCALED[name].batch()[0][:1, :5]
+    new = ORIGINAL + 3
+    reference = theirs.generate(prompt, max_new_tokens=new, do_sample=False)[0, 5:].tolist()
+    assert len(set(reference)) > 5
+    assert generate(ours, prompt[0].tolist(), new, temperature=0) == reference
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LARGE = [  # head width, rope_theta, scaling, theirs
+    (128, 5e5, RopeScaling(RopeKind.llama3, 8.0, 8192), LLAMA3),  # Llama-3.1-8B
+    (64, 5e5, RopeScaling(RopeKind.llama3, 32.0, 8192), LLAMA3),  # Llama-3.2-1B
+    (128, 1e6, RopeScaling(RopeKind.yarn, 4.0, 32768), {}),  # Qwen2.5 and Qwen3 for 128 k
+    (128, 1e4, RopeScaling(RopeKind.yarn, 16.0, 4096, truncate=False), {"truncate": False}),
+    (64, 1e4, RopeScaling(RopeKind.yarn, 3.0, 5), {}),  # hardly a turn: the bounds meet
+    (64, 1e2, RopeScaling(RopeKind.yarn, 2.0, 8192), {}),  # every pair turns: the upper bound is past all
+]
+
+
+@pytest.mark.parametrize(("width", "theta", "scaling", "theirs"), LARGE)
+def test_frequencies_of_published_sizes_and_at_the_edges(
+    width: int, theta: float, scaling: RopeScaling, theirs: dict[str, Any]
+) -> None:
+    rope = {"rope_type": scaling.kind.name, "rope_theta": theta, "factor": scaling.factor, **theirs}
+    rope["original_max_position_embeddings"] = scaling.original_max_positions
+    config = transformers.LlamaConfig(
+        head_dim=width, rope_parameters=rope, max_position_embeddings=131072, num_hidden_layers=1
+    )
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[scaling.kind.name]
+    frequency, size = compute(config, torch.device("cpu"))
+    table = rope_table(torch.ones(1, 1), width, theta, torch.float32, scaling)
+    cos, sin = table.cos_BS1H[0, 0, 0, : width // 2], table.sin_BS1h[0, 0, 0]
+    torch.testing.assert_close(torch.atan2(sin, cos), frequency, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.hypot(sin, cos), torch.full((width // 2,), size))

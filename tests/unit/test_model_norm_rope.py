@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import apply_rope, rope_table
 
@@ -79,3 +80,13 @@ def test_rope_rotates_bf16_in_fp32() -> None:
     table = rope_table(torch.arange(1000, 1007)[None], 8, 1e4, torch.float32)
     x = torch.randn(1, 7, 3, 8).bfloat16()
     assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())
+
+
+def test_the_gradient_of_a_scaled_rotation_that_also_lengthens() -> None:
+    torch.manual_seed(0)
+    scaling = RopeScaling(RopeKind.yarn, factor=3.0, original_max_positions=5)
+    table = rope_table(torch.arange(4, 9)[None], 6, 71.0, torch.float64, scaling)
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
+    y = apply_rope(x, table)
+    torch.testing.assert_close(y.norm(), x.norm() * (0.1 * math.log(3) + 1))
+    assert gradcheck(lambda x: apply_rope(x, table), (x,))

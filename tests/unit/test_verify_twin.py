@@ -7,7 +7,7 @@ import pytest
 from moetrain.config.compose import compose_train
 from moetrain.config.validate import smallest_world
 from moetrain.verify.certificate import proof_hash
-from moetrain.verify.twin import twin_of
+from moetrain.verify.twin import SEQ, twin_of
 
 
 def twin(world: int, *overrides: str, most: int = 8):
@@ -43,6 +43,16 @@ def test_published_shapes_keep_their_structure(experiment):
     grouped = cfg.model.num_kv_heads not in (None, cfg.model.num_heads)
     assert (small.model.num_kv_heads < small.model.num_heads) == grouped
     assert small.model.d_model * small.model.num_layers < 100
+
+
+def test_what_a_published_model_adds_is_in_the_twin():
+    options = ["num_shared_experts=4", "d_ff_shared=5632", "shared_gate=true", "qkv_bias=true"]
+    rope = ["kind=yarn", "factor=4", "original_max_positions=32768"]
+    model = twin(2, *(f"model.{o}" for o in options), *(f"model.rope_scaling.{r}" for r in rope)).cfg.model
+    assert (model.num_shared_experts, model.shared_gate, model.qkv_bias) == (2, True, True)
+    assert model.d_ff_shared not in (None, 2 * model.d_ff_expert)
+    assert model.rope_scaling.original_max_positions < SEQ
+    assert (model.rope_scaling.kind.name, model.rope_scaling.factor) == ("yarn", 4.0)
 
 
 @pytest.mark.parametrize(("ep", "layout"), [(2, (2, 1)), (4, (4, 2)), (64, (4, 2)), (8, (8, 4))])

@@ -1,0 +1,33 @@
+"""The ``model.rope_scaling`` section of the typed configuration: positions beyond those first trained on."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+
+class RopeKind(Enum):
+    """``linear``: every frequency divided by the factor (Chen et al. 2023, arXiv:2306.15595).
+
+    ``llama3``: low ones divided, high ones kept (Grattafiori et al. 2024, arXiv:2407.21783). ``yarn``: the
+    same by parts, and larger attention scores (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Numbers that ``kind`` does not read keep their defaults. A turn is a full rotation of a pair."""
+
+    kind: RopeKind = RopeKind.none
+    factor: float = 1.0  # how many times the original positions
+    original_max_positions: Optional[int] = None  # llama3, yarn: the length trained on before scaling
+    low_freq_factor: float = 1.0  # llama3: pairs of at most so many turns in the original length are divided
+    high_freq_factor: float = 4.0  # llama3: pairs of at least so many are kept
+    beta_fast: float = 32.0  # yarn: pairs of at least about so many turns are kept
+    beta_slow: float = 1.0  # yarn: pairs of at most about so many are divided
+    truncate: bool = True  # yarn: the bounds of the two as whole pairs
+    attention_factor: Optional[float] = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
