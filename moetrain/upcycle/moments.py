@@ -25,9 +25,10 @@ _ELSEWHERE = "embed_VD"  # routers and embeddings are of one kind for every opti
 
 
 def layer_moments(
-    source: Source, plan: Plan, layer: int, router: dict[str, torch.Size]
+    source: Source, plan: Plan, layer: int, fresh: dict[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(``optim.<parameter>.<key>``, tensor) of the layer's new parameters; ``router``: shapes of its own.
+    """(``optim.<parameter>.<key>``, tensor) of the layer's new parameters; ``fresh``: shapes of
+    the parameters that no weight was copied to.
 
     UserError for state that is neither AdamW's nor Muon's, or that one of the matrices lacks.
     """
@@ -52,14 +53,13 @@ def layer_moments(
             clear_fresh(experts, plan.fresh_EMF)
         yield optim_name(names[0], key), experts.w_gate_up_SDP
         yield optim_name(names[1], key), experts.w_down_SFD
-        if plan.shared_Q is not None:
-            dense = take_shared(networks, plan.shared_Q, source.columns)
+        if (dense := take_shared(networks, plan, source.columns, POWER[key])) is not None:
             yield optim_name(shared[0], key), dense.w_gate_up_PD
             yield optim_name(shared[1], key), dense.w_down_DF
     if source.reads_moe:
         yield from _copied_router(source, plan, start + ROUTER[0])
     else:
-        yield from _new_router(source, router.items())
+        yield from _from_zero(source, fresh.items())
 
 
 def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -68,8 +68,8 @@ def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str,
         yield optim_name(name, key), old if key == STEP else old[plan.source_E]
 
 
-def _new_router(source: Source, router: Iterable[tuple[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in router:
+def _from_zero(source: Source, fresh: Iterable[tuple[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in fresh:
         for key in source.keys(_ELSEWHERE):
             old = source.states[0][optim_name(_ELSEWHERE, key)]
             yield optim_name(name, key), torch.zeros(() if key == STEP else shape, dtype=old.dtype)

@@ -13,6 +13,7 @@ from moetrain.upcycle.target import Target
 DENSE = ("w_gate_up_PD", "w_down_DF")
 EXPERTS = ("experts.w_gate_up_EDF2", "experts.w_down_EFD")
 SHARED = ("shared.w_gate_up_PD", "shared.w_down_DF")
+SHARED_GATE = "shared_gate_1D"
 ROUTER = ("router.weight_ED", "router.bias_E")
 OPTIM = "optim."
 
@@ -65,6 +66,7 @@ def _made(wanted: Iterable[str], target: Target, method: Method[MethodOptions], 
     made = [start + name for name in EXPERTS]
     if method.fills_shared and target.model.num_shared_experts:
         made += [start + name for name in SHARED]
+        made += [start + SHARED_GATE] if target.model.shared_gate else []
     if method.reads_moe:
         return made + [start + name for name in ROUTER]
     return made + [name for name in wanted if name.startswith(start + "router.")]

@@ -21,7 +21,8 @@ class Plan:
 
     up_scale, down_scale  factors of gate and up, and of down.
     fresh_EMF   bool: entries that are drawn anew after the copy; None: none are.
-    shared_Q    units of network 0 that the shared expert takes, unscaled; None: there is no shared expert.
+    shared_Q    units of network 0 that the shared expert takes; None: there is no shared expert.
+    shared_scale  factor of its down projection.
     router_group  neighbouring experts that share one new router row.
     bias_scale    factor of a selection bias that is copied with its router row.
     """
@@ -32,6 +33,7 @@ class Plan:
     down_scale: float = 1.0
     fresh_EMF: Tensor | None = None
     shared_Q: Tensor | None = None
+    shared_scale: float = 1.0
     router_group: int = 1
     bias_scale: float = 1.0
 
@@ -59,11 +61,14 @@ def take_experts(networks: Networks, plan: Plan, columns: int, power: int = 1) -
     return Networks(taken_up.flatten(-2), taken_down)
 
 
-def take_shared(networks: Networks, shared_Q: Tensor, columns: int) -> DenseLayer:
-    """The shared expert, of the first network's units."""
+def take_shared(networks: Networks, plan: Plan, columns: int, power: int = 1) -> DenseLayer | None:
+    """The shared expert, of the first network's units, if the plan has one."""
+    if plan.shared_Q is None:
+        return None
     split_CND = networks.w_gate_up_SDP[0].t().unflatten(0, (columns, -1))
-    up_PD = split_CND.index_select(1, shared_Q).flatten(0, 1)
-    return DenseLayer(up_PD, networks.w_down_SFD[0].index_select(0, shared_Q).t().contiguous())
+    up_PD = split_CND.index_select(1, plan.shared_Q).flatten(0, 1)
+    down_DQ = networks.w_down_SFD[0].index_select(0, plan.shared_Q).t().contiguous()
+    return DenseLayer(up_PD, scaled(down_DQ, plan.shared_scale**power))
 
 
 def clear_fresh(experts: Networks, fresh_EMF: Tensor) -> None:

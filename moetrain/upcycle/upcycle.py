@@ -20,7 +20,7 @@ from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.method import Job, Method, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
 from moetrain.upcycle.moments import layer_moments
-from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, Ledger, open_ledger, prefix
+from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, Ledger, open_ledger, prefix
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, take_experts, take_shared
@@ -86,10 +86,12 @@ class Upcycling:
         named = [(prefix(layer) + name, tensor) for name, tensor in new.items()]
         if not self.method.options.carry_optimizer:
             return named
-        router = {
-            name: tensor.shape for name, tensor in named if ".router." in name and name in self.parameters
+        fresh = {
+            name: tensor.shape
+            for name, tensor in named
+            if name in self.parameters and (".router." in name or name.endswith(SHARED_GATE))
         }
-        return named + list(layer_moments(self.source, plan, layer, router))
+        return named + list(layer_moments(self.source, plan, layer, fresh))
 
     def _router(
         self, plan: Plan, networks: Networks, layer: int, calibration: LayerCalibration | None
@@ -116,9 +118,10 @@ def upcycle_layer(
     experts = take_experts(networks, plan, columns)
     method.redraw(experts, plan, job, layer)
     made = dict(zip(EXPERTS, (experts.w_gate_up_SDP, experts.w_down_SFD), strict=True))
-    if plan.shared_Q is not None:
-        shared = take_shared(networks, plan.shared_Q, columns)
+    if (shared := take_shared(networks, plan, columns)) is not None:
         made |= zip(SHARED, (shared.w_gate_up_PD, shared.w_down_DF), strict=True)
+        if job.target.model.shared_gate:
+            made[SHARED_GATE] = shared.w_down_DF.new_zeros(1, job.target.model.d_model)
     return made
 
 

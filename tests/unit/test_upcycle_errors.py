@@ -62,8 +62,8 @@ def test_slices_must_come_out_even() -> None:
 
 def test_parts_must_add_up() -> None:
     sizes = {"d_ff": 35, "d_ff_expert": 5, "num_experts": 6}
-    refused(SplitOptions(), "(6 + 0) 5 = 30|d_ff=35", **sizes)
-    refused(SplitOptions(), "(6 + 2) 5 = 40|d_ff=35", num_shared_experts=2, **sizes)
+    refused(SplitOptions(), "6 * 5 + 0 = 30|d_ff=35", **sizes)
+    refused(SplitOptions(), "6 * 5 + 10 = 40|d_ff=35", num_shared_experts=2, **sizes)
     sizes["num_experts"] = 7
     refused(SplitOptions(), "router=expert_choice|scale", RouterConfig(name="expert_choice"), **sizes)
     refused(SplitOptions(scale=0.0), "scale=0.0", **sizes)

@@ -143,9 +143,10 @@ def test_what_is_drawn_anew_has_no_moments(independent: bool) -> None:
                 assert bool(gate_up_down(second, 1, 2)[m][e, f].any()) is bool(from_F.any())
 
 
-def test_a_shared_experts_moments_are_unscaled() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shared_experts_moments_are_scaled_where_it_is(gated: bool) -> None:
     state = with_optimizer(dense_state(d_ff=35))
-    sizes = {"d_ff": 35, "d_ff_expert": 5, "num_experts": 5, "num_shared_experts": 2}
+    sizes = {"d_ff": 35, "d_ff_expert": 5, "num_experts": 5, "num_shared_experts": 2, "shared_gate": gated}
     hidden = torch.randn(7, 35, generator=torch.Generator().manual_seed(1))
     calibration = {layer: LayerCalibration(hidden_TF=hidden) for layer in (0, 1)}
     result = carried(SplitOptions(carry_optimizer=True), state, calibration=calibration, **sizes)
@@ -153,7 +154,10 @@ def test_a_shared_experts_moments_are_unscaled() -> None:
         new, old = moments(result, key), moments(state, key)[FF + "w_down_DF"]
         shared = new[FF + "shared.w_down_DF"]
         strongest = hidden.abs().mean(0).topk(10).indices.sort().values
+        shared = shared * (2**power if gated else 1)
         assert torch.equal(shared, old[:, strongest])
+        if gated:
+            assert not new[FF + "shared_gate_1D"].any()
         rest = new[FF + "experts.w_down_EFD"].sum() * 5**power
         torch.testing.assert_close(rest + shared.sum(), old.sum())
     assert moments(result, "step")[FF + "shared.w_gate_up_PD"] == 11

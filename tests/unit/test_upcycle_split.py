@@ -20,6 +20,7 @@ from moetrain.upcycle.cluster import balanced_kmeans
 
 SIZES = {"d_ff": 35, "d_ff_expert": 5, "num_experts": 7}
 SHARED = {"d_ff": 35, "d_ff_expert": 5, "num_experts": 5, "num_shared_experts": 2}
+GATED = {**SHARED, "num_shared_experts": 1, "d_ff_shared": 10, "shared_gate": True}
 EVEN = RouterStart.zeros
 
 
@@ -34,7 +35,7 @@ def calibration(activation: str = "swiglu") -> dict[int, LayerCalibration]:
 
 
 @pytest.mark.parametrize("by", list(SplitBy))
-@pytest.mark.parametrize("sizes", [SIZES, SHARED])
+@pytest.mark.parametrize("sizes", [SIZES, SHARED, GATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_all_experts_at_even_weights_are_the_network(
     activation: str, sizes: dict[str, int], by: SplitBy

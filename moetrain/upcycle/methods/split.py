@@ -40,7 +40,8 @@ class SplitBy(Enum):
 
 @dataclass(frozen=True)
 class SplitOptions(MethodOptions):
-    """A shared expert takes the units with the largest mean |activation|, unscaled."""
+    """A shared expert takes the units with the largest mean |activation|. Its gate starts at zero, where it
+    halves the expert, whose down projection is doubled."""
 
     name: str = "split"
     by: SplitBy = SplitBy.random
@@ -52,12 +53,12 @@ class Split(Method[SplitOptions]):
     fills_shared = True
 
     def check(self, job: Job) -> None:
-        cfg = job.target.model
-        held = (cfg.num_experts + cfg.num_shared_experts) * cfg.d_ff_expert
+        cfg, shared = job.target.model, job.target.d_ff_shared
+        held = cfg.num_experts * cfg.d_ff_expert + shared
         if held != job.d_ff:
             raise UserError(
-                f"(num_experts + num_shared_experts) d_ff_expert = ({cfg.num_experts} + "
-                f"{cfg.num_shared_experts}) {cfg.d_ff_expert} = {held} must be the source's d_ff={job.d_ff}"
+                f"num_experts * d_ff_expert + shared units = {cfg.num_experts} * {cfg.d_ff_expert} + "
+                f"{shared} = {held} must be the source's d_ff={job.d_ff}"
             )
         if not self._scale(job) > 0:
             raise UserError(f"upcycle.scale={self.options.scale} must be positive, or null")
@@ -70,11 +71,17 @@ class Split(Method[SplitOptions]):
             hidden_TN = need(calibration, "hidden_TF", job.d_ff, layer, wanted_by).double().abs()
         if cfg.num_shared_experts and hidden_TN is not None:
             order_N = hidden_TN.mean(0).sort(descending=True, stable=True).indices
-            width = cfg.num_shared_experts * cfg.d_ff_expert
+            width = job.target.d_ff_shared
             shared_Q, rest = order_N[:width].sort().values, order_N[width:].sort().values
         groups_EF = self._deal(rest, hidden_TN, cfg.num_experts, generator(job.seed, layer, "split"))
         source_E = torch.zeros(cfg.num_experts, dtype=torch.int64)
-        return Plan(source_E, groups_EF, down_scale=self._scale(job), shared_Q=shared_Q)
+        return Plan(
+            source_E,
+            groups_EF,
+            down_scale=self._scale(job),
+            shared_Q=shared_Q,
+            shared_scale=2.0 if cfg.shared_gate else 1.0,
+        )
 
     def promise(self, job: Job) -> Promise:
         combine, num_experts = job.target.combine, job.target.model.num_experts
