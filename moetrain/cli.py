@@ -36,7 +36,8 @@ moetrain: train Mixture-of-Experts language models
   moetrain verify parallel.ep=2 parallel.dp_shard=4               prove a layout equal to one process
   moetrain generate checkpoint=runs/mine prompt="def "            let a trained model write
   moetrain convert source=/models/llama target=llama              Hugging Face or GGUF in
-  moetrain train init_from=llama                                  train on from there
+  moetrain upcycle source=llama target=moe model.num_experts=8    a dense model becomes an MoE
+  moetrain train init_from=moe                                    train on from there
   moetrain export checkpoint=runs/mine target=out                 and out to Hugging Face
   moetrain report runs/mine runs/other                            plots and tables in one HTML file
   moetrain status runs/mine                                       where a run stands
@@ -111,6 +112,12 @@ def _convert(args: list[str]) -> int:
     return convert_command(args)
 
 
+def _upcycle(args: list[str]) -> int:
+    from moetrain.config.app import upcycle_command
+
+    return upcycle_command(args)
+
+
 def _export(args: list[str]) -> int:
     from moetrain.config.app import export_command
 
@@ -165,6 +172,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": _verify,
     "generate": _generate,
     "convert": _convert,
+    "upcycle": _upcycle,
     "export": _export,
     "report": _report,
     "status": _status,

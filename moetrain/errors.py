@@ -21,6 +21,12 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+class ProofError(UserError):
+    """What was promised to be equal is not."""
+
+    exit_code = 1
+
+
 def write_error_file(line: str) -> None:
     """Leave ``line`` where torchrun looks for it: it shows that of the first rank to fail."""
     if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):

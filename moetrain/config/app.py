@@ -1,4 +1,4 @@
-"""The Hydra commands: ``moetrain train``, ``verify``, ``generate``, ``convert``, ``export``.
+"""The Hydra commands: ``moetrain train``, ``verify``, ``generate``, ``convert``, ``upcycle``, ``export``.
 
 A single run is composed here and handed over as a frozen object; nothing is written before it is valid.
 Sweeps (``sweep.py``) and printed pages (``pages.py``) go through ``hydra.main``.
@@ -14,7 +14,8 @@ from moetrain.config.launch import is_rank_0, world_size
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.schema_convert import ConvertConfig, ExportConfig
-from moetrain.config.validate import validate, validate_generate, validate_verify
+from moetrain.config.schema_upcycle import UpcycleConfig
+from moetrain.config.validate import validate, validate_generate, validate_upcycle, validate_verify
 from moetrain.errors import UserError
 
 T = TypeVar("T")
@@ -84,6 +85,17 @@ def export_command(argv: list[str]) -> int:
     from moetrain.convert.exporting import export
 
     return export(cfg)
+
+
+def upcycle_command(argv: list[str]) -> int:
+    """``moetrain upcycle ...``; returns the exit code. Raises UserError for what the user can mend."""
+    cfg = _composed("upcycle", UpcycleConfig, argv)
+    if cfg is None:
+        return 0
+    validate_upcycle(cfg)
+    from moetrain.convert.upcycling import upcycle
+
+    return upcycle(cfg)
 
 
 def _composed(command: str, root: type[T], argv: list[str]) -> T | None:

@@ -56,6 +56,20 @@ upcycle and export read. Tensor by tensor; every tensor is used once or nothing 
 
 Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 """,
+    "upcycle": """\
+moetrain upcycle source=FOLDER target=FOLDER model.num_experts=8 router.top_k=2 [method=copy] [key=value ...]
+
+Makes an MoE model of a dense one (a run, a converted or a Hugging Face folder); method=grow makes a larger
+one of an MoE. Takes what train takes, of the model to come. Prints the parameters before and after, whether
+the method keeps the function and why, and compares both models' logits on held-out text.
+
+  moetrain upcycle source=smollm2 target=moe model.num_experts=8 router.top_k=2
+  moetrain upcycle source=dense target=moe method=granular model.num_experts=16 model.d_ff_expert=768 \\
+      router.top_k=2
+  moetrain upcycle source=en target=moe method=join 'donors=[fr,es]' model.num_experts=6 data=domains
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
+""",
     "export": """\
 moetrain export checkpoint=RUN target=FOLDER [family=auto] [dtype=keep]
 
@@ -72,7 +86,7 @@ Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 def app_help(command: str, config_dir: str | None = None) -> str:
     """Usage, flags and groups; the composed config follows it."""
     text = _USAGE[command]
-    if command in ("train", "verify"):
+    if command in ("train", "verify", "upcycle"):
         groups = "\n".join(f"  {g:<12}{', '.join(names)}" for g, names in group_options(config_dir).items())
         text += f"\nGroups and their options:\n{groups}\n"
     return f"{text}\nKeys and their values:\n"

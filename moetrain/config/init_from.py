@@ -1,4 +1,4 @@
-"""``init_from``: the model that a training starts from decides ``model``, ``router`` and the tokenizer.
+"""``init_from`` and ``source``: the model that is read decides ``model``, ``router`` and the tokenizer.
 
 Its values stand between the defaults and the command line: what the user says still comes last, and must fit.
 """
@@ -10,49 +10,56 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetrain.config.schema import TrainConfig, VerifyConfig
+from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.errors import UserError
 
 if TYPE_CHECKING:
     from moetrain.models.hf.family import ModelSpec
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
+_KEY: dict[type, str] = {TrainConfig: "init_from", VerifyConfig: "init_from", UpcycleConfig: "source"}
 
 
-def source_overrides(overrides: list[str]) -> list[str]:
-    """What ``init_from=`` among ``overrides`` adds before them; nothing where there is none.
+def source_overrides(root: type, overrides: list[str]) -> list[str]:
+    """What the model that ``overrides`` name adds before them; nothing where there is none.
 
     A whole group chosen by the user (``model=``, ``router=``, ``experts=``) is left to him, and the
     tokenizer too where he names one. Raises UserError for a path that is neither kind of folder.
     """
     given = dict(o.lstrip("+").partition("=")[::2] for o in overrides)
-    value = given.get("init_from", "null").strip("'\"")
+    key = _KEY.get(root)
+    value = given.get(key, "null").strip("'\"") if key is not None else "null"
     if value in ("null", ""):
         return []
     path = Path(value).expanduser()
-    found = spec_overrides(read_spec(path))
+    spec = read_spec(path, str(key))
+    found = spec_overrides(spec)
+    if root is UpcycleConfig and not spec.model.num_experts:
+        found.append(f"model.d_ff_expert={spec.model.d_ff}")  # what whole networks as experts need
     if not any(key.startswith("data.tokenizer") for key in given):
-        tokenizer = path / "tokenizer" if (path / _CONFIG).is_file() else path
+        tokenizer = path / "tokenizer" if (path / CONFIG).is_file() else path
         found += ["data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer.absolute()}"]
     groups = [group for group in ("model", "router", "experts") if group in given]
     chosen = tuple(f"{group}{mark}" for group in groups for mark in ".=")
     return [override for override in found if not override.startswith(chosen)]
 
 
-def read_spec(path: Path) -> ModelSpec:
-    """What the model in a run folder, a converted one or a Hugging Face folder is."""
+def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
+    """What the model in a run folder, a converted one or a Hugging Face folder is; ``key`` named it."""
     from moetrain.models.hf import Fields, ModelSpec, family_of
     from moetrain.models.hf.source import read_json
 
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(
-            f"init_from={path} {what}: give a run folder, a folder made by moetrain convert or upcycle, or a "
+            f"{key}={path} {what}: give a run folder, a folder made by moetrain convert or upcycle, or a "
             "Hugging Face folder (a GGUF file: moetrain convert it first)"
         )
-    if (path / _CONFIG).is_file():
+    if (path / CONFIG).is_file():
         from moetrain.config.compose import load_yaml
 
-        cfg = load_yaml(path / _CONFIG)
+        cfg = load_yaml(path / CONFIG)
         model = cfg.model
         if model.vocab_size is None:
             from moetrain.data import load_tokenizer
@@ -61,7 +68,7 @@ def read_spec(path: Path) -> ModelSpec:
         return ModelSpec(model, cfg.router, cfg.experts)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"init_from={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
+            f"{key}={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
         )
     where = f"{path}: config.json"
     config = read_json(path / "config.json")
@@ -70,10 +77,10 @@ def read_spec(path: Path) -> ModelSpec:
 
 def spec_overrides(spec: ModelSpec) -> list[str]:
     """Hydra overrides under which a config describes just ``spec``."""
+    router = [f"router={spec.router.name}", *_values("router", spec.router, without=("name",))]
     return [
         *_values("model", spec.model),
-        f"router={spec.router.name}",
-        *_values("router", spec.router, without=("name",)),
+        *(router if spec.model.num_experts else []),
         f"experts.activation={spec.experts.activation.name}",
     ]
 

@@ -162,6 +162,11 @@ def resume_exists(cfg: TrainConfig, world: int) -> None:
         raise UserError(f"resume={cfg.resume} does not exist: give auto, none, or the path of a checkpoint")
 
 
+def optimizer_starts_somewhere(cfg: TrainConfig, world: int) -> None:
+    if cfg.init_optimizer and cfg.init_from is None:
+        raise UserError("init_optimizer=true needs init_from: the folder that holds the optimizer's state")
+
+
 def comparison_is_sane(cfg: TrainConfig, world: int) -> None:
     compare = cfg.compare
     if not compare.arms:
@@ -238,6 +243,7 @@ RULES = (
     tracker_is_installed,
     run_folder_is_sane,
     resume_exists,
+    optimizer_starts_somewhere,
     comparison_is_sane,
 )
 WARNINGS = (ends_with_its_schedule,)

@@ -249,6 +249,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
+    init_optimizer: bool = False  # take the optimizer's state from there too
     resume: str = "auto"  # auto | none | a checkpoint's path
     plugins: list[str] = field(default_factory=list)
 

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from moetrain.config import schema as s
 from moetrain.config import schema_convert as c
 from moetrain.config import schema_data as d
+from moetrain.config import schema_upcycle as u
 from moetrain.config.editable import editable
 from moetrain.config.names import nearest
 from moetrain.errors import UserError
@@ -28,12 +29,20 @@ from moetrain.errors import UserError
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 # The key of each polymorphic group that names the class of its other keys.
-TAGS = {"router": "name", "data": "source", "optim": "name", "engine": "name", "tracker": "name"}
+TAGS = {
+    "router": "name",
+    "data": "source",
+    "optim": "name",
+    "engine": "name",
+    "tracker": "name",
+    "method": "name",
+}
 
 
 def variants() -> dict[str, dict[str, type]]:
     """Group -> value of its tag -> frozen class. The routers are whatever is registered by now."""
     from moetrain.moe.routers import ROUTERS
+    from moetrain.upcycle import METHODS
 
     return {
         "router": {name: spec.options for name, spec in ROUTERS.items()},
@@ -47,6 +56,7 @@ def variants() -> dict[str, dict[str, type]]:
         "optim": {"adamw": s.AdamWConfig, "muon": s.MuonConfig},
         "engine": {"native": s.EngineConfig},
         "tracker": {"jsonl": s.JsonlTracker, "wandb": s.WandbTracker, "tensorboard": s.TensorboardTracker},
+        "method": {name: spec.options for name, spec in METHODS.items()},
     }
 
 
@@ -84,6 +94,7 @@ def _register(routers: tuple[str, ...]) -> None:
     store.store(name="_generate", node=editable(s.GenerateConfig))
     store.store(name="_convert", node=editable(c.ConvertConfig))
     store.store(name="_export", node=editable(c.ExportConfig))
+    store.store(name="_upcycle", node=editable(u.UpcycleConfig))
     for group, classes in variants().items():
         for name, cls in classes.items():
             node = OmegaConf.structured(editable(cls))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from moetrain.config import rules_data, rules_dispatch, rules_model, rules_rope, rules_train
 from moetrain.config.rules import at_least
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
+from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.errors import UserError
 
 
@@ -31,6 +32,15 @@ def validate_verify(cfg: VerifyConfig) -> None:
         )
     for rule in (*rules_model.RULES, *rules_rope.RULES, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
+
+
+def validate_upcycle(cfg: UpcycleConfig) -> None:
+    """Check the model that is to be made, and the text; raises UserError for the first broken rule."""
+    for name in ("proof_tokens", "calibration_tokens"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
+    for rule in (*rules_model.RULES, *rules_data.RULES):
+        rule(cfg, 1)
 
 
 def validate_generate(cfg: GenerateConfig) -> None:

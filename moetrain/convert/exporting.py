@@ -10,51 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.init_from import read_spec
 from moetrain.config.schema_convert import ExportConfig, StoredDtype
 from moetrain.convert.model_folder import new_folder
+from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.convert.progress import progress
-from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
-from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
-from moetrain.train.checkpoint_read import run_of
-from moetrain.train.checkpoint_stream import StoredTensors
-from moetrain.train.sample import TOKENIZER
-from moetrain.train.state_dict import MODEL
 
 MANIFEST = "moetrain_export.json"
 _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
+_LISTED = 8  # complaints in one message
 _OTHER_WORDS = ("torch_dtype", "rope_theta", "rope_scaling", "layer_types")  # for what a family writes
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # by another family too
 
 
 def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
-    stored = StoredTensors(Path(cfg.checkpoint).expanduser(), MODEL)
-    run_dir = run_of(stored.path)
-    spec = read_spec(run_dir)
-    family = _family(cfg.family, spec)
-    tokenizer = load_tokenizer(run_dir / TOKENIZER)
-    pieces = _pieces(family, spec, stored)
+    model = open_model(Path(cfg.checkpoint).expanduser())
+    family = _family(cfg.family, model.spec)
+    pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)
     infos = {
-        name: TensorInfo(piece.shape, dtype or stored.tensors[ours].dtype)
+        name: TensorInfo(piece.shape, dtype or model.infos[ours].dtype)
         for name, (ours, piece) in pieces.items()
     }
     total = sum(info.nbytes for info in infos.values())
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
-        carry_files(run_dir / CARRIED, folder)
-        _save_tokenizer(tokenizer, folder)
-        config = _config(family, spec, run_dir, tokenizer, infos)
+        model.carry(folder)
+        config = _config(family, model, folder / "config.json", infos)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        read = _reader(stored, pieces, dtype, advance)
+        if not (folder / "tokenizer.json").is_file():
+            model.tokenizer.save(folder)
+        read = _reader(model, pieces, dtype, advance)
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
-        manifest = {"checkpoint": str(stored.path.absolute()), "family": family.model_type, "tensors": hashes}
+        manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     print(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
     return 0
@@ -77,28 +70,25 @@ def _family(name: str, spec: ModelSpec) -> Family:
     raise UserError(f"family={name} cannot express this model: {why.removeprefix(f'{name}: ')}{hint}")
 
 
-def _pieces(family: Family, spec: ModelSpec, stored: StoredTensors) -> dict[str, tuple[str, Piece]]:
+def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
     """Their name -> our name and the piece of it. Every stored tensor is used, or is refused."""
-    table = family.table(spec)
-    complaints = [f"{name} is not in the checkpoint" for name in table if name not in stored.tensors]
-    complaints += [
-        f"{name} has no place in {family.model_type}" for name in stored.tensors if name not in table
-    ]
-    complaints += [
-        f"{name} is {list(stored.tensors[name].shape)}, not {list(tiled.shape)}"
-        for name, tiled in table.items()
-        if name in stored.tensors and stored.tensors[name].shape != tiled.shape
-    ]
+    table, stored = family.table(model.spec), model.weights
+    complaints = [f"{name} is not in the checkpoint" for name in table if name not in stored]
+    complaints += [f"{name} has no place in {family.model_type}" for name in stored if name not in table]
     for name, tiled in table.items():
-        if not tiled.pieces and name in stored.tensors and bool(stored.read(name).any()):
+        if name not in stored:
+            continue
+        if stored[name].shape != tiled.shape:
+            complaints.append(f"{name} is {list(stored[name].shape)}, not {list(tiled.shape)}")
+        elif not tiled.pieces and bool(model.read(name).any()):
             complaints.append(f"{name} is not zero, and {family.model_type} has no such tensor")
     if complaints:
-        raise UserError(f"{stored.path} cannot be exported: {'; '.join(complaints[:8])}")
+        raise UserError(f"{model.path} cannot be exported: {'; '.join(complaints[:_LISTED])}")
     return {piece.theirs: (ours, piece) for ours, tiled in table.items() for piece in tiled.pieces}
 
 
 def _reader(
-    stored: StoredTensors,
+    model: StoredModel,
     pieces: dict[str, tuple[str, Piece]],
     dtype: torch.dtype | None,
     advance: Callable[[int], None],
@@ -110,7 +100,7 @@ def _reader(
         ours, piece = pieces[name]
         if ours not in held:
             held.clear()
-            held[ours] = stored.read(ours)
+            held[ours] = model.read(ours)
         tensor = piece.to_theirs(held[ours])
         tensor = tensor if dtype is None else tensor.to(dtype)
         advance(tensor.nbytes)
@@ -120,22 +110,15 @@ def _reader(
 
 
 def _config(
-    family: Family, spec: ModelSpec, run_dir: Path, tokenizer: Tokenizer, infos: dict[str, TensorInfo]
+    family: Family, model: StoredModel, carried: Path, infos: dict[str, TensorInfo]
 ) -> dict[str, Any]:
     """The family's keys over those that came with the model, all of them if it was of this family."""
-    file = run_dir / CARRIED / "config.json"
-    before = read_json(file) if file.is_file() else {}
+    before = read_json(carried) if carried.is_file() else {}
     if before.get("model_type") != family.model_type:
         before = {key: before[key] for key in _KEPT if key in before}
-    dtypes = {str(info.dtype).removeprefix("torch.") for info in infos.values()}
-    own = family.config(spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
     for key in _OTHER_WORDS:
         before.pop(key, None)
-    defaults = {"eos_token_id": tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
+    dtypes = {str(info.dtype).removeprefix("torch.") for info in infos.values()}
+    own = family.config(model.spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    defaults = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
     return defaults | before | own
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Ours, unless the model came with its own files."""
-    if not (folder / "tokenizer.json").is_file():
-        tokenizer.save(folder)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moetrain.config.compose import compose_train
+from moetrain.config.init_from import spec_overrides
 from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.data import Tokenizer, load_tokenizer
@@ -27,7 +29,7 @@ def convert(cfg: ConvertConfig) -> int:
     family = opened.family.model_type
     write_model_folder(
         target=Path(cfg.target).expanduser(),
-        spec=opened.spec,
+        cfg=compose_train(spec_overrides(opened.spec)),
         tokenizer=tokenizer,
         carry=lambda folder: carry_files(path, folder) if path.is_dir() else None,
         tensors=opened.infos,

@@ -11,56 +11,60 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moetrain.config.compose import compose_train, to_yaml
-from moetrain.config.init_from import spec_overrides
+from moetrain.config.compose import to_yaml
+from moetrain.config.schema import TrainConfig
+from moetrain.config.schema_data import TokenizerConfig, TokenizerKind
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED
-from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import TensorInfo, bytes_of
 from moetrain.train.checkpoint_io import TEMPORARY, remove_folder, sync_folder
 from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
 from moetrain.train.checkpoint_stream import write_streamed
 from moetrain.train.sample import TOKENIZER
-from moetrain.train.state_dict import MODEL
+from moetrain.train.state_dict import MODEL, OPTIM
 
 
 def write_model_folder(
     target: Path,
-    spec: ModelSpec,
+    cfg: TrainConfig,
     tokenizer: Tokenizer,
     carry: Callable[[Path], None],
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     origin: Mapping[str, Any],
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write ``target`` whole or not at all; ``tensors`` are by our names, without a prefix.
+    """Write ``target`` whole or not at all; ``tensors`` by our names (optimizer state as ``optim.<...>``).
 
     ``carry`` puts what other tools want into the folder that it is given; ``origin`` says where the tensors
-    come from. Raises UserError where ``target`` exists or cannot be written, and for a tokenizer that has
-    more tokens than the model.
+    come from; ``check`` may look at the finished folder and refuse it by an exception. Raises UserError where
+    ``target`` exists or cannot be written, and for a tokenizer that has more tokens than the model.
     """
-    if tokenizer.vocab_size > spec.vocab_size:
+    vocab_size = tensors["embed_VD"].shape[0]
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only "
-            f"{spec.vocab_size}: it is not this model's; give its own: tokenizer=/path/to/tokenizer.json"
+            f"{vocab_size}: it is not this model's; give its own: tokenizer=/path/to/tokenizer.json"
         )
+    stored = {name if name.startswith(OPTIM) else MODEL + name: name for name in tensors}
     hashes: dict[str, str] = {}
     total = sum(info.nbytes for info in tensors.values())
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
         tokenizer.save(folder / TOKENIZER)
         carry(folder / CARRIED)
-        cfg = compose_train([*spec_overrides(spec), *_tokenizer_overrides(target / TOKENIZER)])
-        (folder / "config.yaml").write_text(to_yaml(cfg))
+        own = TokenizerConfig(kind=TokenizerKind.file, path=str((target / TOKENIZER).absolute()))
+        (folder / "config.yaml").write_text(to_yaml(replace(cfg, data=replace(cfg.data, tokenizer=own))))
 
         def read_hashed(name: str) -> Tensor:
-            tensor = read(name.removeprefix(MODEL))
+            tensor = read(stored[name])
             hashes[name] = tensor_hash(tensor)
             advance(tensor.nbytes)
             return tensor
@@ -68,10 +72,11 @@ def write_model_folder(
         write_streamed(
             step_folder(folder / CHECKPOINTS, 0),
             0,
-            {MODEL + name: info for name, info in tensors.items()},
+            {name: tensors[ours] for name, ours in stored.items()},
             read_hashed,
             lambda: {"origin": origin, "tensors": hashes},
         )
+        check(folder)
 
 
 @contextmanager
@@ -99,7 +104,3 @@ def new_folder(target: Path) -> Iterator[Path]:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in its own dtype and in C order."""
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
-
-
-def _tokenizer_overrides(folder: Path) -> list[str]:
-    return ["data.tokenizer.kind=file", f"data.tokenizer.path={folder.absolute()}"]

@@ -18,27 +18,23 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
 from moetrain.train.checkpoint_io import JsonReader, JsonWriter, load_planner, one_line, save_error
-from moetrain.train.checkpoint_read import find_checkpoint, read_extra, read_metadata
+from moetrain.train.checkpoint_read import find_checkpoint, read_metadata
 
 
 class StoredTensors:
-    """The tensors of one intact checkpoint whose names start with ``prefix``, which is left out of the names.
+    """The tensors of one intact checkpoint, by name.
 
     ``path`` is a checkpoint or a run folder, whose newest one is meant. Raises UserError when there is none.
     """
 
-    def __init__(self, path: Path, prefix: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = find_checkpoint(path)
-        self.extra = read_extra(self.path)
         self._metadata, complaint = read_metadata(self.path)
         if complaint:
             raise UserError(complaint)
-        self._prefix = prefix
         entries: dict[str, Any] = dict(self._metadata.state_dict_metadata)
         self.tensors = {
-            name.removeprefix(prefix): TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for name, entry in entries.items()
-            if name.startswith(prefix)
+            name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -46,9 +42,7 @@ class StoredTensors:
         tensor = torch.empty(info.shape, dtype=info.dtype)
         reader = JsonReader(self.path, self._metadata)
         try:
-            dcp_load(
-                {self._prefix + name: tensor}, storage_reader=reader, planner=load_planner(), no_dist=True
-            )
+            dcp_load({name: tensor}, storage_reader=reader, planner=load_planner(), no_dist=True)
         except CheckpointException as error:
             _, (cause, _) = next(iter(error.failures.items()))
             raise UserError(f"checkpoint {self.path}: {name} cannot be read: {one_line(cause)}") from error

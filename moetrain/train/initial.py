@@ -27,25 +27,32 @@ from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
 from moetrain.train.checkpoint_read import fill_from, load_checkpoint
 from moetrain.train.peers import Peers
 from moetrain.train.sample import TOKENIZER
-from moetrain.train.state_dict import MODEL
+from moetrain.train.state_dict import MODEL, OPTIM
 
 _CONFIG = "config.yaml"
 
 
-def load_initial(path: Path, tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Fill the model's ``tensors`` (named ``model.<name>``), whatever dtype and layout they are stored in.
+def load_initial(
+    path: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Fill ``model`` (``model.<name>`` -> tensor), whatever dtype and layout its values are stored in.
 
-    Collective. ``path`` is a run folder, one made by convert or upcycle, or a Hugging Face folder. Raises
-    UserError where the model is another one, or ``tokenizer`` is not the one that its embedding belongs to.
+    ``optimizer`` (``optim.<name>.<key>``) is filled as well; empty: its state starts anew. Collective.
+    ``path`` is a run folder, one made by convert or upcycle, or a Hugging Face folder. Raises UserError where
+    the model is another one, or ``tokenizer`` is not the one that its embedding belongs to.
     """
     peers = Peers()
     peers.together(lambda: _check_tokenizer(path, tokenizer))
     if (path / _CONFIG).is_file():
-        load_checkpoint(path, tensors, MODEL, cast=True)
+        load_checkpoint(path, model, MODEL, cast=True)
+        if optimizer:
+            load_checkpoint(path, optimizer, OPTIM, cast=True)
         return
+    if optimizer:
+        raise UserError(f"init_optimizer=true, but init_from={path} is a Hugging Face folder: it holds none")
     opened = peers.together(lambda: open_source(SafetensorsFolder(path)))
     reader = _PiecesReader(opened)
-    fill_from(reader, reader.read_metadata(), f"init_from={path}", tensors, MODEL, peers, cast=True)
+    fill_from(reader, reader.read_metadata(), f"init_from={path}", model, MODEL, peers, cast=True)
 
 
 def carry_over(path: Path, run_dir: Path) -> None:

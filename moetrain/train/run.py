@@ -49,7 +49,7 @@ from moetrain.train.progress import build_progress, printable
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
-from moetrain.train.state_dict import model_tensors
+from moetrain.train.state_dict import model_tensors, optimizer_tensors
 from moetrain.train.step import TrainStep
 from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
@@ -102,8 +102,9 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
             checkpointer.set_aside_after(state.step)
     elif cfg.init_from is not None:
         start = Path(cfg.init_from).expanduser()
+        optimizer = optimizer_tensors(state.task.model, state.optimizer) if cfg.init_optimizer else {}
         with patiently("loading the first weights"):
-            load_initial(start, model_tensors(state.task.model), built.corpus.tokenizer)
+            load_initial(start, model_tensors(state.task.model), optimizer, built.corpus.tokenizer)
         if is_main():
             carry_over(start, run_dir.path)
     run_dir.truncate_after(state.step)

@@ -1,7 +1,7 @@
 """Sparse upcycling: MoE models from dense ones."""
 
 from moetrain.upcycle.calibration import LayerCalibration
-from moetrain.upcycle.method import METHODS
+from moetrain.upcycle.method import METHODS, Promise
 from moetrain.upcycle.methods import (
     CopyOptions,
     DropOptions,
@@ -26,6 +26,7 @@ __all__ = [
     "JoinOptions",
     "LayerCalibration",
     "MethodOptions",
+    "Promise",
     "Rest",
     "RouterStart",
     "ScaleOn",

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from moetrain.errors import UserError
+from moetrain.moe.options import RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.networks import Networks
-from moetrain.upcycle.options import MethodOptions
+from moetrain.upcycle.options import MethodOptions, RouterStart
 from moetrain.upcycle.plan import Plan
 from moetrain.upcycle.target import Target
 
@@ -24,6 +25,7 @@ class Job:
     seed: int
     d_ff: int
     sources: int = 1
+    source_router: RouterConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Method(Generic[Options]):
 
     def promise(self, job: Job) -> Promise:
         raise NotImplementedError
+
+    def reads_text(self, job: Job) -> bool:
+        """Whether :meth:`plan` or the router's first rows need calibration."""
+        return self.options.router_start is RouterStart.centroids
 
     def notes(self, job: Job) -> list[str]:
         """What a user may want to know of the result, a sentence each."""
@@ -89,11 +95,9 @@ def build_method(options: MethodOptions) -> Method[MethodOptions]:
     """The method of ``options.name``. UserError for an unknown name or another method's options."""
     spec = METHODS.get(options.name)
     if spec is None:
-        raise UserError(f"upcycle.method={options.name} is not known; known: {', '.join(sorted(METHODS))}")
+        raise UserError(f"method={options.name} is not known; known: {', '.join(sorted(METHODS))}")
     if not isinstance(options, spec.options):
-        raise UserError(
-            f"upcycle.method={options.name} takes {spec.options.__name__}, not {type(options).__name__}"
-        )
+        raise UserError(f"method={options.name} takes {spec.options.__name__}, not {type(options).__name__}")
     return spec.cls(options)
 
 
@@ -102,7 +106,7 @@ def same_width(job: Job) -> None:
     if job.target.model.d_ff_expert != job.d_ff:
         raise UserError(
             f"whole networks of d_ff={job.d_ff} do not fit model.d_ff_expert="
-            f"{job.target.model.d_ff_expert}: set them equal, or take upcycle.method=granular or split"
+            f"{job.target.model.d_ff_expert}: set them equal, or take method=granular or split"
         )
 
 

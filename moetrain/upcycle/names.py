@@ -52,7 +52,7 @@ def open_ledger(
     if not options.carry_optimizer:
         return Ledger(sorted(passed), sorted(state))
     if not state:
-        raise UserError("upcycle.carry_optimizer=true, but the source holds no optimizer state (optim.*)")
+        raise UserError("method.carry_optimizer=true, but the source holds no optimizer state (optim.*)")
     _refuse({name for name in state if owner(name) not in weights}, "belongs to no parameter", "of the state")
     return Ledger(sorted(passed | {name for name in state if owner(name) in passed}), [])
 
@@ -82,12 +82,12 @@ def _check_layers(weights: set[str], target: Target, method: Method[MethodOption
         is_moe = any(w.startswith(start + "experts.") for w in weights)
         if is_moe and not method.reads_moe:
             raise UserError(
-                f"layer {layer} of the source is MoE, but upcycle.method={name} wants a dense one: take "
-                "upcycle.method=grow, or a dense source"
+                f"layer {layer} of the source is MoE, but method={name} wants a dense one: take "
+                "method=grow, or a dense source"
             )
         if not is_moe and method.reads_moe:
             raise UserError(
-                f"layer {layer} of the source is dense, but upcycle.method={name} wants an MoE one: let "
+                f"layer {layer} of the source is dense, but method={name} wants an MoE one: let "
                 "model.moe_every and first_dense name the source's MoE layers"
             )
         _refuse(
@@ -98,7 +98,7 @@ def _check_layers(weights: set[str], target: Target, method: Method[MethodOption
 def _unfilled(target: Target) -> str:
     if shared := target.model.num_shared_experts:
         return (
-            "is filled by nothing (where shared experts are: upcycle.method=split makes them, others need "
+            "is filled by nothing (where shared experts are: method=split makes them, others need "
             f"model.num_shared_experts=0, not {shared})"
         )
     return "is filled by nothing"

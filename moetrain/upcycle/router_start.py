@@ -22,10 +22,10 @@ def check_start(options: MethodOptions, target: Target) -> None:
     """UserError for a start that cannot train."""
     std, top_k, num_experts = options.router_std, target.combine.top_k, target.model.num_experts
     if std is not None and not std > 0:
-        raise UserError(f"upcycle.router_std={std} must be positive, or null for the router's own")
+        raise UserError(f"method.router_std={std} must be positive, or null for the router's own")
     if options.router_start is RouterStart.zeros and top_k != num_experts:
         raise UserError(
-            f"upcycle.router_start=zeros needs router.top_k={num_experts}, all experts, not {top_k}: ties go "
+            f"method.router_start=zeros needs router.top_k={num_experts}, all experts, not {top_k}: ties go "
             "to the first experts, and the others would see no token; take normal"
         )
 
@@ -74,7 +74,7 @@ def _rows(
     gen = generator(seed, layer, "router")
     if options.router_start is RouterStart.normal:
         return normal((rows, d_model), gen, dtype) * std
-    inputs_TD = need(calibration, "inputs_TD", d_model, layer, "upcycle.router_start=centroids")
+    inputs_TD = need(calibration, "inputs_TD", d_model, layer, "method.router_start=centroids")
     _, centroids_VD = balanced_kmeans(inputs_TD, rows, gen)
     apart_VD = centroids_VD - inputs_TD.double().mean(0)
     length_V1 = apart_VD.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

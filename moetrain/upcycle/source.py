@@ -63,7 +63,7 @@ class Source:
             if not torch.equal(state[name], first):
                 raise UserError(
                     f"{name} is {first.tolist()} in the first model and {state[name].tolist()} in donor "
-                    f"{number}: set upcycle.carry_optimizer=false"
+                    f"{number}: set method.carry_optimizer=false"
                 )
         return first
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
+from moetrain.moe.options import RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
-from moetrain.upcycle.method import Job, Method, build_method
+from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
 from moetrain.upcycle.moments import layer_moments
 from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, Ledger, open_ledger, prefix
@@ -58,18 +59,36 @@ class Upcycling:
     parameters: frozenset[str]
     calibration: Calibration
 
+    @property
+    def promise(self) -> Promise:
+        """Whether the result computes what the source does, and why."""
+        return self.method.promise(self.job)
+
+    @property
+    def notes(self) -> list[str]:
+        return self.method.notes(self.job)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether ``calibration`` must say what the source does on some text."""
+        return self.method.reads_text(self.job)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the MoE model once. Those that pass unchanged are the source's own, not copies.
 
         Raises UserError for a shape that does not fit; those before it have come by then.
         """
-        options = self.method.options
-        mean = isinstance(options, JoinOptions) and options.rest is Rest.mean
         for name in self.ledger.passed:
-            yield name, self._fitting(name, self.source.mean(name) if mean else self.source.states[0][name])
+            yield name, self.passed(name)
         for layer in self.job.target.layers:
             for name, tensor in self.layer(layer):
                 yield name, self._fitting(name, tensor)
+
+    def passed(self, name: str) -> Tensor:
+        """A tensor that goes over as it is, or as the donors' mean."""
+        options = self.method.options
+        mean = isinstance(options, JoinOptions) and options.rest is Rest.mean
+        return self._fitting(name, self.source.mean(name) if mean else self.source.states[0][name])
 
     @torch.no_grad()
     def layer(self, layer: int) -> list[tuple[str, Tensor]]:
@@ -132,14 +151,16 @@ def prepare(
     seed: int,
     calibration: Calibration | None = None,
     donors: Sequence[State] = (),
+    source_router: RouterConfig | None = None,
 ) -> Upcycling:
     """Check everything that names and numbers tell. ``state`` may load its tensors as they are asked for.
 
-    ``donors``: further models of the same shape, for ``JoinOptions``. Raises UserError.
+    ``donors``: further models of the same shape, for ``JoinOptions``. ``source_router``: what an MoE source
+    was trained with; None: nothing is promised. Raises UserError.
     """
     method = build_method(options)
     if donors and not method.takes_donors:
-        raise UserError(f"upcycle.method={options.name} reads one model, not {len(donors) + 1}")
+        raise UserError(f"method={options.name} reads one model, not {len(donors) + 1}")
     states = [state, *donors]
     check_donors(states, options.carry_optimizer)
     if "embed_VD" not in state:
@@ -153,7 +174,7 @@ def prepare(
     ledger = open_ledger(list(state), list(shapes), target, method)
     source = Source(states, method.reads_moe, 2 if target.gated else 1)
     first = source.networks(target.layers[0])
-    job = Job(target, seed, first.d_ff, first.count)
+    job = Job(target, seed, first.d_ff, first.count, source_router)
     method.check(job)
     if not method.reads_moe:
         check_start(options, target)
@@ -168,9 +189,10 @@ def upcycle(
     seed: int,
     calibration: Calibration | None = None,
     donors: Sequence[State] = (),
+    source_router: RouterConfig | None = None,
 ) -> Upcycled:
     """The whole MoE model at once; see :func:`prepare`, which takes the same and goes by layers."""
-    work = prepare(state, target, options, seed, calibration, donors)
+    work = prepare(state, target, options, seed, calibration, donors, source_router)
     made: dict[str, Tensor] = {}
     for name, tensor in work.tensors():
         if name in made:
@@ -178,7 +200,7 @@ def upcycle(
         made[name] = tensor
     if missing := sorted(work.shapes.keys() - made.keys()):
         raise UserError(f"{missing[0]} was not made, nor {len(missing) - 1} others")
-    promise, notes = work.method.promise(work.job), work.method.notes(work.job)
+    promise, notes = work.promise, work.notes
     if options.carry_optimizer and not work.method.reads_moe:
         state_names = sum(name.startswith(OPTIM) for name in made)
         notes = [*notes, f"{state_names} tensors of optimizer state; routers start from zero"]

@@ -52,12 +52,13 @@ def test_every_option_composes_is_valid_and_reads_back(group, name, tmp_path):
 def test_all_groups_and_files_are_covered():
     assert set(GROUPS) == {
         "model", "router", "balance", "experts", "data", "optim", "schedule", "parallel", "engine", "tracker",
-        "experiment",
+        "experiment", "method",
     }  # fmt: skip
     in_groups = {CONFIG_DIR / group / f"{name}.yaml" for group, name in OPTIONS}
     assert {f for f in FILES if f.parent != CONFIG_DIR} == in_groups
     assert [f.name for f in FILES if f.parent == CONFIG_DIR] == [
-        "_run.yaml", "convert.yaml", "export.yaml", "generate.yaml", "train.yaml", "verify.yaml",
+        "_run.yaml", "convert.yaml", "export.yaml", "generate.yaml", "train.yaml", "upcycle.yaml",
+        "verify.yaml",
     ]  # fmt: skip
     for group, classes in variants().items():
         assert set(classes) <= set(GROUPS[group]), f"an option of {group} has no yaml"

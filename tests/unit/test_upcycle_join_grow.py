@@ -102,7 +102,7 @@ def test_copies_share_their_experts_weight(
     small = build(config(**{**SOURCE, **pattern}), old)
     small.load_state_dict(state)
     goal = target(new, **{**SOURCE, **pattern, "num_experts": 12})
-    result = upcycle(state, goal, GrowOptions(source_router=old), SEED)
+    result = upcycle(state, goal, GrowOptions(), SEED, source_router=old)
     error = relative(logits(loaded(result, goal)), logits(small))
     assert (error < 1e-12) is kept
     assert result.preserves is kept, result.reason
@@ -136,6 +136,6 @@ def test_growth_that_is_promised_nothing(
 ) -> None:
     plain = {"num_experts": 12, "d_ff_expert": 13, "num_shared_experts": 1}
     state = moe_source(TopKOptions(top_k=2))
-    result = upcycle(state, target(router, **plain), GrowOptions(source_router=source), SEED)
+    result = upcycle(state, target(router, **plain), GrowOptions(), SEED, source_router=source)
     assert not result.preserves
     assert word in result.reason

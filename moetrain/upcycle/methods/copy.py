@@ -32,9 +32,9 @@ class Copy(Method[CopyOptions]):
     def check(self, job: Job) -> None:
         same_width(job)
         if self.options.noise_std < 0:
-            raise UserError(f"upcycle.noise_std={self.options.noise_std} must not be negative")
+            raise UserError(f"method.noise_std={self.options.noise_std} must not be negative")
         if not 0 <= self.options.noise_fraction <= 1:
-            raise UserError(f"upcycle.noise_fraction={self.options.noise_fraction} must lie in [0, 1]")
+            raise UserError(f"method.noise_fraction={self.options.noise_fraction} must lie in [0, 1]")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         return whole_networks(torch.zeros(job.target.model.num_experts, dtype=torch.int64), job.d_ff)

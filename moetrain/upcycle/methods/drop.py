@@ -38,7 +38,7 @@ class Drop(Method[DropOptions]):
     def check(self, job: Job) -> None:
         same_width(job)
         if not 0 <= self.options.drop_ratio <= 1:
-            raise UserError(f"upcycle.drop_ratio={self.options.drop_ratio} must lie in [0, 1]")
+            raise UserError(f"method.drop_ratio={self.options.drop_ratio} must lie in [0, 1]")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         num_experts, gen = job.target.model.num_experts, generator(job.seed, layer, "permutation")

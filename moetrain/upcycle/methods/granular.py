@@ -65,7 +65,7 @@ class Granular(Method[GranularOptions]):
                 f"{cfg.d_ff_expert} = {slices}, so that tokens take whole groups"
             )
         if not self._scale(job) > 0:
-            raise UserError(f"upcycle.scale={self.options.scale} must be positive, or null")
+            raise UserError(f"method.scale={self.options.scale} must be positive, or null")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         cfg, slices = job.target.model, _slices(job)
@@ -83,7 +83,7 @@ class Granular(Method[GranularOptions]):
         if lost is None and job.target.model.num_experts // combine.num_groups % slices:
             lost = f"router.num_groups={combine.num_groups} cuts virtual groups of {slices} experts"
         if lost is None and abs(self._scale(job) * (combine.total or 0) / slices - 1) > 1e-12:
-            lost = f"upcycle.scale={self._scale(job):g} is not {slices / (combine.total or 1):g}"
+            lost = f"method.scale={self._scale(job):g} is not {slices / (combine.total or 1):g}"
         if lost is None and self.options.scale_on is ScaleOn.all and activation not in HOMOGENEOUS:
             lost = f"{activation} is not homogeneous, so that a factor before it is not one behind it"
         if lost is not None:
@@ -103,7 +103,7 @@ class Granular(Method[GranularOptions]):
         if combine.top_k is None or combine.even_weight is None:
             raise UserError(
                 f"the weights of router={job.target.router.name} are not known, and so neither is the factor "
-                f"that undoes them: set upcycle.scale ({_slices(job)} where they sum to 1)"
+                f"that undoes them: set method.scale ({_slices(job)} where they sum to 1)"
             )
         return _slices(job) / (combine.top_k * combine.even_weight)
 

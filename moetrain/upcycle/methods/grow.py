@@ -12,12 +12,10 @@ Shapes: E experts of the target.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Optional
 
 import torch
 
 from moetrain.errors import UserError
-from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.combine import CAPACITY, combine_of, full_options
@@ -29,9 +27,6 @@ from moetrain.upcycle.plan import Plan, whole_networks
 @dataclass(frozen=True)
 class GrowOptions(MethodOptions):
     name: str = "grow"
-    source_router: Optional[RouterConfig] = (
-        None  # what the source was trained with; null: nothing is promised
-    )
 
 
 @register("grow", GrowOptions, "Kim et al. 2021, arXiv:2109.10465")
@@ -60,9 +55,9 @@ class Grow(Method[GrowOptions]):
         )
 
     def _lost(self, job: Job, copies: int) -> str | None:
-        if self.options.source_router is None:
+        if job.source_router is None:
             return "the source's router options are not known"
-        old, new = full_options(self.options.source_router), full_options(job.target.router)
+        old, new = full_options(job.source_router), full_options(job.target.router)
         if not isinstance(old, TopKOptions) or not isinstance(new, TopKOptions):
             return f"routers {old.name} and {new.name} are not both top-k routers"
         before, after = combine_of(old, job.sources), combine_of(new, job.sources * copies)

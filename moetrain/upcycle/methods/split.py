@@ -61,13 +61,13 @@ class Split(Method[SplitOptions]):
                 f"{shared} = {held} must be the source's d_ff={job.d_ff}"
             )
         if not self._scale(job) > 0:
-            raise UserError(f"upcycle.scale={self.options.scale} must be positive, or null")
+            raise UserError(f"method.scale={self.options.scale} must be positive, or null")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         cfg, rest = job.target.model, torch.arange(job.d_ff)
         hidden_TN, shared_Q = None, None
         if self.options.by is SplitBy.clusters or cfg.num_shared_experts:
-            wanted_by = "upcycle.by=clusters" if self.options.by is SplitBy.clusters else "a shared expert"
+            wanted_by = "method.by=clusters" if self.options.by is SplitBy.clusters else "a shared expert"
             hidden_TN = need(calibration, "hidden_TF", job.d_ff, layer, wanted_by).double().abs()
         if cfg.num_shared_experts and hidden_TN is not None:
             order_N = hidden_TN.mean(0).sort(descending=True, stable=True).indices
@@ -91,13 +91,17 @@ class Split(Method[SplitOptions]):
             return Promise(False, CAPACITY)
         if self.options.router_start is not RouterStart.zeros:
             return Promise(
-                False, "the parts' weights differ by token; upcycle.router_start=zeros makes them even"
+                False, "the parts' weights differ by token; method.router_start=zeros makes them even"
             )
         if combine.even_weight is None or abs(self._scale(job) * combine.even_weight - 1) > 1e-12:
-            return Promise(False, f"upcycle.scale={self._scale(job):g} does not undo the routing weights")
+            return Promise(False, f"method.scale={self._scale(job):g} does not undo the routing weights")
         return Promise(
             True, "a token sees all parts of the network, and their factor undoes the even weights"
         )
+
+    def reads_text(self, job: Job) -> bool:
+        shared = job.target.model.num_shared_experts > 0
+        return shared or self.options.by is SplitBy.clusters or super().reads_text(job)
 
     def notes(self, job: Job) -> list[str]:
         return [f"down projections of the experts times {self._scale(job):.6g}"]
@@ -119,6 +123,6 @@ class Split(Method[SplitOptions]):
         if combine.top_k is None or combine.even_weight is None:
             raise UserError(
                 f"the weights of router={job.target.router.name} are not known, and so neither is the factor "
-                f"that undoes them: set upcycle.scale ({num_experts} where they sum to 1)"
+                f"that undoes them: set method.scale ({num_experts} where they sum to 1)"
             )
         return num_experts / (combine.top_k * combine.even_weight)

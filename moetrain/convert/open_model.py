@@ -1,0 +1,81 @@
+"""One way to read a model, whether it lies in a run folder, a converted one or in Hugging Face's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moetrain.config.init_from import CONFIG, read_spec
+from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.models.decoder import Decoder
+from moetrain.models.hf.carried import CARRIED, carry_files
+from moetrain.models.hf.family import ModelSpec
+from moetrain.models.hf.source import SafetensorsFolder, TensorInfo, open_source
+from moetrain.train.checkpoint_read import run_of
+from moetrain.train.checkpoint_stream import StoredTensors
+from moetrain.train.sample import TOKENIZER
+from moetrain.train.state_dict import MODEL, OPTIM
+
+
+@dataclass(frozen=True)
+class StoredModel(Mapping[str, Tensor]):
+    """A model's tensors by our names, each read when it is asked for.
+
+    Optimizer state, where there is any, stands beside them as ``optim.<parameter>.<key>``.
+    """
+
+    path: Path
+    spec: ModelSpec
+    infos: Mapping[str, TensorInfo]
+    tokenizer: Tokenizer
+    carried_from: Path
+    read: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        """The model's tensors without the optimizer's."""
+        return {name: info for name, info in self.infos.items() if not name.startswith(OPTIM)}
+
+    def carry(self, folder: Path) -> None:
+        carry_files(self.carried_from, folder)
+
+    def build(self) -> Decoder:
+        """The model itself on the CPU, in evaluation mode; in fp32, or in fp64 where it is stored so."""
+        wide = self.infos["embed_VD"].dtype is torch.float64
+        model = Decoder(self.spec.model, self.spec.router, self.spec.experts, self.spec.vocab_size)
+        model = model.double() if wide else model
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(self.read(name))
+        return model.eval()
+
+
+def open_model(path: Path) -> StoredModel:
+    """Raises UserError where there is no model, or one that is damaged or not understood."""
+    if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
+        opened = open_source(SafetensorsFolder(path))
+        return StoredModel(path, opened.spec, opened.infos, load_tokenizer(path), path, opened.read)
+    stored = StoredTensors(path)
+    names = {name.removeprefix(MODEL): name for name in stored.tensors if name.startswith((MODEL, OPTIM))}
+    run_dir = run_of(stored.path)
+    return StoredModel(
+        path=stored.path,
+        spec=read_spec(run_dir),
+        infos={ours: stored.tensors[name] for ours, name in names.items()},
+        tokenizer=load_tokenizer(run_dir / TOKENIZER),
+        carried_from=run_dir / CARRIED,
+        read=lambda name: stored.read(names[name]),
+    )
