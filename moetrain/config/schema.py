@@ -75,7 +75,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: Optional[int] = None  # null: num_heads
     head_dim: Optional[int] = None  # null: d_model / num_heads
-    d_ff: int = 1024  # width of a dense layer's SwiGLU
+    d_ff: int = 1024  # hidden width of a dense layer; its activation is experts.activation
     num_experts: int = 8  # 0: a dense model
     d_ff_expert: int = 512
     num_shared_experts: int = 0

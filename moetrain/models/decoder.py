@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        kind = "moe" if is_moe_layer(cfg, layer) else "swiglu"
+        kind = "moe" if is_moe_layer(cfg, layer) else "dense"
         self.feed_forward = build_feed_forward(kind, cfg, router, experts)
 
     def forward(

@@ -49,9 +49,9 @@ class DenseFeedForward(MLP):
         return super().forward(x_BSD), None
 
 
-@register_feed_forward("swiglu")
-def _swiglu(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
-    return DenseFeedForward(cfg.d_model, cfg.d_ff, "swiglu")
+@register_feed_forward("dense")
+def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+    return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
 @register_feed_forward("moe")

@@ -57,7 +57,7 @@ class Repair(Enum):
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    activation: Activation = Activation.swiglu
+    activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers' too
     backend: Backend = Backend.auto
     block: Optional[int] = None  # rows; null: 32 on a CPU, 128 on a GPU
     max_rows_per_rank: Optional[int] = None  # more at once are computed in rounds; null: no bound

@@ -16,7 +16,11 @@ from moetrain.verify.command import prove
 from moetrain.verify.compare import Check
 from moetrain.verify.twin import twin_of
 
-MODEL = ["model.num_experts=8", "model.num_shared_experts=1"]
+MODEL = [
+    "model.num_experts=8", "model.num_shared_experts=1", "model.d_ff_shared=96", "model.shared_gate=true",
+    "model.qkv_bias=true", "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=2",
+    "model.rope_scaling.original_max_positions=64",
+]  # fmt: skip
 ROUTERS = {
     "topk": ["router=topk", "router.capacity_factor=1.2", "router.jitter=0.1", "balance=switch"],
     "sigmoid": ["router=sigmoid", "router.num_groups=4", "router.top_groups=2", "balance=aux_free"],

@@ -16,7 +16,7 @@ from torch import Tensor
 from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models import Decoder
-from moetrain.moe.options import Backend, ExpertsConfig
+from moetrain.moe.options import Activation, Backend, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
@@ -52,6 +52,7 @@ class Family:
     theirs: dict[str, Any]
     ours: dict[str, Any]
     router: TopKOptions | None = None
+    activation: Activation = Activation.swiglu
     rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
     seq: int = SEQ
 
@@ -67,7 +68,7 @@ class Family:
                 if parameter.ndim == 1:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
-        experts = ExpertsConfig(backend=Backend(backend))
+        experts = ExpertsConfig(self.activation, Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
         missing, unexpected = ours.load_state_dict(from_hf(dict(theirs.named_parameters())), strict=False)
         assert unexpected == []
@@ -128,6 +129,9 @@ QWEN2_MOE = Family(
         "qkv_bias": True,
     },
     TopKOptions(top_k=3, score=Score.softmax, renormalize=False),
+)
+QWEN3_MOE_GELU = replace(
+    QWEN3_MOE_MIXED, theirs={**QWEN3_MOE_MIXED.theirs, "hidden_act": "gelu"}, activation=Activation.geglu
 )
 OLMOE = Family(
     "Olmoe",
@@ -218,6 +222,7 @@ FAMILIES = {
     "mixtral_window": MIXTRAL_WINDOW,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe_mixed": QWEN3_MOE_MIXED,
+    "qwen3_moe_gelu": QWEN3_MOE_GELU,
     "qwen2_moe": QWEN2_MOE,
     "olmoe": OLMOE,
     "llama": LLAMA,

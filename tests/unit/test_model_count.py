@@ -15,7 +15,7 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema import ModelConfig, QKNorm, TrainConfig
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown
-from moetrain.moe.options import Activation, Backend, ExpertsConfig
+from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 
 # Hugging Face's names of the same shapes (config.json of the published checkpoints).
@@ -131,12 +131,11 @@ def test_causal_scores_count_the_keys_that_each_query_sees(window: int | None) -
 
 def test_plain_activations_have_two_matrices_and_the_vocabulary_must_be_known() -> None:
     gated, plain = (
-        flops_breakdown(
-            TINY, TopKOptions(), 7, VOCAB, ExpertsConfig(activation=a, backend=Backend.loop)
-        ).experts
+        flops_breakdown(replace(TINY, first_dense=1), TopKOptions(), 7, VOCAB, ExpertsConfig(activation=a))
         for a in (Activation.swiglu, Activation.gelu)
     )
-    assert plain * 3 == gated * 2
+    assert (plain.experts * 3, plain.dense * 3) == (gated.experts * 2, gated.dense * 2)
+    assert plain.dense > 0
     with pytest.raises(ValueError, match="give vocab_size"):
         flops_per_token(ModelConfig(), TopKOptions(), 7)
     assert flops_per_token(replace(TINY, vocab_size=VOCAB), TopKOptions(), 7) == flops_per_token(

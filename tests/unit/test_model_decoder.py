@@ -19,7 +19,7 @@ from moetrain.errors import UserError
 from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, register_feed_forward
 from moetrain.moe import MoELayer, RouterContext
-from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.options import Activation, ExpertsConfig, RouterConfig
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import Meshes
 
@@ -219,12 +219,22 @@ def test_impossible_sizes_are_refused(key: str, value: int) -> None:
         decoder(**{key: value})
 
 
+@pytest.mark.parametrize("activation", list(Activation))
+def test_dense_layers_and_shared_experts_have_the_activation_of_the_experts(activation: Activation) -> None:
+    cfg = replace(TINY, first_dense=1, num_shared_experts=1)
+    model = Decoder(cfg, RouterConfig(), ExpertsConfig(activation=activation), VOCAB)
+    dense, moe = model.blocks[0].feed_forward, model.blocks[1].feed_forward
+    assert [m.activation for m in (dense, moe.experts, moe.shared)] == [activation.value] * 3
+    gated = activation.value.endswith("glu")
+    assert dense.w_gate_up_PD.shape == ((2 if gated else 1) * 29, 23)
+
+
 def test_the_feed_forward_registry() -> None:
-    assert {"moe", "swiglu"} <= set(FEED_FORWARDS)
-    y, record = build_feed_forward("swiglu", TINY, RouterConfig(), ExpertsConfig())(torch.randn(2, 3, 23))
+    assert {"moe", "dense"} <= set(FEED_FORWARDS)
+    y, record = build_feed_forward("dense", TINY, RouterConfig(), ExpertsConfig())(torch.randn(2, 3, 23))
     assert y.shape == (2, 3, 23)
     assert record is None
-    with pytest.raises(ValueError, match="unknown feed-forward 'swigl'"):
-        build_feed_forward("swigl", TINY, RouterConfig(), ExpertsConfig())
+    with pytest.raises(ValueError, match="unknown feed-forward 'dens'"):
+        build_feed_forward("dens", TINY, RouterConfig(), ExpertsConfig())
     with pytest.raises(ValueError, match="registered already"):
         register_feed_forward("moe")(lambda cfg, router, experts: nn.Identity())
