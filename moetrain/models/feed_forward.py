@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
 from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig], nn.Module]
 FEED_FORWARDS: dict[str, Builder] = {}
@@ -59,17 +60,19 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.M
     options: RouterConfig | dict[str, Any] = router
     if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
         options = {f.name: getattr(router, f.name) for f in fields(router) if f.name != "name"}
-    return MoELayer(
-        d_model=cfg.d_model,
-        d_ff=cfg.d_ff_expert,
-        num_experts=cfg.num_experts,
-        router=router.name,
-        router_options=options,
-        activation=experts.activation.value,
-        backend=experts.backend.value,
-        num_shared_experts=cfg.num_shared_experts,
-        d_ff_shared=cfg.d_ff_shared,
-        shared_gate=cfg.shared_gate,
-        block=experts.block,
-        max_rows_per_rank=experts.max_rows_per_rank,
-    )
+    common: dict[str, Any] = {
+        "d_model": cfg.d_model,
+        "num_experts": cfg.num_experts,
+        "router": router.name,
+        "router_options": options,
+        "activation": experts.activation.value,
+        "backend": experts.backend.value,
+        "num_shared_experts": cfg.num_shared_experts,
+        "d_ff_shared": cfg.d_ff_shared,
+        "shared_gate": cfg.shared_gate,
+        "block": experts.block,
+        "max_rows_per_rank": experts.max_rows_per_rank,
+    }
+    if experts.kind is ExpertKind.adapters:
+        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=cfg.d_ff_expert, **common)
+    return MoELayer(d_ff=cfg.d_ff_expert, **common)

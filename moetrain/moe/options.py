@@ -17,6 +17,14 @@ class Activation(Enum):
     silu = "silu"
 
 
+class ExpertKind(Enum):
+    """``networks``: each expert is a feed-forward network. ``adapters``: each is a bottleneck of width
+    ``model.d_ff_expert`` on the output of one shared network of width ``model.d_ff``."""
+
+    networks = "networks"
+    adapters = "adapters"
+
+
 class Backend(Enum):
     """``loop`` is the oracle; ``torch`` uses grouped matrix products; ``cpu`` works expert by expert in
     cache-sized tiles; ``auto`` is ``cpu`` on a CPU and ``torch`` elsewhere."""
@@ -57,7 +65,9 @@ class Repair(Enum):
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers' too
+    kind: ExpertKind = ExpertKind.networks
+    activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
+    # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
     block: Optional[int] = None  # rows; null: 32 on a CPU, 128 on a GPU
     max_rows_per_rank: Optional[int] = None  # more at once are computed in rounds; null: no bound

@@ -3,6 +3,7 @@
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.method import METHODS, Promise
 from moetrain.upcycle.methods import (
+    AdaptersOptions,
     CopyOptions,
     DropOptions,
     GranularOptions,
@@ -19,6 +20,7 @@ from moetrain.upcycle.upcycle import Upcycled, Upcycling, prepare, upcycle
 
 __all__ = [
     "METHODS",
+    "AdaptersOptions",
     "CopyOptions",
     "DropOptions",
     "GranularOptions",

@@ -11,7 +11,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions, RouterStart
-from moetrain.upcycle.plan import Plan
+from moetrain.upcycle.plan import Plan, take_experts
 from moetrain.upcycle.target import Target
 
 Options = TypeVar("Options", bound=MethodOptions)
@@ -41,6 +41,7 @@ class Method(Generic[Options]):
 
     reads_moe = False  # whether the source's layers are MoE already
     fills_shared = False  # whether it makes the target's shared experts
+    keeps_dense = False  # whether the dense network stays as it is, beside new experts
     takes_donors = False  # whether it reads several models
 
     def __init__(self, options: Options) -> None:
@@ -51,6 +52,12 @@ class Method(Generic[Options]):
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         raise NotImplementedError
+
+    def experts(self, networks: Networks, plan: Plan, job: Job, layer: int) -> Networks:
+        """The experts of one layer."""
+        experts = take_experts(networks, plan, 2 if job.target.gated else 1)
+        self.redraw(experts, plan, job, layer)
+        return experts
 
     def redraw(self, experts: Networks, plan: Plan, job: Job, layer: int) -> None:
         """Draw, in place, what is new in freshly copied experts."""

@@ -10,7 +10,7 @@ Shapes: E experts, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _ELSEWHERE = "embed_VD"  # routers and embeddings are of one kind for every opti
 
 
 def layer_moments(
-    source: Source, plan: Plan, layer: int, fresh: dict[str, torch.Size]
+    source: Source, plan: Plan, layer: int, fresh: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:
     """(``optim.<parameter>.<key>``, tensor) of the layer's new parameters; ``fresh``: shapes of
     the parameters that no weight was copied to.
@@ -59,7 +59,7 @@ def layer_moments(
     if source.reads_moe:
         yield from _copied_router(source, plan, start + ROUTER[0])
     else:
-        yield from _from_zero(source, fresh.items())
+        yield from from_zero(source, fresh)
 
 
 def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -68,8 +68,11 @@ def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str,
         yield optim_name(name, key), old if key == STEP else old[plan.source_E]
 
 
-def _from_zero(source: Source, fresh: Iterable[tuple[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in fresh:
-        for key in source.keys(_ELSEWHERE):
-            old = source.states[0][optim_name(_ELSEWHERE, key)]
-            yield optim_name(name, key), torch.zeros(() if key == STEP else shape, dtype=old.dtype)
+def from_zero(
+    source: Source, fresh: Mapping[str, torch.Size], like: str = _ELSEWHERE
+) -> Iterator[tuple[str, Tensor]]:
+    """State of new parameters by name and shape; which keys there are is looked up at ``like``."""
+    for name, shape in fresh.items():
+        for key in source.keys(like):
+            dtype = source.states[0][optim_name(like, key)].dtype
+            yield optim_name(name, key), torch.zeros(() if key == STEP else shape, dtype=dtype)

@@ -58,6 +58,9 @@ def open_ledger(
 
 
 def _read(method: Method[MethodOptions]) -> tuple[str, ...]:
+    """What upcycling takes out of the source, by name within a layer."""
+    if method.keeps_dense:
+        return ()
     return (*EXPERTS, *ROUTER) if method.reads_moe else DENSE
 
 

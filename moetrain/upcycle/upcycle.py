@@ -16,16 +16,16 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
-from moetrain.moe.options import RouterConfig
+from moetrain.moe.options import ExpertKind, RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
-from moetrain.upcycle.moments import layer_moments
+from moetrain.upcycle.moments import from_zero, layer_moments
 from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, Ledger, open_ledger, prefix
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions
-from moetrain.upcycle.plan import Plan, take_experts, take_shared
-from moetrain.upcycle.router_start import check_start, start_router
+from moetrain.upcycle.plan import Plan, take_shared
+from moetrain.method.router_start import check_start, start_router
 from moetrain.upcycle.source import Source, State, check_donors
 from moetrain.upcycle.target import Target
 
@@ -110,6 +110,10 @@ class Upcycling:
             for name, tensor in named
             if name in self.parameters and (".router." in name or name.endswith(SHARED_GATE))
         }
+        if self.method.keeps_dense:
+            experts = {prefix(layer) + name: new[name].shape for name in EXPERTS}
+            dense = prefix(layer) + self.source.names[1]
+            return [*named, *from_zero(self.source, fresh), *from_zero(self.source, experts, dense)]
         return named + list(layer_moments(self.source, plan, layer, fresh))
 
     def _router(
@@ -133,11 +137,9 @@ def upcycle_layer(
     networks: Networks, method: Method[MethodOptions], plan: Plan, job: Job, layer: int
 ) -> dict[str, Tensor]:
     """The experts of one layer, and its shared one if the plan has it, by name within the layer."""
-    columns = 2 if job.target.gated else 1
-    experts = take_experts(networks, plan, columns)
-    method.redraw(experts, plan, job, layer)
+    experts = method.experts(networks, plan, job, layer)
     made = dict(zip(EXPERTS, (experts.w_gate_up_SDP, experts.w_down_SFD), strict=True))
-    if (shared := take_shared(networks, plan, columns)) is not None:
+    if (shared := take_shared(networks, plan, 2 if job.target.gated else 1)) is not None:
         made |= zip(SHARED, (shared.w_gate_up_PD, shared.w_down_DF), strict=True)
         if job.target.model.shared_gate:
             made[SHARED_GATE] = shared.w_down_DF.new_zeros(1, job.target.model.d_model)
@@ -161,6 +163,12 @@ def prepare(
     method = build_method(options)
     if donors and not method.takes_donors:
         raise UserError(f"method={options.name} reads one model, not {len(donors) + 1}")
+    kind = ExpertKind.adapters if method.keeps_dense else ExpertKind.networks
+    if target.experts.kind is not kind:
+        raise UserError(
+            f"method={options.name} makes experts.kind={kind.name}, not {target.experts.kind.name}: "
+            f"set experts.kind={kind.name}"
+        )
     states = [state, *donors]
     check_donors(states, options.carry_optimizer)
     if "embed_VD" not in state:

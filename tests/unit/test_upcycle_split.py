@@ -95,7 +95,7 @@ def units_of(result: dict[str, Tensor], state: dict[str, Tensor], layer: int = 0
     return same_EFN.long().argmax(-1)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 3), st.sampled_from(list(SplitBy)))
 def test_every_unit_is_in_one_place(experts: int, width: int, shared: int, by: SplitBy) -> None:
     d_ff = (experts + shared) * width

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.config.schema import ModelConfig
 from moetrain.models import Decoder
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import Activation, Backend, ExpertsConfig, RouterConfig
+from moetrain.moe.options import Activation, Backend, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.upcycle import MethodOptions, Target, Upcycled, upcycle
 
@@ -27,9 +27,12 @@ def config(**changes: Any) -> ModelConfig:
     return replace(TINY, **{"num_layers": 2, "d_ff": 29, "d_ff_expert": 29, "num_experts": 8, **changes})
 
 
+def experts_config(activation: str, kind: ExpertKind = ExpertKind.networks) -> ExpertsConfig:
+    return ExpertsConfig(kind, Activation(activation), Backend.loop)
+
+
 def build(cfg: ModelConfig, router: RouterConfig, activation: str = "swiglu") -> Decoder:
-    experts = ExpertsConfig(activation=Activation(activation), backend=Backend.loop)
-    return Decoder(cfg, router, experts, VOCAB).double()
+    return Decoder(cfg, router, experts_config(activation), VOCAB).double()
 
 
 def dense_state(activation: str = "swiglu", seed: int = 0, **changes: Any) -> State:
@@ -53,13 +56,14 @@ def dense_layer(state: State, layer: int, activation: str) -> MLP:
 
 
 def target(router: RouterConfig | None = None, activation: str = "swiglu", **changes: Any) -> Target:
-    experts = ExpertsConfig(activation=Activation(activation), backend=Backend.loop)
-    return Target(config(**changes), TopKOptions(top_k=2) if router is None else router, experts)
+    kind = changes.pop("kind", ExpertKind.networks)
+    router = TopKOptions(top_k=2) if router is None else router
+    return Target(config(**changes), router, experts_config(activation, kind))
 
 
 def loaded(result: Upcycled, goal: Target) -> Decoder:
     """The target model with the result's tensors: every one of them, and no other."""
-    model = build(goal.model, goal.router, goal.activation)
+    model = Decoder(goal.model, goal.router, goal.experts, VOCAB).double()
     model.load_state_dict(result.state, strict=True)
     return model
 

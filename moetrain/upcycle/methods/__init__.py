@@ -1,5 +1,6 @@
 """Upcycling methods, one a file; importing this package registers them."""
 
+from moetrain.upcycle.methods.adapters import AdaptersOptions
 from moetrain.upcycle.methods.copy import CopyOptions
 from moetrain.upcycle.methods.drop import DropOptions
 from moetrain.upcycle.methods.granular import GranularOptions, ScaleOn
@@ -8,6 +9,7 @@ from moetrain.upcycle.methods.join import JoinOptions, Rest
 from moetrain.upcycle.methods.split import SplitBy, SplitOptions
 
 __all__ = [
+    "AdaptersOptions",
     "CopyOptions",
     "DropOptions",
     "GranularOptions",

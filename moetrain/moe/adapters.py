@@ -1,0 +1,43 @@
+"""Adapters as experts around one shared network (PESC; Wu et al. 2024, arXiv:2401.02731).
+
+Shapes: B batch, S sequence, D model, F hidden units of the network, P = 2F (gated) or F.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.context import RouterContext
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.routing import Routing
+from moetrain.ops.activations import is_gated
+from moetrain.ops.dense_mlp import dense_mlp
+
+
+class AdapterLayer(MoELayer):
+    """y = h + sum over a token's assignments of weight * A(h), with h = network(x), routed on x.
+
+    The network runs once a token and its parameters are named as a dense layer's. A(h) = down(gelu(up(h))) is
+    of width ``d_adapter``. Raises ValueError for shared experts: the network is one already.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, d_adapter: int, num_experts: int, activation: str, **layer: Any
+    ) -> None:
+        if layer.get("num_shared_experts"):
+            raise ValueError("adapters share the dense network: set model.num_shared_experts=0")
+        super().__init__(d_model, d_adapter, num_experts, activation="gelu", **layer)
+        self.activation = activation
+        width = 2 * d_ff if is_gated(activation) else d_ff
+        self.w_gate_up_PD = nn.Parameter(torch.empty(width, d_model))
+        self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
+        nn.init.normal_(self.w_gate_up_PD, std=d_model**-0.5)
+        nn.init.normal_(self.w_down_DF, std=d_ff**-0.5)
+
+    def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
+        h_BSD = dense_mlp(x_BSD, self.w_gate_up_PD, self.w_down_DF, self.activation)
+        y_BSD, routing = self.finish(self.start(h_BSD, ctx, router_input=x_BSD))
+        return h_BSD + y_BSD.to(h_BSD.dtype), routing
