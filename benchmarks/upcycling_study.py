@@ -1,11 +1,11 @@
-"""The same further tokens from one dense model: continued dense, upcycled by each method, and MoE from scratch.
+"""The same further tokens from one dense model: continued, upcycled by each method, and an MoE from scratch.
 
     python benchmarks/upcycling_study.py --folder runs/upcycling_study [--workers 2] [--seeds 0 1 2]
 
-Needs the text of data=domains (moetrain data fetch domains). For each seed: a small dense model is trained, then
-five copies of it on a domain each (donors of method=join), then every arm goes on for the same tokens, batches
-and learning rates. Every step is a moetrain command in a process and a folder of its own: what is done is not
-repeated, so an interrupted study goes on by the same command. Writes study.md and study.png into the folder.
+Needs the text of data=domains (moetrain data fetch domains). For each seed: a small dense model is trained,
+then five copies of it on a domain each (donors of method=join), then every arm goes on for the same tokens,
+batches and learning rates. Each step is a moetrain command in a process and a folder of its own: what is done
+is not repeated, so an interrupted study goes on by the same command. Writes study.md and study.png there.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from moetrain.train.run_dir import read_metrics
 
 DOMAINS = ("wiki_en", "wiki_fr", "wiki_es", "shakespeare", "python")
 BASE_STEPS, DONOR_STEPS, STEPS = 800, 200, 400
+TEXT = ("data=domains", "data.seq_len=128", "data.val_fraction=0.005")
 SHAPE = (
-    "model=tiny_dense model.d_model=64 model.num_layers=2 model.num_heads=2 model.d_ff=256 data=domains "
-    "data.seq_len=128 data.val_fraction=0.005 data.tokenizer.vocab_size=1024"
-).split()
+    *("model=tiny_dense", "model.d_model=64", "model.num_layers=2", "model.num_heads=2", "model.d_ff=256"),
+    *("data.tokenizer.vocab_size=1024", *TEXT),
+)
 RUN = (
-    "train.micro_batch_size=16 train.global_batch_tokens=2048 train.threads=1 checkpoint.keep_last=1 "
-    "train.sample_tokens=1"
-).split()
-MOE = ["router=topk", "router.top_k=2", "model.num_experts=8"]
+    *("train.micro_batch_size=16", "train.global_batch_tokens=2048", "train.threads=1"),
+    *("checkpoint.keep_last=1", "train.sample_tokens=1"),
+)
+MOE = ("router=topk", "router.top_k=2", "model.num_experts=8")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """``upcycle``: how the dense model becomes an MoE; None: it does not. ``train``: more of the training's."""
+    """``upcycle``: how the dense model becomes an MoE; None: it does not. ``train``: of the training."""
 
     upcycle: tuple[str, ...] | None
     train: tuple[str, ...] = ()
@@ -67,11 +68,13 @@ ARMS = {
         ("method=split", "router=topk", "router.top_k=4", "model.num_experts=8", "model.d_ff_expert=32")
     ),
     "split, clusters and shared": Arm(
-        ("method=split", "method.by=clusters", "router=topk", "router.top_k=3", "model.num_experts=7")
-        + ("model.num_shared_experts=1", "model.d_ff_expert=32")
+        (
+            *("method=split", "method.by=clusters", "router=topk", "router.top_k=3"),
+            *("model.num_experts=7", "model.num_shared_experts=1", "model.d_ff_expert=32"),
+        )
     ),
     "join": Arm(("method=join", "router=topk", "router.top_k=2", "model.num_experts=5")),
-    "adapters (PESC)": Arm(("method=pesc", *MOE)),
+    "adapters (PESC)": Arm(("method=adapters", "experts.kind=adapters", *MOE, "model.d_ff_expert=64")),
 }
 
 
@@ -82,11 +85,15 @@ def run(folder: Path, done: Path, *arguments: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         command = [sys.executable, "-m", "moetrain", *arguments]
-        finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        finished = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         text = f"{' '.join(arguments)}\n{finished.stdout}{finished.stderr}"
         log.write_text(f"{text}\nseconds: {time.monotonic() - began:.1f}\n")
         if finished.returncode:
-            raise SystemExit(f"{' '.join(command)}\nended with {finished.returncode}: {finished.stderr[-2000:]}")
+            raise SystemExit(
+                f"{' '.join(command)}\nended with {finished.returncode}: {finished.stderr[-2000:]}"
+            )
     return log.read_text()
 
 
@@ -101,14 +108,13 @@ def base(root: Path, seed: int) -> None:
     dense = root / f"seed_{seed}" / "base"
     train(dense, BASE_STEPS, seed, *SHAPE)
     for domain in DOMAINS:
-        start = [f"init_from={dense}", "data=domains", f"data.domains=[{domain}]", "data.seq_len=128"]
-        train(dense.with_name(f"donor_{domain}"), DONOR_STEPS, seed, *start)
+        only = f"data.domains=[{domain}]"
+        train(dense.with_name(f"donor_{domain}"), DONOR_STEPS, seed, f"init_from={dense}", *TEXT, only)
 
 
 def arm(root: Path, seed: int, name: str) -> Path:
     """One arm over one seed; returns its run folder."""
     start = root / f"seed_{seed}" / "base"
-    text = ["data=domains", "data.seq_len=128", "data.val_fraction=0.005"]
     folder = root / "arms" / slug(name) / f"seed_{seed}"
     spec, source = ARMS[name], start
     if spec.upcycle is not None:
@@ -117,9 +123,9 @@ def arm(root: Path, seed: int, name: str) -> Path:
         joined = "method=join" in spec.upcycle
         said = [f"source={donors[0] if joined else start}", f"target={source}", f"train.seed={seed}"]
         said += [f"donors=[{','.join(donors[1:])}]"] if joined else []
-        run(source, source / "config.yaml", "upcycle", *said, *spec.upcycle, *text, "proof_tokens=16384")
+        run(source, source / "config.yaml", "upcycle", *said, *spec.upcycle, *TEXT, "proof_tokens=16384")
     scratch = name == "MoE from scratch"
-    train(folder, STEPS, seed, *([] if scratch else [f"init_from={source}", *text]), *spec.train)
+    train(folder, STEPS, seed, *([] if scratch else [f"init_from={source}", *TEXT]), *spec.train)
     return folder
 
 
@@ -142,10 +148,13 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 def tables(root: Path, runs: dict[str, list[Path]], seeds: Sequence[int]) -> str:
     """Losses and cost, then losses by domain and what each arm gains on the MoE from scratch."""
     last = {name: [last_evaluation(path) for path in paths] for name, paths in runs.items()}
-    facts = {name: [json.loads((p / "summary.json").read_text()) for p in paths] for name, paths in runs.items()}
+    facts = {
+        name: [json.loads((p / "summary.json").read_text()) for p in paths] for name, paths in runs.items()
+    }
     scratch = last["MoE from scratch"]
     lines = [
-        "| | parameters | active | training PFLOPs | loss at the start | loss at the end | less than from scratch | seconds a run |",
+        "| | parameters | active | training PFLOPs | loss at the start | loss at the end "
+        "| below the MoE from scratch | seconds a run |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, rows in last.items():
@@ -164,7 +173,11 @@ def tables(root: Path, runs: dict[str, list[Path]], seeds: Sequence[int]) -> str
             f"{max(f['wall_seconds'] for f in fact):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| loss at the end by domain | " + " | ".join(DOMAINS) + " |", "|---|" + "---:|" * len(DOMAINS)]
+    lines += [
+        "",
+        "| loss at the end by domain | " + " | ".join(DOMAINS) + " |",
+        "|---|" + "---:|" * len(DOMAINS),
+    ]
     for name, rows in last.items():
         cells = [domain_cell(rows, scratch, domain) for domain in DOMAINS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -177,6 +190,11 @@ def domain_cell(rows: list[dict[str, Any]], scratch: list[dict[str, Any]], domai
     return f"{here:.3f} ({here - there:+.3f})" if rows is not scratch else f"{here:.3f}"
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
 def last_evaluation(folder: Path) -> dict[str, Any]:
     return [row for row in read_metrics(folder) if "val/loss" in row][-1]
 
@@ -187,7 +205,9 @@ def queue(workers: int, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/upcycling_study"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

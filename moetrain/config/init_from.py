@@ -81,6 +81,7 @@ def spec_overrides(spec: ModelSpec) -> list[str]:
     return [
         *_values("model", spec.model),
         *(router if spec.model.num_experts else []),
+        f"experts.kind={spec.experts.kind.name}",
         f"experts.activation={spec.experts.activation.name}",
     ]
 

@@ -25,7 +25,7 @@ from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, 
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, take_shared
-from moetrain.method.router_start import check_start, start_router
+from moetrain.upcycle.router_start import check_start, start_router
 from moetrain.upcycle.source import Source, State, check_donors
 from moetrain.upcycle.target import Target
 
