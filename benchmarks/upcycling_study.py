@@ -30,7 +30,7 @@ from moetrain.report.compare import comparison_figure
 from moetrain.train.run_dir import read_metrics
 
 DOMAINS = ("wiki_en", "wiki_fr", "wiki_es", "shakespeare", "python")
-BASE_STEPS, DONOR_STEPS, STEPS = 800, 200, 400
+BASE_STEPS, DONOR_STEPS, STEPS = 600, 150, 200
 TEXT = ("data=domains", "data.seq_len=128", "data.val_fraction=0.005")
 SHAPE = (
     *("model=tiny_dense", "model.d_model=64", "model.num_layers=2", "model.num_heads=2", "model.d_ff=256"),
@@ -74,7 +74,10 @@ ARMS = {
         )
     ),
     "join": Arm(("method=join", "router=topk", "router.top_k=2", "model.num_experts=5")),
-    "adapters (PESC)": Arm(("method=adapters", "experts.kind=adapters", *MOE, "model.d_ff_expert=64")),
+    "adapters (PESC), rest frozen": Arm(
+        ("method=adapters", "experts=adapters", *MOE, "model.d_ff_expert=64"),
+        ("optim.frozen=[embed_VD,blocks.*.attention.*,blocks.*.feed_forward.w_*]",),
+    ),
 }
 
 

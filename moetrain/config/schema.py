@@ -103,6 +103,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: Optional[float] = 1.0  # null: no clipping
+    frozen: list[str] = field(default_factory=list)  # parameters that stay as they are, as "blocks.0.*"
 
 
 @dataclass(frozen=True)

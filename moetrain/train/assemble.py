@@ -23,7 +23,7 @@ from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
-from moetrain.train.optim import build_optimizer
+from moetrain.train.optim import build_optimizer, freeze
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 
@@ -62,6 +62,7 @@ def assemble(
     if cfg.train.precision is Precision.fp64:
         model = model.double()
     adjust(model)
+    freeze(model, cfg.optim.frozen)
     counts = count_parameters(model)
     task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
     meshes = build_meshes(cfg.parallel, world, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,6 +66,22 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Take the parameters whose names match a pattern (as a shell does) out of training.
+
+    Call it before ``parallelize``. Raises UserError for a pattern that matches none.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(named, pattern)
+        if not matching:
+            raise UserError(
+                f"optim.frozen: {pattern} matches no parameter; they are named as {', '.join([*named][:4])}"
+            )
+        for name in matching:
+            named[name].requires_grad_(False)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
