@@ -23,14 +23,17 @@ from moetrain.models.hf.source import TensorInfo, read_json
 MANIFEST = "moetrain_export.json"
 _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
 _LISTED = 8  # complaints in one message
-_OTHER_WORDS = ("torch_dtype", "rope_theta", "rope_scaling", "layer_types")  # for what a family writes
+_OTHER_WORDS = (  # for what a family writes
+    *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
+)
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # by another family too
 
 
 def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
     model = open_model(Path(cfg.checkpoint).expanduser())
-    family = _family(cfg.family, model.spec)
+    before = _config_before(model)
+    family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)
     infos = {
@@ -41,7 +44,7 @@ def export(cfg: ExportConfig) -> int:
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
         model.carry(folder)
-        config = _config(family, model, folder / "config.json", infos)
+        config = _config(family, model, before, infos)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if not (folder / "tokenizer.json").is_file():
             model.tokenizer.save(folder)
@@ -53,12 +56,13 @@ def export(cfg: ExportConfig) -> int:
     return 0
 
 
-def _family(name: str, spec: ModelSpec) -> Family:
+def _family(name: str, spec: ModelSpec, before: str | None) -> Family:
+    """The one that is asked for; ``auto``: the one that the model came from (``before``), else the first."""
     able, reasons = families_for(spec)
     if name == "auto":
         if not able:
             raise UserError(f"no family expresses this model exactly: {'; '.join(reasons)}")
-        return able[0]
+        return next((family for family in able if family.model_type == before), able[0])
     if name not in FAMILIES:
         raise UserError(f"family={name} is not known: auto, {', '.join(sorted(FAMILIES))}")
     for family in able:
@@ -110,15 +114,19 @@ def _reader(
 
 
 def _config(
-    family: Family, model: StoredModel, carried: Path, infos: dict[str, TensorInfo]
+    family: Family, model: StoredModel, before: dict[str, Any], infos: dict[str, TensorInfo]
 ) -> dict[str, Any]:
     """The family's keys over those that came with the model, all of them if it was of this family."""
-    before = read_json(carried) if carried.is_file() else {}
     if before.get("model_type") != family.model_type:
         before = {key: before[key] for key in _KEPT if key in before}
-    for key in _OTHER_WORDS:
-        before.pop(key, None)
+    before = {key: value for key, value in before.items() if key not in _OTHER_WORDS}
     dtypes = {str(info.dtype).removeprefix("torch.") for info in infos.values()}
     own = family.config(model.spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
     defaults = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
     return defaults | before | own
+
+
+def _config_before(model: StoredModel) -> dict[str, Any]:
+    """The config.json that came with the model, empty where it came from elsewhere."""
+    file = model.carried_from / "config.json"
+    return read_json(file) if file.is_file() else {}

@@ -56,7 +56,8 @@ class Family:
     rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
     seq: int = SEQ
 
-    def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
+    def their_model(self, dtype: torch.dtype) -> Any:
+        """transformers' model with random weights, norms and biases included."""
         torch.manual_seed(0)
         rope = {"rope_type": "default", "rope_theta": THETA, **self.rope}
         options = {"tie_word_embeddings": False, "initializer_range": 0.2, **SHAPE, **self.theirs}
@@ -67,6 +68,10 @@ class Family:
             for parameter in theirs.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
+        return theirs
+
+    def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
+        theirs = self.their_model(dtype)
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
         experts = ExpertsConfig(self.activation, Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
@@ -132,6 +137,18 @@ QWEN2_MOE = Family(
 )
 QWEN3_MOE_GELU = replace(
     QWEN3_MOE_MIXED, theirs={**QWEN3_MOE_MIXED.theirs, "hidden_act": "gelu"}, activation=Activation.geglu
+)
+QWEN2_MOE_MIXED = Family(
+    "Qwen2Moe",
+    {
+        **QWEN2_MOE.theirs,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+        "intermediate_size": 41,
+        "num_hidden_layers": 4,
+    },
+    {**QWEN2_MOE.ours, "moe_every": 2, "first_dense": 3, "d_ff": 41, "num_layers": 4},
+    QWEN2_MOE.router,
 )
 OLMOE = Family(
     "Olmoe",
@@ -224,6 +241,7 @@ FAMILIES = {
     "qwen3_moe_mixed": QWEN3_MOE_MIXED,
     "qwen3_moe_gelu": QWEN3_MOE_GELU,
     "qwen2_moe": QWEN2_MOE,
+    "qwen2_moe_mixed": QWEN2_MOE_MIXED,
     "olmoe": OLMOE,
     "llama": LLAMA,
     "llama_tied": LLAMA_TIED,

@@ -33,7 +33,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     require("model.sliding_window", spec.model.sliding_window, None)
     top_k, renormalized = write_topk(spec)
     as_dense = replace(spec, model=replace(spec.model, d_ff=spec.model.d_ff_expert))
-    return write_decoder(as_dense, qk_norm=QKNorm.full, head_dim=False) | {
+    return write_decoder(as_dense, qk_norm=QKNorm.full) | {
         "attention_bias": False,
         "clip_qkv": None,
         "num_experts": spec.model.num_experts,

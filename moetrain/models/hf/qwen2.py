@@ -23,7 +23,7 @@ def _read(fields: Fields) -> ModelSpec:
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     require_dense(spec)
-    return write_decoder(spec, qkv_bias=True, head_dim=False) | write_window(spec.model)
+    return write_decoder(spec, qkv_bias=True) | write_window(spec.model)
 
 
 register_family(Family("qwen2", "Qwen2ForCausalLM", _read, _write))

@@ -44,7 +44,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         raise CannotExpressError("model.num_shared_experts=0, and it has a shared expert")
     require("model.shared_gate", m.shared_gate, True)
     top_k, renormalized = write_topk(spec)
-    written = write_decoder(spec, qkv_bias=m.qkv_bias, head_dim=False)
+    written = write_decoder(spec, qkv_bias=m.qkv_bias)
     return written | write_window(m) | write_sparse_layers(m) | {
         "qkv_bias": m.qkv_bias,
         "num_experts": m.num_experts,

@@ -21,6 +21,8 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 
 def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
+    fields.must_be("quantization_config", None)
+    layer_types(fields)
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
@@ -48,10 +50,8 @@ def read_experts(fields: Fields) -> ExpertsConfig:
     return ExpertsConfig(activation=_ACTIVATIONS[name])
 
 
-def write_decoder(
-    spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False, head_dim: bool = True
-) -> dict[str, Any]:
-    """What all share. ``qk_norm`` and ``qkv_bias``: what the family does; ``head_dim``: it has such a key.
+def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False) -> dict[str, Any]:
+    """What all share. ``qk_norm`` and ``qkv_bias``: what the family does.
 
     Raises CannotExpressError where the model does otherwise.
     """
@@ -62,14 +62,13 @@ def write_decoder(
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         raise CannotExpressError(f"experts.activation={spec.experts.activation.name} has no gate")
-    if not head_dim and width * heads != m.d_model:
-        raise CannotExpressError(f"model.head_dim={width} is not model.d_model / model.num_heads")
-    written = {
+    return {
         "vocab_size": spec.vocab_size,
         "hidden_size": m.d_model,
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
+        "head_dim": width,
         "intermediate_size": m.d_ff,
         "hidden_act": activations[spec.experts.activation],
         "rms_norm_eps": m.norm_eps,
@@ -77,7 +76,6 @@ def write_decoder(
         "initializer_range": m.init_std,
         **write_rope(m),
     }
-    return written | ({"head_dim": width} if head_dim else {})
 
 
 def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
@@ -121,10 +119,26 @@ def require_all_moe(spec: ModelSpec, shared: bool = False) -> None:
         require("model.num_shared_experts", spec.model.num_shared_experts, 0)
 
 
+def layer_types(fields: Fields) -> str | None:
+    """What every layer attends to by the list of transformers 5, None where there is no list."""
+    kinds = set(fields.values.get("layer_types") or [])
+    if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
+        raise fields.refuse(
+            f"layer_types names {', '.join(sorted(map(str, kinds)))}: only full_attention in all layers is "
+            "supported, or sliding_attention in all"
+        )
+    return kinds.pop() if kinds else None
+
+
 def window_or_none(fields: Fields) -> int | None:
-    """Qwen's window: off unless ``use_sliding_window``, then on the layers from ``max_window_layers`` on."""
+    """Qwen's window: off unless ``use_sliding_window``, and on the layers that ``layer_types`` names.
+
+    Without that list it is on the layers from ``max_window_layers`` on.
+    """
     if not fields.flag("use_sliding_window", False):
         return None
+    if (kind := layer_types(fields)) is not None:
+        return fields.integer_or_none("sliding_window") if kind == "sliding_attention" else None
     first, layers = fields.integer("max_window_layers"), fields.integer("num_hidden_layers")
     if 0 < first < layers:
         raise fields.refuse(
@@ -137,14 +151,20 @@ def window_or_none(fields: Fields) -> int | None:
 def write_window(cfg: ModelConfig) -> dict[str, Any]:
     """The inverse of :func:`window_or_none`."""
     on = cfg.sliding_window is not None
-    first = 0 if on else cfg.num_layers
-    return {"use_sliding_window": on, "sliding_window": cfg.sliding_window, "max_window_layers": first}
+    return {
+        "use_sliding_window": on,
+        "sliding_window": cfg.sliding_window,
+        "max_window_layers": 0 if on else cfg.num_layers,
+        "layer_types": ["sliding_attention" if on else "full_attention"] * cfg.num_layers,
+    }
 
 
 def read_sparse_layers(fields: Fields) -> dict[str, int]:
     """``moe_every`` and ``first_dense`` of Qwen's ``decoder_sparse_step`` and ``mlp_only_layers``."""
     layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step")
     dense = fields.values.get("mlp_only_layers") or []
+    if step < 1 or not isinstance(dense, list):
+        raise fields.refuse(f"decoder_sparse_step={step} with mlp_only_layers={dense!r} names no layers")
     moe = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
     first = moe[0] if moe else layers
     if moe != [i for i in range(first, layers) if (i + 1) % step == 0]:

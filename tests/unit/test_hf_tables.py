@@ -1,0 +1,172 @@
+"""The tables of names: they fill every element once, and a config.json says the whole model again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.models import Decoder
+from moetrain.models.hf import FAMILIES, Fields, ModelSpec
+from moetrain.models.hf.family import CannotExpressError
+from moetrain.models.hf.pieces import Piece, Tiled, check_table, fill_block
+from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.routers.topk import Score, TopKOptions
+
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
+WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
+@st.composite
+def specs(draw: st.DrawFn, name: str) -> ModelSpec:
+    """A random model that the family ``name`` expresses."""
+    kv_heads = draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 5))
+    keys: dict[str, Any] = {
+        "vocab_size": draw(st.integers(1, 19)),
+        "d_model": draw(st.integers(1, 23)),
+        "num_layers": layers,
+        "num_heads": kv_heads * draw(st.integers(1, 3)),
+        "num_kv_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 4)),
+        "d_ff": draw(st.integers(1, 29)),
+        "num_experts": 0,
+        "qk_norm": QK_NORM.get(name, QKNorm.none),
+        "qkv_bias": name == "qwen2" or (name == "qwen2_moe" and draw(st.booleans())),
+        "sliding_window": draw(st.none() | st.integers(1, 9)) if name in WINDOWED else None,
+        "rope_theta": draw(st.sampled_from([10000.0, 1e6])),
+        "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
+        "tie_embeddings": draw(st.booleans()),
+    }
+    experts = ExpertsConfig(activation=draw(st.sampled_from([Activation.swiglu, Activation.geglu])))
+    if name in DENSE:
+        return ModelSpec(ModelConfig(**keys), experts=experts)
+    keys["num_experts"] = draw(st.integers(1, 5))
+    keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
+    if name in ("qwen2_moe", "qwen3_moe"):
+        keys["moe_every"] = draw(st.integers(1, 3))
+        keys["first_dense"] = draw(st.integers(0, layers))
+    if name == "qwen2_moe":
+        keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
+    top_k = draw(st.integers(1, keys["num_experts"]))
+    router = TopKOptions(
+        top_k=top_k, score=Score.softmax, renormalize=name != "mixtral" and draw(st.booleans())
+    )
+    if name == "mixtral":
+        router = TopKOptions(top_k=top_k, score=Score.softmax_after)
+    return ModelSpec(ModelConfig(**keys), router, experts)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_table_fills_the_model_once_and_a_config_says_it_again(name: str, data: st.DataObject) -> None:
+    spec, family = data.draw(specs(name)), FAMILIES[name]
+    with torch.device("meta"):
+        model = Decoder(spec.model, spec.router, spec.experts, spec.vocab_size)
+    check_table(family.table(spec), model.state_dict())
+    again = family.read(Fields(family.config(spec), "here"))
+    moe = [(layer + 1) % spec.model.moe_every == 0 for layer in range(spec.model.num_layers)]
+    first, last = sorted((again.model.first_dense, spec.model.first_dense))
+    assert not any(moe[first:last])  # several say the same, where the layers between are dense anyway
+    again = replace(again, model=replace(again.model, first_dense=spec.model.first_dense))
+    assert again == spec
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(name=st.sampled_from(list(FAMILIES)), data=st.data())
+def test_a_block_is_a_slice_of_the_whole(name: str, data: st.DataObject) -> None:
+    """Of any tensor, at any place; and what does not overlap it is not read."""
+    table = FAMILIES[name].table(data.draw(specs(name)))
+    tiled = table[data.draw(st.sampled_from(sorted(table)))]
+    theirs = {piece.theirs: torch.randn(piece.shape) for piece in tiled.pieces}
+    whole = torch.empty(tiled.shape)
+    fill_block(whole, (0,) * whole.ndim, tiled.pieces, theirs.__getitem__)
+    offsets = [data.draw(st.integers(0, size)) for size in tiled.shape]
+    sizes = [data.draw(st.integers(0, size - o)) for size, o in zip(tiled.shape, offsets, strict=True)]
+    read: list[str] = []
+
+    def reading(wanted: str) -> torch.Tensor:
+        read.append(wanted)
+        return theirs[wanted]
+
+    block = torch.full(sizes, torch.nan, dtype=torch.float64)
+    fill_block(block, offsets, tiled.pieces, reading)
+    expected = whole[tuple(slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))]
+    assert torch.equal(block, expected.double())
+    assert len(set(read)) == len(read) <= (len(theirs) if block.numel() else 0)
+    for piece in tiled.pieces:
+        assert torch.equal(piece.to_theirs(whole), theirs[piece.theirs])
+
+
+def test_a_wrong_table_is_found() -> None:
+    ours = {"w": torch.zeros(4, 3)}
+    top, bottom = (Piece(name, (start, 0), (2, 3), (2, 3)) for name, start in (("a", 0), ("b", 2)))
+    check_table({"w": Tiled((4, 3), (top, bottom))}, ours)
+    for pieces in ((top,), (top, top, bottom), (top, replace(bottom, offsets=(1, 0)))):
+        with pytest.raises(ValueError, match="exactly once"):
+            check_table({"w": Tiled((4, 3), pieces)}, ours)
+    with pytest.raises(ValueError, match="another number of elements"):
+        check_table({"w": Tiled((4, 3), (top, replace(bottom, shape=(2, 2))))}, ours)
+    with pytest.raises(ValueError, match=r"differ in \['v'\]"):
+        check_table({"w": Tiled((4, 3), (top, bottom)), "v": Tiled((1,))}, ours)
+    with pytest.raises(ValueError, match="the table says"):
+        check_table({"w": Tiled((3, 4), (top, bottom))}, ours)
+
+
+BASE = ModelConfig(vocab_size=7, d_model=8, num_heads=2, num_layers=2, d_ff=5, num_experts=0)
+MOE = replace(BASE, num_experts=3, d_ff_expert=5)
+FULL = replace(MOE, qk_norm=QKNorm.full)
+RELU2 = ExpertsConfig(activation=Activation.relu2)
+SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
+TOP2 = TopKOptions(top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "why"),
+    [
+        ("llama", ModelSpec(MOE, TOP2), "model.num_experts=3"),
+        ("llama", ModelSpec(replace(BASE, sliding_window=3)), "model.sliding_window=3"),
+        ("llama", ModelSpec(replace(BASE, qkv_bias=True)), "model.qkv_bias=True"),
+        ("llama", ModelSpec(replace(BASE, qk_norm=QKNorm.head)), "model.qk_norm=head"),
+        ("llama", ModelSpec(BASE, experts=RELU2), "experts.activation=relu2"),
+        ("mistral", ModelSpec(MOE, TOP2), "model.num_experts=3"),
+        ("qwen2", ModelSpec(BASE), "model.qkv_bias=False"),
+        ("qwen3", ModelSpec(BASE), "model.qk_norm=none"),
+        ("mixtral", ModelSpec(BASE), "model.num_experts=0"),
+        ("mixtral", ModelSpec(MOE, TopKOptions(renormalize=False)), "router.renormalize=false"),
+        ("mixtral", ModelSpec(MOE, TopKOptions(score=Score.sigmoid)), "router.score=sigmoid"),
+        ("mixtral", ModelSpec(MOE, TopKOptions(route_scale=2.5)), "router.route_scale=2.5"),
+        ("mixtral", ModelSpec(MOE, TopKOptions(num_groups=3, top_groups=2)), "router.top_groups=2"),
+        ("mixtral", ModelSpec(MOE, TopKOptions(eval_capacity_factor=1.5)), "eval_capacity_factor=1.5"),
+        ("mixtral", ModelSpec(MOE, replace(TOP2, name="expert_choice")), "router=expert_choice"),
+        ("mixtral", ModelSpec(replace(MOE, moe_every=2), TOP2), "model.moe_every=2"),
+        ("mixtral", ModelSpec(replace(MOE, first_dense=1), TOP2), "model.first_dense=1"),
+        ("mixtral", ModelSpec(SHARED, TOP2), "model.num_shared_experts=1"),
+        ("olmoe", ModelSpec(replace(FULL, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("olmoe", ModelSpec(MOE, TOP2), "model.qk_norm=none"),
+        ("qwen2_moe", ModelSpec(MOE, TOP2), "model.num_shared_experts=0"),
+        ("qwen2_moe", ModelSpec(replace(SHARED, shared_gate=False), TOP2), "model.shared_gate=False"),
+        ("qwen2_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
+        ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
+    ],
+)  # fmt: skip
+def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:
+    with pytest.raises(CannotExpressError) as error:
+        FAMILIES[name].config(spec)
+    assert why in str(error.value)
+
+
+def test_top_k_of_one_renormalised_is_not_lost() -> None:
+    """With k = 1 the renormalised weight is 1, and the plain one is the probability."""
+    for renormalize in (False, True):
+        spec = ModelSpec(replace(MOE, qk_norm=QKNorm.head), TopKOptions(top_k=1, renormalize=renormalize))
+        family = FAMILIES["qwen3_moe"]
+        assert family.read(Fields(family.config(spec), "here")).router == spec.router
