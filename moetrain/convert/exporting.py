@@ -14,8 +14,12 @@ from moetrain.config.schema_convert import ExportConfig, StoredDtype
 from moetrain.convert.model_folder import new_folder
 from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.convert.progress import progress
+from moetrain.data import Tokenizer
+from moetrain.data.tokenizer import ByteTokenizer
+from moetrain.data.tokenizer_bytes import bytes_as_json
 from moetrain.errors import UserError
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
+from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
@@ -31,6 +35,8 @@ _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_i
 
 def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
+    if not cfg.max_shard_gb > 0:
+        raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be more than 0")
     model = open_model(Path(cfg.checkpoint).expanduser())
     before = _config_before(model)
     family = _family(cfg.family, model.spec, before.get("model_type"))
@@ -44,10 +50,9 @@ def export(cfg: ExportConfig) -> int:
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
         model.carry(folder)
+        _save_tokenizer(model.tokenizer, folder)
         config = _config(family, model, before, infos)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if not (folder / "tokenizer.json").is_file():
-            model.tokenizer.save(folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         read = _reader(model, pieces, dtype, advance)
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
         manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
@@ -128,5 +133,11 @@ def _config(
 
 def _config_before(model: StoredModel) -> dict[str, Any]:
     """The config.json that came with the model, empty where it came from elsewhere."""
-    file = model.carried_from / "config.json"
+    file = model.carried_from / CONFIG
     return read_json(file) if file.is_file() else {}
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Ours, unless the model came with its own files; bytes in words that other tools know."""
+    if not (folder / "tokenizer.json").is_file():
+        (bytes_as_json() if isinstance(tokenizer, ByteTokenizer) else tokenizer).save(folder)

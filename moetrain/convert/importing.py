@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.data.tokenizer import JsonTokenizer
 from moetrain.errors import UserError
-from moetrain.models.hf.carried import carry_files
+from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
@@ -31,7 +33,7 @@ def convert(cfg: ConvertConfig) -> int:
         target=Path(cfg.target).expanduser(),
         cfg=compose_train(spec_overrides(opened.spec)),
         tokenizer=tokenizer,
-        carry=lambda folder: carry_files(path, folder) if path.is_dir() else None,
+        carry=partial(_carry, source, cfg.tokenizer is None),
         tensors=opened.infos,
         read=opened.read,
         origin={"source": str(path.absolute()), "family": family, "tensors": hashing.hashes},
@@ -62,6 +64,15 @@ def _tokenizer(given: str | None, source: Source) -> Tokenizer:
     if isinstance(source, GGUFFile):
         return JsonTokenizer(*tokenizer_of(source.metadata, source.path))
     return load_tokenizer(source.path)
+
+
+def _carry(source: Source, own_tokenizer: bool, folder: Path) -> None:
+    """What other tools want beside the weights; a GGUF file has it in its metadata."""
+    if source.path.is_dir():
+        carry_files(source.path, folder, own_tokenizer)
+    else:
+        folder.mkdir(parents=True)
+        (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
 
 
 class _HashingSource:

@@ -242,6 +242,13 @@ def save_error(error: CheckpointException, target: Path, nbytes: int) -> Excepti
     )
 
 
+def raise_interrupt(error: CheckpointException) -> None:
+    """Ctrl-C while a checkpoint was handled, which DCP takes for a failure like any other, goes on up."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from moetrain.errors import UserError
 from moetrain.parallel.lost import raising_peer_lost
 from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
-from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line
+from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line, raise_interrupt
 from moetrain.train.peers import Peers
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
@@ -155,6 +155,7 @@ def fill_from(
                 no_dist=peers.group is None,
             )
     except CheckpointException as error:
+        raise_interrupt(error)
         rank, (cause, _) = next(iter(error.failures.items()))
         raise UserError(f"{where} cannot be read: rank {rank}: {one_line(cause)}") from error
 

@@ -17,7 +17,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
-from moetrain.train.checkpoint_io import JsonReader, JsonWriter, load_planner, one_line, save_error
+from moetrain.train.checkpoint_io import (
+    JsonReader,
+    JsonWriter,
+    load_planner,
+    one_line,
+    raise_interrupt,
+    save_error,
+)
 from moetrain.train.checkpoint_read import find_checkpoint, read_metadata
 
 
@@ -44,6 +51,7 @@ class StoredTensors:
         try:
             dcp_load({name: tensor}, storage_reader=reader, planner=load_planner(), no_dist=True)
         except CheckpointException as error:
+            raise_interrupt(error)
             _, (cause, _) = next(iter(error.failures.items()))
             raise UserError(f"checkpoint {self.path}: {name} cannot be read: {one_line(cause)}") from error
         return tensor
@@ -76,6 +84,7 @@ def write_streamed(
     try:
         dcp_save(empty, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
     except CheckpointException as error:
+        raise_interrupt(error)
         raise save_error(error, target, sum(info.nbytes for info in tensors.values())) from error
 
 

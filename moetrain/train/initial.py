@@ -62,9 +62,10 @@ def carry_over(path: Path, run_dir: Path) -> None:
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    folder = path / TOKENIZER if (path / _CONFIG).is_file() else path
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return  # the weights alone; the user chose the tokenizer
+    ours = (path / _CONFIG).is_file()
+    folder = path / TOKENIZER if ours else path
+    if not ours and not (folder / "tokenizer.json").is_file():
+        return  # none that can be read here; the user chose the tokenizer
     own = load_tokenizer(folder)
     if own.fingerprint != tokenizer.fingerprint:
         raise UserError(

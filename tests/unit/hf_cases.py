@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hf_families import FAMILIES, Family, transformers
 from safetensors.torch import load_file
@@ -119,3 +120,26 @@ def gradients_of(model: Any, folder: Path) -> dict[str, Tensor]:
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.save_pretrained(folder, state_dict=gradients)
     return tensors_of(folder)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By name: a Mixtral in shards and in one file, and a tied Llama; nobody may change them."""
+    folder = tmp_path_factory.mktemp("sources")
+    mixtral = CASES["mixtral"].their_model(torch.float32)
+    return {
+        "sharded": write_theirs(mixtral, folder / "sharded", SHARD),
+        "single": write_theirs(mixtral, folder / "single"),
+        "tied": write_theirs(CASES["llama_tied"].their_model(torch.float32), folder / "tied"),
+    }
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that ends with 2."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("moetrain: error: ")]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
+    return lines[0]

@@ -122,10 +122,10 @@ def test_a_wrong_table_is_found() -> None:
 
 BASE = ModelConfig(vocab_size=7, d_model=8, num_heads=2, num_layers=2, d_ff=5, num_experts=0)
 MOE = replace(BASE, num_experts=3, d_ff_expert=5)
-FULL = replace(MOE, qk_norm=QKNorm.full)
-RELU2 = ExpertsConfig(activation=Activation.relu2)
 SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
+NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
+RELU2 = ExpertsConfig(activation=Activation.relu2)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ TOP2 = TopKOptions(top_k=2)
         ("mixtral", ModelSpec(replace(MOE, moe_every=2), TOP2), "model.moe_every=2"),
         ("mixtral", ModelSpec(replace(MOE, first_dense=1), TOP2), "model.first_dense=1"),
         ("mixtral", ModelSpec(SHARED, TOP2), "model.num_shared_experts=1"),
-        ("olmoe", ModelSpec(replace(FULL, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("olmoe", ModelSpec(replace(NORMED, sliding_window=3), TOP2), "model.sliding_window=3"),
         ("olmoe", ModelSpec(MOE, TOP2), "model.qk_norm=none"),
         ("qwen2_moe", ModelSpec(MOE, TOP2), "model.num_shared_experts=0"),
         ("qwen2_moe", ModelSpec(replace(SHARED, shared_gate=False), TOP2), "model.shared_gate=False"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 CARRIED = "hf"  # the folder of a run folder that holds them
 
-_NAMES = (
-    "config.json",
-    "generation_config.json",
+CONFIG = "config.json"
+_MODEL = (CONFIG, "generation_config.json", "LICENSE", "NOTICE")
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -19,14 +19,15 @@ _NAMES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
-    "NOTICE",
 )
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy those of the files that ``source`` has; ``target`` is made only if there is one."""
-    for name in _NAMES:
+def carry_files(source: Path, target: Path, tokenizer: bool = True) -> None:
+    """Copy those of the files that ``source`` has; ``target`` is made only if there is one.
+
+    ``tokenizer``: those of the tokenizer too, which is the one that the model goes on with.
+    """
+    for name in (*_MODEL, *(_TOKENIZER if tokenizer else ())):
         if (source / name).is_file():
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)

@@ -51,6 +51,9 @@ class GGUFFile:
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama" or self.metadata.get("llama.expert_count"):
             raise UserError(f"{path}: architecture {architecture!r} is not supported: only dense llama is")
+        for key in ("rope.scaling.type", "attention.sliding_window"):
+            if (found := self.metadata.get(f"llama.{key}")) not in (None, 0, "none"):
+                raise UserError(f"{path}: llama.{key}={found!r} is not supported")
         self._stored = {self._their_name(t.name): t for t in self._reader.tensors}
         self.config = self._config()
         self.tensors = {
@@ -76,24 +79,28 @@ class GGUFFile:
     def _their_name(self, name: str) -> str:
         if name in _OUTER:
             return _OUTER[name]
-        block, number, *rest = name.split(".", 2)
-        inner = _INNER.get(rest[0]) if block == "blk" and rest else None
+        block, number, rest = (*name.split(".", 2), "", "")[:3]
+        inner = _INNER.get(rest) if block == "blk" and number.isdecimal() else None
         if inner is None:
             raise UserError(f"{self.path}: tensor {name} has no place in a dense llama model")
         return f"model.layers.{number}.{inner}"
 
     def _config(self) -> dict[str, Any]:
-        def value(key: str, default: Any = None) -> Any:
+        def value(key: str, default: int | float | None = None) -> Any:
             found = self.metadata.get(f"llama.{key}", default)
-            if found is None:
-                raise UserError(f"{self.path}: llama.{key} is missing")
+            if not isinstance(found, (int, float)):
+                raise UserError(f"{self.path}: llama.{key} is {found!r}, not a number")
             return found
 
-        if (scaling := value("rope.scaling.type", "none")) != "none":
-            raise UserError(
-                f"{self.path}: llama.rope.scaling.type={scaling!r} is not supported: only 'none' is"
-            )
+        if "model.embed_tokens.weight" not in self._stored:
+            raise UserError(f"{self.path}: token_embd.weight is missing")
         heads, width = value("attention.head_count"), value("embedding_length")
+        head_dim = value("attention.key_length", width // max(heads, 1))
+        if (rotated := value("rope.dimension_count", head_dim)) != head_dim:
+            raise UserError(
+                f"{self.path}: llama.rope.dimension_count={rotated} is not supported: a head is {head_dim} "
+                "wide, and all of it is rotated here"
+            )
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -102,7 +109,7 @@ class GGUFFile:
             "num_hidden_layers": value("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": value("attention.head_count_kv", heads),
-            "head_dim": value("attention.key_length", width // heads),
+            "head_dim": head_dim,
             "intermediate_size": value("feed_forward_length"),
             "hidden_act": "silu",
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),

@@ -45,12 +45,18 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
             f"{path}: its tokenizer (tokenizer.ggml.model={kind!r}, pre={pre!r}) is not known; known: gpt2 "
             f"with {', '.join(known)}. Give the model's own: tokenizer=/path/to/tokenizer.json"
         )
+    for key in ("tokens", "merges", "eos_token_id"):
+        if metadata.get(f"tokenizer.ggml.{key}") is None:
+            raise UserError(
+                f"{path}: tokenizer.ggml.{key} is missing; give tokenizer=/path/to/tokenizer.json"
+            )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     vocab = {token: number for number, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise UserError(f"{path}: {len(tokens) - len(vocab)} of its {len(tokens)} tokens are there twice")
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    whole_words = pre == "llama-bpe"  # a word that is a token is that token, whatever the merges say
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     tokenizer.pre_tokenizer = known[pre]
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -61,7 +67,7 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
             if found == wanted
         ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
-    if eos is None:
-        raise UserError(f"{path}: tokenizer.ggml.eos_token_id is missing: which token ends a text?")
+    eos = metadata["tokenizer.ggml.eos_token_id"]
+    if not 0 <= eos < len(tokens):
+        raise UserError(f"{path}: tokenizer.ggml.eos_token_id={eos} is none of its {len(tokens)} tokens")
     return tokenizer, tokens[eos]

@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    layer_types,
     read_decoder,
     read_experts,
     read_sparse_layers,
@@ -21,6 +22,10 @@ from moetrain.models.hf.translate import (
 
 
 def _read(fields: Fields) -> ModelSpec:
+    if fields.flag("use_sliding_window", False) and layer_types(fields) is None:
+        raise fields.refuse(
+            "use_sliding_window without layer_types: transformers 4 and 5 disagree on which layers have it"
+        )
     model = read_decoder(
         fields,
         qkv_bias=fields.flag("qkv_bias", True),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.models.decoder import Decoder
 from moetrain.models.hf.family import Family, ModelSpec, family_of
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Table, check_source, fill_block
@@ -79,7 +80,7 @@ def open_source(source: Source) -> Opened:
     where = f"{source.path}: {_CONFIG}"
     family = family_of(source.config, where)
     spec = family.read(Fields(source.config, where))
-    table = family.table(spec)
+    table = _table(family, spec, where)
     _drop_computed(source, spec.model.tie_embeddings)
     check_source(table, {name: info.shape for name, info in source.tensors.items()}, str(source.path))
     for name, tiled in table.items():
@@ -91,6 +92,20 @@ def open_source(source: Source) -> Opened:
                 f"{source.path}: the parts of {name} ({first} ...) are of several dtypes: {named}"
             )
     return Opened(source, family, spec, table)
+
+
+def _table(family: Family, spec: ModelSpec, where: str) -> Table:
+    """Raises UserError for a model that cannot be built, ValueError for a table of other tensors."""
+    try:
+        with torch.device("meta"):
+            model = Decoder(spec.model, spec.router, spec.experts, spec.vocab_size)
+    except (UserError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: {error}") from None
+    table = family.table(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != {name: tiled.shape for name, tiled in table.items()}:
+        raise ValueError(f"the table of family {family.model_type} does not have the model's tensors")
+    return table
 
 
 def _drop_computed(source: Source, tied: bool) -> None:
