@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moetrain.train.checkpoint_io import (
     load_planner,
     one_line,
     raise_interrupt,
+    remove_folder,
     save_error,
 )
 from moetrain.train.checkpoint_read import find_checkpoint, read_metadata
@@ -58,21 +60,14 @@ class StoredTensors:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors of the meta device and asks for their values one by one, when they are written.
-
-    DCP's loop still names the last tensor while it asks for the next: its memory is given back here.
-    """
+    """Plans with tensors of the meta device and asks for their values one by one, when they are written."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._read = read
-        self._written: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        if self._written is not None:
-            self._written.untyped_storage().resize_(0)
-        self._written = self._read(write_item.index.fqn)
-        return self._written
+        return self._read(write_item.index.fqn)
 
 
 def write_streamed(
@@ -84,15 +79,27 @@ def write_streamed(
 ) -> None:
     """Write the checkpoint ``target``; ``read`` is asked for each tensor once, ``extra`` at the end.
 
-    ``read`` gives tensors away: each one's memory is freed when it was written, so that there is one at a time. Raises UserError when it cannot be written; nothing is left then.
+    Memory holds one large tensor. Raises UserError when it cannot be written; nothing is left then.
     """
     writer = _LateWriter(target, step, extra)
-    empty = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
+    empty = {
+        name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
+        for name in _alternating(tensors)
+    }
     try:
         dcp_save(empty, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
     except CheckpointException as error:
+        remove_folder(writer.temporary)
         raise_interrupt(error)
         raise save_error(error, target, sum(info.nbytes for info in tensors.values())) from error
+
+
+def _alternating(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """A large one, a small one, a large one: DCP holds the last tensor while it asks for the next."""
+    by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
+    half = len(by_size) // 2
+    small, large = reversed(by_size[:half]), by_size[half:]
+    return [name for pair in zip_longest(large, small) for name in pair if name is not None]
 
 
 class _LateWriter(JsonWriter):
