@@ -19,6 +19,7 @@ from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
+from moetrain.train.checkpoint_stream import large_then_small
 
 
 def convert(cfg: ConvertConfig) -> int:
@@ -34,7 +35,7 @@ def convert(cfg: ConvertConfig) -> int:
         cfg=compose_train(spec_overrides(opened.spec)),
         tokenizer=tokenizer,
         carry=partial(_carry, source, cfg.tokenizer is None),
-        tensors=opened.infos,
+        tensors=large_then_small(opened.infos),
         read=opened.read,
         origin={"source": str(path.absolute()), "family": family, "tensors": hashing.hashes},
     )

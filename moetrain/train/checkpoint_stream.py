@@ -77,15 +77,12 @@ def write_streamed(
     read: Callable[[str], Tensor],
     extra: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write the checkpoint ``target``; ``read`` is asked for each tensor once, ``extra`` at the end.
+    """Write the checkpoint ``target``; ``read`` is asked for each tensor once, in order, ``extra`` at the end.
 
-    Memory holds one large tensor. Raises UserError when it cannot be written; nothing is left then.
+    Memory holds one tensor and the one before it: see :func:`large_then_small`. Raises UserError when it cannot be written; nothing is left then.
     """
     writer = _LateWriter(target, step, extra)
-    empty = {
-        name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
-        for name in _alternating(tensors)
-    }
+    empty = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
     try:
         dcp_save(empty, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
     except CheckpointException as error:
@@ -94,12 +91,12 @@ def write_streamed(
         raise save_error(error, target, sum(info.nbytes for info in tensors.values())) from error
 
 
-def _alternating(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """A large one, a small one, a large one: DCP holds the last tensor while it asks for the next."""
+def large_then_small(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """``tensors`` in an order in which no large one follows another: DCP holds the last while it asks on."""
     by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
     half = len(by_size) // 2
     small, large = reversed(by_size[:half]), by_size[half:]
-    return [name for pair in zip_longest(large, small) for name in pair if name is not None]
+    return {name: tensors[name] for pair in zip_longest(large, small) for name in pair if name is not None}
 
 
 class _LateWriter(JsonWriter):

@@ -10,7 +10,8 @@ import torch
 
 from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
-from moetrain.train.checkpoint_stream import StoredTensors, write_streamed
+from moetrain.train.checkpoint_read import read_extra
+from moetrain.train.checkpoint_stream import StoredTensors, large_then_small, write_streamed
 
 SHAPES = {f"model.{name}": (size,) for name, size in zip("abcdefg", (3, 700, 5, 701, 0, 703, 7), strict=True)}
 
@@ -27,14 +28,14 @@ def test_what_was_written_is_read_and_no_large_tensor_follows_another(tmp_path: 
     infos = {name: TensorInfo(shape, torch.bfloat16) for name, shape in SHAPES.items()}
     infos["optim.a"] = TensorInfo((2,), torch.float32)
     values["optim.a"] = torch.ones(2)
-    write_streamed(tmp_path / "step_00000003", 3, infos, read, lambda: {"read": asked})
+    write_streamed(tmp_path / "step_00000003", 3, large_then_small(infos), read, lambda: {"read": asked})
     assert sorted(asked) == sorted(infos)
     sizes = [infos[name].nbytes for name in asked]
     assert max(one + other for one, other in pairwise(sizes)) <= 2 * 703 + 2 * 5
-    stored = StoredTensors(tmp_path, "model.")
-    assert stored.extra["read"] == asked
-    assert sorted(stored.tensors) == list("abcdefg")
-    assert all(torch.equal(stored.read(name), values[f"model.{name}"]) for name in stored.tensors)
+    stored = StoredTensors(tmp_path)
+    assert read_extra(stored.path)["read"] == asked
+    assert stored.tensors == infos
+    assert all(torch.equal(stored.read(name), value) for name, value in values.items())
 
 
 def test_what_the_reader_says_is_what_is_raised(tmp_path: Path) -> None:
