@@ -77,9 +77,10 @@ def write_streamed(
     read: Callable[[str], Tensor],
     extra: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write the checkpoint ``target``; ``read`` is asked for each tensor once, in order, ``extra`` at the end.
+    """Write the checkpoint ``target``; ``read`` is asked for each tensor once, in order, then ``extra``.
 
-    Memory holds one tensor and the one before it: see :func:`large_then_small`. Raises UserError when it cannot be written; nothing is left then.
+    Memory holds one tensor and the one before it: see :func:`large_then_small`. Raises UserError when it
+    cannot be written; nothing is left then.
     """
     writer = _LateWriter(target, step, extra)
     empty = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
