@@ -35,6 +35,7 @@ moetrain: train Mixture-of-Experts language models
   torchrun --nproc-per-node 8 -m moetrain train experiment=small  eight GPUs or processes
   moetrain verify parallel.ep=2 parallel.dp_shard=4               prove a layout equal to one process
   moetrain generate checkpoint=runs/mine prompt="def "            let a trained model write
+  moetrain eval checkpoint=runs/mine 'data.path=/my/*.txt'        loss and bits per byte of your files
   moetrain convert source=/models/llama target=llama              Hugging Face or GGUF in
   moetrain upcycle source=llama target=moe model.num_experts=8    a dense model becomes an MoE
   moetrain train init_from=moe                                    train on from there
@@ -124,6 +125,12 @@ def _export(args: list[str]) -> int:
     return export_command(args)
 
 
+def _eval(args: list[str]) -> int:
+    from moetrain.config.app import eval_command
+
+    return eval_command(args)
+
+
 def _report(args: list[str]) -> int:
     from moetrain.report import report_command
 
@@ -171,6 +178,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
     "generate": _generate,
+    "eval": _eval,
     "convert": _convert,
     "upcycle": _upcycle,
     "export": _export,

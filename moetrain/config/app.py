@@ -1,4 +1,4 @@
-"""The Hydra commands: ``moetrain train``, ``verify``, ``generate``, ``convert``, ``upcycle``, ``export``.
+"""The Hydra commands: ``moetrain train``, ``verify``, ``generate``, ``eval``, ``convert`` and their like.
 
 A single run is composed here and handed over as a frozen object; nothing is written before it is valid.
 Sweeps (``sweep.py``) and printed pages (``pages.py``) go through ``hydra.main``.
@@ -14,8 +14,15 @@ from moetrain.config.launch import is_rank_0, world_size
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.schema_convert import ConvertConfig, ExportConfig
+from moetrain.config.schema_eval import EvalConfig
 from moetrain.config.schema_upcycle import UpcycleConfig
-from moetrain.config.validate import validate, validate_generate, validate_upcycle, validate_verify
+from moetrain.config.validate import (
+    validate,
+    validate_eval,
+    validate_generate,
+    validate_upcycle,
+    validate_verify,
+)
 from moetrain.errors import UserError
 
 T = TypeVar("T")
@@ -65,6 +72,19 @@ def generate_command(argv: list[str]) -> int:
     from moetrain.train.sample import generate_app
 
     return generate_app(cfg)
+
+
+def eval_command(argv: list[str]) -> int:
+    """``moetrain eval ...``; returns the exit code. Raises UserError for what the user can mend."""
+    cfg = _composed("eval", EvalConfig, argv)
+    if cfg is None:
+        return 0
+    if world_size() > 1:
+        raise UserError(f"eval runs in one process, but WORLD_SIZE={world_size()}: run it without torchrun")
+    validate_eval(cfg)
+    from moetrain.evaluation.command import eval_app
+
+    return eval_app(cfg)
 
 
 def convert_command(argv: list[str]) -> int:

@@ -24,7 +24,7 @@ from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.init_from import source_overrides
 from moetrain.config.overrides import normalize, plugins_in
 from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
-from moetrain.config.store import CONFIG_DIR, TAGS, class_of, import_plugins, register, user_folder
+from moetrain.config.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
 from moetrain.errors import UserError
 
 T = TypeVar("T")
@@ -158,12 +158,12 @@ def _compose(root: type, config_name: str, overrides: list[str], config_dir: str
 def _fit(root: type, node: DictConfig, where: str) -> DictConfig:
     """Merge keys of unknown origin into the schema; the tags (``router.name`` ...) choose the classes."""
     target = OmegaConf.structured(editable(root))
-    for group in TAGS.keys() & {f.name for f in dataclasses.fields(root)}:
+    for group, tag in tags_of(root).items():
         options = node.get(group)
         if not isinstance(options, DictConfig):
             raise UserError(f"{where}: {group} is missing or is not a group of keys")
         try:
-            target[group] = OmegaConf.structured(editable(class_of(group, options.get(TAGS[group]))))
+            target[group] = OmegaConf.structured(editable(class_of(group, options.get(tag))))
         except UserError as e:
             raise UserError(f"{where}: {e}") from e
     try:
@@ -182,10 +182,10 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
     obj = OmegaConf.to_object(node)
     _refuse_extra_keys(obj, where)
     cfg = freeze(obj)
-    for group, tag in TAGS.items():
-        part = getattr(cfg, group, None)
-        name = getattr(part, tag, None)
-        if part is not None and class_of(group, name) is not type(part):
+    for group, tag in tags_of(root).items():
+        part = getattr(cfg, group)
+        name = getattr(part, tag)
+        if class_of(group, name) is not type(part):
             raise UserError(f"{where}{group}.{tag}={name}: only {group}={name} chooses another {group}")
     return cfg
 

@@ -14,6 +14,7 @@ _NEEDED = ("torch", "numpy", "hydra-core", "omegaconf", "datasets", "tokenizers"
 _OPTIONAL = {
     "matplotlib": "plots in report.html (moetrain[plot])",
     "wandb": "tracker=wandb (moetrain[wandb])",
+    "lm-eval": "moetrain eval tasks=[...] (moetrain[eval])",
     "tensorboard": "tracker=tensorboard (moetrain[tensorboard])",
     "transformers": "tests against transformers (moetrain[hf])",
     "deepspeed": "benchmarks against DeepSpeed (moetrain[deepspeed])",

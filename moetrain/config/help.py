@@ -45,6 +45,19 @@ Continues a prompt with the newest checkpoint of a run folder, or with the check
 
 Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
 """,
+    "eval": """\
+moetrain eval checkpoint=RUN 'data.path=/my/*.txt' [tasks=[...]] [json=FILE] [key=value ...]
+
+Scores whole files with the newest checkpoint of a run, or with a converted or Hugging Face folder: loss,
+perplexity and bits per byte of each file and of all. Every token that follows another of its document is
+scored once, in windows of data.seq_len tokens. tasks: those of lm-eval (pip install 'moetrain[eval]').
+
+  moetrain eval checkpoint=runs/mine 'data.path=/my/**/*.txt' json=figures.json
+  moetrain eval checkpoint=runs/mine 'tasks=[hellaswag,arc_easy]' limit=100
+  moetrain eval checkpoint=runs/mine 'tasks=[my_task]' include_path=tasks
+
+Flags: --cfg job|hydra|all [--resolve] [--package KEY], --info, --hydra-help
+""",
     "convert": """\
 moetrain convert source=FOLDER_OR_FILE target=FOLDER [tokenizer=FILE]
 

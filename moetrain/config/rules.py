@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
 from moetrain.errors import UserError
+
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def at_least(section: str, config: Any, low: float, *names: str) -> None:
@@ -31,3 +34,22 @@ def within(key: str, value: float, low: float, high: float, *, open_low: bool, o
     if not (above and below):
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise UserError(f"{key}={value} must lie in {left}{low:g}, {high:g}{right}")
+
+
+def check_device(key: str, device: str) -> None:
+    """A device that is known and there."""
+    if device not in _DEVICES:
+        raise UserError(f"{key}={device} is not known; known: {', '.join(_DEVICES)}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"{key}=cuda, but torch {torch.__version__} sees no CUDA device: set {key}=auto or cpu"
+            )
+
+
+def is_installed(package: str) -> bool:
+    """A folder of that name beside the user's files is no package: it has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

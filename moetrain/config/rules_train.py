@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 
-from moetrain.config.rules import above_zero, at_least, within
+from moetrain.config.rules import above_zero, at_least, check_device, is_installed, within
 from moetrain.config.schema import GenerateConfig, MuonConfig, TrainConfig
 from moetrain.errors import UserError
 
-_DEVICES = ("auto", "cpu", "cuda")
 _ENGINES = ("native",)
 _TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # module -> extra of the same project
 _WEEK = 7 * 86400.0
@@ -115,7 +113,7 @@ def global_batch_is_whole_micro_batches(cfg: TrainConfig, world: int) -> None:
 
 
 def device_is_there(cfg: TrainConfig, world: int) -> None:
-    _check_device("train.device", cfg.train.device)
+    check_device("train.device", cfg.train.device)
 
 
 def compiler_is_there(cfg: TrainConfig, world: int) -> None:
@@ -136,7 +134,7 @@ def engine_is_known(cfg: TrainConfig, world: int) -> None:
 
 def tracker_is_installed(cfg: TrainConfig, world: int) -> None:
     package = _TRACKER_PACKAGES.get(cfg.tracker.name)
-    if package and not _installed(package):
+    if package and not is_installed(package):
         raise UserError(
             f"tracker={cfg.tracker.name} needs the package {package}, which is not installed: "
             f"pip install 'moetrain[{package}]', or set tracker=jsonl"
@@ -195,7 +193,7 @@ def generate_numbers(cfg: GenerateConfig) -> None:
             raise UserError(f"{name}={value} must be {low} or more")
     if cfg.top_p is not None:
         within("top_p", cfg.top_p, 0, 1, open_low=True, open_high=False)
-    _check_device("device", cfg.device)
+    check_device("device", cfg.device)
 
 
 def generate_prompt(cfg: GenerateConfig) -> None:
@@ -210,24 +208,6 @@ def generate_checkpoint(cfg: GenerateConfig) -> None:
         raise UserError(
             f"checkpoint={cfg.checkpoint} does not exist: give a run folder or one of its checkpoints"
         )
-
-
-def _check_device(key: str, device: str) -> None:
-    if device not in _DEVICES:
-        raise UserError(f"{key}={device} is not known; known: {', '.join(_DEVICES)}")
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"{key}=cuda, but torch {torch.__version__} sees no CUDA device: set {key}=auto or cpu"
-            )
-
-
-def _installed(package: str) -> bool:
-    """A folder of that name beside the user's files is no package: it has no origin."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
 
 
 LAYOUT_RULES = (optimizer_numbers, layout_is_built, layout_fills_world, experts_spread_evenly)

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from moetrain.config import schema as s
 from moetrain.config import schema_convert as c
 from moetrain.config import schema_data as d
+from moetrain.config import schema_eval as e
 from moetrain.config import schema_upcycle as u
 from moetrain.config.editable import editable
 from moetrain.config.names import nearest
@@ -37,6 +39,12 @@ TAGS = {
     "tracker": "name",
     "method": "name",
 }
+
+
+def tags_of(root: type) -> dict[str, str]:
+    """The polymorphic groups of a root class, and each one's tag."""
+    hints = get_type_hints(root)
+    return {group: tag for group, tag in TAGS.items() if hasattr(hints.get(group), tag)}
 
 
 def variants() -> dict[str, dict[str, type]]:
@@ -94,6 +102,7 @@ def _register(routers: tuple[str, ...]) -> None:
     store.store(name="_generate", node=editable(s.GenerateConfig))
     store.store(name="_convert", node=editable(c.ConvertConfig))
     store.store(name="_export", node=editable(c.ExportConfig))
+    store.store(name="_eval", node=editable(e.EvalConfig))
     store.store(name="_upcycle", node=editable(u.UpcycleConfig))
     for group, classes in variants().items():
         for name, cls in classes.items():

@@ -5,9 +5,10 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
-from moetrain.config import rules_data, rules_dispatch, rules_model, rules_rope, rules_train
+from moetrain.config import rules_data, rules_dispatch, rules_eval, rules_model, rules_rope, rules_train
 from moetrain.config.rules import at_least
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
+from moetrain.config.schema_eval import EvalConfig
 from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.errors import UserError
 
@@ -46,6 +47,12 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
     for rule in rules_train.GENERATE_RULES:
+        rule(cfg)
+
+
+def validate_eval(cfg: EvalConfig) -> None:
+    """Check what ``moetrain eval`` was told; raises UserError for the first broken rule."""
+    for rule in rules_eval.RULES:
         rule(cfg)
 
 

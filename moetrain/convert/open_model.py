@@ -25,10 +25,12 @@ from moetrain.train.state_dict import MODEL, OPTIM
 class StoredModel(Mapping[str, Tensor]):
     """A model's tensors by our names, each read when it is asked for.
 
-    Optimizer state, where there is any, stands beside them as ``optim.<parameter>.<key>``.
+    Optimizer state, where there is any, stands beside them as ``optim.<parameter>.<key>``. ``run_dir``: the
+    run or converted folder; None for Hugging Face's files.
     """
 
     path: Path
+    run_dir: Path | None
     spec: ModelSpec
     infos: Mapping[str, TensorInfo]
     tokenizer: Tokenizer
@@ -67,12 +69,13 @@ def open_model(path: Path) -> StoredModel:
     """Raises UserError where there is no model, or one that is damaged or not understood."""
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         opened = open_source(SafetensorsFolder(path))
-        return StoredModel(path, opened.spec, opened.infos, load_tokenizer(path), path, opened.read)
+        return StoredModel(path, None, opened.spec, opened.infos, load_tokenizer(path), path, opened.read)
     stored = StoredTensors(path)
     names = {name.removeprefix(MODEL): name for name in stored.tensors if name.startswith((MODEL, OPTIM))}
     run_dir = run_of(stored.path)
     return StoredModel(
         path=stored.path,
+        run_dir=run_dir,
         spec=read_spec(run_dir),
         infos={ours: stored.tensors[name] for ours, name in names.items()},
         tokenizer=load_tokenizer(run_dir / TOKENIZER),

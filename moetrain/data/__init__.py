@@ -5,9 +5,10 @@ from moetrain.data.cache import cache_root
 from moetrain.data.corpus import Corpus, prepare
 from moetrain.data.loader import TrainLoader, val_batches
 from moetrain.data.order import MixtureOrder, Order, SampleOrder
-from moetrain.data.packing import PackedSplit, Rows
+from moetrain.data.packing import PackedSplit, Packing, Rows
 from moetrain.data.sources.domains import fetch_domains
 from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moetrain.data.whole import whole_files
 
 __all__ = [
     "IGNORE",
@@ -17,6 +18,7 @@ __all__ = [
     "MixtureOrder",
     "Order",
     "PackedSplit",
+    "Packing",
     "Rows",
     "SampleOrder",
     "Tokenizer",
@@ -27,4 +29,5 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "val_batches",
+    "whole_files",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moetrain.config.schema_data import DataConfig
 from moetrain.data.bpe import cached_bpe
@@ -17,6 +18,7 @@ from moetrain.data.shards import StreamWriter, write_manifest
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 
+Ints = npt.NDArray[np.int64]
 _CHUNK_BYTES = 2**21  # text tokenised at a time: enough to keep the tokenizer's threads busy
 
 
@@ -53,21 +55,27 @@ def write_corpus(
 def _write_part(
     folder: Path, index: int, part: Part, scanned: Scan, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, dict[str, Any]]:
-    """Tokenise one part into its two streams. Every document ends with eos."""
+    """Tokenise one part into its two streams."""
     names = (stream_name(index, "train"), stream_name(index, "val"))
     writers = [StreamWriter(folder, name, dtype) for name in names]
-    token_bytes_V = tokenizer.token_bytes()
     domain_ids = {name: number for number, name in enumerate(scanned.domains)}
+    for document, tokens_N, counted in tokenised(part, tokenizer):
+        writers[scanned.held_out(document.key)].add(
+            tokens_N,
+            num_bytes=len(document.raw),
+            counted_bytes=counted,
+            domain=domain_ids[document.domain],
+        )
+    return {name: writer.close() for name, writer in zip(names, writers, strict=True)}
+
+
+def tokenised(part: Part, tokenizer: Tokenizer) -> Iterator[tuple[CleanDocument, Ints, int]]:
+    """(document, its tokens and eos, the bytes of text that the tokens' own lengths add up to)."""
+    token_bytes_V = tokenizer.token_bytes()
     for chunk in _chunks(part.cleaned()):
         encoded = tokenizer.encode_batch([document.text for document in chunk])
         for document, ids_N in zip(chunk, encoded, strict=True):
-            writers[scanned.held_out(document.key)].add(
-                np.append(ids_N, tokenizer.eos_id),
-                num_bytes=len(document.raw),
-                counted_bytes=int(token_bytes_V[ids_N].sum()),
-                domain=domain_ids[document.domain],
-            )
-    return {name: writer.close() for name, writer in zip(names, writers, strict=True)}
+            yield document, np.append(ids_N, tokenizer.eos_id), int(token_bytes_V[ids_N].sum())
 
 
 def stream_name(part: int, side: str) -> str:

@@ -5,7 +5,7 @@ Shapes: S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[int]:
-    """The new tokens only; the last one is ``eos_id`` where the model ended by itself.
+    """The new tokens only; the last one is ``eos_id`` where the model ended by itself, or that
+    after which ``ended`` is true of them all.
 
     ``temperature`` 0 is greedy. ``top_k`` keeps the k likeliest tokens, ``top_p`` the fewest likeliest ones
     that hold that much probability after the temperature (both: k first). Equal seeds give equal text: the
@@ -46,7 +48,7 @@ def generate(
             hidden_BSD = model(ids_BS, cache=cache).hidden_BSD
             logits_V = model.logits(hidden_BSD[0, -1])
             new_ids.append(choose(logits_V, temperature, top_k, top_p, generator))
-            if new_ids[-1] == eos_id:
+            if new_ids[-1] == eos_id or (ended is not None and ended(new_ids)):
                 break
             ids_BS = torch.tensor([new_ids[-1:]], device=device)
     finally:

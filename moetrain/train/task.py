@@ -55,7 +55,7 @@ class NextToken(nn.Module):
         per_token: bool = False,
     ) -> TaskOutput:
         """With labels: the summed loss in nats, or each token's (``per_token``, no gradient); else logits."""
-        with self._autocast(input_ids_BS.device.type):
+        with self.autocast(input_ids_BS.device.type):
             hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache)
             if labels_BS is None:
                 return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
@@ -65,7 +65,8 @@ class NextToken(nn.Module):
             nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, labels_BS)
             return TaskOutput(nll_sum, None, None, records)
 
-    def _autocast(self, device: str) -> AbstractContextManager[object]:
+    def autocast(self, device: str) -> AbstractContextManager[object]:
+        """In which the model's products run."""
         enabled = self.autocast_dtype is not None
         return torch.autocast(device, dtype=self.autocast_dtype, enabled=enabled)
 

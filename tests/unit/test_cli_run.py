@@ -303,7 +303,7 @@ def test_plain_pages(capsys):
     assert capsys.readouterr().out == f"moetrain {moetrain.__version__}\n"
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == HELP
-    assert len(re.findall(r"^  (moetrain|torchrun) ", HELP, re.M)) == 15
+    assert len(re.findall(r"^  (moetrain|torchrun) ", HELP, re.M)) == 16
     assert main([]) == 2
     assert capsys.readouterr().out == HELP
     for command in ("report", "status", "data"):

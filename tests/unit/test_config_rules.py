@@ -9,7 +9,7 @@ import pytest
 from moetrain.config import rules_data, rules_model, rules_rope, rules_train
 from moetrain.config import validate as validate_module
 from moetrain.config.compose import compose_train
-from moetrain.config.rules_train import _installed
+from moetrain.config.rules import is_installed
 from moetrain.config.schema import EngineConfig, ExpertDispatch, GenerateConfig, MuonConfig, WandbTracker
 from moetrain.config.schema_balance import LossConfig, LossName, LossScope
 from moetrain.config.schema_data import (
@@ -361,15 +361,15 @@ def test_compile_wants_a_compiler(base, monkeypatch, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed(base, monkeypatch, tmp_path):
-    monkeypatch.setattr(rules_train, "_installed", lambda package: False)
+    monkeypatch.setattr(rules_train, "is_installed", lambda package: False)
     with pytest.raises(UserError, match=r"tracker=wandb needs .* pip install 'moetrain\[wandb\]'"):
         validate(change(base, {"tracker": WandbTracker()}))
     monkeypatch.undo()
     (tmp_path / "surely_a_folder").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not _installed("surely_a_folder")
-    assert not _installed("surely_not_there")
-    assert _installed("pytest")
+    assert not is_installed("surely_a_folder")
+    assert not is_installed("surely_not_there")
+    assert is_installed("pytest")
 
 
 def test_cuda_without_a_gpu(base):

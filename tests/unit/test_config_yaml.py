@@ -57,8 +57,8 @@ def test_all_groups_and_files_are_covered():
     in_groups = {CONFIG_DIR / group / f"{name}.yaml" for group, name in OPTIONS}
     assert {f for f in FILES if f.parent != CONFIG_DIR} == in_groups
     assert [f.name for f in FILES if f.parent == CONFIG_DIR] == [
-        "_run.yaml", "convert.yaml", "export.yaml", "generate.yaml", "train.yaml", "upcycle.yaml",
-        "verify.yaml",
+        "_run.yaml", "convert.yaml", "eval.yaml", "export.yaml", "generate.yaml", "train.yaml",
+        "upcycle.yaml", "verify.yaml",
     ]  # fmt: skip
     for group, classes in variants().items():
         assert set(classes) <= set(GROUPS[group]), f"an option of {group} has no yaml"

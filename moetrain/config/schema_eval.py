@@ -1,0 +1,36 @@
+"""The root of ``moetrain eval``."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+from moetrain.config.schema import Precision
+from moetrain.config.schema_data import TextFormat
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Whole files to score, and how long a window of text the model sees."""
+
+    path: Optional[str] = None  # a file, a directory or a glob
+    format: TextFormat = TextFormat.auto
+    text_key: str = "text"
+    seq_len: Optional[int] = None  # tokens of a window, of tasks' too; null: data.seq_len of the run
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Text of one's own (``data.path``), tasks of lm-eval (``tasks``), or both."""
+
+    checkpoint: str = MISSING  # a run (its newest checkpoint), one checkpoint, a converted or HF folder
+    data: EvalData = field(default_factory=EvalData)
+    tasks: list[str] = field(default_factory=list)
+    include_path: Optional[str] = None  # a folder with tasks of one's own, as yaml
+    num_fewshot: Optional[int] = None  # examples before each question; null: the task's own number
+    limit: Optional[int] = None  # questions of each task; null: all
+    json: Optional[str] = None  # a file for the figures
+    batch_size: int = 8  # sequences at once
+    device: str = "auto"  # auto | cpu | cuda
+    precision: Precision = Precision.fp32
+    plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

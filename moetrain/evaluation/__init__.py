@@ -1,0 +1,1 @@
+"""``moetrain eval``: a trained model on files, and on tasks of lm-eval."""
