@@ -73,7 +73,7 @@ class Family:
     def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
         theirs = self.their_model(dtype)
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
-        experts = ExpertsConfig(self.activation, Backend(backend))
+        experts = ExpertsConfig(activation=self.activation, backend=Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
         missing, unexpected = ours.load_state_dict(from_hf(dict(theirs.named_parameters())), strict=False)
         assert unexpected == []
