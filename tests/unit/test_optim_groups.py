@@ -13,6 +13,7 @@ from moetrain.train.muon import Muon
 from moetrain.train.optim import (
     build_optimizer,
     check_groups,
+    freeze,
     group_parameters,
     set_lr,
     splits_of,
@@ -88,6 +89,16 @@ def test_frozen_parameters_are_left_out_and_a_wholly_frozen_model_is_refused():
     assert "embedding.weight" not in names(group_parameters(model, muon=True))["decay"]
     with pytest.raises(UserError, match="nothing to train"):
         build_optimizer(model.requires_grad_(False), AdamWConfig())
+
+
+def test_freezing_goes_by_patterns_and_one_that_matches_nothing_is_an_error():
+    model = decoder()
+    freeze(model, ["embed_VD", "blocks.*.attention.w_*"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"embed_VD", *(n for n, _ in model.named_parameters() if ".attention.w_" in n)}
+    assert not frozen & set(names(group_parameters(model, muon=False))["decay"])
+    with pytest.raises(UserError, match=r"optim\.frozen: blocks\.9\.\* matches no parameter"):
+        freeze(model, ["embed_VD", "blocks.9.*"])
 
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error():
