@@ -228,6 +228,7 @@ REFUSED = [
     ({"run.dir": __file__}, "is a file, not a folder"),
     ({"run.root": __file__}, "is a file, not a folder"),
     ({"resume": "/no/such"}, "resume=/no/such does not exist"),
+    ({"init_optimizer": True}, "init_optimizer=true needs init_from"),
     ({"compare.arms": {"a/b": []}}, "compare.arms.a/b"),
     ({"compare.arms": {"..": []}}, "compare.arms..."),
     ({"compare.arms": {"a": []}, "compare.seeds": []}, "compare.seeds=[]"),

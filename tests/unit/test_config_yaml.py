@@ -6,15 +6,18 @@ from functools import cache
 
 import pytest
 
-from moetrain.config.compose import compose_train, load_yaml, to_yaml
+from moetrain.config.compose import compose_app, compose_train, load_yaml, to_yaml
 from moetrain.config.help import group_options
 from moetrain.config.schema import TrainConfig
+from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.config.store import CONFIG_DIR, TAGS, variants
-from moetrain.config.validate import validate
+from moetrain.config.validate import validate, validate_upcycle
 from moetrain.moe.options import Activation, RouterConfig
+from moetrain.upcycle import METHODS
 
 GROUPS = group_options()
 OPTIONS = [(group, name) for group, names in GROUPS.items() for name in names]
+TRAINS = [(group, name) for group, name in OPTIONS if group != "method"]  # which is upcycle's
 FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
 
 # What an option needs beside itself: experts enough for the published routers, a path for data of one's own.
@@ -40,13 +43,26 @@ def _one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{g}={n}" for g, n in OPTIONS])
+@pytest.mark.parametrize(("group", "name"), TRAINS, ids=[f"{g}={n}" for g, n in TRAINS])
 def test_every_option_composes_is_valid_and_reads_back(group, name, tmp_path):
     cfg = composed(group, name)
     validate(cfg)
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(cfg))
     assert load_yaml(file) == cfg
+
+
+@pytest.mark.parametrize("name", GROUPS["method"])
+def test_every_upcycling_method_composes_and_is_valid(name, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        to_yaml(compose_train(["model=tiny_dense", "model.vocab_size=4096"]))
+    )
+    made = [f"source={tmp_path}", "target=there", f"method={name}", "model.num_experts=4"]
+    cfg = compose_app(UpcycleConfig, "upcycle", made)
+    validate_upcycle(cfg)
+    assert type(cfg.method) is METHODS[name].options
+    assert cfg.method.name == name
+    assert (cfg.model.d_model, cfg.model.d_ff_expert) == (128, 512)
 
 
 def test_all_groups_and_files_are_covered():
@@ -90,7 +106,7 @@ def test_the_default_is_as_documented():
     assert validate(cfg) == []
 
 
-@pytest.mark.parametrize("group", sorted(TAGS))
+@pytest.mark.parametrize("group", sorted(TAGS.keys() - {"method"}))
 def test_an_option_named_like_a_class_is_of_that_class(group):
     for name, cls in variants()[group].items():
         part = getattr(composed(group, name), group)
