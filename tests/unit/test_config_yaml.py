@@ -54,9 +54,9 @@ def test_every_option_composes_is_valid_and_reads_back(group, name, tmp_path):
 
 @pytest.mark.parametrize("name", GROUPS["method"])
 def test_every_upcycling_method_composes_and_is_valid(name, tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        to_yaml(compose_train(["model=tiny_dense", "model.vocab_size=4096"]))
-    )
+    dense = compose_train(["model=tiny_dense", "model.vocab_size=4096"])
+    (tmp_path / "config.yaml").write_text(to_yaml(dense))
+    (tmp_path / "tokenizer").mkdir()
     made = [f"source={tmp_path}", "target=there", f"method={name}", "model.num_experts=4"]
     cfg = compose_app(UpcycleConfig, "upcycle", made)
     validate_upcycle(cfg)
