@@ -26,7 +26,7 @@ def normalize(root: type, overrides: list[str], sweep: bool = False) -> list[str
 
 def _normalize_one(root: type, override: str, sweep: bool) -> str:
     path = _path_of(override)
-    if sweep and _is_sweep(override):
+    if sweep and is_sweep(override):
         return override
     if any(h is str for h in _hints(root, path)):
         override = _quote(override)
@@ -39,7 +39,7 @@ def _normalize_one(root: type, override: str, sweep: bool) -> str:
     return f"++{'.'.join(path[:depth])}={value}"
 
 
-def _is_sweep(override: str) -> bool:
+def is_sweep(override: str) -> bool:
     try:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
     except HydraException:

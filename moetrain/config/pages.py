@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.config.compose import HYDRA_VERSION_BASE, check_composes, prepare
 from moetrain.config.help import app_help
+from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0
 from moetrain.config.store import CONFIG_DIR
 from moetrain.errors import UserError
@@ -35,6 +36,7 @@ _QUIET = [
 
 def print_page(root: type, command: str, flags: argparse.Namespace) -> int:
     """``--help``, which is ours, and Hydra's ``--cfg``, ``--info`` and ``--hydra-help``. Rank 0 prints."""
+    flags.overrides = [*source_overrides(root, flags.overrides), *flags.overrides]
     node = check_composes(root, flags.overrides, flags.config_name, flags.config_dir)
     with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stdout(io.StringIO()):
         if flags.help:

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from moetrain.config.compose import compose_train, from_node, prepare
 from moetrain.config.explain import explain
+from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0, world_size
+from moetrain.config.overrides import is_sweep
 from moetrain.config.pages import hydra_main
 from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
@@ -32,7 +34,12 @@ class JobFailedError(Exception):
 
 def sweep(flags: argparse.Namespace) -> int:
     """Run every combination; returns the exit code. Raises UserError before any job if one is wrong."""
-    overrides = prepare(TrainConfig, flags.overrides, flags.config_dir, sweep=True)
+    if any(o.startswith("init_from=") and is_sweep(o) for o in flags.overrides):
+        raise UserError(
+            "-m: init_from decides the model and cannot be swept: take compare.arms, or a command for each"
+        )
+    given = [*source_overrides(TrainConfig, flags.overrides), *flags.overrides]
+    overrides = prepare(TrainConfig, given, flags.config_dir, sweep=True)
     run = _check_jobs(flags, _jobs(overrides))
     folder = run.dir or run.root
     if run.dir is None and run.name is None:

@@ -13,6 +13,7 @@ import torch
 from hf_cases import convert, export, refused, sources, write_tokenizer
 
 from moetrain.cli import main
+from moetrain.config.init_from import read_spec
 from moetrain.models.hf import FAMILIES
 from moetrain.models.hf.source import SafetensorsFolder
 from moetrain.train.checkpoint import Checkpointer
@@ -175,3 +176,15 @@ def test_first_weights_that_cannot_be(
         line = refused(capsys, "train", f"run.dir={run}", *data, "train.steps=1", *more)
         assert words in line
         assert not (run / "config.yaml").exists()
+
+
+def test_first_weights_show_in_the_printed_config_and_are_not_swept(
+    sources: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    single = f"init_from={sources['single']}"
+    width = read_spec(sources["single"]).model.d_model
+    assert main(["train", single, "train.steps=3", "--cfg", "job"]) == 0
+    assert f"d_model: {width}\n" in capfd.readouterr().out
+    assert main(["train", "-m", f"{single},{sources['tied']}", f"run.dir={tmp_path}/run"]) == 2
+    assert "init_from decides the model and cannot be swept" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
