@@ -233,7 +233,9 @@ def test_smollm2_is_what_transformers_makes_of_it(real: tuple[Path, Path]) -> No
     exact, exact_theirs = ours.logits(ours(ids_BS).hidden_BSD), theirs(ids_BS).logits
     wide = (exact - exact_theirs).abs().max().item()
     errors = [(logits.double() - exact).abs().max().item() for logits in (found, expected)]
-    print(f"in fp64 they differ by {wide:.2e}; in fp32 ours is {errors[0]:.2e} from it, theirs {errors[1]:.2e}")
+    print(
+        f"in fp64 they differ by {wide:.2e}; in fp32 ours is off by {errors[0]:.2e}, theirs {errors[1]:.2e}"
+    )
     assert wide < 1e-4
 
 

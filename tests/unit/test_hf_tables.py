@@ -15,7 +15,7 @@ from moetrain.models import Decoder
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Tiled, check_table, fill_block
-from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
@@ -137,6 +137,7 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("llama", ModelSpec(replace(BASE, qk_norm=QKNorm.head)), "model.qk_norm=head"),
         ("llama", ModelSpec(BASE, experts=RELU2), "experts.activation=relu2"),
         ("mistral", ModelSpec(MOE, TOP2), "model.num_experts=3"),
+        ("mixtral", ModelSpec(MOE, TOP2, ExpertsConfig(kind=ExpertKind.adapters)), "experts.kind=adapters"),
         ("qwen2", ModelSpec(BASE), "model.qkv_bias=False"),
         ("qwen3", ModelSpec(BASE), "model.qk_norm=none"),
         ("mixtral", ModelSpec(BASE), "model.num_experts=0"),
