@@ -156,7 +156,7 @@ def tables(root: Path, runs: dict[str, list[Path]], seeds: Sequence[int]) -> str
     }
     scratch = last["MoE from scratch"]
     lines = [
-        "| | parameters | active | training PFLOPs | loss at the start | loss at the end "
+        "| | parameters | active | training TFLOPs | loss at the start | loss at the end "
         "| below the MoE from scratch | seconds a run |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -164,12 +164,12 @@ def tables(root: Path, runs: dict[str, list[Path]], seeds: Sequence[int]) -> str
         fact = facts[name]
         starts = [loss for seed in seeds if (loss := first_loss(root, seed, name)) is not None]
         gains = [b["val/loss"] - a["val/loss"] for a, b in zip(rows, scratch, strict=True)]
-        petaflops = 3 * fact[0]["flops_per_token"] * fact[0]["tokens"] / 1e15
+        teraflops = 3 * fact[0]["flops_per_token"] * fact[0]["tokens"] / 1e12
         cells = [
             name,
             f"{fact[0]['params_total'] / 1e6:.2f} M",
             f"{fact[0]['params_active'] / 1e6:.2f} M",
-            f"{petaflops:.3f}",
+            f"{teraflops:.2f}",
             spread(starts) if starts else "",
             spread([row["val/loss"] for row in rows]),
             spread(gains) if name != "MoE from scratch" else "",
