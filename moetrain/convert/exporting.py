@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _LISTED = 8  # complaints in one message
 _OTHER_WORDS = (  # for what a family writes
     *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
 )
+_CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
+_FP32 = (".router.bias_E", ".router.threshold_E")  # in whatever dtype the rest is, as in training
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # by another family too
 
 
@@ -43,7 +46,7 @@ def export(cfg: ExportConfig) -> int:
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)
     infos = {
-        name: TensorInfo(piece.shape, dtype or model.infos[ours].dtype)
+        name: TensorInfo(piece.shape, model.infos[ours].dtype if name.endswith(_FP32) or not dtype else dtype)
         for name, (ours, piece) in pieces.items()
     }
     total = sum(info.nbytes for info in infos.values())
@@ -53,7 +56,9 @@ def export(cfg: ExportConfig) -> int:
         _save_tokenizer(model.tokenizer, folder)
         config = _config(family, model, before, infos)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        read = _reader(model, pieces, dtype, advance)
+        for file in family.code:
+            shutil.copyfile(file, folder / file.name)
+        read = _reader(model, pieces, infos, advance)
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
         manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -64,18 +69,22 @@ def export(cfg: ExportConfig) -> int:
 def _family(name: str, spec: ModelSpec, before: str | None) -> Family:
     """The one that is asked for; ``auto``: the one that the model came from (``before``), else the first."""
     able, reasons = families_for(spec)
+    coded, more = families_for(spec, with_code=True)
     if name == "auto":
         if not able:
-            raise UserError(f"no family expresses this model exactly: {'; '.join(reasons)}")
+            offers = [f"family={family.model_type} would, {_CODED}" for family in coded]
+            raise UserError(
+                f"no family expresses this model exactly: {'; '.join([*reasons, *more, *offers])}"
+            )
         return next((family for family in able if family.model_type == before), able[0])
     if name not in FAMILIES:
         raise UserError(f"family={name} is not known: auto, {', '.join(sorted(FAMILIES))}")
-    for family in able:
+    for family in able + coded:
         if family.model_type == name:
             return family
-    (why,) = [reason for reason in reasons if reason.startswith(f"{name}: ")]
-    instead = ", ".join(family.model_type for family in able)
-    hint = f"; {instead} would" if able else ""
+    (why,) = [reason for reason in reasons + more if reason.startswith(f"{name}: ")]
+    instead = ", ".join(family.model_type for family in able or coded)
+    hint = f"; {instead} would" if instead else ""
     raise UserError(f"family={name} cannot express this model: {why.removeprefix(f'{name}: ')}{hint}")
 
 
@@ -90,7 +99,9 @@ def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
         if stored[name].shape != tiled.shape:
             complaints.append(f"{name} is {list(stored[name].shape)}, not {list(tiled.shape)}")
         elif not tiled.pieces and bool(model.read(name).any()):
-            complaints.append(f"{name} is not zero, and {family.model_type} has no such tensor")
+            complaints.append(
+                f"{name} is not zero, and {family.model_type} has no such tensor: family=moetrain has"
+            )
     if complaints:
         raise UserError(f"{model.path} cannot be exported: {'; '.join(complaints[:_LISTED])}")
     return {piece.theirs: (ours, piece) for ours, tiled in table.items() for piece in tiled.pieces}
@@ -99,7 +110,7 @@ def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
 def _reader(
     model: StoredModel,
     pieces: dict[str, tuple[str, Piece]],
-    dtype: torch.dtype | None,
+    infos: Mapping[str, TensorInfo],
     advance: Callable[[int], None],
 ) -> Callable[[str], Tensor]:
     """Their tensors; one of ours is read once, since its pieces follow each other."""
@@ -110,8 +121,7 @@ def _reader(
         if ours not in held:
             held.clear()
             held[ours] = model.read(ours)
-        tensor = piece.to_theirs(held[ours])
-        tensor = tensor if dtype is None else tensor.to(dtype)
+        tensor = piece.to_theirs(held[ours]).to(infos[name].dtype)
         advance(tensor.nbytes)
         return tensor
 
@@ -125,9 +135,14 @@ def _config(
     if before.get("model_type") != family.model_type:
         before = {key: before[key] for key in _KEPT if key in before}
     before = {key: value for key, value in before.items() if key not in _OTHER_WORDS}
-    dtypes = {str(info.dtype).removeprefix("torch.") for info in infos.values()}
+    dtypes = {
+        str(info.dtype).removeprefix("torch.") for name, info in infos.items() if not name.endswith(_FP32)
+    }
     own = family.config(model.spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
     defaults = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
+    scaling = model.spec.model.rope_scaling
+    if scaling.original_max_positions is not None:
+        defaults["max_position_embeddings"] = int(scaling.factor * scaling.original_max_positions)
     return defaults | before | own
 
 

@@ -5,6 +5,7 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     mistral,
     mixtral,
     olmoe,
+    own,
     qwen2,
     qwen2_moe,
     qwen3,

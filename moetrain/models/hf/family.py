@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moetrain.config.schema import ModelConfig
@@ -38,13 +39,17 @@ class CannotExpressError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """``read`` a config.json into a ModelSpec, ``write`` one back (raises CannotExpressError)."""
+    """``read`` a config.json into a ModelSpec, ``write`` one back (raises CannotExpressError).
+
+    ``code``: files that transformers needs beside the weights; such a family is taken by name only.
+    """
 
     model_type: str
     architecture: str
     read: Callable[[Fields], ModelSpec]
     write: Callable[[ModelSpec], dict[str, Any]]
     names: MoENames = field(default_factory=MoENames)
+    code: tuple[Path, ...] = ()
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""
@@ -84,10 +89,15 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     return family
 
 
-def families_for(spec: ModelSpec) -> tuple[list[Family], list[str]]:
-    """The families that express ``spec`` exactly, and why each other one does not."""
+def families_for(spec: ModelSpec, with_code: bool = False) -> tuple[list[Family], list[str]]:
+    """The families that express ``spec`` exactly, and why each other one does not.
+
+    Those that need no code beside the weights, or those that do.
+    """
     able, reasons = [], []
     for family in FAMILIES.values():
+        if bool(family.code) is not with_code:
+            continue
         try:
             family.config(spec)
             able.append(family)

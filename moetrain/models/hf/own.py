@@ -1,0 +1,201 @@
+"""The family ``moetrain``: any model, by code of its own that is written beside the weights (``remote/``).
+
+transformers runs that code only with ``trust_remote_code=True``. What a router does in evaluation is written
+in the words of ``remote/modeling_moetrain.py``; ``ROUTING`` says which routers have such words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.config.schema import QKNorm
+from moetrain.models.decoder import Decoder
+from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
+from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.pieces import Piece, Table, Tiled
+from moetrain.models.hf.translate import read_decoder, require, write_decoder
+from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.moe.routers import ROUTERS, build_router, resolve_top_k
+from moetrain.moe.routers.topk import GroupScore, Score
+
+_CODE = tuple(
+    Path(__file__).parent / "remote" / name for name in ("configuration_moetrain.py", "modeling_moetrain.py")
+)
+_AUTO = {
+    "AutoConfig": "configuration_moetrain.MoetrainConfig",
+    "AutoModelForCausalLM": "modeling_moetrain.MoetrainForCausalLM",
+}
+_OUTER = {"embed_VD": "embed_tokens.weight", "head_VD": "lm_head.weight"}
+
+Words = dict[str, Any]
+
+
+def _choice(top_k: int, **words: Any) -> Words:
+    """The softmax top-k router whose weights stay as they are, but for ``words``."""
+    common = {"rule": "choice", "top_k": top_k, "score": "softmax", "select": "biased_scores"}
+    groups = {"num_groups": 1, "top_groups": None, "group_best": None, "per_group": None}
+    return common | {"weights": "raw", "route_scale": 1.0, "margin": None, "threshold": None} | groups | words
+
+
+def _topk(o: Any, num_experts: int) -> Words:
+    k = resolve_top_k(o.top_k, num_experts)
+    words: Words = {"route_scale": o.route_scale}
+    if o.score is Score.sigmoid:
+        words["score"] = "sigmoid"
+    if o.score is Score.softmax_after:
+        words["weights"] = "softmax"
+    elif o.renormalize:
+        words["weights"] = "equal" if k == 1 else "sum_to_1"
+    if o.top_groups not in (None, o.num_groups):
+        words |= {"num_groups": o.num_groups, "top_groups": o.top_groups}
+        words["group_best"] = 2 if o.group_score is GroupScore.top2 else 1
+    return _choice(k, **words)
+
+
+def _plain(o: Any, num_experts: int) -> Words:
+    return _choice(resolve_top_k(o.top_k, num_experts))
+
+
+def _cosine(o: Any, num_experts: int) -> Words:
+    return _plain(o, num_experts) | {"width": max(2, num_experts // 2) if o.width is None else o.width}
+
+
+def _grouped(o: Any, num_experts: int) -> Words:
+    k = resolve_top_k(o.top_k, num_experts)
+    groups = o.num_groups if o.num_groups is not None else k if num_experts % k == 0 else 1
+    return _choice(k, num_groups=groups, per_group=k // groups)
+
+
+def _sinkhorn(o: Any, num_experts: int) -> Words:
+    k = resolve_top_k(o.top_k, num_experts)
+    return _choice(k, select="logits", score="sigmoid" if k == 1 else "softmax")
+
+
+# by the name of a router: what it does in evaluation, of its options and the number of experts
+ROUTING: dict[str, Callable[[Any, int], Words]] = {
+    "topk": _topk,
+    "switch": _topk,
+    "sigmoid": _topk,
+    "cosine": _cosine,
+    "grouped": _grouped,
+    "sinkhorn": _sinkhorn,
+    "sigma": lambda o, e: _plain(o, e) | {"score": "sigmoid"},
+    "straight_through": lambda o, e: _plain(o, e) | {"weights": "equal"},
+    "noisy_topk": lambda o, e: _plain(o, e) | {"select": "logits", "weights": "softmax"},
+    "dense": lambda o, e: _choice(resolve_top_k(o.eval_top_k, e), select="scores"),
+    "base": lambda o, e: _choice(1, select="logits", score="sigmoid"),
+    "gshard": lambda o, e: _choice(min(2, e), select="logits", weights="sum_to_1"),
+    "adaptive": lambda o, e: _choice(min(2, e), margin=o.margin),
+    "threshold": lambda o, e: _choice(e, select="scores", threshold=o.threshold),
+    "relu": lambda o, e: {"rule": "relu"},
+    "blockffn": lambda o, e: {"rule": "blockffn", "eps": o.eps},
+    "expert_choice": lambda o, e: {"rule": "expert_choice"},
+}
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    m = spec.model
+    common = replace(spec, experts=replace(spec.experts, activation=Activation.swiglu))
+    written = write_decoder(common, qk_norm=m.qk_norm, qkv_bias=m.qkv_bias)
+    del written["hidden_act"]
+    adapters = spec.experts.kind is ExpertKind.adapters
+    shared = m.num_shared_experts and (m.d_ff_shared or m.num_shared_experts * m.d_ff_expert)
+    return written | _write_routing(spec) | {
+        "auto_map": _AUTO,
+        "activation": spec.experts.activation.name,
+        "qk_norm": m.qk_norm.name,
+        "qkv_bias": m.qkv_bias,
+        "sliding_window": m.sliding_window,
+        "num_experts": m.num_experts,
+        "expert_kind": spec.experts.kind.name,
+        "moe_intermediate_size": m.d_ff_expert,
+        "moe_every": m.moe_every,
+        "first_dense": m.first_dense,
+        "num_shared_experts": m.num_shared_experts,
+        "shared_expert_intermediate_size": m.d_ff if adapters else shared,
+        "shared_gate": m.shared_gate,
+    }  # fmt: skip
+
+
+def _write_routing(spec: ModelSpec) -> dict[str, Any]:
+    """``router``: all options, so that the model can be read back; ``routing``: what acts in evaluation."""
+    if not spec.model.num_experts:
+        return {"router": None, "routing": None}
+    options = spec.router
+    if options.name not in ROUTING:
+        raise CannotExpressError(f"router={options.name} is not among the exported: {', '.join(ROUTING)}")
+    require("router.eval_capacity_factor", options.eval_capacity_factor, None)
+    if type(options) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
+        options = ROUTERS[options.name].options(**asdict(options))
+    plain = {key: v.name if isinstance(v, Enum) else v for key, v in asdict(options).items()}
+    return {"router": plain, "routing": ROUTING[options.name](options, spec.model.num_experts)}
+
+
+def _read(fields: Fields) -> ModelSpec:
+    shared = fields.integer("num_shared_experts")
+    model = read_decoder(
+        fields,
+        qk_norm=_enum(fields, "qk_norm", QKNorm),
+        qkv_bias=fields.flag("qkv_bias", False),
+        sliding_window=fields.integer_or_none("sliding_window"),
+        num_experts=fields.integer("num_experts"),
+        d_ff_expert=fields.integer("moe_intermediate_size"),
+        moe_every=fields.integer("moe_every"),
+        first_dense=fields.integer("first_dense"),
+        num_shared_experts=shared,
+        d_ff_shared=fields.integer("shared_expert_intermediate_size") if shared else None,
+        shared_gate=fields.flag("shared_gate", False),
+    )
+    kind, activation = _enum(fields, "expert_kind", ExpertKind), _enum(fields, "activation", Activation)
+    experts = ExpertsConfig(kind=kind, activation=activation)
+    return ModelSpec(model, _read_router(fields, model.num_experts), experts)
+
+
+def _read_router(fields: Fields, num_experts: int) -> RouterConfig:
+    given = fields.get("router") if num_experts else {"name": "topk"}
+    if not isinstance(given, dict) or given.get("name") not in ROUTING:
+        raise fields.refuse(f"router={given!r} is not among {', '.join(ROUTING)}")
+    options = {key: value for key, value in given.items() if key != "name"}
+    try:
+        with torch.device("meta"):
+            router = build_router(given["name"], d_model=1, num_experts=max(num_experts, 1), **options)
+    except (ValueError, TypeError) as error:
+        raise fields.refuse(f"router: {error}") from None
+    return router.options
+
+
+def _enum(fields: Fields, key: str, kind: Any) -> Any:
+    name = fields.get(key)
+    if name not in kind.__members__:
+        raise fields.refuse(f"{key}={name!r} is not supported: {', '.join(kind.__members__)} are")
+    return kind[name]
+
+
+@dataclass(frozen=True)
+class _Own(Family):
+    def table(self, spec: ModelSpec) -> Table:
+        """Every tensor as it is."""
+        with torch.device("meta"):
+            model = Decoder(spec.model, spec.router, spec.experts, spec.vocab_size)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {
+            name: Tiled(shape, (Piece(_their_name(name, shapes), (0,) * len(shape), shape, shape),))
+            for name, shape in shapes.items()
+        }
+
+
+def _their_name(name: str, names: Container[str]) -> str:
+    """Ours, but for what transformers looks for by name, and for the network that adapters share."""
+    module, _, leaf = name.rpartition(".")
+    if leaf.startswith("w_") and f"{module}.router.bias_E" in names:
+        return f"{module}.shared.{leaf}"
+    return _OUTER.get(name, name)
+
+
+register_family(_Own("moetrain", "MoetrainForCausalLM", _read, _write, code=_CODE))

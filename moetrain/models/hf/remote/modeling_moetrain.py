@@ -1,0 +1,297 @@
+"""A decoder trained with moetrain, for transformers: the function that it computes in evaluation, dropless.
+
+Shapes: B batch, S new tokens, K keys, T = B S tokens, D model, H head width, E experts, F hidden, P joint
+columns (queries, keys, values; or gate, then up), k experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_moetrain import MoetrainConfig
+
+GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
+
+
+def activate(z: Tensor, name: str) -> Tensor:
+    gate, up = z.chunk(2, dim=-1)
+    return GATES[name](gate) * up if name in GATES else PLAIN[name](z)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Norms, rotations and routing are computed in fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, best first, ties by the lower index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+# The rules of routing: (router, logits_TE) -> weights_TE, 0 where a token does not take the expert.
+
+
+def choice(router: Router, logits_TE: Tensor) -> Tensor:
+    """The k best experts of each token."""
+    o = router.rule
+    scores_TE = logits_TE.sigmoid() if o["score"] == "sigmoid" else logits_TE.softmax(-1)
+    selections = {"logits": logits_TE, "scores": scores_TE, "biased_scores": scores_TE + router.bias_E}
+    selection_TE = selections[o["select"]]
+    if o["num_groups"] > 1:
+        selection_TE = within_groups(selection_TE, o)
+    ids_Tk = best(selection_TE, o["top_k"])
+    weights_Tk = scores_TE.gather(-1, ids_Tk)
+    if o["weights"] == "softmax":
+        weights_Tk = logits_TE.gather(-1, ids_Tk).softmax(-1)
+    elif o["weights"] == "equal":
+        weights_Tk = torch.full_like(weights_Tk, 1 / o["top_k"])
+    elif o["weights"] == "sum_to_1":
+        weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
+    if o["margin"] is not None:  # others than the first only where that one is not sure
+        weights_Tk = weights_Tk.masked_fill(weights_Tk[:, :1] - weights_Tk > o["margin"], 0.0)
+    if o["threshold"] is not None:  # others than the first only while those before sum to less
+        before_Tk = weights_Tk.cumsum(-1) - weights_Tk
+        before_Tk[:, 0] = -1.0
+        weights_Tk = weights_Tk.masked_fill(before_Tk >= o["threshold"], 0.0)
+    return torch.zeros_like(logits_TE).scatter(-1, ids_Tk, weights_Tk * o["route_scale"])
+
+
+def within_groups(selection_TE: Tensor, o: dict[str, Any]) -> Tensor:
+    """-inf outside the best groups of experts, or but for the best experts of each group."""
+    grouped = selection_TE.unflatten(-1, (o["num_groups"], -1))
+    if o["per_group"]:
+        kept = torch.zeros_like(grouped).scatter(-1, best(grouped, o["per_group"]), 1)
+    else:
+        score = grouped.topk(min(o["group_best"], grouped.shape[-1]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(score).scatter(-1, best(score, o["top_groups"]), 1)[..., None]
+    return grouped.masked_fill(kept == 0, -torch.inf).flatten(-2)
+
+
+def blockffn(router: Router, logits_TE: Tensor) -> Tensor:
+    scores_TE = logits_TE.relu()
+    size_T1 = (scores_TE.square().mean(-1, keepdim=True) + router.rule["eps"]).rsqrt()
+    return scores_TE * size_T1 * wide(router.scale_E)
+
+
+def expert_choice(router: Router, logits_TE: Tensor) -> Tensor:
+    """An expert takes the tokens that reach its threshold, which training has set."""
+    p_TE = logits_TE.softmax(-1)
+    return p_TE.masked_fill(p_TE < router.threshold_E, 0.0)
+
+
+RULES = {"choice": choice, "blockffn": blockffn, "expert_choice": expert_choice}
+RULES["relu"] = lambda router, logits_TE: logits_TE.relu()
+
+
+class Router(nn.Module):
+    """x_TD -> weights_TE."""
+
+    def __init__(self, cfg: MoetrainConfig) -> None:
+        super().__init__()
+        num_experts, d_model, name = cfg.num_experts, cfg.hidden_size, cfg.router["name"]
+        self.rule, self.cosine = cfg.routing, name == "cosine"
+        self.register_buffer("bias_E", torch.zeros(num_experts))  # for selection only
+        if self.cosine:
+            self.project_dD = nn.Parameter(torch.empty(self.rule["width"], d_model))
+            self.centers_Ed = nn.Parameter(torch.empty(num_experts, self.rule["width"]))
+            self.log_inverse_temperature_1 = nn.Parameter(torch.zeros(1))
+        else:
+            self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
+        if name == "noisy_topk":  # of the noise in training, kept for training on
+            self.noise_weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
+        elif name == "blockffn":
+            self.scale_E = nn.Parameter(torch.ones(num_experts))
+        elif name == "expert_choice":
+            self.register_buffer("threshold_E", torch.full((num_experts,), 1 / num_experts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self.cosine:
+            v_Td = F.normalize(F.linear(wide(x_TD), wide(self.project_dD)), dim=-1)
+            scale_1 = wide(self.log_inverse_temperature_1).exp().clamp(max=100.0)
+            logits_TE = F.linear(v_Td, F.normalize(wide(self.centers_Ed), dim=-1)) * scale_1
+        else:
+            logits_TE = F.linear(wide(x_TD), wide(self.weight_ED))
+        return RULES[self.rule["rule"]](self, logits_TE)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight_D, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), self.weight_D.shape, wide(self.weight_D), self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+        super().__init__()
+        self.activation, columns = activation, 2 * d_ff if activation in GATES else d_ff
+        self.w_gate_up_PD = nn.Parameter(torch.empty(columns, d_model))
+        self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(activate(F.linear(x, self.w_gate_up_PD), self.activation), self.w_down_DF)
+
+
+class Experts(nn.Module):
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str) -> None:
+        super().__init__()
+        self.activation, columns = activation, 2 * d_ff if activation in GATES else d_ff
+        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(num_experts, d_model, columns))
+        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+
+    def forward(self, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for e in weights_TE.any(0).nonzero().flatten().tolist():
+            rows = weights_TE[:, e].nonzero().flatten()
+            hidden = activate(x_TD[rows] @ self.w_gate_up_EDF2[e], self.activation)
+            hidden = (hidden * weights_TE[rows, e, None]).to(x_TD.dtype)
+            y_TD.index_add_(0, rows, hidden @ self.w_down_EFD[e])
+        return y_TD
+
+
+class MoE(nn.Module):
+    """The experts that the router gives each token, beside the shared ones or on top of them (adapters)."""
+
+    def __init__(self, cfg: MoetrainConfig) -> None:
+        super().__init__()
+        self.adapters, d_model = cfg.expert_kind == "adapters", cfg.hidden_size
+        kind = "gelu" if self.adapters else cfg.activation
+        self.router = Router(cfg)
+        self.experts = Experts(cfg.num_experts, d_model, cfg.moe_intermediate_size, kind)
+        width = cfg.shared_expert_intermediate_size
+        self.shared = MLP(d_model, width, cfg.activation) if width else None
+        self.shared_gate_1D = nn.Parameter(torch.empty(1, d_model)) if cfg.shared_gate else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self.shared is None:
+            return self.experts(x_TD, self.router(x_TD))
+        shared_TD = self.shared(x_TD)
+        if self.shared_gate_1D is not None:
+            shared_TD = shared_TD * F.linear(x_TD, self.shared_gate_1D).sigmoid()
+        return shared_TD + self.experts(shared_TD if self.adapters else x_TD, self.router(x_TD))
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window = layer, cfg.sliding_window
+        self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        self.widths = [n * cfg.head_dim for n in (cfg.num_attention_heads, *[cfg.num_key_value_heads] * 2)]
+        self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.hidden_size))
+        self.b_qkv_P = nn.Parameter(torch.zeros(sum(self.widths))) if cfg.qkv_bias else None
+        self.w_out_DQ = nn.Parameter(torch.empty(cfg.hidden_size, self.widths[0]))
+        if cfg.qk_norm != "none":
+            widths = self.widths if cfg.qk_norm == "full" else [cfg.head_dim] * 2
+            self.q_norm, self.k_norm = (RMSNorm(width, cfg.rms_norm_eps) for width in widths[:2])
+
+    def forward(self, x_BSD: Tensor, rope: Any, real_BK: Any, past: int, cache: Any) -> Tensor:
+        q, k, v = F.linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        seen = self.seen(past, q.shape[2], k.shape[2], real_BK, x_BSD.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return F.linear(y.transpose(1, 2).flatten(2), self.w_out_DQ)
+
+    def seen(self, past: int, new: int, keys: int, real_BK: Any, device: torch.device) -> Tensor:
+        """[B or 1, 1, S, K]. The keys are the last ones: the cache of a window may keep no others."""
+        places = torch.arange(past + new, device=device)
+        query_S1, key_K = places[past:, None], places[past + new - keys :]
+        seen = (key_K <= query_S1)[None, None]
+        if self.window is not None:
+            seen = seen & (key_K > query_S1 - self.window)
+        if real_BK is None:
+            return seen
+        return seen & (real_BK[:, None, None, -keys:].bool() | (key_K == query_S1))  # no row of nothing
+
+
+def rotate(x_BSNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Each element of the first half together with its like in the second."""
+    cos, sin = rope
+    one, other = x_BSNH.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1).to(x_BSNH.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.attention = Attention(cfg, layer)
+        self.feed_forward_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        sparse = cfg.num_experts and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
+        self.feed_forward = (
+            MoE(cfg) if sparse else MLP(cfg.hidden_size, cfg.intermediate_size, cfg.activation)
+        )
+
+    def forward(self, x_BSD: Tensor, *attention: Any) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), *attention)
+        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD).flatten(0, 1)).view_as(x_BSD)
+
+
+class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = MoetrainConfig
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["bias_E", "threshold_E"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = parameter.ndim > 1
+            mean = 0.0 if matrix or name.startswith("b_") else 1.0
+            nn.init.normal_(parameter, mean, self.config.initializer_range if matrix else 0.0)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None,
+        past_key_values: Any = None, labels: Any = None, use_cache: bool | None = None,
+        logits_to_keep: int = 0, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """``attention_mask`` [B, K]: 0 for padding, on either side. ``past_key_values``: a DynamicCache."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask is {list(attention_mask.shape)}, not [batch, keys]")
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+        x_BSD = self.embed_tokens(input_ids)
+        rope = self.rope(position_ids, wide(x_BSD).dtype)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, rope, attention_mask, past, past_key_values)
+        logits = self.lm_head(self.norm(x_BSD)[:, -logits_to_keep:])
+        size = self.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [B or 1, S, 1, H / 2]."""
+        values, width, size = self.config.rope_parameters, self.config.head_dim, 1.0
+        if values["rope_type"] == "default":
+            steps = torch.arange(0, width, 2, device=position_ids.device).to(dtype)
+            frequency = 1.0 / values["rope_theta"] ** (steps / width)
+        else:
+            frequency, size = ROPE_INIT_FUNCTIONS[values["rope_type"]](self.config, position_ids.device)
+        angle = position_ids[..., None, None].to(dtype) * frequency.to(dtype)
+        return angle.cos() * size, angle.sin() * size

@@ -1,0 +1,286 @@
+"""``export family=moetrain``: transformers computes our model by the code that is written beside the weights.
+
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_cases import assert_same_tensors, export, refused, tensors_of, transformers, write_tokenizer
+from torch import Tensor
+
+from moetrain.config.compose import compose_train
+from moetrain.config.init_from import read_spec, spec_overrides
+from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.config.schema_rope import RopeKind, RopeScaling
+from moetrain.convert.model_folder import write_model_folder
+from moetrain.data import load_tokenizer
+from moetrain.errors import UserError
+from moetrain.models import Decoder, cross_entropy_sum, generate
+from moetrain.models.hf import FAMILIES, Fields, ModelSpec
+from moetrain.models.hf.own import ROUTING
+from moetrain.models.hf.source import TensorInfo
+from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.moe.routers import ROUTERS
+from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
+
+VOCAB, SEQ = 41, 19
+LENGTHS = (SEQ, 7, 13)  # of the padded rows
+TINY = ModelConfig(
+    vocab_size=VOCAB,
+    d_model=23,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    d_ff=29,
+    num_experts=7,
+    d_ff_expert=13,
+    init_std=0.3,
+    tie_embeddings=False,
+)
+DENSE = replace(TINY, num_experts=0)
+TWELVE = replace(TINY, num_experts=12)
+SHARED = replace(TINY, num_shared_experts=2, d_ff_shared=17, shared_gate=True)
+MIXED = replace(TINY, num_layers=5, moe_every=2, first_dense=2, tie_embeddings=True)
+LINEAR = RopeScaling(RopeKind.linear, 2.5)
+LLAMA3 = RopeScaling(RopeKind.llama3, 8.0, 17, low_freq_factor=0.5, high_freq_factor=3.0)
+YARN = RopeScaling(RopeKind.yarn, 4.0, 17, beta_fast=4.0, beta_slow=0.25, truncate=False)
+ADAPTERS = ExpertsConfig(kind=ExpertKind.adapters, activation=Activation.geglu)
+
+
+def routed(name: str, model: ModelConfig = TINY, **options: Any) -> ModelSpec:
+    return ModelSpec(model, ROUTERS[name].options(**options))
+
+
+def activated(activation: Activation) -> ModelSpec:
+    return ModelSpec(replace(MIXED, num_shared_experts=1), experts=ExpertsConfig(activation=activation))
+
+
+GROUPS = TopKOptions(top_k=3, num_groups=4, top_groups=2)
+CASES = {
+    **{name: routed(name) for name in ROUTING},
+    "default_options": ModelSpec(TINY, RouterConfig("sigma")),
+    "topk_raw": routed("topk", top_k=3, renormalize=False, route_scale=2.5),
+    "topk_one": routed("topk", top_k=1),
+    "topk_after": routed("topk", top_k=3, score=Score.softmax_after),
+    "groups": ModelSpec(TWELVE, replace(GROUPS, score=Score.sigmoid)),
+    "groups_max": ModelSpec(TWELVE, replace(GROUPS, group_score=GroupScore.max)),
+    "groups_all": ModelSpec(TWELVE, replace(GROUPS, top_groups=None)),
+    "grouped_2": routed("grouped", TWELVE, top_k=4, num_groups=2),
+    "sinkhorn_one": routed("sinkhorn", top_k=1),
+    "cosine_width": routed("cosine", top_k=3, width=5),
+    "threshold_low": routed("threshold", threshold=0.3),
+    "adaptive_wide": routed("adaptive", margin=0.4),
+    "one_expert": routed("gshard", replace(TINY, num_experts=1)),
+    "shared": ModelSpec(SHARED),
+    "mixed": ModelSpec(MIXED),
+    "adapters": ModelSpec(MIXED, experts=ADAPTERS),
+    "no_experts": ModelSpec(DENSE),
+    "bias_head": ModelSpec(replace(DENSE, qkv_bias=True, qk_norm=QKNorm.head, num_kv_heads=None)),
+    "full_window": ModelSpec(replace(DENSE, qk_norm=QKNorm.full, sliding_window=4)),
+    **{f"rope_{s.kind.name}": ModelSpec(replace(DENSE, rope_scaling=s)) for s in (LINEAR, LLAMA3, YARN)},
+    **{f"act_{activation.name}": activated(activation) for activation in Activation},
+}
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies foreign code before it runs it."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def random_model(spec: ModelSpec) -> Decoder:
+    """No tensor is zero or one throughout, routers' biases neither."""
+    torch.manual_seed(0)
+    model = Decoder(spec.model, spec.router, spec.experts, VOCAB)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim == 1:
+                tensor.add_((torch.rand_like(tensor) - 0.5) * (0.3 if ".router." in name else 1.0))
+            elif ".router." in name:
+                tensor.copy_(torch.randn_like(tensor) * 0.3)
+    return model.eval()
+
+
+def write_ours(model: Decoder, spec: ModelSpec, folder: Path) -> Path:
+    """A model folder, as convert and upcycle write it."""
+    write_tokenizer(folder.parent / "words", VOCAB)
+    tensors = model.state_dict()
+    write_model_folder(
+        folder,
+        compose_train(spec_overrides(spec)),
+        load_tokenizer(folder.parent / "words"),
+        lambda carried: None,
+        {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
+        tensors.__getitem__,
+        {},
+    )
+    return folder
+
+
+def exported(spec: ModelSpec, folder: Path, *more: str) -> tuple[Decoder, Path]:
+    """Our model, and the folder that transformers reads."""
+    model = random_model(spec)
+    ours = write_ours(model, spec, folder / "ours")
+    return model, export(ours, folder / "out", "family=moetrain", *more)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """An AssertionError where a tensor is missing, too many or of another shape."""
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    complaints = {key: value for key, value in found.items() if value}
+    assert not complaints, complaints
+    return theirs
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """(ids, what is no padding), [B, S]."""
+    ids_BS = torch.randint(VOCAB, (len(LENGTHS), SEQ), generator=torch.Generator().manual_seed(5))
+    return ids_BS, torch.arange(SEQ) < torch.tensor(LENGTHS)[:, None]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_logits_and_the_loss_are_ours(name: str, tmp_path: Path) -> None:
+    """A padded batch; theirs is told by a mask."""
+    ours, folder = exported(CASES[name], tmp_path)
+    theirs = load(folder)
+    ids_BS, real_BS = batch()
+    labels_BS = ids_BS.where(real_BS, -100)
+    with torch.no_grad():
+        hidden_BSD = ours(ids_BS).hidden_BSD
+        expected_BSV = ours.logits(hidden_BSD)
+        total, count = cross_entropy_sum(hidden_BSD[:, :-1], ours.head_weight, labels_BS[:, 1:])
+        found = theirs(ids_BS, attention_mask=real_BS.long(), labels=labels_BS)
+    scale = expected_BSV.abs().max().item()
+    assert scale > 1
+    assert (found.logits - expected_BSV)[real_BS].abs().max().item() <= 1e-5 * max(scale, 1)
+    torch.testing.assert_close(found.loss, total / count, rtol=1e-5, atol=0)
+
+
+def test_every_router_is_a_case() -> None:
+    """None is hidden by another case of the same name; the others are refused, not forgotten."""
+    assert {spec.router.name for name, spec in CASES.items() if name in ROUTING} == set(ROUTING)
+    assert set(ROUTERS) >= set(ROUTING) | {"random", "hash", "moepp", "dynmoe"}
+
+
+SPECS = {
+    "topk": CASES["topk"],
+    "window": ModelSpec(replace(MIXED, sliding_window=5, rope_scaling=YARN), TopKOptions(top_k=3)),
+    "adapters": CASES["adapters"],
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_generation_is_ours(name: str, tmp_path: Path) -> None:
+    """With and without the cache, alone and in a batch that is padded on the left."""
+    ours, folder = exported(SPECS[name], tmp_path)
+    theirs = load(folder)
+    prompts = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3]]
+    new = {"max_new_tokens": 11, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [generate(ours, prompt, 11, temperature=0) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 3
+    for use_cache in (True, False):
+        ids = torch.tensor([prompts[0]])
+        found = theirs.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, **new)
+        assert found[0, 7:].tolist() == expected[0]
+        ids = torch.tensor([prompts[0], [0] * 4 + prompts[1]])
+        mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3])
+        found = theirs.generate(ids, attention_mask=mask, use_cache=use_cache, **new)
+        assert found[:, 7:].tolist() == expected
+
+
+def test_only_who_trusts_the_code_loads_it(tmp_path: Path) -> None:
+    _, folder = exported(CASES["sigmoid"], tmp_path)
+    for trust in (False, None):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    assert not (tmp_path / "modules").exists()
+    code = "".join(file.read_text() for file in folder.glob("*.py"))
+    imported = {
+        line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))
+    }
+    assert imported == {"__future__", "", "typing", "torch", "transformers"}
+
+
+def test_auto_offers_it_and_never_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = write_ours(random_model(CASES["sigmoid"]), CASES["sigmoid"], tmp_path / "ours")
+    line = refused(capsys, "export", f"checkpoint={ours}", f"target={tmp_path}/out")
+    assert "no family expresses this model exactly: llama: " in line
+    assert line.endswith(
+        "; family=moetrain would, by code that is written beside the weights (in transformers: "
+        "trust_remote_code=True)"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (routed("random"), "router=random is not among"),
+        (routed("hash"), "router=hash is not among"),
+        (routed("moepp"), "router=moepp is not among"),
+        (routed("dynmoe"), "router=dynmoe is not among"),
+        (routed("topk", eval_capacity_factor=1.5), "router.eval_capacity_factor=1.5, and it has only None"),
+    ],
+    ids=lambda value: value.router.name if isinstance(value, ModelSpec) else "",
+)
+def test_what_it_cannot_do_is_refused_by_name(
+    spec: ModelSpec, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = write_ours(random_model(spec), spec, tmp_path / "ours")
+    line = refused(capsys, "export", f"checkpoint={ours}", f"target={tmp_path}/out", "family=moetrain")
+    assert f"family=moetrain cannot express this model: {words}" in line
+    assert words in refused(capsys, "export", f"checkpoint={ours}", f"target={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_keeps_what_is_compared_in_fp32(tmp_path: Path) -> None:
+    """As our own casts do; a bias of a rounded 0.001 would choose others."""
+    ours, folder = exported(CASES["sigmoid"], tmp_path, "dtype=bf16", "max_shard_gb=1e-5")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    stored, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    wide = {name for name, tensor in stored.items() if tensor.dtype is not torch.bfloat16}
+    assert wide == {f"blocks.{layer}.feed_forward.router.bias_E" for layer in range(3)}
+    theirs, ids_BS = load(folder), batch()[0]
+    assert theirs.dtype is torch.bfloat16
+    assert theirs.blocks[0].feed_forward.router.bias_E.dtype is torch.float32
+    with torch.no_grad():
+        rounded = ours.bfloat16()
+        expected = rounded.logits(rounded(ids_BS).hidden_BSD).float()
+        found = theirs(ids_BS).logits.float()
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().max()
+
+
+def test_every_config_is_read_back() -> None:
+    own = FAMILIES["moetrain"]
+    for name, spec in CASES.items():
+        config = own.config(spec)
+        assert own.config(own.read(Fields(config, name))) == config, name
+    broken = own.config(CASES["topk"]) | {"router": {"name": "random"}}
+    with pytest.raises(UserError, match="router=.*random.* is not among topk"):
+        own.read(Fields(broken, "config.json"))
+
+
+def test_it_is_read_back(tmp_path: Path) -> None:
+    """Every key and bit, also after transformers has written it again."""
+    for name in ("groups", "cosine", "adapters", "rope_yarn", "full_window"):
+        folder = tmp_path / name
+        folder.mkdir()
+        _, out = exported(CASES[name], folder)
+        load(out).save_pretrained(folder / "again")
+        assert_same_tensors(out, folder / "again")
+        first, again = read_spec(out), read_spec(folder / "again")
+        assert first == again
+        assert spec_overrides(first) == spec_overrides(read_spec(folder / "ours"))
