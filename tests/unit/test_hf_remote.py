@@ -8,146 +8,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hf_cases import assert_same_tensors, export, refused, tensors_of, transformers, write_tokenizer
-from torch import Tensor
+from hf_cases import assert_same_tensors, refused, tensors_of, transformers
+from hf_remote_cases import CASES, MIXED, YARN, batch, exported, load, random_model, routed, write_ours
 
-from moetrain.config.compose import compose_train
 from moetrain.config.init_from import read_spec, spec_overrides
-from moetrain.config.schema import ModelConfig, QKNorm
-from moetrain.config.schema_rope import RopeKind, RopeScaling
-from moetrain.convert.model_folder import write_model_folder
-from moetrain.data import load_tokenizer
 from moetrain.errors import UserError
-from moetrain.models import Decoder, cross_entropy_sum, generate
+from moetrain.models import cross_entropy_sum, generate
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.own import ROUTING
-from moetrain.models.hf.source import TensorInfo
-from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
-from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
-
-VOCAB, SEQ = 41, 19
-LENGTHS = (SEQ, 7, 13)  # of the padded rows
-TINY = ModelConfig(
-    vocab_size=VOCAB,
-    d_model=23,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=10,
-    d_ff=29,
-    num_experts=7,
-    d_ff_expert=13,
-    init_std=0.3,
-    tie_embeddings=False,
-)
-DENSE = replace(TINY, num_experts=0)
-TWELVE = replace(TINY, num_experts=12)
-SHARED = replace(TINY, num_shared_experts=2, d_ff_shared=17, shared_gate=True)
-MIXED = replace(TINY, num_layers=5, moe_every=2, first_dense=2, tie_embeddings=True)
-LINEAR = RopeScaling(RopeKind.linear, 2.5)
-LLAMA3 = RopeScaling(RopeKind.llama3, 8.0, 17, low_freq_factor=0.5, high_freq_factor=3.0)
-YARN = RopeScaling(RopeKind.yarn, 4.0, 17, beta_fast=4.0, beta_slow=0.25, truncate=False)
-ADAPTERS = ExpertsConfig(kind=ExpertKind.adapters, activation=Activation.geglu)
-
-
-def routed(name: str, model: ModelConfig = TINY, **options: Any) -> ModelSpec:
-    return ModelSpec(model, ROUTERS[name].options(**options))
-
-
-def activated(activation: Activation) -> ModelSpec:
-    return ModelSpec(replace(MIXED, num_shared_experts=1), experts=ExpertsConfig(activation=activation))
-
-
-GROUPS = TopKOptions(top_k=3, num_groups=4, top_groups=2)
-CASES = {
-    **{name: routed(name) for name in ROUTING},
-    "default_options": ModelSpec(TINY, RouterConfig("sigma")),
-    "topk_raw": routed("topk", top_k=3, renormalize=False, route_scale=2.5),
-    "topk_one": routed("topk", top_k=1),
-    "topk_after": routed("topk", top_k=3, score=Score.softmax_after),
-    "groups": ModelSpec(TWELVE, replace(GROUPS, score=Score.sigmoid)),
-    "groups_max": ModelSpec(TWELVE, replace(GROUPS, group_score=GroupScore.max)),
-    "groups_all": ModelSpec(TWELVE, replace(GROUPS, top_groups=None)),
-    "grouped_2": routed("grouped", TWELVE, top_k=4, num_groups=2),
-    "sinkhorn_one": routed("sinkhorn", top_k=1),
-    "cosine_width": routed("cosine", top_k=3, width=5),
-    "threshold_low": routed("threshold", threshold=0.3),
-    "adaptive_wide": routed("adaptive", margin=0.4),
-    "one_expert": routed("gshard", replace(TINY, num_experts=1)),
-    "shared": ModelSpec(SHARED),
-    "mixed": ModelSpec(MIXED),
-    "adapters": ModelSpec(MIXED, experts=ADAPTERS),
-    "no_experts": ModelSpec(DENSE),
-    "bias_head": ModelSpec(replace(DENSE, qkv_bias=True, qk_norm=QKNorm.head, num_kv_heads=None)),
-    "full_window": ModelSpec(replace(DENSE, qk_norm=QKNorm.full, sliding_window=4)),
-    **{f"rope_{s.kind.name}": ModelSpec(replace(DENSE, rope_scaling=s)) for s in (LINEAR, LLAMA3, YARN)},
-    **{f"act_{activation.name}": activated(activation) for activation in Activation},
-}
+from moetrain.moe.routers.topk import TopKOptions
 
 
 @pytest.fixture(autouse=True)
 def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers copies foreign code before it runs it."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
-def random_model(spec: ModelSpec) -> Decoder:
-    """No tensor is zero or one throughout, routers' biases neither."""
-    torch.manual_seed(0)
-    model = Decoder(spec.model, spec.router, spec.experts, VOCAB)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim == 1:
-                tensor.add_((torch.rand_like(tensor) - 0.5) * (0.3 if ".router." in name else 1.0))
-            elif ".router." in name:
-                tensor.copy_(torch.randn_like(tensor) * 0.3)
-    return model.eval()
-
-
-def write_ours(model: Decoder, spec: ModelSpec, folder: Path) -> Path:
-    """A model folder, as convert and upcycle write it."""
-    write_tokenizer(folder.parent / "words", VOCAB)
-    tensors = model.state_dict()
-    write_model_folder(
-        folder,
-        compose_train(spec_overrides(spec)),
-        load_tokenizer(folder.parent / "words"),
-        lambda carried: None,
-        {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
-        tensors.__getitem__,
-        {},
-    )
-    return folder
-
-
-def exported(spec: ModelSpec, folder: Path, *more: str) -> tuple[Decoder, Path]:
-    """Our model, and the folder that transformers reads."""
-    model = random_model(spec)
-    ours = write_ours(model, spec, folder / "ours")
-    return model, export(ours, folder / "out", "family=moetrain", *more)
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """An AssertionError where a tensor is missing, too many or of another shape."""
-    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **options
-    )
-    complaints = {key: value for key, value in found.items() if value}
-    assert not complaints, complaints
-    return theirs
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    """(ids, what is no padding), [B, S]."""
-    ids_BS = torch.randint(VOCAB, (len(LENGTHS), SEQ), generator=torch.Generator().manual_seed(5))
-    return ids_BS, torch.arange(SEQ) < torch.tensor(LENGTHS)[:, None]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,6 +45,30 @@ def test_the_logits_and_the_loss_are_ours(name: str, tmp_path: Path) -> None:
     assert scale > 1
     assert (found.logits - expected_BSV)[real_BS].abs().max().item() <= 1e-5 * max(scale, 1)
     torch.testing.assert_close(found.loss, total / count, rtol=1e-5, atol=0)
+
+
+def test_it_can_be_trained_under_autocast(tmp_path: Path) -> None:
+    """Gradients are ours in fp32; under autocast the router still chooses in fp32."""
+    ours, folder = exported(CASES["shared"], tmp_path)
+    theirs, ids_BS = load(folder), batch()[0]
+    theirs(ids_BS, labels=ids_BS).loss.backward()
+    hidden_BSD = ours(ids_BS).hidden_BSD
+    total, count = cross_entropy_sum(hidden_BSD[:, :-1], ours.head_weight, ids_BS[:, 1:])
+    (total / count).backward()
+    found = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        theirs_name = {"embed_VD": "embed_tokens.weight", "head_VD": "lm_head.weight"}.get(name, name)
+        scale = parameter.grad.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(found[theirs_name].grad, parameter.grad, rtol=1e-4, atol=1e-4 * scale)
+    dtypes = []
+    router = theirs.blocks[0].feed_forward.router
+    router.register_forward_hook(lambda module, x, weights_TE: dtypes.append(weights_TE.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = theirs(ids_BS, labels=ids_BS).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert dtypes == [torch.float32]
 
 
 def test_every_router_is_a_case() -> None:
@@ -198,6 +101,8 @@ def test_generation_is_ours(name: str, tmp_path: Path) -> None:
         mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3])
         found = theirs.generate(ids, attention_mask=mask, use_cache=use_cache, **new)
         assert found[:, 7:].tolist() == expected
+    seen = theirs.blocks[0].attention.seen(0, 7, 7, mask, mask.device)
+    assert seen.any(-1).all()  # a softmax of nothing is not a number in older versions of torch
 
 
 def test_only_who_trusts_the_code_loads_it(tmp_path: Path) -> None:
@@ -269,7 +174,7 @@ def test_every_config_is_read_back() -> None:
         config = own.config(spec)
         assert own.config(own.read(Fields(config, name))) == config, name
     broken = own.config(CASES["topk"]) | {"router": {"name": "random"}}
-    with pytest.raises(UserError, match="router=.*random.* is not among topk"):
+    with pytest.raises(UserError, match=r"router=.*random.* is not among topk"):
         own.read(Fields(broken, "config.json"))
 
 

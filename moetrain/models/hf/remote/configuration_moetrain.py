@@ -4,12 +4,8 @@ from transformers import PretrainedConfig
 
 
 class MoetrainConfig(PretrainedConfig):
-    """config.json has every key; the names are transformers' own where it has one.
-
-    ``router`` is what the model was trained with, ``routing`` what that does in evaluation, in the words of
-    modeling_moetrain.py. Layers l from ``first_dense`` on with (l + 1) % ``moe_every`` == 0 have experts.
-    ``expert_kind`` adapters: bottlenecks on the output of a network that all tokens share.
-    """
+    """config.json has every key. ``router`` is what the model was trained with, ``routing`` what that does in
+    evaluation, in the words of modeling_moetrain.py."""
 
     model_type = "moetrain"
     keys_to_ignore_at_inference = ("past_key_values",)

@@ -113,13 +113,16 @@ class Router(nn.Module):
             self.register_buffer("threshold_E", torch.full((num_experts,), 1 / num_experts))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.cosine:
-            v_Td = F.normalize(F.linear(wide(x_TD), wide(self.project_dD)), dim=-1)
-            scale_1 = wide(self.log_inverse_temperature_1).exp().clamp(max=100.0)
-            logits_TE = F.linear(v_Td, F.normalize(wide(self.centers_Ed), dim=-1)) * scale_1
-        else:
-            logits_TE = F.linear(wide(x_TD), wide(self.weight_ED))
-        return RULES[self.rule["rule"]](self, logits_TE)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return RULES[self.rule["rule"]](self, self.cosines(x_TD) if self.cosine else self.logits(x_TD))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return F.linear(wide(x_TD), wide(self.weight_ED))
+
+    def cosines(self, x_TD: Tensor) -> Tensor:
+        v_Td = F.normalize(F.linear(wide(x_TD), wide(self.project_dD)), dim=-1)
+        scale_1 = wide(self.log_inverse_temperature_1).exp().clamp(max=100.0)
+        return F.linear(v_Td, F.normalize(wide(self.centers_Ed), dim=-1)) * scale_1
 
 
 class RMSNorm(nn.Module):
@@ -155,7 +158,7 @@ class Experts(nn.Module):
             rows = weights_TE[:, e].nonzero().flatten()
             hidden = activate(x_TD[rows] @ self.w_gate_up_EDF2[e], self.activation)
             hidden = (hidden * weights_TE[rows, e, None]).to(x_TD.dtype)
-            y_TD.index_add_(0, rows, hidden @ self.w_down_EFD[e])
+            y_TD.index_add_(0, rows, (hidden @ self.w_down_EFD[e]).to(y_TD.dtype))
         return y_TD
 
 
@@ -259,9 +262,8 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.ndim > 1
-            mean = 0.0 if matrix or name.startswith("b_") else 1.0
-            nn.init.normal_(parameter, mean, self.config.initializer_range if matrix else 0.0)
+            mean = float(parameter.ndim == 1 and not name.startswith("b_"))
+            nn.init.normal_(parameter, mean, self.config.initializer_range * (parameter.ndim > 1))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None,
@@ -281,8 +283,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             x_BSD = block(x_BSD, rope, attention_mask, past, past_key_values)
         logits = self.lm_head(self.norm(x_BSD)[:, -logits_to_keep:])
-        size = self.config.vocab_size
-        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=size, **kwargs)
+        loss = (
+            None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
