@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import assert_same_tensors, refused, tensors_of, transformers
+from hf_cases import assert_same_tensors, convert, export, refused, tensors_of, transformers
 from hf_remote_cases import CASES, MIXED, YARN, batch, exported, load, random_model, routed, write_ours
 
 from moetrain.config.init_from import read_spec, spec_overrides
@@ -179,13 +179,16 @@ def test_every_config_is_read_back() -> None:
 
 
 def test_it_is_read_back(tmp_path: Path) -> None:
-    """Every key and bit, also after transformers has written it again."""
+    """Every key and bit: by transformers, by export and by import, which do not run its code."""
     for name in ("groups", "cosine", "adapters", "rope_yarn", "full_window"):
         folder = tmp_path / name
         folder.mkdir()
         _, out = exported(CASES[name], folder)
         load(out).save_pretrained(folder / "again")
         assert_same_tensors(out, folder / "again")
+        assert_same_tensors(out, export(out, folder / "third", "family=moetrain"))
+        ours = convert(out, folder / "imported")
+        assert_same_tensors(out, export(ours, folder / "fourth", "family=moetrain"))
         first, again = read_spec(out), read_spec(folder / "again")
         assert first == again
         assert spec_overrides(first) == spec_overrides(read_spec(folder / "ours"))
