@@ -69,7 +69,7 @@ def loaded(arguments: list[str], starts: list[str]) -> tuple[list[dict[str, Tens
         with torch.no_grad():
             for tensor in model_tensors(built.state.task.model).values():
                 tensor.fill_(torch.nan)
-        load_initial(Path(start), model_tensors(built.state.task.model), built.corpus.tokenizer)
+        load_initial(Path(start), model_tensors(built.state.task.model), {}, built.corpus.tokenizer)
         found.append(whole(built))
     return found, built, cfg
 

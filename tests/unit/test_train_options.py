@@ -26,7 +26,7 @@ NEEDS = {
 ELSEWHERE = {
     ("model", "small"), ("model", "mixtral_8x7b"), ("model", "olmoe_1b_7b"), ("model", "qwen3_30b_a3b"),
     ("data", "stdlib"), ("data", "hub"), ("data", "domains"), ("tracker", "wandb"),
-    *(("experiment", name) for name in group_options()["experiment"]),
+    *((group, name) for group in ("experiment", "method") for name in group_options()[group]),
 }  # fmt: skip
 SHIPPED = {(group, name) for group, names in group_options().items() for name in names}
 SMALL = sorted(SHIPPED - ELSEWHERE)

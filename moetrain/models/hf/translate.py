@@ -89,7 +89,7 @@ def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
 def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
     router = spec.router
-    if not isinstance(router, TopKOptions) or router.name != "topk":
+    if type(router) is not TopKOptions:
         raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
