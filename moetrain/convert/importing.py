@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from moetrain.config.compose import compose_train
-from moetrain.config.init_from import spec_overrides
 from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.data import Tokenizer, load_tokenizer
@@ -29,10 +29,10 @@ def convert(cfg: ConvertConfig) -> int:
     hashing = _HashingSource(source)
     opened = open_source(hashing)
     tokenizer = _tokenizer(cfg.tokenizer, source)
-    family = opened.family.model_type
+    family, spec = opened.family.model_type, opened.spec
     write_model_folder(
         target=Path(cfg.target).expanduser(),
-        cfg=compose_train(spec_overrides(opened.spec)),
+        cfg=replace(compose_train([]), model=spec.model, router=spec.router, experts=spec.experts),
         tokenizer=tokenizer,
         carry=partial(_carry, source, cfg.tokenizer is None),
         tensors=large_then_small(opened.infos),

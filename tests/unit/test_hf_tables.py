@@ -16,6 +16,7 @@ from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Tiled, check_table, fill_block
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
+from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
@@ -146,7 +147,7 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("mixtral", ModelSpec(MOE, TopKOptions(route_scale=2.5)), "router.route_scale=2.5"),
         ("mixtral", ModelSpec(MOE, TopKOptions(num_groups=3, top_groups=2)), "router.top_groups=2"),
         ("mixtral", ModelSpec(MOE, TopKOptions(eval_capacity_factor=1.5)), "eval_capacity_factor=1.5"),
-        ("mixtral", ModelSpec(MOE, replace(TOP2, name="expert_choice")), "router=expert_choice"),
+        ("mixtral", ModelSpec(MOE, ExpertChoiceOptions()), "router=expert_choice"),
         ("mixtral", ModelSpec(replace(MOE, moe_every=2), TOP2), "model.moe_every=2"),
         ("mixtral", ModelSpec(replace(MOE, first_dense=1), TOP2), "model.first_dense=1"),
         ("mixtral", ModelSpec(SHARED, TOP2), "model.num_shared_experts=1"),

@@ -59,8 +59,6 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
-    if m.num_experts:
-        require("experts.kind", spec.experts.kind.name, "networks")
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         raise CannotExpressError(f"experts.activation={spec.experts.activation.name} has no gate")
@@ -89,6 +87,7 @@ def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
 def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
     router = spec.router
+    require("experts.kind", spec.experts.kind.name, "networks")
     if type(router) is not TopKOptions:
         raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
     if router.score is Score.sigmoid:
