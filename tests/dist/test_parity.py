@@ -56,7 +56,6 @@ PAIRS = [
     ("sigmoid", "hsdp 2 x ep 2"),
     ("expert_choice, all", "ep 2"),
     ("relu", "hierarchical, ep 4"),
-    ("base, all", "ep 2"),
     ("moepp", "overlap 2, ep 2"),
 ]
 

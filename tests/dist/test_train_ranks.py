@@ -56,7 +56,7 @@ def assert_close_rows(one: list[dict], other: list[dict], tolerance: float) -> N
         assert {key: value for key, value in a.items() if abs(value - b[key]) > tolerance} == {}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_on_any_number_of_ranks(world, corpus, tmp_path):
     """In fp64, evaluations included: the held-out sequences do not divide by the ranks."""
     options = [*tiny.TRAINED, "train.precision=fp64", ONE_EACH, "balance=aux_free", "train.eval_samples=7"]
@@ -129,7 +129,8 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, corpus, pair, t
     tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(pair, 12))
 
 
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the watchdog's tests and the launcher's kill ranks in every run
+@pytest.mark.parametrize("lost", [0, 1])
 def test_when_a_rank_is_killed_the_other_ends_without_saving(lost, corpus, pair, tmp_path):
     run = tmp_path / "run"
     options = [*tiny.TRAINED, *FAULTY]

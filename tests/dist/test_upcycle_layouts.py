@@ -66,7 +66,9 @@ def logits(folder: str, world: int, layout: list[str]) -> Tensor:
     return logits_BSV
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    "layout", ["ep 2", "ep 2 x efsdp 2", pytest.param("hsdp 2 x ep 2", marks=pytest.mark.slow)]
+)
 def test_the_function_is_kept(models: tuple[Path, dict[str, Path]], layout: str) -> None:
     dense, made = models
     model = open_model(dense).build()

@@ -29,7 +29,16 @@ def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-@pytest.mark.parametrize("name", CASES)
+# The other cases are a marked run.
+ALWAYS = (
+    *("topk", "topk_one", "groups", "sigmoid", "cosine", "grouped", "threshold", "relu", "expert_choice"),
+    *("adaptive", "gshard", "mixed", "adapters", "full_window", "rope_yarn", "act_relu2"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_logits_and_the_loss_are_ours(name: str, tmp_path: Path) -> None:
     """A padded batch; theirs is told by a mask."""
     ours, folder = exported(CASES[name], tmp_path)

@@ -61,6 +61,7 @@ def test_what_is_left_out_exists():
     assert NEEDS.keys() <= set(SMALL)
 
 
+@pytest.mark.slow  # test_trackers.py writes and reads a wandb run in every run of the tests
 def test_wandb_offline_takes_two_steps(corpus, tmp_path):
     run = tmp_path / "run"
     options = two_steps("tracker", "wandb", corpus, run)
