@@ -99,6 +99,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="made, filled and removed")
     parser.add_argument("--gb", type=float, default=10.0, help="size of the source, in 1e9 bytes")
     options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"{options.folder} exists: it would be removed at the end")
     options.folder.mkdir(parents=True)
     try:
         total = write_source(options.folder / "source", options.gb * 1e9)
