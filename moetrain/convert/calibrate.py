@@ -5,6 +5,8 @@ Shapes: T tokens, D model, P columns of a layer's first matrix, F hidden units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ def calibrate(source: StoredModel, corpus: Corpus, rows: int) -> dict[int, Layer
     return found
 
 
-def _noting(into: list[Tensor]):  # type: ignore[no-untyped-def]
+def _noting(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         into.append(args[0].reshape(-1, args[0].shape[-1]))
 

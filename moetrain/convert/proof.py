@@ -16,7 +16,7 @@ from moetrain.errors import ProofError
 from moetrain.models.decoder import Decoder
 from moetrain.upcycle import Promise
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}  # of the largest logit; real models are far from 1
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the largest logit; thirty layers err by 3e-6
 
 
 @torch.no_grad()

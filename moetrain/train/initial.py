@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from moetrain.config.init_from import CONFIG
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED, carry_files
@@ -28,8 +29,6 @@ from moetrain.train.checkpoint_read import fill_from, load_checkpoint
 from moetrain.train.peers import Peers
 from moetrain.train.sample import TOKENIZER
 from moetrain.train.state_dict import MODEL, OPTIM
-
-_CONFIG = "config.yaml"
 
 
 def load_initial(
@@ -43,7 +42,7 @@ def load_initial(
     """
     peers = Peers()
     peers.together(lambda: _check_tokenizer(path, tokenizer))
-    if (path / _CONFIG).is_file():
+    if (path / CONFIG).is_file():
         load_checkpoint(path, model, MODEL, cast=True)
         if optimizer:
             load_checkpoint(path, optimizer, OPTIM, cast=True)
@@ -57,12 +56,12 @@ def load_initial(
 
 def carry_over(path: Path, run_dir: Path) -> None:
     """Keep what other tools want of the model that a run starts from, for its export. Rank 0 calls it."""
-    ours = (path / _CONFIG).is_file()
+    ours = (path / CONFIG).is_file()
     carry_files(path / CARRIED if ours else path, run_dir / CARRIED)
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    ours = (path / _CONFIG).is_file()
+    ours = (path / CONFIG).is_file()
     folder = path / TOKENIZER if ours else path
     if not ours and not (folder / "tokenizer.json").is_file():
         return  # none that can be read here; the user chose the tokenizer

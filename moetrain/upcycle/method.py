@@ -117,6 +117,15 @@ def same_width(job: Job) -> None:
         )
 
 
+def same_share(job: Job, of: str) -> int:
+    """How many experts come from each source network; UserError where there is a rest. ``of`` names them."""
+    same_width(job)
+    num_experts = job.target.model.num_experts
+    if num_experts % job.sources:
+        raise UserError(f"model.num_experts={num_experts} must be a multiple of the {job.sources} {of}")
+    return num_experts // job.sources
+
+
 def identical_experts(job: Job) -> Promise:
     """What E copies of one network promise."""
     combine = job.target.combine

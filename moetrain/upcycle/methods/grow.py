@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moetrain.errors import UserError
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.combine import CAPACITY, combine_of, full_options
-from moetrain.upcycle.method import Job, Method, Promise, register, same_width
+from moetrain.upcycle.method import Job, Method, Promise, register, same_share
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, whole_networks
 
@@ -34,20 +33,15 @@ class Grow(Method[GrowOptions]):
     reads_moe = True
 
     def check(self, job: Job) -> None:
-        same_width(job)
-        num_experts = job.target.model.num_experts
-        if num_experts % job.sources:
-            raise UserError(
-                f"model.num_experts={num_experts} must be a multiple of the source's {job.sources} experts"
-            )
+        same_share(job, "experts of the source")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
-        copies = job.target.model.num_experts // job.sources
+        copies = same_share(job, "experts of the source")
         plan = whole_networks(torch.arange(job.sources).repeat_interleave(copies), job.d_ff)
         return plan if job.target.combine.own_scores else replace(plan, bias_scale=1 / copies)
 
     def promise(self, job: Job) -> Promise:
-        copies = job.target.model.num_experts // job.sources
+        copies = same_share(job, "experts of the source")
         if (lost := self._lost(job, copies)) is not None:
             return Promise(False, lost)
         return Promise(

@@ -10,9 +10,8 @@ from enum import Enum
 
 import torch
 
-from moetrain.errors import UserError
 from moetrain.upcycle.calibration import LayerCalibration
-from moetrain.upcycle.method import Job, Method, Promise, identical_experts, register, same_width
+from moetrain.upcycle.method import Job, Method, Promise, identical_experts, register, same_share
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, whole_networks
 
@@ -37,15 +36,10 @@ class Join(Method[JoinOptions]):
     takes_donors = True
 
     def check(self, job: Job) -> None:
-        same_width(job)
-        num_experts = job.target.model.num_experts
-        if num_experts % job.sources:
-            raise UserError(
-                f"model.num_experts={num_experts} must be a multiple of the {job.sources} models to join"
-            )
+        same_share(job, "models to join")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
-        copies = job.target.model.num_experts // job.sources
+        copies = same_share(job, "models to join")
         return whole_networks(torch.arange(job.sources).repeat_interleave(copies), job.d_ff)
 
     def promise(self, job: Job) -> Promise:
