@@ -10,16 +10,6 @@ import tiny
 
 from moetrain.moe.routers import ROUTERS, RouterSpec
 
-_TOGETHER = ("test_dispatchers.py", "test_rank_memory.py", "test_train_ranks.py")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests share one costly run go to one worker of pytest-xdist (``--dist loadgroup``)."""
-    for item in items:
-        if item.path.name in _TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

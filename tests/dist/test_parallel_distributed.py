@@ -35,6 +35,7 @@ def test_ranks_join_from_torchruns_variables_and_leave():
     assert results == [[(0, 1), rank, 2, rank == 0, "gloo", False] for rank in range(2)]
 
 
+@pytest.mark.slow  # tests/launch starts the trainer by torchrun in every run
 def test_torchrun_itself_starts_the_ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

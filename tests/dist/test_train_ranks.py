@@ -116,7 +116,7 @@ def test_one_rank_continues_what_two_began(corpus, pair, tmp_path):
     assert tiny.steps(run)[:5] == tiny.steps(pair)[:5]
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, corpus, pair, tmp_path):
     run = tmp_path / "run"
     options = [*tiny.TRAINED, *FAULTY, f"router.signal={int(signal.SIGTERM)}", "router.at_step=3"]

@@ -18,6 +18,14 @@ from moetrain.moe import ROUTERS
 pytestmark = pytest.mark.usefixtures("training")
 
 NAMES = sorted(ROUTERS)
+DIFFERENT = (
+    "base",
+    "expert_choice",
+    "moepp",
+    "relu",
+    "sparsemixer2",
+    "topk",
+)  # of each kind one
 THREE = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_every=3"]
 
 
@@ -42,7 +50,9 @@ def test_trains_resumes_bit_for_bit_evaluates_and_generates(name, corpus, tmp_pa
     assert main(["generate", f"checkpoint={run}", "prompt=abc", "max_new_tokens=3"]) == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DIFFERENT)) for name in NAMES]
+)
 def test_recompute_changes_no_bit(name, corpus, tmp_path):
     runs = [tmp_path / "plain", tmp_path / "recomputed"]
     for run, recompute in zip(runs, ("false", "true"), strict=True):
