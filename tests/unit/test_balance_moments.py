@@ -167,4 +167,4 @@ def test_a_coefficient_goes_to_its_final_value():
     routing = build_router("topk", d_model=E, num_experts=E)(torch.randn(6, E), RouterContext.default(1, 6))
     early, _ = total_loss([routing], [term], StepTotals(6.0, step=0))
     late, _ = total_loss([routing], [term], StepTotals(6.0, step=4))
-    assert float(late) == pytest.approx(0.2 * float(early))
+    assert late.item() == pytest.approx(0.2 * early.item())

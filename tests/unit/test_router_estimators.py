@@ -134,7 +134,7 @@ def test_the_forward_is_whole_or_a_third_and_experts_keep_their_gradient(correct
     p_E = torch.softmax(Z_E / temperature, -1)
     for drawn, heads in itertools.product(range(E), (True, False)):
         routing = router(Z_E[None].clone(), Forced(drawn, heads))
-        value = float(routing.weights_N[0] * routing.forward_scale_N[0])
+        value = (routing.weights_N[0] * routing.forward_scale_N[0]).item()
         share = 1.0 if heads or drawn == int(Z_E.argmax()) else 1 / 3
         assert value == pytest.approx(share * float(p_E[drawn]), abs=1e-12)
         assert float(routing.weights_N[0]) == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
