@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import time
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +33,13 @@ class JobFailedError(Exception):
         self.code = code
 
 
+class SweepStoppedError(BaseException):
+    """A job was asked to stop and has saved: the jobs after it are not begun.
+
+    No Exception, which Hydra would keep for the end of the sweep.
+    """
+
+
 def sweep(flags: argparse.Namespace) -> int:
     """Run every combination; returns the exit code. Raises UserError before any job if one is wrong."""
     if any(o.startswith("init_from=") and is_sweep(o) for o in flags.overrides):
@@ -54,15 +62,20 @@ def sweep(flags: argparse.Namespace) -> int:
         return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
     except JobFailedError as e:
         return e.code
+    except SweepStoppedError as e:
+        if is_rank_0():
+            print(f"moetrain: {e}", flush=True)
+        return 0
 
 
 def train_job(node: DictConfig) -> int:
     """One job of a sweep, called by Hydra's launcher, perhaps in another process."""
     num = HydraConfig.get().job.num
     from moetrain.train.run import train
+    from moetrain.train.run_dir import reached
 
-    cfg = from_node(TrainConfig, node)
-    cfg = dataclasses.replace(cfg, run=job_run(cfg.run, num))
+    whole = from_node(TrainConfig, node)
+    cfg = dataclasses.replace(whole, run=job_run(whole.run, num))
     if is_rank_0():
         print(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
@@ -72,6 +85,11 @@ def train_job(node: DictConfig) -> int:
         raise UserError(f"job {num}: {e}") from e
     if code:
         raise JobFailedError(code)
+    folder = Path(cfg.run.dir or os.path.join(cfg.run.root, str(cfg.run.name)))
+    if not reached(folder, cfg.train.steps):
+        run = whole.run
+        again = f"run.name={run.name}" if run.dir is None else f"run.dir={run.dir}"
+        raise SweepStoppedError(f"the sweep stopped in {folder}; the same command with {again} goes on")
     return 0
 
 

@@ -5,8 +5,6 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 
 from __future__ import annotations
 
-import contextlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from moetrain.errors import UserError
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.run import resolve_device, run_path, train
-from moetrain.train.run_dir import write_atomic
+from moetrain.train.run_dir import reached, write_atomic
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -74,8 +72,5 @@ def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
 
 
 def _is_done(run_dir: Path, steps: int) -> bool:
-    """Whether the run's summary says so: the answer of rank 0, which writes it, on every rank."""
-    done = False
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        done = int(json.loads((run_dir / "summary.json").read_text())["steps"]) >= steps
-    return bool(broadcast_object(done))
+    """The answer of rank 0, which writes the summary, on every rank."""
+    return bool(broadcast_object(reached(run_dir, steps)))

@@ -5,15 +5,18 @@ is which configs reach it. One sweep at the end trains for real.
 """
 
 import errno
+import json
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 import moetrain
@@ -60,6 +63,7 @@ def trained(monkeypatch):
         seen.append(cfg)
         folder = Path(cfg.run.dir or os.path.join(cfg.run.root, cfg.run.name or "unnamed"))
         folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"steps": cfg.train.steps}))
         return calls.outcome(cfg)
 
     calls = types.SimpleNamespace(configs=seen, outcome=lambda cfg: 0)
@@ -348,3 +352,18 @@ def test_a_sweep_that_trains_for_real(tmp_path):
         assert load_yaml(folder / "config.yaml").train.seed == num
         assert (folder / "metrics.jsonl").stat().st_size > 0
         assert (folder / "report.html").exists()
+
+
+def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(corpus, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    sweep = ["train", "-m", *tiny.command(corpus, folder)[1:], "router.top_k=1,2", "train.steps=4"]
+    sweep += ["plugins=[faulty_router]", "router=faulty", "checkpoint.every=2"]
+    with tiny.alone():
+        assert main([*sweep, "router.at_step=1", f"router.signal={int(signal.SIGINT)}"]) == 0
+    said = capsys.readouterr().out
+    assert f"the sweep stopped in {folder}/job0; the same command with run.dir={folder} goes on" in said
+    assert not (folder / "job1").exists()
+    assert len(tiny.steps(folder / "job0")) == 2
+    with tiny.alone():
+        assert main(sweep) == 0
+    assert [len(tiny.steps(folder / f"job{num}")) for num in (0, 1)] == [4, 4]
