@@ -28,6 +28,7 @@ from moetrain.parallel.allocator import keep_freed_memory
 OURS = "moetrain"
 VOCAB, WIDTH, LAYERS, HEADS, SEQ = 4096, 256, 6, 4, 512
 EXPERTS, TOP_K, HIDDEN = 8, 2, 512
+WARM_UP = 10  # steps: a CPU's matmul kernels are compiled at the first use of an expert's number of rows
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -121,7 +122,7 @@ def serve(name: str, bf16: bool, threads: int, data: list[Tensor], pipe: Connect
 
 def measure(bf16: bool, repetitions: int, sequences: int, threads: int) -> dict[str, Any]:
     torch.manual_seed(1)
-    data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(repetitions + 1)]
+    data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(WARM_UP + repetitions)]
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     sizes: dict[str, int] = {}
@@ -141,7 +142,7 @@ def measure(bf16: bool, repetitions: int, sequences: int, threads: int) -> dict[
         pipe.send(repetition)
         pipe.recv()
 
-    times = interleaved({name: partial(step, pipe) for name, pipe in pipes.items()}, repetitions)
+    times = interleaved({name: partial(step, pipe) for name, pipe in pipes.items()}, repetitions, WARM_UP)
     for pipe in pipes.values():
         pipe.send(None)
     for process in processes:

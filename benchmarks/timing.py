@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 
-def interleaved(runs: dict[str, Callable[[int], None]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds per repetition; in each repetition every run goes once, in random order, after a warm-up.
+def interleaved(
+    runs: dict[str, Callable[[int], None]], repetitions: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per repetition, after ``warm_up`` of them; in each every run goes once, in random order.
 
     Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run
     would always follow the same one.
@@ -24,11 +26,11 @@ def interleaved(runs: dict[str, Callable[[int], None]], repetitions: int) -> dic
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     draw = random.Random(0)
-    for repetition in range(repetitions + 1):
+    for repetition in range(warm_up + repetitions):
         for name in draw.sample(names, len(names)):
             start = time.perf_counter()
             runs[name](repetition)
-            if repetition:
+            if repetition >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
 
