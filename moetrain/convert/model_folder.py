@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,11 @@ def write_model_folder(
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` when all went well and is removed when anything did not."""
+    """A folder to fill, which becomes ``target`` when all goes well; if anything fails, nothing is left."""
     if target.exists():
         raise UserError(f"target={target} exists already: choose another, or remove it")
     folder = target.parent / f"{TEMPORARY}{target.name}"
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         remove_folder(folder)
         folder.mkdir(parents=True)
@@ -99,6 +100,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not target.exists():
+            for parent in missing:  # the innermost first
+                with suppress(OSError):  # somebody else may have put something there
+                    parent.rmdir()
 
 
 def tensor_hash(tensor: Tensor) -> str:

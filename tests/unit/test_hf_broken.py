@@ -194,10 +194,9 @@ def test_a_source_that_cannot_be_read(
     source = tmp_path / "source"
     shutil.copytree(sources[name], source)
     edit(source)
-    (tmp_path / "out").mkdir()
-    line = refused(capsys, "convert", f"source={source}", f"target={tmp_path}/out/new")
+    line = refused(capsys, "convert", f"source={source}", f"target={tmp_path}/out/deep/new")
     assert [word for word in words if word not in line] == [], line
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(
