@@ -47,17 +47,7 @@ class Moved:
     ours: Decoder
 
 
-# One of each family and kind; the other variants are a marked run.
-ALWAYS = (
-    *("llama_yarn", "mistral_window", "qwen2_window", "qwen3_tied", "mixtral", "qwen2_moe_mixed"),
-    *("qwen3_moe_mixed", "olmoe"),
-)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.fixture(scope="module", params=CASES)
 def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Moved:
     folder = tmp_path_factory.mktemp(request.param)
     theirs = CASES[request.param].their_model(torch.float32)
