@@ -45,7 +45,8 @@ def train_command(argv: list[str]) -> int:
     from moetrain.verify.certificate import certificate_line
 
     world = world_size()
-    return train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
+    train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
+    return 0
 
 
 def verify_command(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import os
 import time
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,14 +22,6 @@ from moetrain.config.pages import hydra_main
 from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
-
-
-class JobFailedError(Exception):
-    """A job ended with a non-zero exit code; Hydra's sweeper goes on and raises it at the end."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 class SweepStoppedError(BaseException):
@@ -60,8 +51,6 @@ def sweep(flags: argparse.Namespace) -> int:
     places = [f"hydra.sweep.dir={quoted}", f"hydra.run.dir={quoted}"]
     try:
         return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
-    except JobFailedError as e:
-        return e.code
     except SweepStoppedError as e:
         if is_rank_0():
             print(f"moetrain: {e}", flush=True)
@@ -72,7 +61,6 @@ def train_job(node: DictConfig) -> int:
     """One job of a sweep, called by Hydra's launcher, perhaps in another process."""
     num = HydraConfig.get().job.num
     from moetrain.train.run import train
-    from moetrain.train.run_dir import reached
 
     whole = from_node(TrainConfig, node)
     cfg = dataclasses.replace(whole, run=job_run(whole.run, num))
@@ -80,16 +68,13 @@ def train_job(node: DictConfig) -> int:
         print(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
         validate(cfg, world_size())
-        code = train(cfg)
+        finished = train(cfg)
     except UserError as e:
         raise UserError(f"job {num}: {e}") from e
-    if code:
-        raise JobFailedError(code)
-    folder = Path(cfg.run.dir or os.path.join(cfg.run.root, str(cfg.run.name)))
-    if not reached(folder, cfg.train.steps):
+    if not finished:
         run = whole.run
         again = f"run.name={run.name}" if run.dir is None else f"run.dir={run.dir}"
-        raise SweepStoppedError(f"the sweep stopped in {folder}; the same command with {again} goes on")
+        raise SweepStoppedError(f"the sweep stopped in job {num}; the same command with {again} goes on")
     return 0
 
 

@@ -5,6 +5,8 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from moetrain.errors import UserError
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.run import resolve_device, run_path, train
-from moetrain.train.run_dir import reached, write_atomic
+from moetrain.train.run_dir import write_atomic
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -39,10 +41,9 @@ def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
             if _is_done(run_dir, arm.train.steps):
                 _say(f"{run_dir} is done already")
                 continue
-            code = train(_one(arm, seed, run_dir))
-            if code or not _is_done(run_dir, arm.train.steps):
+            if not train(_one(arm, seed, run_dir)):
                 _say(f"comparison stopped in {run_dir}; the same command with run.dir={folder} goes on")
-                return code
+                return 0
     if is_main():
         _write(folder, runs)
     return 0
@@ -72,5 +73,8 @@ def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
 
 
 def _is_done(run_dir: Path, steps: int) -> bool:
-    """The answer of rank 0, which writes the summary, on every rank."""
-    return bool(broadcast_object(reached(run_dir, steps)))
+    """Whether the run's summary says so: the answer of rank 0, which writes it, on every rank."""
+    done = False
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        done = int(json.loads((run_dir / "summary.json").read_text())["steps"]) >= steps
+    return bool(broadcast_object(done))

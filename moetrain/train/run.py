@@ -46,7 +46,7 @@ from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
 from moetrain.train.progress import build_progress, printable
-from moetrain.train.run_dir import SUMMARY, RunDir, read_metrics, write_atomic
+from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import TOKENIZER, write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.state_dict import model_tensors, optimizer_tensors
@@ -54,6 +54,7 @@ from moetrain.train.step import TrainStep
 from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
 
+_SUMMARY = "summary.json"
 _PATIENCE = timedelta(days=7)  # of ranks that wait for one that tokenises
 
 
@@ -67,10 +68,10 @@ class Built:
     summary: dict[str, Any]
 
 
-def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> int:
-    """Train as ``cfg`` says; returns the exit code. ``notes`` are said at the start, after the warnings.
+def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> bool:
+    """Train as ``cfg`` says. True where all steps are made, False where it was asked to stop; on all ranks.
 
-    Raises UserError for what the user can mend.
+    ``notes`` are said at the start, after the warnings. Raises UserError for what the user can mend.
     """
     device = resolve_device(cfg.train.device)
     told = [*validate(cfg, int(os.environ.get("WORLD_SIZE", "1"))), *notes]
@@ -84,7 +85,7 @@ def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> int:
             shutdown()
 
 
-def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
+def _train(cfg: TrainConfig, device: str, told: list[str]) -> bool:
     started = time.monotonic()
     _set_up_logging()
     _set_up_torch(cfg, device)
@@ -110,7 +111,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
     run_dir.write_config(to_yaml(cfg))
     run_dir.write_environment(cfg.train.seed, world())
     if is_main():
-        (run_dir.path / SUMMARY).unlink(missing_ok=True)  # of an earlier stop
+        (run_dir.path / _SUMMARY).unlink(missing_ok=True)  # of an earlier stop
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
     tracker = build_tracker(cfg.tracker, rank())
     tracker.start(run_dir.path, yaml.safe_load(to_yaml(cfg)) | {"counts": built.summary}, state.step)
@@ -132,7 +133,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> int:
         tracker.finish(ok)
         state.loader.close()
         run_dir.close()
-    return 0
+    return finished
 
 
 def build(cfg: TrainConfig, device: str) -> Built:
@@ -284,4 +285,4 @@ def _write_summary(run_dir: RunDir, built: Built, seconds: float, outcome: dict[
         "tokens_per_second": round(state.tokens / spent, 1) if spent else None,
         "wall_seconds": round(seconds, 1),
     }
-    write_atomic(run_dir.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_atomic(run_dir.path / _SUMMARY, json.dumps(summary, indent=1) + "\n")

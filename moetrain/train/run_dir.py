@@ -20,7 +20,6 @@ import moetrain
 from moetrain.errors import UserError
 from moetrain.train.stopping import STOP_FILE
 
-SUMMARY = "summary.json"  # written when a run ends, and when it is stopped
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
 _GIT_SECONDS = 10
 
@@ -218,14 +217,6 @@ def environment(seed: int, world_size: int, argv: Sequence[str]) -> dict[str, An
         "seed": seed,
         "argv": list(argv),
     }
-
-
-def reached(run_dir: Path, steps: int) -> bool:
-    """Whether a run has ended with at least as many steps, by its summary; a stopped one has fewer."""
-    try:
-        return int(json.loads((run_dir / SUMMARY).read_text())["steps"]) >= steps
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def git_state(source: Path) -> dict[str, Any] | None:

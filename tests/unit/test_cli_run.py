@@ -5,7 +5,6 @@ is which configs reach it. One sweep at the end trains for real.
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -63,10 +62,9 @@ def trained(monkeypatch):
         seen.append(cfg)
         folder = Path(cfg.run.dir or os.path.join(cfg.run.root, cfg.run.name or "unnamed"))
         folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps({"steps": cfg.train.steps}))
         return calls.outcome(cfg)
 
-    calls = types.SimpleNamespace(configs=seen, outcome=lambda cfg: 0)
+    calls = types.SimpleNamespace(configs=seen, outcome=lambda cfg: True)
     module.train = train
     monkeypatch.setitem(sys.modules, "moetrain.train.run", module)
     return calls
@@ -88,9 +86,9 @@ def test_a_launchers_option_before_the_subcommand_is_ignored(launcher, trained):
     assert trained.configs[0].run.name == "a"
 
 
-def test_the_exit_code_of_training_is_passed_on(trained):
-    trained.outcome = lambda cfg: 7
-    assert main(["train"]) == 7
+def test_a_run_that_is_asked_to_stop_ends_well(trained):
+    trained.outcome = lambda cfg: False
+    assert main(["train"]) == 0
 
 
 def full_disk():
@@ -193,14 +191,19 @@ def test_a_failed_job_does_not_keep_the_others_from_running(trained, capsys):
     def first_fails(cfg):
         if cfg.train.seed == 0:
             raise UserError("the loss is NaN")
-        return 0
+        return True
 
     trained.outcome = first_fails
     assert main(["train", "-m", "run.name=s", "train.seed=0,1"]) == 2
     assert [c.train.seed for c in trained.configs] == [0, 1]
     assert "moetrain: error: job 0: the loss is NaN\n" in capsys.readouterr().err
-    trained.outcome = lambda cfg: 5
-    assert main(["train", "-m", "run.name=t"]) == 5
+
+
+def test_a_job_that_is_asked_to_stop_is_the_last(trained, capsys):
+    trained.outcome = lambda cfg: cfg.train.seed != 1
+    assert main(["train", "-m", "run.name=s", "train.seed=0,1,2"]) == 0
+    assert [c.train.seed for c in trained.configs] == [0, 1]
+    assert "the sweep stopped in job 1; the same command with run.name=s goes on" in capsys.readouterr().out
 
 
 def test_a_sweep_of_several_ranks_needs_a_name(trained, monkeypatch, capsys):
@@ -361,7 +364,7 @@ def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(corpus, tmp_path, c
     with tiny.alone():
         assert main([*sweep, "router.at_step=1", f"router.signal={int(signal.SIGINT)}"]) == 0
     said = capsys.readouterr().out
-    assert f"the sweep stopped in {folder}/job0; the same command with run.dir={folder} goes on" in said
+    assert f"the sweep stopped in job 0; the same command with run.dir={folder} goes on" in said
     assert not (folder / "job1").exists()
     assert len(tiny.steps(folder / "job0")) == 2
     with tiny.alone():
