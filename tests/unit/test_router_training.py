@@ -18,14 +18,8 @@ from moetrain.moe import ROUTERS
 pytestmark = pytest.mark.usefixtures("training")
 
 NAMES = sorted(ROUTERS)
-DIFFERENT = (
-    "base",
-    "expert_choice",
-    "moepp",
-    "relu",
-    "sparsemixer2",
-    "topk",
-)  # of each kind one
+# One of each kind.
+DIFFERENT = ("base", "expert_choice", "moepp", "relu", "sparsemixer2", "topk")
 THREE = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_every=3"]
 
 
