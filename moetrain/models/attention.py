@@ -1,4 +1,4 @@
-"""Grouped-query attention by torch's scaled_dot_product_attention.
+"""Grouped-query attention: joint projection, rotation, scaled dot products, output projection.
 
 Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys,
 P = (Q + 2G) H columns of the joint projection: all queries, all keys, all values.
@@ -15,6 +15,7 @@ from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
+from moetrain.ops.causal_attention import attend
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -52,18 +53,13 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rope: Rope, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """``mask`` [B or 1, 1, S, K] is added to the scores; None means causal, or all for one query."""
+        """``mask`` is :func:`attend`'s."""
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
         q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
         k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        causal = mask is None and x_BSD.shape[1] > 1
-        grouped = self.num_heads != self.num_kv_heads
-        y_BQSH = F.scaled_dot_product_attention(
-            q_BQSH, k_BGKH, v_BGKH, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
-        return F.linear(y_BQSH.transpose(1, 2).flatten(2), self.w_out_DQ)
+        return F.linear(attend(q_BQSH, k_BGKH, v_BGKH, mask).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         parts = list(F.linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))
