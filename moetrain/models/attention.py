@@ -7,7 +7,6 @@ P = (Q + 2G) H columns of the joint projection: all queries, all keys, all value
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig, QKNorm
@@ -16,6 +15,7 @@ from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.causal_attention import attend
+from moetrain.ops.linear import linear
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -59,10 +59,10 @@ class Attention(nn.Module):
         k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        return F.linear(attend(q_BQSH, k_BGKH, v_BGKH, mask).flatten(2), self.w_out_DQ)
+        return linear(attend(q_BQSH, k_BGKH, v_BGKH, mask).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
-        parts = list(F.linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))
+        parts = list(linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -64,7 +64,7 @@ def _rows(chunk: int | None, head_weight_VD: Tensor, hidden_nD: Tensor) -> int:
 
 
 class _Chunk(NamedTuple):
-    """``logits_cV`` lies in a buffer that the next chunk overwrites; ignored labels read 0."""
+    """Ignored labels read 0."""
 
     at: slice
     hidden_cD: Tensor
@@ -73,37 +73,24 @@ class _Chunk(NamedTuple):
     valid_c1: Tensor
 
 
-class _Logits:
-    """Room for one chunk, used again by every chunk: fresh pages cost as much as a matrix product."""
-
-    def __init__(self, rows: int, weight_VD: Tensor) -> None:
-        self.weight_VD = weight_VD
-        self.dtype, self.wide = weight_VD.dtype, torch.promote_types(weight_VD.dtype, torch.float32)
-        self.product_cV = weight_VD.new_empty(rows, weight_VD.shape[0])
-        narrow = self.dtype is not self.wide
-        self.wide_cV = torch.empty_like(self.product_cV, dtype=self.wide) if narrow else self.product_cV
-
-    def chunks(self, hidden_nD: Tensor, labels_n: Tensor) -> Iterator[_Chunk]:
-        rows = self.product_cV.shape[0]
-        for start in range(0, hidden_nD.shape[0], rows):
-            at = slice(start, start + rows)
-            hidden_cD = hidden_nD[at].to(self.dtype)
-            valid_c = labels_n[at] != IGNORED
-            label_c1 = labels_n[at].where(valid_c, 0)[:, None]
-            yield _Chunk(at, hidden_cD, self._logits(hidden_cD), label_c1, valid_c[:, None])
-
-    def _logits(self, hidden_cD: Tensor) -> Tensor:
-        rows = hidden_cD.shape[0]
-        product_cV = product(hidden_cD, self.weight_VD.t(), out=self.product_cV[:rows])
-        return product_cV if self.dtype is self.wide else self.wide_cV[:rows].copy_(product_cV)
+def _chunks(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Iterator[_Chunk]:
+    wide = torch.promote_types(weight_VD.dtype, torch.float32)
+    for start in range(0, hidden_nD.shape[0], rows):
+        at = slice(start, start + rows)
+        hidden_cD = hidden_nD[at].to(weight_VD.dtype)
+        valid_c = labels_n[at] != IGNORED
+        label_c1 = labels_n[at].where(valid_c, 0)[:, None]
+        logits_cV = product(hidden_cD, weight_VD.t()).to(wide)
+        yield _Chunk(at, hidden_cD, logits_cV, label_c1, valid_c[:, None])
 
 
 def _nll(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
     with torch.no_grad():
-        room = _Logits(rows, weight_VD.to(product_dtype(hidden_nD)))
-        nll_n1 = torch.empty(hidden_nD.shape[0], 1, dtype=room.wide, device=hidden_nD.device)
+        weight_VD = weight_VD.to(product_dtype(hidden_nD))
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        nll_n1 = torch.empty(hidden_nD.shape[0], 1, dtype=wide, device=hidden_nD.device)
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            for c in room.chunks(hidden_nD, labels_n):
+            for c in _chunks(hidden_nD, weight_VD, labels_n, rows):
                 nll_c1 = c.logits_cV.logsumexp(-1, keepdim=True) - c.logits_cV.gather(-1, c.label_c1)
                 nll_n1[c.at] = nll_c1.where(c.valid_c1, 0)
     return nll_n1.squeeze(-1)
@@ -112,21 +99,22 @@ def _nll(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> T
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, rows: int) -> Tensor:
-        room = _Logits(rows, weight_VD.to(product_dtype(hidden_nD)))
-        total = torch.zeros((), dtype=room.wide, device=hidden_nD.device)
+        narrow_VD = weight_VD.to(product_dtype(hidden_nD))
+        wide = torch.promote_types(narrow_VD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_nD.device)
         dhidden_nD = torch.empty_like(hidden_nD)
-        dweight_VD = torch.zeros_like(weight_VD, dtype=room.wide)
-        p_room_cV = torch.empty_like(room.wide_cV)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        p_room_cV = weight_VD.new_empty(rows, weight_VD.shape[0], dtype=wide)  # fresh pages are dear
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            for c in room.chunks(hidden_nD, labels_n):
+            for c in _chunks(hidden_nD, narrow_VD, labels_n, rows):
                 p_cV = torch.softmax(c.logits_cV, dim=-1, out=p_room_cV[: c.logits_cV.shape[0]])
                 # The largest probability is at least 1 / V, so its logarithm is safe: this is logsumexp.
                 lse_c1 = c.logits_cV.amax(-1, keepdim=True) - p_cV.amax(-1, keepdim=True).log()
                 nll_c1 = lse_c1 - c.logits_cV.gather(-1, c.label_c1)
                 total += nll_c1.where(c.valid_c1, 0).sum()
                 # p - 1 at the label, without cancellation, before any rounding to bf16.
-                dlogits_cV = p_cV.scatter_(-1, c.label_c1, torch.expm1(-nll_c1)).to(room.dtype)
-                dhidden_nD[c.at] = product(dlogits_cV, room.weight_VD).mul_(c.valid_c1)
+                dlogits_cV = p_cV.scatter_(-1, c.label_c1, torch.expm1(-nll_c1)).to(narrow_VD.dtype)
+                dhidden_nD[c.at] = product(dlogits_cV, narrow_VD).mul_(c.valid_c1)
                 _add_product(dweight_VD, dlogits_cV, c.hidden_cD * c.valid_c1)
         ctx.save_for_backward(dhidden_nD, dweight_VD.to(weight_VD.dtype))
         return total

@@ -240,3 +240,12 @@ def test_unknown_names_are_refused() -> None:
         expert_mlp(values[0], rows, *values[1:], "swiglu", "cuda")
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         is_gated("tanh")
+
+
+def test_row_counts_of_one_size_share_a_few_kernels_and_little_padding() -> None:
+    """oneDNN keeps a compiled kernel for every row count that it has met."""
+    computed = {n: kept_rows([n], [-(-n // 32) * 32], torch.float32)[0] for n in range(1, 1025)}
+    assert all(n <= rows <= max(n + 7, n * 17 / 16) for n, rows in computed.items())
+    assert all(rows == n for n, rows in computed.items() if n < 32)
+    for smallest in (32, 64, 128, 256, 512):
+        assert len({computed[n] for n in range(smallest + 1, 2 * smallest + 1)}) <= 16

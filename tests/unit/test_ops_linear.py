@@ -1,0 +1,54 @@
+"""The linear layer against F.linear: output, gradients, dtypes and what it keeps.
+
+Shapes: K inputs, N outputs; leading dimensions are free.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.ops.linear import linear
+
+
+def operands(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    *lead, inputs, outputs = shape
+    shapes = [(*lead, inputs), (outputs, inputs)] + [(outputs,)] * bias
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 11), (0, 3, 7, 11), (13, 7, 11), (7, 11), (2, 97, 251, 211)])
+def test_equals_f_linear(shape: tuple[int, ...], dtype: torch.dtype, bound: float, bias: bool) -> None:
+    tensors = operands(shape, bias, dtype)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    found, expected = linear(*tensors), F.linear(*wide)
+    torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound * shape[-2])
+    dy = torch.randn(expected.shape, dtype=torch.float64)
+    ours = torch.autograd.grad(found, tensors, dy.to(dtype))
+    for grad, right in zip(ours, torch.autograd.grad(expected, wide, dy), strict=True):
+        assert grad.dtype is dtype
+        torch.testing.assert_close(grad.double(), right, rtol=bound, atol=bound * 40)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_is_f_linears(bias: bool) -> None:
+    tensors = operands((64, 48, 32), bias, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = linear(*tensors), F.linear(*tensors)
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+def test_it_keeps_its_input_and_weight_and_nothing_else() -> None:
+    x, weight, bias = operands((97, 251, 211), True, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        linear(x, weight, bias)
+    assert sorted(kept) == sorted([x.data_ptr(), weight.data_ptr()])
