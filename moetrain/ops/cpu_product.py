@@ -40,6 +40,7 @@ def _by_onednn(a_nK: Tensor, b_KN: Tensor) -> bool:
         a_nK.dtype is torch.float32
         and a_nK.device.type == "cpu"
         and a_nK.numel() * b_KN.shape[1] >= _MIN_WORK
+        and not torch.compiler.is_compiling()  # which chooses for itself
         and bool(torch.backends.mkldnn.enabled)
         and _available()
     )

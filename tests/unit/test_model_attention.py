@@ -16,6 +16,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import Attention
 from moetrain.models.mask import attention_mask
 from moetrain.models.rope import apply_rope, rope_table
+from moetrain.ops import cpu_product
 
 BATCH, SEQ = 3, 11
 Seen = Callable[[int, int, int], bool]
@@ -121,3 +122,30 @@ def test_the_plainly_causal_path_is_taken_exactly_where_it_is_right() -> None:
 def test_heads_that_do_not_fit_are_refused(changes: dict[str, int | None], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Attention(replace(TINY, **changes))
+
+
+def test_compiling_keeps_the_numbers_and_leaves_the_choice_of_library_to_the_compiler() -> None:
+    """Long enough to go by blocks of queries and, uncompiled, through oneDNN, which inductor cannot lower."""
+    width, seq = 64, 521
+    cpu_product._available.cache_clear()  # as in a run that compiles before its first step
+    operators: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        for part in graph.modules():
+            operators.update(str(node.target) for node in getattr(part, "graph", torch.fx.Graph()).nodes)
+        return graph.forward
+
+    torch.manual_seed(0)
+    attention = Attention(replace(TINY, d_model=width, head_dim=16, num_kv_heads=3))
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    x = torch.randn(BATCH, seq, width)
+    rope = rope_table(torch.arange(seq)[None], 16, TINY.rope_theta, torch.float32)
+    results = []
+    for function in (torch.compile(attention, backend=backend), attention):
+        y = function(x, rope)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(attention.parameters()))])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+    assert any("scaled_dot_product" in name for name in operators)
+    assert not any("linear_pointwise" in name for name in operators)

@@ -1,0 +1,89 @@
+"""Attention as the decoder calls it against one call of torch's for the whole sequence: forward and backward.
+
+    python benchmarks/attention.py [--dtypes fp32 bf16] [--repetitions 30] [--out FILE]
+
+2,048 tokens, as 16 sequences of 128 or one of 2,048; heads 64 wide; both ways in one interleaved pass.
+"documents": four documents to a sequence, with the mask that packed training makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import interleaved, machine, medians, ratio, write_json
+from torch import Tensor
+
+from moetrain.models.mask import attention_mask
+from moetrain.ops.causal_attention import attend, block_rows
+
+TOKENS, WIDTH, DOCUMENTS = 2048, 64, 4
+HEADS = {"4 heads": (4, 4), "8 heads, 2 of keys": (8, 2)}
+LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
+WHOLE, OURS = "whole", "by blocks"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None) -> Tensor:
+    y_BQSH = F.scaled_dot_product_attention(
+        q_BQSH, k_BGSH, v_BGSH, attn_mask=mask, is_causal=mask is None,
+        enable_gqa=q_BQSH.shape[1] != k_BGSH.shape[1],
+    )  # fmt: skip
+    return y_BQSH.transpose(1, 2)
+
+
+def documents_mask(batch: int, seq: int, dtype: torch.dtype) -> Tensor | None:
+    ends = torch.randint(1, seq, (batch, DOCUMENTS - 1))
+    ids_BS = (torch.arange(seq) >= ends[..., None]).sum(1)
+    return attention_mask(seq, 0, None, ids_BS, dtype, torch.device("cpu"))
+
+
+def measure(
+    seq: int, heads: tuple[int, int], masked: bool, dtype: torch.dtype, repetitions: int
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    batch = max(1, TOKENS // seq)
+    tensors = [
+        torch.randn(batch, seq, n, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_()
+        for n in (heads[0], heads[1], heads[1])
+    ]
+    grad = torch.randn(batch, seq, heads[0], WIDTH, dtype=dtype)
+    mask = documents_mask(batch, seq, dtype) if masked else None
+
+    def step(which: str, repetition: int) -> None:
+        y = (attend if which == OURS else whole)(*tensors, mask)
+        torch.autograd.grad(y, tensors, grad)
+
+    times = interleaved({which: partial(step, which) for which in (WHOLE, OURS)}, repetitions, warm_up=5)
+    rows = block_rows(seq, dtype, masked, torch.device("cpu"))
+    return {"rows": rows, "ms": 1e3 * medians(times)[WHOLE], "speedup": ratio(times, WHOLE, OURS)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "repetitions": args.repetitions, "cases": []}
+    print(result["machine"])
+    for dtype in args.dtypes:
+        for heads in HEADS:
+            for masked in (False, True):
+                print(f"\n{dtype}, {heads}, {'documents' if masked else 'causal'}")
+                for seq in LENGTHS:
+                    found = measure(seq, HEADS[heads], masked, DTYPES[dtype], args.repetitions)
+                    case = {"dtype": dtype, "heads": heads, "masked": masked, "sequence": seq}
+                    result["cases"].append(case | found)
+                    how = (
+                        f"{found['speedup']:.2f}x by blocks of {found['rows']}" if found["rows"] else "whole"
+                    )
+                    print(f"  {seq:5} tokens {found['ms']:8.1f} ms whole  {how}")
+    write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
