@@ -39,11 +39,12 @@ def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, mask: Tensor | None) 
 
 
 def block_rows(seq: int, dtype: torch.dtype, masked: bool, device: torch.device) -> int | None:
-    """Queries of a block; None where the whole sequence at once is as fast (each measured on its own)."""
-    least = 256 if dtype.itemsize < 4 else 128  # narrower products need more rows to be worth a call
-    if device.type != "cpu" or seq < 2 * least or not (masked or seq < _LARGE_BLOCKS_FROM):
+    """Queries of a block; None where the whole sequence at once is as fast (``benchmarks/attention.py``)."""
+    # narrower products need more rows to be worth a call
+    least_rows, least_seq = (256, 512) if dtype.itemsize < 4 else (128, 384)
+    if device.type != "cpu" or seq < least_seq or not (masked or seq < _LARGE_BLOCKS_FROM):
         return None
-    return max(least, -(-seq // _MOST_BLOCKS))
+    return max(least_rows, -(-seq // _MOST_BLOCKS))
 
 
 def _by_blocks(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None, rows: int) -> Tensor:
