@@ -32,6 +32,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_nN: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy_nN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_nK, weight_NK = ctx.saved_tensors
-        return product(dy_nN, weight_NK), dy_nN.t() @ x_nK
+        for_x, for_weight = ctx.needs_input_grad
+        return product(dy_nN, weight_NK) if for_x else None, dy_nN.t() @ x_nK if for_weight else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain.ops.linear import linear
 
@@ -52,3 +53,14 @@ def test_it_keeps_its_input_and_weight_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         linear(x, weight, bias)
     assert sorted(kept) == sorted([x.data_ptr(), weight.data_ptr()])
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_operand_costs_no_product(frozen: int) -> None:
+    tensors = operands((13, 7, 11), False, torch.float64)
+    tensors[frozen].requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        linear(*tensors).sum().backward()
+    assert tensors[frozen].grad is None
+    assert tensors[1 - frozen].grad is not None
+    assert counter.get_total_flops() == 2 * (2 * 13 * 7 * 11)
