@@ -357,10 +357,10 @@ def test_a_sweep_that_trains_for_real(tmp_path):
         assert (folder / "report.html").exists()
 
 
-def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(corpus, tmp_path, capsys):
+def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(faulty, corpus, tmp_path, capsys):
     folder = tmp_path / "sweep"
     sweep = ["train", "-m", *tiny.command(corpus, folder)[1:], "router.top_k=1,2", "train.steps=4"]
-    sweep += ["plugins=[faulty_router]", "router=faulty", "checkpoint.every=2"]
+    sweep += [*faulty, "checkpoint.every=2"]
     with tiny.alone():
         assert main([*sweep, "router.at_step=1", f"router.signal={int(signal.SIGINT)}"]) == 0
     said = capsys.readouterr().out
