@@ -28,8 +28,8 @@ def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype)
 
 
 def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
-    """Rows to compute: all aligned ones in bf16; at most 1/16 of padding, or 7 rows, in fp32, as its products
-    take longer than its kernels take to compile; no padding in fp64, which needs no kernel, or for a handful.
+    """Rows to compute: all aligned ones in bf16; at most 1/16 of padding, or 7 rows, in fp32; no padding in
+    fp64, which needs no kernel, or for a handful.
     """
     if dtype is torch.float64 or rows < _HANDFUL:
         return rows
