@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import moetrain
-from moetrain.config.launch import is_rank_0
+from moetrain.config.launch import is_rank_0, local_ranks
 from moetrain.errors import UserError
+from moetrain.parallel.cores import choose_waiting
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -90,6 +91,7 @@ def _unknown(word: str) -> str:
 
 
 def _train(args: list[str]) -> int:
+    choose_waiting(local_ranks())
     from moetrain.config.app import train_command
 
     return train_command(args)
@@ -102,6 +104,7 @@ def _verify(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
+    choose_waiting(local_ranks())
     from moetrain.config.app import generate_command
 
     return generate_command(args)
@@ -126,6 +129,7 @@ def _export(args: list[str]) -> int:
 
 
 def _eval(args: list[str]) -> int:
+    choose_waiting(local_ranks())
     from moetrain.config.app import eval_command
 
     return eval_command(args)

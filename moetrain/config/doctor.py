@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import moetrain
+from moetrain.parallel.cores import busy_cores, usable_cores
 
-_NEEDED = ("torch", "numpy", "hydra-core", "omegaconf", "datasets", "tokenizers", "safetensors", "rich")
+_NEEDED = (
+    "torch",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "rich",
+    "pydantic",
+)
 _OPTIONAL = {
     "matplotlib": "plots in report.html (moetrain[plot])",
     "wandb": "tracker=wandb (moetrain[wandb])",
@@ -35,7 +45,7 @@ def doctor() -> int:
         _line(name, _version(name) or f"not installed; for {use}")
     compiler = next((path for c in _COMPILERS if (path := shutil.which(c))), None)
     _line("C++ compiler", compiler or "none; train.compile=true needs one")
-    _line("cpu", f"{len(os.sched_getaffinity(0))} cores usable" if hasattr(os, "sched_getaffinity") else "")
+    _line("cpu", f"{usable_cores()} cores usable, {busy_cores(0.2):.1f} of them busy")
     if "torch" not in missing:
         _print_torch_devices()
     return 1 if missing else 0

@@ -17,6 +17,12 @@ def world_size() -> int:
     return int(text)
 
 
+def local_ranks() -> int:
+    """How many ranks were started on this machine; 1 without torchrun, or where nobody says."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def is_rank_0() -> bool:
     """Whether this process speaks for all; true without torchrun."""
     return os.environ.get("RANK", "0") == "0"

@@ -205,7 +205,7 @@ class LoopConfig:
     steps: int = 400
     seed: int = 0
     deterministic: bool = False
-    threads: Optional[int] = None  # CPU threads per rank; null: cores / local ranks
+    threads: Optional[int] = None  # CPU threads per rank; null: OMP_NUM_THREADS, else cores / local ranks
     device: str = "auto"  # auto | cpu | cuda
     micro_batch_size: int = 8
     global_batch_tokens: int = 8192

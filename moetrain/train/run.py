@@ -27,6 +27,7 @@ from moetrain.data import Corpus, TrainLoader, prepare, val_batches
 from moetrain.errors import UserError
 from moetrain.models.count import flops_per_token
 from moetrain.parallel.allocator import keep_freed_memory
+from moetrain.parallel.cores import threads_per_rank
 from moetrain.parallel.distributed import (
     broadcast_object,
     init_from_env,
@@ -223,8 +224,7 @@ def _set_up_logging() -> None:
 def _set_up_torch(cfg: TrainConfig, device: str) -> None:
     if device == "cpu":
         keep_freed_memory()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(cfg.train.threads or max(1, cores // local_world()))
+        torch.set_num_threads(cfg.train.threads or threads_per_rank(local_world()))
     torch.use_deterministic_algorithms(cfg.train.deterministic)
 
 
