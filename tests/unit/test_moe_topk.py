@@ -262,6 +262,6 @@ def test_padding_is_routed_nowhere() -> None:
     assert torch.equal(chosen(routing).any(-1), valid_T)
     cut = route(z_TE[valid_T])
     assert torch.equal(chosen(routing)[valid_T], chosen(cut))
-    # Another number of rows may take another kernel. A weight is an exponential over a sum of five, over a sum
-    # of two of these: at most 22 roundings of 2^-53 on either side.
+    # Another number of rows may take another kernel. A weight is an exponential over a sum of five, over a
+    # sum of two of these: at most 22 roundings of 2^-53 on either side.
     torch.testing.assert_close(dense(routing)[valid_T], dense(cut), rtol=0, atol=44 * 2**-53)

@@ -131,7 +131,7 @@ def test_the_proof_says_what_it_measured(
     assert "source: 0.01 M parameters" in said
     assert "proof on " in said
     before, after = (float(said.split(word)[0].split()[-1]) for word in (" before", " after"))
-    # Other products than the dense model's, printed to 1e-4: their last digits may lie on two sides of a border.
+    # Other products than the dense model's, printed to 1e-4: the last digit may be rounded up in one of them.
     assert abs(before - after) < 1.5e-4
 
 
