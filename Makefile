@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-variants lint clean
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
@@ -12,6 +12,19 @@ demo: $(VENV)/.installed-plot
 # A file's tests stay on one worker, since they share its costly runs; in this order the long files come first.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
+# The tests of products, rounded as other processors, libraries and numbers of threads do: "Equal bits" in
+# docs/architecture.md.
+VARIANTS := OMP_NUM_THREADS=2 MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+  ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default
+PRODUCTS := tests/dist/test_dispatchers.py $(foreach part,balance cpu dynmoe hf model moe muon ops router train,\
+  $(wildcard tests/unit/test_$(part)*.py))
+
+test-variants: $(VENV)/.installed-dev
+	@failed=; for variant in $(VARIANTS); do echo "with $$variant"; \
+	  env OMP_NUM_THREADS=1 $$variant $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "not slow and not gpu" $(PRODUCTS) || failed="$$failed $$variant"; done; \
+	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

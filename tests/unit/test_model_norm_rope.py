@@ -40,7 +40,9 @@ def test_norm_of_a_strided_slice_and_of_zeros() -> None:
     strided = base.grad.clone()
     copy = base.detach()[:, :, 1].clone().requires_grad_()
     norm(copy).square().sum().backward()
-    torch.testing.assert_close(strided[:, :, 1], copy.grad, rtol=0, atol=1e-14)
+    # Other strides may take another kernel: two sums of seven and ten operations more, on terms below 22, err
+    # by at most 24 * 22 * 2^-53 on either side.
+    torch.testing.assert_close(strided[:, :, 1], copy.grad, rtol=0, atol=2 * 24 * 22 * 2**-53)
     assert not strided[:, :, 0].any()
     zeros = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
     norm(zeros).sum().backward()

@@ -130,8 +130,9 @@ def test_the_proof_says_what_it_measured(
     assert "method=copy keeps the function: the experts are equal" in said
     assert "source: 0.01 M parameters" in said
     assert "proof on " in said
-    before, after = (said.split(word)[0].split()[-1] for word in (" before", " after"))
-    assert before == after
+    before, after = (float(said.split(word)[0].split()[-1]) for word in (" before", " after"))
+    # Other products than the dense model's, printed to 1e-4: the last digit may be rounded up in one of them.
+    assert abs(before - after) < 1.5e-4
 
 
 def test_a_broken_promise_leaves_nothing(
