@@ -109,12 +109,12 @@ def rule_of(key: str) -> Rule | None:
 
 
 def differences(before: TrainConfig, now: TrainConfig) -> list[Difference]:
-    """The keys whose values differ; for keys that only one option of a group has, the option's name."""
+    """The keys whose values differ. Under another option of a group, its name stands for keys of its rule."""
     sides = flat(before), flat(now)
     known = tuple(prefixes(side) for side in sides)
     found: dict[str, Difference] = {}
     for key in dict.fromkeys([*sides[0], *sides[1]]):
-        told = key if all(key in side for side in sides) else _section(key, sides, known)
+        told = _told(key, sides, known)
         values = [
             side.get(told, "set" if told in names else "not set")
             for side, names in zip(sides, known, strict=True)
@@ -234,12 +234,15 @@ def _change(key: str, strict: Collection[str]) -> Change:
     return Change.named if change is not Change.fixed and lies_in(key, strict) else change
 
 
-def _section(key: str, sides: tuple[dict[str, Leaf], ...], known: tuple[set[str], ...]) -> str:
-    """What tells of a key that one side lacks: the group's option, or the shortest section that it lacks."""
+def _told(key: str, sides: tuple[dict[str, Leaf], ...], known: tuple[set[str], ...]) -> str:
+    """What tells of ``key``: itself, another option of its group, or the shortest section that one side lacks."""
     group = key.partition(".")[0]
     tag = f"{group}.{TAGS.get(group)}"
-    if sides[0].get(tag) != sides[1].get(tag):
+    shared = all(key in side for side in sides)
+    if sides[0].get(tag) != sides[1].get(tag) and (not shared or rule_of(key) is rule_of(tag)):
         return tag
+    if shared:
+        return key
     parts = key.split(".")
     sections = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
     pairs = list(zip(sides, known, strict=True))
