@@ -100,7 +100,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole tensors of a checkpoint by name, and its extra without what depends on the clock or names the config."""
+    """The whole tensors of a checkpoint by name, and its extra without times and the config's words."""
     described = decode_metadata((path / "metadata.json").read_text()).state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()

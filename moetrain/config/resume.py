@@ -235,7 +235,7 @@ def _change(key: str, strict: Collection[str]) -> Change:
 
 
 def _told(key: str, sides: tuple[dict[str, Leaf], ...], known: tuple[set[str], ...]) -> str:
-    """What tells of ``key``: itself, another option of its group, or the shortest section that one side lacks."""
+    """What tells of ``key``: itself, its group's other option, or the shortest section that a side lacks."""
     group = key.partition(".")[0]
     tag = f"{group}.{TAGS.get(group)}"
     shared = all(key in side for side in sides)
