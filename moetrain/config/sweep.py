@@ -93,11 +93,12 @@ def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
     A job is named by its number, so what is swept must be what it was. Returns the first's ``run`` section.
     """
     first, swept = None, keys_of([o for o in flags.overrides if is_sweep(o)])
+    numbered = not any(o.startswith("hydra/sweeper=") for o in flags.overrides)  # else values come as it goes
     for i, job in enumerate(jobs):
         cfg = compose_train(job, flags.config_name, flags.config_dir)
         try:
             validate(cfg, world_size())
-            if cfg.run.dir is not None or cfg.run.name is not None:
+            if numbered and (cfg.run.dir is not None or cfg.run.name is not None):
                 check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), swept)
         except UserError as e:
             raise UserError(f"job {i} ({' '.join(job)}): {e}") from e

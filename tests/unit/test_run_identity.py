@@ -172,10 +172,10 @@ def test_a_comparison_repeated_with_other_arms_is_refused(corpus, tmp_path, caps
     """A finished run is taken for its arm only where the arm is what it was."""
     name = tmp_path / "compared"
     line = [*tiny.command(corpus, name), "train.steps=1", "compare.seeds=[0]"]
-    assert main([*line, "compare.arms.a=[optim.lr=0.002]", "compare.arms.b=[train.precision=fp32]"]) == 0
+    assert main([*line, "compare.arms.a=['optim.lr=0.002']", "compare.arms.b=['train.precision=fp32']"]) == 0
     capsys.readouterr()
-    assert main([*line, "compare.arms.a=[optim.lr=0.5]", "compare.arms.b=[train.precision=fp32]"]) == 2
+    assert main([*line, "compare.arms.a=['optim.lr=0.5']", "compare.arms.b=['train.precision=fp32']"]) == 2
     err = capsys.readouterr().err
     assert f"{name}/a/seed_0 has optim.lr=0.002, and now optim.lr=0.5" in err
-    assert main([*line, "compare.arms.a=[optim.lr=0.002]", "compare.arms.b=[train.precision=bf16]"]) == 2
+    assert main([*line, "compare.arms.a=['optim.lr=0.002']", "compare.arms.b=['train.precision=bf16']"]) == 2
     assert f"{name}/b/seed_0 has train.precision=fp32" in capsys.readouterr().err
