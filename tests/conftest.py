@@ -35,9 +35,9 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def faulty(training: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Training, and the overrides that choose the router of ``faulty_router.py``."""
+    """Training, and the overrides that choose the router of ``faulty_router.py``, whose faults may change."""
     import faulty_router as plugin
 
     ROUTERS.pop("faulty", None)  # importing it has registered it for good
     monkeypatch.setitem(ROUTERS, "faulty", RouterSpec("faulty", plugin.FaultyRouter, plugin.FaultyOptions))
-    return ["plugins=[faulty_router]", "router=faulty"]
+    return ["plugins=[faulty_router]", "router=faulty", "resume_changes=[router]"]

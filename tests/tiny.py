@@ -100,13 +100,13 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole tensors of a checkpoint by name, and its extra without what depends on the clock."""
+    """The whole tensors of a checkpoint by name, and its extra without times and the config's words."""
     described = decode_metadata((path / "metadata.json").read_text()).state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()
     }
     extra = load_checkpoint(path, tensors)
-    del extra["meter"]
+    del extra["meter"], extra["identity"]
     return tensors, extra
 
 

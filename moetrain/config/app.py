@@ -11,6 +11,7 @@ from typing import TypeVar
 from moetrain.config.compose import compose_app, compose_arms, compose_train
 from moetrain.config.flags import parse_flags
 from moetrain.config.launch import is_rank_0, world_size
+from moetrain.config.overrides import refuse_hydra
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.schema_convert import ConvertConfig, ExportConfig
@@ -36,7 +37,9 @@ def train_command(argv: list[str]) -> int:
     if flags.multirun:
         from moetrain.config.sweep import sweep
 
+        refuse_hydra(flags.overrides, sweep=True)
         return sweep(flags)
+    refuse_hydra(flags.overrides, sweep=False)
     cfg = compose_train(flags.overrides, flags.config_name, flags.config_dir)
     validate(cfg, world_size())
     if cfg.compare.arms:
@@ -127,6 +130,7 @@ def _composed(command: str, root: type[T], argv: list[str]) -> T | None:
         return None
     if flags.multirun:
         raise UserError(f"-m: {command} has no sweeps; train has")
+    refuse_hydra(flags.overrides, sweep=False)
     return compose_app(root, flags.config_name, flags.overrides, flags.config_dir)
 
 

@@ -22,7 +22,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.init_from import source_overrides
-from moetrain.config.overrides import normalize, plugins_in
+from moetrain.config.overrides import normalize, plugins_in, refuse_empty
 from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.config.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
 from moetrain.errors import UserError
@@ -45,8 +45,10 @@ def compose_train(
 def compose_app(root: type[T], config_name: str, overrides: list[str], config_dir: str | None = None) -> T:
     """The config of any command, whose class is ``root``."""
     import_plugins(plugins_in(overrides))  # may register the family of init_from
-    cfg = _compose(root, config_name, [*source_overrides(root, overrides), *overrides], config_dir)
+    source = source_overrides(root, overrides, config_name, config_dir)
+    cfg = _compose(root, config_name, [*source, *overrides], config_dir)
     assert isinstance(cfg, root)
+    refuse_empty(cfg)
     return cfg
 
 
@@ -88,9 +90,9 @@ def load_yaml(path: str | Path) -> TrainConfig:
 
 
 def config_hash(cfg: TrainConfig) -> str:
-    """16 hex digits of what is trained: ``run``, ``resume``, ``compare`` and ``tracker`` do not take part."""
+    """16 hex digits of what is trained: ``run``, ``resume*``, ``compare``, ``tracker`` do not take part."""
     kept = _plain(cfg)
-    for key in ("run", "resume", "compare", "tracker", "verify"):
+    for key in ("run", "resume", "resume_changes", "compare", "tracker", "verify"):
         kept.pop(key, None)
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept)).encode()).hexdigest()[:16]
 

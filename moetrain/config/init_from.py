@@ -5,6 +5,8 @@ Its values stand between the defaults and the command line: what the user says s
 
 from __future__ import annotations
 
+import glob
+import re
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -18,31 +20,72 @@ if TYPE_CHECKING:
     from moetrain.models.hf.family import ModelSpec
 
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"  # the folder of a run folder that holds its tokenizer
+_DESCRIBED = ("init_from", "model", "router", "experts")  # what a model's description decides
 _KEY: dict[type, str] = {TrainConfig: "init_from", VerifyConfig: "init_from", UpcycleConfig: "source"}
 
 
-def source_overrides(root: type, overrides: list[str]) -> list[str]:
+def source_overrides(
+    root: type, overrides: list[str], config_name: str = "train", config_dir: str | None = None
+) -> list[str]:
     """What the model that ``overrides`` name adds before them; nothing where there is none.
 
     A whole group chosen by the user (``model=``, ``router=``, ``experts=``) is left to him, and the
-    tokenizer too where he names one. Raises UserError for a path that is neither kind of folder.
+    tokenizer too where he names one. A run that goes on from its own checkpoint is described by its own
+    folder: the one that it began with may have changed, or be gone. Raises UserError for a path that is
+    neither kind of folder.
     """
     given = dict(o.lstrip("+").partition("=")[::2] for o in overrides)
     key = _KEY.get(root)
     value = given.get(key, "null").strip("'\"") if key is not None else "null"
     if value in ("null", ""):
         return []
-    path = Path(value).expanduser()
+    own = _begun_run(root, overrides, value, config_name, config_dir) if key == "init_from" else None
+    path = own or Path(value).expanduser()
     spec = read_spec(path, str(key))
     found = spec_overrides(spec)
     if root is UpcycleConfig and not spec.model.num_experts:
         found.append(f"model.d_ff_expert={spec.model.d_ff}")  # what whole networks as experts need
     if not any(key.startswith("data.tokenizer") for key in given):
-        tokenizer = path / "tokenizer" if (path / CONFIG).is_file() else path
-        found += ["data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer.absolute()}"]
+        tokenizer = path / TOKENIZER if (path / CONFIG).is_file() else path
+        found += ["data.tokenizer.kind=file", f"data.tokenizer.path={_spelled(str(tokenizer.absolute()))}"]
     groups = [group for group in ("model", "router", "experts") if group in given]
     chosen = tuple(f"{group}{mark}" for group in groups for mark in ".=")
     return [override for override in found if not override.startswith(chosen)]
+
+
+def _begun_run(
+    root: type, overrides: list[str], source: str, config_name: str, config_dir: str | None
+) -> Path | None:
+    """A run folder that ``overrides`` lead to, whose run began from ``source`` and has a checkpoint."""
+    from moetrain.config.compose import check_composes, load_yaml
+    from moetrain.config.overrides import is_sweep
+    from moetrain.config.resume import keys_of, same_path
+    from moetrain.train.checkpoint_read import CHECKPOINTS, run_of, steps_in
+
+    plain = [o for o in overrides if keys_of([o])[0].partition(".")[0] not in _DESCRIBED and not is_sweep(o)]
+    node = check_composes(root, plain, config_name, config_dir)
+    run, resume = node.run, str(node.resume)
+    if resume == "none":
+        return None
+    if resume != "auto":
+        folders = [Path(resume), run_of(Path(resume))]
+    elif run.dir is None and run.name is None:
+        return None
+    else:
+        folder = Path(run.dir) if run.dir is not None else Path(run.root) / str(run.name)
+        folders = [folder, *_runs_of(folder, below=run.dir is not None)]
+    for folder in folders:
+        begun = (folder / CONFIG).is_file() and steps_in(folder / CHECKPOINTS)
+        if begun and same_path(load_yaml(folder / CONFIG).init_from, source):
+            return folder
+    return None
+
+
+def _runs_of(folder: Path, below: bool) -> list[Path]:
+    """The runs of a sweep and of a comparison that were begun under the name ``folder``."""
+    jobs = folder.glob("job*") if below else folder.parent.glob(f"{glob.escape(folder.name)}_job*")
+    return sorted([*jobs, *folder.glob("*/seed_*")])
 
 
 def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
@@ -64,7 +107,7 @@ def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
         if model.vocab_size is None:
             from moetrain.data import load_tokenizer
 
-            model = replace(model, vocab_size=load_tokenizer(path / "tokenizer").vocab_size)
+            model = replace(model, vocab_size=load_tokenizer(path / TOKENIZER).vocab_size)
         return ModelSpec(model, cfg.router, cfg.experts)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -103,4 +146,12 @@ def _spelled(value: Any) -> str:
         return value.name
     if isinstance(value, (list, tuple)):
         return f"[{','.join(_spelled(item) for item in value)}]"
+    if isinstance(value, str):
+        return "'" + re.sub(r"(\\*)('|\$\{|\Z)", _escaped, value) + "'"
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes count only before a quote, an interpolation or the end; the two are taken as text."""
+    mark = found[2]
+    return found[1] * 2 + (f"\\{mark}" if mark else "")

@@ -9,8 +9,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from moetrain.config.flat import flat, lies_in
 from moetrain.config.store import variants
 from moetrain.errors import UserError
+
+_MAY_BE_EMPTY = ("prompt", "train.sample_prompt")  # a document's beginning
+_HYDRA_ALWAYS = ("hydra.searchpath", "hydra.mode")
+_HYDRA_SWEEPS = (
+    *("hydra.sweeper", "hydra.launcher", "hydra.callbacks", "hydra.job.env_set", "hydra.job.env_copy"),
+    *("hydra.verbose", "hydra.job_logging", "hydra.hydra_logging"),
+)
+_HYDRA_FOLDERS = ("hydra.run", "hydra.sweep", "hydra.job.chdir", "hydra.output_subdir", "hydra.runtime")
 
 
 def normalize(root: type, overrides: list[str], sweep: bool = False) -> list[str]:
@@ -44,6 +53,29 @@ def is_sweep(override: str) -> bool:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
     except HydraException:
         return False
+
+
+def refuse_hydra(overrides: list[str], sweep: bool) -> None:
+    """UserError for an option of Hydra's own that would change nothing, or only where Hydra writes."""
+    for override in overrides:
+        key = re.split(r"[=@]", override.lstrip("+~"))[0].replace("/", ".")
+        if not lies_in(key, ["hydra"]) or lies_in(key, _HYDRA_ALWAYS + (_HYDRA_SWEEPS if sweep else ())):
+            continue
+        instead = (
+            "a run's folder is run.dir, or run.root/run.name, and nothing changes into it"
+            if lies_in(key, _HYDRA_FOLDERS)
+            else "leave it out"
+        )
+        where = "a sweep" if sweep else "a single run"
+        raise UserError(f"{override}: Hydra's own option has no effect on {where}: {instead}")
+
+
+def refuse_empty(cfg: Any) -> None:
+    """UserError for text that is empty: as a path it would be the current folder, as a name none."""
+    for key, value in flat(cfg).items():
+        texts = value if isinstance(value, list) else [value]
+        if key not in _MAY_BE_EMPTY and any(isinstance(t, str) and not t.strip() for t in texts):
+            raise UserError(f"{key} is empty: give it a value, or leave it out")
 
 
 def plugins_in(overrides: list[str]) -> list[str]:

@@ -36,7 +36,10 @@ _QUIET = [
 
 def print_page(root: type, command: str, flags: argparse.Namespace) -> int:
     """``--help``, which is ours, and Hydra's ``--cfg``, ``--info`` and ``--hydra-help``. Rank 0 prints."""
-    flags.overrides = [*source_overrides(root, flags.overrides), *flags.overrides]
+    flags.overrides = [
+        *source_overrides(root, flags.overrides, flags.config_name, flags.config_dir),
+        *flags.overrides,
+    ]
     node = check_composes(root, flags.overrides, flags.config_name, flags.config_dir)
     with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stdout(io.StringIO()):
         if flags.help:

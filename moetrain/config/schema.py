@@ -252,6 +252,7 @@ class TrainConfig:
     init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
     init_optimizer: bool = False  # take the optimizer's state from there too
     resume: str = "auto"  # auto | none | a checkpoint's path
+    resume_changes: list[str] = field(default_factory=list)  # keys that may differ then; docs/resume.md
     plugins: list[str] = field(default_factory=list)
 
 

@@ -19,6 +19,7 @@ from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0, world_size
 from moetrain.config.overrides import is_sweep
 from moetrain.config.pages import hydra_main
+from moetrain.config.resume import check_start, keys_of
 from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
@@ -37,7 +38,8 @@ def sweep(flags: argparse.Namespace) -> int:
         raise UserError(
             "-m: init_from decides the model and cannot be swept: take compare.arms, or a command for each"
         )
-    given = [*source_overrides(TrainConfig, flags.overrides), *flags.overrides]
+    source = source_overrides(TrainConfig, flags.overrides, flags.config_name, flags.config_dir)
+    given = [*source, *flags.overrides]
     overrides = prepare(TrainConfig, given, flags.config_dir, sweep=True)
     run = _check_jobs(flags, _jobs(overrides))
     folder = run.dir or run.root
@@ -86,12 +88,18 @@ def job_run(run: RunConfig, num: int) -> RunConfig:
 
 
 def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
-    """Compose and validate every job; returns the ``run`` section of the first."""
-    first = None
+    """Compose and validate every job, and compare it with what its folder holds of an earlier sweep.
+
+    A job is named by its number, so what is swept must be what it was. Returns the first's ``run`` section.
+    """
+    first, swept = None, keys_of([o for o in flags.overrides if is_sweep(o)])
+    numbered = not any(o.startswith("hydra/sweeper=") for o in flags.overrides)  # else values come as it goes
     for i, job in enumerate(jobs):
         cfg = compose_train(job, flags.config_name, flags.config_dir)
         try:
             validate(cfg, world_size())
+            if numbered and (cfg.run.dir is not None or cfg.run.name is not None):
+                check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), swept)
         except UserError as e:
             raise UserError(f"job {i} ({' '.join(job)}): {e}") from e
         if cfg.compare.arms:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.config.compose import to_yaml
+from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.config.schema_data import TokenizerConfig, TokenizerKind
 from moetrain.convert.progress import progress
@@ -28,7 +29,7 @@ from moetrain.models.hf.source import TensorInfo, bytes_of
 from moetrain.train.checkpoint_io import TEMPORARY, remove_folder, sync_folder
 from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
 from moetrain.train.checkpoint_stream import write_streamed
-from moetrain.train.sample import TOKENIZER
+from moetrain.train.identity import IDENTITY, identity_of
 from moetrain.train.state_dict import MODEL, OPTIM
 
 
@@ -61,7 +62,8 @@ def write_model_folder(
         tokenizer.save(folder / TOKENIZER)
         carry(folder / CARRIED)
         own = TokenizerConfig(kind=TokenizerKind.file, path=str((target / TOKENIZER).absolute()))
-        (folder / "config.yaml").write_text(to_yaml(replace(cfg, data=replace(cfg.data, tokenizer=own))))
+        (folder / CONFIG).write_text(to_yaml(replace(cfg, data=replace(cfg.data, tokenizer=own))))
+        identity = identity_of(folder)
 
         def read_hashed(name: str) -> Tensor:
             tensor = read(stored[name])
@@ -74,7 +76,7 @@ def write_model_folder(
             0,
             {name: tensors[ours] for name, ours in stored.items()},
             read_hashed,
-            lambda: {"origin": origin, "tensors": hashes},
+            lambda: {"origin": origin, "tensors": hashes, IDENTITY: identity},
         )
         check(folder)
 

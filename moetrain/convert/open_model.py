@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.config.init_from import CONFIG, read_spec
+from moetrain.config.init_from import CONFIG, TOKENIZER, read_spec
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.models.decoder import Decoder
 from moetrain.models.hf.carried import CARRIED, carry_files
@@ -17,7 +17,7 @@ from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import SafetensorsFolder, TensorInfo, open_source
 from moetrain.train.checkpoint_read import run_of
 from moetrain.train.checkpoint_stream import StoredTensors
-from moetrain.train.sample import TOKENIZER
+from moetrain.train.identity import require_same_files
 from moetrain.train.state_dict import MODEL, OPTIM
 
 
@@ -73,6 +73,7 @@ def open_model(path: Path) -> StoredModel:
     stored = StoredTensors(path)
     names = {name.removeprefix(MODEL): name for name in stored.tensors if name.startswith((MODEL, OPTIM))}
     run_dir = run_of(stored.path)
+    require_same_files(stored.path)
     return StoredModel(
         path=stored.path,
         run_dir=run_dir,

@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from moetrain.config.resume import check_start, keys_of
 from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
@@ -35,6 +36,9 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
 def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     folder = run_path(cfg)
     runs = {name: [folder / name / f"seed_{seed}" for seed in cfg.compare.seeds] for name in arms}
+    for name, arm in arms.items():
+        for seed, run_dir in zip(cfg.compare.seeds, runs[name], strict=True):
+            check_start(_one(arm, seed, run_dir), keys_of(cfg.compare.arms[name]))
     for seed in cfg.compare.seeds:  # arms inside seeds: an interrupted queue still compares like with like
         for name, arm in arms.items():
             run_dir = folder / name / f"seed_{seed}"

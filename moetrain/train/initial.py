@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from moetrain.config.init_from import CONFIG
+from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import fill_block
 from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
-from moetrain.train.checkpoint_read import fill_from, load_checkpoint
+from moetrain.train.checkpoint_read import fill, fill_from, find_checkpoint
+from moetrain.train.identity import require_same_files
 from moetrain.train.peers import Peers
-from moetrain.train.sample import TOKENIZER
 from moetrain.train.state_dict import MODEL, OPTIM
 
 
@@ -38,14 +38,17 @@ def load_initial(
 
     ``optimizer`` (``optim.<name>.<key>``) is filled as well; empty: its state starts anew. Collective.
     ``path`` is a run folder, one made by convert or upcycle, or a Hugging Face folder. Raises UserError where
-    the model is another one, or ``tokenizer`` is not the one that its embedding belongs to.
+    the model is another one, its files were changed since, or ``tokenizer`` is not the one that its embedding
+    belongs to.
     """
     peers = Peers()
     peers.together(lambda: _check_tokenizer(path, tokenizer))
     if (path / CONFIG).is_file():
-        load_checkpoint(path, model, MODEL, cast=True)
+        checkpoint = find_checkpoint(path, peers)
+        peers.from_first(lambda: require_same_files(checkpoint))
+        fill(checkpoint, model, MODEL, peers, cast=True)
         if optimizer:
-            load_checkpoint(path, optimizer, OPTIM, cast=True)
+            fill(checkpoint, optimizer, OPTIM, peers, cast=True)
         return
     if optimizer:
         raise UserError(f"init_optimizer=true, but init_from={path} is a Hugging Face folder: it holds none")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 
 from moetrain.config.compose import to_yaml
+from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Corpus, TrainLoader, prepare, val_batches
@@ -42,13 +43,15 @@ from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
+from moetrain.train.identity import identity_of
 from moetrain.train.initial import carry_over, load_initial
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
 from moetrain.train.progress import build_progress, printable
+from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
-from moetrain.train.sample import TOKENIZER, write_sample
+from moetrain.train.sample import write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.state_dict import model_tensors, optimizer_tensors
 from moetrain.train.step import TrainStep
@@ -94,6 +97,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> bool:
     with patiently("looking for a checkpoint"):
         checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
         resume_from = checkpointer.resolve(cfg.resume)
+        told = [*told, *check_resume(cfg, resume_from)]
     built = build(cfg, device)
     state = built.state
     if resume_from is not None:
@@ -114,6 +118,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str]) -> bool:
     if is_main():
         (run_dir.path / _SUMMARY).unlink(missing_ok=True)  # of an earlier stop
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
+        state.identity = identity_of(run_dir.path)
     tracker = build_tracker(cfg.tracker, rank())
     tracker.start(run_dir.path, yaml.safe_load(to_yaml(cfg)) | {"counts": built.summary}, state.step)
     ok = False

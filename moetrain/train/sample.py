@@ -9,6 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from moetrain.config.compose import load_yaml
+from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import GenerateConfig, LoopConfig, Precision
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
@@ -17,12 +18,12 @@ from moetrain.models.generate import generate
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
+from moetrain.train.identity import require_same_files
 from moetrain.train.progress import printable
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
 
-TOKENIZER = "tokenizer"  # the folder of a run folder that holds its tokenizer
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
 
@@ -76,6 +77,7 @@ def generate_app(cfg: GenerateConfig) -> int:
     prompt = _prompt(cfg)
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
     run_dir = run_of(checkpoint)
+    require_same_files(checkpoint)
     trained = load_yaml(run_dir / "config.yaml")
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     found = "cuda" if torch.cuda.is_available() else "cpu"

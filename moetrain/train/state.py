@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from moetrain.data import TrainLoader
 from moetrain.moe.balance import Controller
 from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.identity import IDENTITY
 from moetrain.train.monitor import LossMonitor, ThroughputMeter
 from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.train.task import NextToken
@@ -44,6 +45,7 @@ class TrainState:
     tokens: int = 0
     skipped: tuple[int, ...] = ()  # steps (from 0) whose batch is left out, after a rollback
     rng: dict[str, Any] | None = None  # of the checkpoint that was loaded
+    identity: Mapping[str, str] | None = None  # of the run folder's files; rank 0 knows it
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor; a load fills them in place."""
@@ -60,6 +62,8 @@ class TrainState:
             "meter": self.meter.state_dict(),
             "rng": rng_state(),
         }
+        if self.identity is not None:
+            extra[IDENTITY] = dict(self.identity)
         return checkpointer.save(self.step, self.tensors(), extra)
 
     def load(self, checkpointer: Checkpointer, path: Path) -> None:

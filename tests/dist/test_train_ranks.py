@@ -25,7 +25,7 @@ from moetrain.data import prepare as data_prepare
 from moetrain.train import run as train_run
 
 ONE_EACH = "train.micro_batch_size=1"
-FAULTY = ["plugins=[faulty_router]", "router=faulty"]
+FAULTY = ["plugins=[faulty_router]", "router=faulty", "resume_changes=[router]"]
 FAULTY_PATH = {"PYTHONPATH": str(Path(tiny.__file__).parent)}
 
 

@@ -45,7 +45,7 @@ def test_torchrun_a_killed_rank_and_the_same_command_again(corpus, trained, tmp_
     run = tmp_path / "run"
     run.mkdir()
     script = [str(LAUNCH / "torchrun" / "train.sh"), *tiny.command(corpus, run, *tiny.TRAINED)[1:]]
-    script += ["plugins=[faulty_router]", "router=faulty"]
+    script += ["plugins=[faulty_router]", "router=faulty", "resume_changes=[router]"]
     fault = [f"router.signal={int(signal.SIGKILL)}", "router.at_step=7", "router.rank=1"]
     environment = {"NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with tiny.Process([*script, *fault], tmp_path / "first.log", **environment) as process:

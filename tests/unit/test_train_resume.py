@@ -113,7 +113,7 @@ def test_going_back_leaves_the_later_checkpoints_behind(corpus, trained, tmp_pat
     """Otherwise the next resume=auto would jump forward to steps that this run did not take."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    back = [*tiny.TRAINED, "optim.lr=0.002"]
+    back = [*tiny.TRAINED, "optim.lr=0.002", "resume_changes=[optim.lr]"]
     start = tiny.checkpoint(run, 5)
     assert tiny.train(corpus, run, *back, f"resume={start}", "train.steps=7") == 0
     assert tiny.checkpoints(run) == [5, 7]
@@ -139,25 +139,39 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(corpus, trained
 
 
 @pytest.mark.parametrize(
-    ("override", "fragments"),
+    ("overrides", "fragments"),
     [
-        ("train.seed=1", ["train.seed=0", "1", "resume=none"]),
-        ("data.seq_len=8", ["other data", "data.seq_len", "resume=none"]),
+        (["train.seed=1"], ["train.seed=0", "train.seed=1", "cannot change", "run.name"]),
+        (["train.seed=1", "resume_changes=[train.seed]"], ["train.seed=0", "cannot change"]),
+        (["data.seq_len=8"], ["data.seq_len=16", "data.seq_len=8", "cannot change"]),
+        (["model.norm_eps=0.1"], ["model.norm_eps=1e-05", "=0.1", "resume_changes=[model.norm_eps]"]),
+        (["experts.activation=geglu"], ["experts.activation=swiglu", "=geglu"]),
+        (["router=switch"], ["router.name=topk,", "router.name=switch:", "resume_changes=[router.name]"]),
+        (["balance=none"], ["balance.losses=set", "balance.losses=[]"]),
+        (["optim.lr=0.1", "optim.eps=1e-6"], ["0.001", "0.1", "resume_changes=[optim.lr,optim.eps]"]),
+        (["optim.lr=0.1", "optim.eps=1", "resume_changes=[optim.lr]"], ["=[optim.lr,optim.eps]"]),
+        (["schedule=constant"], ["schedule.kind=cosine", "schedule.kind=constant"]),
+        (["train.global_batch_tokens=128"], ["train.global_batch_tokens=64", "=128"]),
+        (["init_optimizer=true", "init_from={trained}"], ["init_from=null", "init_optimizer=false"]),
+        (["resume_changes=[optim.lrr]"], ["optim.lrr", "did you mean optim.lr?"]),
         (
-            "model.d_ff_expert=13",
+            ["model.d_ff_expert=13", "resume_changes=[model.d_ff_expert]"],
             ["of another model or optimizer", "w_gate_up_EDF2", "[5, 16, 24]", "[5, 16, 26]"],
         ),
-        ("optim=muon", ["of another model or optimizer", "momentum"]),
-        ("resume=none", ["resume=none", "3 checkpoint(s)"]),
+        (["optim=muon"], ["optim.name=adamw", "optim.name=muon"]),
+        (["optim=muon", "resume_changes=[optim]"], ["of another model or optimizer", "momentum"]),
+        (["resume=none"], ["resume=none", "3 checkpoint(s)"]),
     ],
+    ids=lambda part: " ".join(part) if "=" in part[0] else "",
 )
 def test_another_run_is_refused_and_nothing_is_touched(
-    override, fragments, corpus, trained, tmp_path, capsys
+    overrides, fragments, corpus, trained, tmp_path, capsys
 ):
+    overrides = [override.format(trained=trained) for override in overrides]
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     before = {name: (run / name).read_bytes() for name in tiny.files(run)}
-    assert tiny.train(corpus, run, *tiny.TRAINED, "train.steps=20", override) == 2
+    assert tiny.train(corpus, run, *tiny.TRAINED, "train.steps=20", *overrides) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert not [fragment for fragment in fragments if fragment not in err], err
@@ -173,3 +187,61 @@ def test_other_text_is_refused(corpus, trained, tmp_path, capsys):
     assert tiny.train(other, run, *tiny.TRAINED, "train.steps=20") == 2
     assert "the checkpoint was trained on other data" in capsys.readouterr().err
     assert tiny.steps(run) == tiny.steps(trained)
+
+
+CHANGED = ["optim.lr=0.01", "resume_changes=[optim.lr,model.norm_eps]"]
+QUIET = ["train.steps=14", "checkpoint.every=7", "train.eval_every=7", "train.sample_prompt=x"]
+
+
+def test_what_changes_on_resume_is_said_and_the_rest_is_quiet(corpus, trained, tmp_path, capsys):
+    """Text that lies elsewhere is the same text; the accepted change is in force, and said once."""
+    run = interrupted(trained, tmp_path / "run", 5)
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus / "text", moved / "text")
+    said = ["train.micro_batch_size=4", "train.eval_samples=4"]
+    assert tiny.train(moved, run, *tiny.TRAINED, *QUIET, *said, *CHANGED) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "changed on" in line or "names" in line]
+    assert sorted(lines) == [
+        "changed on resume: optim.lr was 0.001, now 0.01 (accepted by resume_changes)",
+        "changed on resume: train.eval_samples was 5, now 4",
+        "changed on resume: train.micro_batch_size was 2, now 4",
+        "resume_changes names model.norm_eps, which is as it was",
+    ]
+    assert tiny.steps(run)[5]["train/lr"] == pytest.approx(10 * tiny.steps(trained)[5]["train/lr"])
+    assert tiny.train(moved, run, *tiny.TRAINED, *QUIET, *said, *CHANGED) == 0  # the same command again
+    assert "changed on resume" not in capsys.readouterr().out
+
+
+def test_a_start_says_that_accepted_changes_have_no_effect(corpus, tmp_path, capsys):
+    assert tiny.train(corpus, tmp_path / "run", "train.steps=1", "resume_changes=[optim.lr]") == 0
+    assert "resume_changes=[optim.lr] has no effect: this run starts anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["missing", "unreadable"])
+def test_without_a_config_to_compare(file, corpus, trained, tmp_path, capsys):
+    """A missing one is said, since the checkpoint tells the function; one that is no config is refused."""
+    run = interrupted(trained, tmp_path / "run", 10)
+    config = run / "config.yaml"
+    config.unlink()
+    if file == "unreadable":
+        config.write_text("{")
+        assert tiny.train(corpus, run, *tiny.TRAINED) == 2
+        assert "restore the file, or remove it" in capsys.readouterr().err
+        assert config.read_text() == "{"
+        return
+    assert tiny.train(corpus, run, *tiny.TRAINED, "model.rope_theta=7.0") == 2
+    assert "model.rope_theta was 10000.0, now 7.0" in capsys.readouterr().err
+    assert tiny.train(corpus, run, *tiny.TRAINED) == 0
+    assert f"there is no {config}" in capsys.readouterr().out
+    assert_same_run(run, trained)
+
+
+def test_an_older_config_lacks_newer_keys(corpus, trained, tmp_path, capsys):
+    """They count as their defaults, in the config and in what the checkpoint knows."""
+    run = interrupted(trained, tmp_path / "run", 10)
+    config = run / "config.yaml"
+    kept = [line for line in config.read_text().splitlines() if "rope_theta" not in line]
+    config.write_text("\n".join(kept))
+    assert tiny.train(corpus, run, *tiny.TRAINED) == 0
+    assert "changed" not in capsys.readouterr().out
+    assert_same_run(run, trained)
