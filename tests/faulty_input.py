@@ -1,6 +1,6 @@
 """A plug-in for tests: in one training step a rank's MoE layers see one NaN. ``plugins=[faulty_input]``.
 
-The environment variables FAULTY_STEP (from 0; each further time the step is run too) and FAULTY_RANK say where.
+The environment variables FAULTY_STEP (from 0) and FAULTY_RANK say where.
 """
 
 from __future__ import annotations

@@ -38,8 +38,6 @@ _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_i
 
 def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
-    if not cfg.max_shard_gb > 0:
-        raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be more than 0")
     model = open_model(Path(cfg.checkpoint).expanduser())
     before = _config_before(model)
     family = _family(cfg.family, model.spec, before.get("model_type"))

@@ -24,7 +24,7 @@ def capacities(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:
 
 
 def finite_scores(scores: Tensor) -> Tensor:
-    """Scores that can be added up: NaN is 0, and what lies beyond the root of the largest number is cut to it.
+    """Scores that can be added up: NaN is 0, numbers are cut to the root of the largest one.
 
     Infinite scores become the largest and lowest finite ones.
     """
