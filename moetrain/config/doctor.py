@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import moetrain
+from moetrain.terminal import show
 
 _NEEDED = ("torch", "numpy", "hydra-core", "omegaconf", "datasets", "tokenizers", "safetensors", "rich")
 _OPTIONAL = {
@@ -61,4 +62,4 @@ def _version(package: str) -> str | None:
 
 
 def _line(name: str, value: str) -> None:
-    print(f"{name:<14}{value}")
+    show(f"{name:<14}{value}")

@@ -12,7 +12,7 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def at_least(section: str, config: Any, low: float, *names: str) -> None:
-    """Each of the named keys, unless null, is a finite number of at least ``low``; no section: of the root."""
+    """Each of the named keys, unless null, is a finite number of at least ``low``; "" is the root."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= low):

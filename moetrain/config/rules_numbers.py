@@ -1,4 +1,4 @@
-"""Every number of a config is finite and of a size that can be computed with. Checked before all other rules."""
+"""Every number of a config is finite, and of a size that can be computed with: checked before other rules."""
 
 from __future__ import annotations
 

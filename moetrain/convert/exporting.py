@@ -24,6 +24,7 @@ from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
+from moetrain.terminal import tell
 
 MANIFEST = "moetrain_export.json"
 _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
@@ -60,7 +61,7 @@ def export(cfg: ExportConfig) -> int:
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
         manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
+    tell(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
     return 0
 
 
