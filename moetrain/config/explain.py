@@ -36,6 +36,8 @@ COMPOSE_ERRORS = (
     LookupError,
     AttributeError,
     AssertionError,
+    OverflowError,
+    RecursionError,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from moetrain.errors import UserError
 
@@ -10,7 +11,7 @@ from moetrain.errors import UserError
 def world_size() -> int:
     """How many ranks were started; 1 without torchrun."""
     text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise UserError(
             f"the environment's WORLD_SIZE={text} must be a number from 1 up, as torchrun sets it"
         )

@@ -22,6 +22,7 @@ from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0
 from moetrain.config.store import CONFIG_DIR
 from moetrain.errors import UserError
+from moetrain.terminal import show
 
 # Logging "none" leaves logging alone; "disabled" would silence our own loggers too.
 _QUIET = [
@@ -43,7 +44,7 @@ def print_page(root: type, command: str, flags: argparse.Namespace) -> int:
     node = check_composes(root, flags.overrides, flags.config_name, flags.config_dir)
     with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stdout(io.StringIO()):
         if flags.help:
-            print(app_help(command, flags.config_dir) + OmegaConf.to_yaml(node), end="")
+            show(app_help(command, flags.config_dir) + OmegaConf.to_yaml(node), end="")
             return 0
         return hydra_main(flags, flags.page, prepare(root, flags.overrides, flags.config_dir), _nothing)
 

@@ -12,11 +12,11 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def at_least(section: str, config: Any, low: float, *names: str) -> None:
-    """Each of the named keys, unless null, is a finite number of at least ``low``."""
+    """Each of the named keys, unless null, is a finite number of at least ``low``; "" is the root."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= low):
-            raise UserError(f"{section}.{name}={value} must be {f'{low:g} or more' if low else '0 or more'}")
+            raise UserError(f"{_key(section, name)}={value} must be {low:g} or more")
 
 
 def above_zero(section: str, config: Any, *names: str) -> None:
@@ -24,7 +24,7 @@ def above_zero(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{section}.{name}={value} must be above 0")
+            raise UserError(f"{_key(section, name)}={value} must be above 0")
 
 
 def within(key: str, value: float, low: float, high: float, *, open_low: bool, open_high: bool) -> None:
@@ -47,6 +47,10 @@ def check_device(key: str, device: str) -> None:
             raise UserError(
                 f"{key}=cuda, but torch {torch.__version__} sees no CUDA device: set {key}=auto or cpu"
             )
+
+
+def _key(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def is_installed(package: str) -> bool:

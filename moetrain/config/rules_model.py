@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from moetrain.config.rules import above_zero, at_least, within
 from moetrain.config.schema import ModelConfig, TrainConfig
@@ -20,7 +21,7 @@ def sizes(cfg: TrainConfig, world: int) -> None:
     at_least("model", m, 1, "d_ff_expert", "d_ff_shared", "moe_every", "vocab_size", "sliding_window")
     at_least("model", m, 0, "num_experts", "num_shared_experts", "first_dense", "init_std")
     above_zero("model", m, "rope_theta", "norm_eps")
-    at_least("experts", cfg.experts, 1, "block")
+    at_least("experts", cfg.experts, 1, "block", "max_rows_per_rank")
 
 
 def heads_divide_width(cfg: TrainConfig, world: int) -> None:
@@ -155,7 +156,7 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
                 f"set train.micro_batch_size={share}, or a smaller train.global_batch_tokens"
             )
         return
-    if not group.isdecimal() or int(group) < 1:
+    if not re.fullmatch("0*[1-9][0-9]{0,9}", group):
         raise UserError(f"router.group={group} must be sequence, all, or a number of sequences from 1 up")
     if micro % int(group):
         raise UserError(
@@ -228,13 +229,15 @@ def balance_options_are_used(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def _moe_layers(m: ModelConfig) -> list[int]:
-    return [i for i in range(m.first_dense, m.num_layers) if (i + 1) % m.moe_every == 0]
+def _moe_layers(m: ModelConfig) -> int:
+    """How many there are of the layers l from first_dense on with (l + 1) % moe_every == 0."""
+    return max(0, m.num_layers // m.moe_every - m.first_dense // m.moe_every)
 
 
 def _divisor_near(number: int, wanted: int) -> int:
-    """The divisor of ``number`` nearest to ``wanted`` (in ratio)."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """The divisor of ``number``, 1 to 2^31, nearest to ``wanted`` (in ratio). Tries up to its square root."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     return min(divisors, key=lambda d: abs(math.log(d / max(wanted, 1))))
 
 

@@ -23,6 +23,7 @@ from moetrain.config.resume import check_start, keys_of
 from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
+from moetrain.terminal import tell
 
 
 class SweepStoppedError(BaseException):
@@ -55,7 +56,7 @@ def sweep(flags: argparse.Namespace) -> int:
         return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
     except SweepStoppedError as e:
         if is_rank_0():
-            print(f"moetrain: {e}", flush=True)
+            tell(f"moetrain: {e}")
         return 0
 
 
@@ -67,7 +68,7 @@ def train_job(node: DictConfig) -> int:
     whole = from_node(TrainConfig, node)
     cfg = dataclasses.replace(whole, run=job_run(whole.run, num))
     if is_rank_0():
-        print(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+        tell(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}")
     try:
         validate(cfg, world_size())
         finished = train(cfg)

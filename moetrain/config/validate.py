@@ -6,8 +6,10 @@ One function per rule. Each raises UserError with the key, both numbers and what
 from __future__ import annotations
 
 from moetrain.config import rules_data, rules_dispatch, rules_eval, rules_model, rules_rope, rules_train
-from moetrain.config.rules import at_least
+from moetrain.config.rules import above_zero, at_least
+from moetrain.config.rules_numbers import numbers_fit
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
+from moetrain.config.schema_convert import ExportConfig
 from moetrain.config.schema_eval import EvalConfig
 from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.errors import UserError
@@ -15,6 +17,7 @@ from moetrain.errors import UserError
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
+    numbers_fit(cfg)
     for rules in (rules_model, rules_rope, rules_data, rules_train, rules_dispatch):
         for rule in rules.RULES:
             rule(cfg, world)
@@ -24,6 +27,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
 
 def validate_verify(cfg: VerifyConfig) -> None:
     """Check a layout that is to be proved, for the ranks it is meant for."""
+    numbers_fit(cfg)
     at_least("verify", cfg.verify, 1, "world")
     at_least("verify", cfg.verify, 2, "ranks")
     if cfg.router.group == "all" and any(loss.scope.name == "micro" for loss in cfg.balance.losses):
@@ -37,6 +41,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
 
 def validate_upcycle(cfg: UpcycleConfig) -> None:
     """Check the model that is to be made, and the text; raises UserError for the first broken rule."""
+    numbers_fit(cfg)
     for name in ("proof_tokens", "calibration_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
@@ -46,14 +51,22 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
 
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
+    numbers_fit(cfg)
     for rule in rules_train.GENERATE_RULES:
         rule(cfg)
 
 
 def validate_eval(cfg: EvalConfig) -> None:
     """Check what ``moetrain eval`` was told; raises UserError for the first broken rule."""
+    numbers_fit(cfg)
     for rule in rules_eval.RULES:
         rule(cfg)
+
+
+def validate_export(cfg: ExportConfig) -> None:
+    """Check what ``moetrain export`` was told; raises UserError for the first broken rule."""
+    numbers_fit(cfg)
+    above_zero("", cfg, "max_shard_gb")
 
 
 def smallest_world(parallel: ParallelConfig) -> int:

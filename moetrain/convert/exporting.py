@@ -24,6 +24,7 @@ from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
+from moetrain.terminal import tell
 
 MANIFEST = "moetrain_export.json"
 _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
@@ -38,8 +39,6 @@ _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_i
 
 def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
-    if not cfg.max_shard_gb > 0:
-        raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be more than 0")
     model = open_model(Path(cfg.checkpoint).expanduser())
     before = _config_before(model)
     family = _family(cfg.family, model.spec, before.get("model_type"))
@@ -62,7 +61,7 @@ def export(cfg: ExportConfig) -> int:
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
         manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
+    tell(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
     return 0
 
 

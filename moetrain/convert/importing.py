@@ -19,6 +19,7 @@ from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
+from moetrain.terminal import tell
 from moetrain.train.checkpoint_stream import large_then_small
 
 
@@ -40,7 +41,7 @@ def convert(cfg: ConvertConfig) -> int:
         origin={"source": str(path.absolute()), "family": family, "tensors": hashing.hashes},
     )
     count = sum(info.nbytes for info in opened.infos.values())
-    print(
+    tell(
         f"{len(source.tensors)} tensors of {opened.family.architecture} became {len(opened.table)} in "
         f"{cfg.target} ({count / 1e9:.2f} GB)\n"
         f"train on: moetrain train init_from={cfg.target}\n"

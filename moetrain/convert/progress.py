@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from moetrain.terminal import printable, tell
+
 _GIGA = 1e9
 _SILENT = 100e6  # bytes that take no time to speak of
 
@@ -24,9 +26,14 @@ def progress(what: str, total: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(printable(what), total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
@@ -40,4 +47,4 @@ class _Lines:
         if tenth > self._tenth:
             self._tenth = tenth
             share = f"{self._done / _GIGA:.2f} of {self._total / _GIGA:.2f} GB"
-            print(f"{self._what}: {10 * tenth} % ({share})", file=sys.stderr, flush=True)
+            tell(f"{self._what}: {10 * tenth} % ({share})", sys.stderr)

@@ -19,6 +19,7 @@ from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import TensorInfo
+from moetrain.terminal import tell
 from moetrain.upcycle import Target, Upcycling
 from moetrain.upcycle import prepare as prepare_upcycling
 
@@ -39,13 +40,13 @@ def upcycle(cfg: UpcycleConfig) -> int:
         work = replace(work, calibration=calibrate(source, corpus, rows))
     spec = ModelSpec(model, cfg.router, cfg.experts)
     for line in _opening_lines(source.spec, spec, work):
-        print(line, flush=True)
+        tell(line)
     tensors = _Tensors(source, work)
     own = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
 
     def check(folder: Path) -> None:
         if corpus is not None and cfg.prove:
-            print(prove(source, open_model(folder), _proof_text(corpus, cfg), work.promise), flush=True)
+            tell(prove(source, open_model(folder), _proof_text(corpus, cfg), work.promise))
 
     write_model_folder(
         target=Path(cfg.target).expanduser(),
@@ -61,7 +62,7 @@ def upcycle(cfg: UpcycleConfig) -> int:
         },
         check=check,
     )
-    print(f"train on: moetrain train init_from={cfg.target}")
+    tell(f"train on: moetrain train init_from={cfg.target}")
     return 0
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from moetrain.config.compose import load_yaml
@@ -21,6 +20,7 @@ from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.data import Packing, val_batches, whole_files
 from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
+from moetrain.terminal import console, tell
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import EvalSums
 from moetrain.train.run import resolve_device
@@ -39,19 +39,21 @@ def eval_app(cfg: EvalConfig) -> int:
     )
     task = NextToken(model, torch.bfloat16 if cfg.precision is Precision.bf16 else None)
     figures: Figures = {"checkpoint": str(stored.path), "seq_len": data.seq_len}
-    console = Console(highlight=False)
-    console.print(f"{stored.path}, windows of {data.seq_len} tokens", soft_wrap=True)
+    tell(f"{stored.path}, windows of {data.seq_len} tokens")
+    tables = []
     if cfg.data.path is not None:
         total, of_files = _score_files(cfg, stored, task, data)
         figures |= {"total": total, "files": of_files}
-        console.print(_files_table(total, of_files))
+        tables.append(_files_table(total, of_files))
     if cfg.tasks:
         from moetrain.evaluation.harness import score_tasks
 
         figures["tasks"] = score_tasks(cfg, task, stored.tokenizer, data.seq_len)
-        console.print(_tasks_table(figures["tasks"]))
+        tables.append(_tasks_table(figures["tasks"]))
     if cfg.json is not None:
         write_atomic(Path(cfg.json).expanduser(), json.dumps(_strict(figures), indent=1) + "\n")
+    for table in tables:
+        console().print(table)
     return 0
 
 

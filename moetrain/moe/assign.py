@@ -144,7 +144,8 @@ def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum:
     share_E = torch.ones_like(routing.demand_E) if routing.price_E is None else 1 / routing.price_E
     share_E = share_E.double() / share_E.double().sum()
     capacity_EG = factor * share_E[:, None] * demand_G.double()
-    return (capacity_EG - 1e-9).ceil().long().clamp(min=minimum)
+    # a factor may be as large as a float gets, and no group has 2^62 assignments
+    return (capacity_EG - 1e-9).ceil().clamp(max=2.0**62).long().clamp(min=minimum)
 
 
 def group_ids(token_ids: Tensor, ctx: RouterContext, num_groups: int) -> Tensor:

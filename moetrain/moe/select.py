@@ -5,6 +5,8 @@ Shapes: leading dimensions are free; E columns, k chosen.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,9 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
     """
     if scores.dtype is not torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    bits = (scores.detach() + 0.0).view(torch.int32)  # + 0.0: a negative zero is a zero
+    # A negative zero is a zero, and NaN has no sign: an x86 makes negative ones, which would come last.
+    plain = (scores.detach() + 0.0).nan_to_num_(math.nan, math.inf, -math.inf)
+    bits = plain.view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     columns = torch.arange(scores.shape[-1], device=scores.device)
     return ((ordered << 32) | (0xFFFFFFFF - columns)).topk(k, dim=-1).indices

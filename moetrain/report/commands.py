@@ -12,6 +12,7 @@ from pathlib import Path
 from moetrain.report.page import write_report
 from moetrain.report.runs import RunData, check_run_folder, read_runs
 from moetrain.report.tables import NOTHING, duration, latest, planned_steps, status, whole
+from moetrain.terminal import show
 
 
 def report_command(argv: Sequence[str]) -> int:
@@ -29,7 +30,7 @@ def report_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     default = args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html")
-    print(write_report(args.runs, args.output or default))
+    show(str(write_report(args.runs, args.output or default)))
     return 0
 
 
@@ -40,7 +41,7 @@ def status_command(argv: Sequence[str]) -> int:
     for path in (runs := parser.parse_args(argv).runs):
         check_run_folder(path)
     head = ["run", "step", "loss", "val loss", "tokens/s", "last checkpoint", "state"]
-    print(_aligned([head, *(_status_row(run) for run in read_runs(runs))]))
+    show(_aligned([head, *(_status_row(run) for run in read_runs(runs))]))
     return 0
 
 

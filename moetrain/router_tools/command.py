@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
 from moetrain.config.names import nearest
@@ -12,6 +11,7 @@ from moetrain.config.store import import_plugins
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS, build_router
 from moetrain.router_tools.check import check_router
+from moetrain.terminal import console, show
 
 
 def router_command(argv: list[str]) -> int:
@@ -46,7 +46,7 @@ def _list() -> int:
         table.add_column(column, no_wrap=column == "router")
     for name, spec in sorted(ROUTERS.items()):
         table.add_row(name, spec.returns, _state(name), "yes" if spec.causal else "no", spec.paper)
-    Console().print(table)
+    console().print(table)
     return 0
 
 
@@ -65,9 +65,9 @@ def _check(name: str) -> int:
         )
     outcomes = check_router(name)
     for outcome in outcomes:
-        print(f"{'ok    ' if outcome.failure is None else 'FAILED'}  {outcome.name}")
+        show(f"{'ok    ' if outcome.failure is None else 'FAILED'}  {outcome.name}")
         if outcome.failure is not None:
-            print(f"        {outcome.failure}")
+            show(f"        {outcome.failure}")
     failed = sum(outcome.failure is not None for outcome in outcomes)
-    print(f"router {name}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
+    show(f"router {name}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.terminal import tell
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
 
@@ -58,17 +59,17 @@ def _write(folder: Path, runs: dict[str, list[Path]]) -> None:
 
     table = comparison_table(runs)
     write_atomic(folder / "comparison.md", table + "\n")
-    print(f"\n{table}\n")
+    tell(f"\n{table}\n")
     try:
-        print(f"figure: {comparison_figure(runs, folder / 'comparison.png')}")
+        tell(f"figure: {comparison_figure(runs, folder / 'comparison.png')}")
     except UserError as error:
-        print(f"no figure: {error}")
-    print(f"table: {folder / 'comparison.md'}")
+        tell(f"no figure: {error}")
+    tell(f"table: {folder / 'comparison.md'}")
 
 
 def _say(text: str) -> None:
     if is_main():
-        print(text, flush=True)
+        tell(text)
 
 
 def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moetrain.terminal import printable, tell
 from moetrain.train.metrics import worst_load
 
 if TYPE_CHECKING:
@@ -83,11 +84,7 @@ class PlainProgress(Progress):
         self.say(evaluation_line(row, self.total))
 
     def say(self, text: str) -> None:
-        stream = self._stream or sys.stdout
-        try:
-            print(printable(text, stream.encoding), file=stream, flush=True)
-        except OSError:  # the reader of the pipe has gone: training goes on
-            self.say = lambda text: None  # type: ignore[method-assign]
+        tell(text, self._stream)
 
 
 class BarProgress(Progress):
@@ -105,9 +102,9 @@ class BarProgress(Progress):
 
         super().__init__(total, done, clock)
         self._bar = RichProgress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=console,
             refresh_per_second=4,
             expand=True,
@@ -138,7 +135,7 @@ class BarProgress(Progress):
 
     def say(self, text: str) -> None:
         console = self._bar.console
-        console.print(printable(text, console.encoding), markup=False, highlight=False)
+        console.print(printable(text, console.encoding), markup=False, highlight=False, emoji=False)
 
 
 def build_progress(total: int, done: int = 0, rank: int = 0) -> Progress:
@@ -171,13 +168,6 @@ def _status(row: Mapping[str, Any], remaining: float | None) -> list[str]:
     if worst := worst_load(row):
         parts.append(f"load {worst[1]:.2f}x (layer {worst[0]})")
     return parts
-
-
-def printable(text: str, encoding: str | None = None) -> str:
-    """The text without control characters (a sample may hold any) or what ``encoding`` cannot express."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    encoding = encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
 
 
 def short_number(value: float) -> str:

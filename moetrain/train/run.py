@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from moetrain.parallel.distributed import (
 )
 from moetrain.parallel.journal import at, patiently
 from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.terminal import tell
 from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
@@ -48,7 +48,7 @@ from moetrain.train.initial import carry_over, load_initial
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
-from moetrain.train.progress import build_progress, printable
+from moetrain.train.progress import build_progress
 from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
 from moetrain.train.sample import write_sample
@@ -222,7 +222,6 @@ def resolve_device(device: str) -> str:
 
 def _set_up_logging() -> None:
     """What takes long or went wrong is said on stderr, by rank 0."""
-    logging.basicConfig(format="%(message)s")
     logging.getLogger("moetrain").setLevel(logging.INFO if is_main() else logging.ERROR)
 
 
@@ -262,7 +261,7 @@ def _close(
             named = cfg.run.dir is not None or cfg.run.name is not None
             again = "the same command" if named else f"the same command with run.dir={run_dir.path}"
             saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
-            print(f"{saved}; {again} goes on from there")
+            tell(f"{saved}; {again} goes on from there")
         return
     at("the sample at the end")
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
@@ -273,10 +272,10 @@ def _close(
     _write_summary(run_dir, built, seconds, {"finished": True, **figures})
     report = write_report([run_dir.path], run_dir.report_file)
     loss, bits = (math.nan if last[k] is None else last[k] for k in ("val/loss", "val/bits_per_byte"))
-    print(printable(f"\nsample:\n{text}\n", sys.stdout.encoding))
-    print(f"validation: loss {loss:.4f}, {bits:.4f} bits per byte")
-    print(f"report: {report}")
-    print(f"write more: moetrain generate checkpoint={run_dir.path} prompt='def '")
+    tell(f"\nsample:\n{text}\n")
+    tell(f"validation: loss {loss:.4f}, {bits:.4f} bits per byte")
+    tell(f"report: {report}")
+    tell(f"write more: moetrain generate checkpoint={run_dir.path} prompt='def '")
 
 
 def _write_summary(run_dir: RunDir, built: Built, seconds: float, outcome: dict[str, Any]) -> None:

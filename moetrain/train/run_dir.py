@@ -18,6 +18,7 @@ import torch
 
 import moetrain
 from moetrain.errors import UserError
+from moetrain.terminal import as_text
 from moetrain.train.stopping import STOP_FILE
 
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
@@ -191,7 +192,7 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp_{path.name}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(as_text(text))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +16,9 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
+from moetrain.terminal import as_text, show
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.identity import require_same_files
-from moetrain.train.progress import printable
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
@@ -53,6 +52,7 @@ def continue_text(
     seed: int,
 ) -> str:
     """``prompt`` and what the model writes after it; an empty prompt starts a document."""
+    prompt = as_text(prompt)  # typed on a command line, perhaps of another encoding
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     was_training = model.training
     model.eval()
@@ -92,7 +92,7 @@ def generate_app(cfg: GenerateConfig) -> int:
         text = continue_text(
             model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
         )
-    print(printable(text, sys.stdout.encoding))
+    show(text)
     return 0
 
 

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from moetrain.config.schema import MuonConfig, VerifyConfig
 from moetrain.config.validate import smallest_world
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
+from moetrain.terminal import console, show
 from moetrain.verify.certificate import certificate_path, write_certificate
 from moetrain.verify.compare import Check, compare, replicas
 from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, resume
@@ -34,24 +34,23 @@ def verify(cfg: VerifyConfig) -> int:
             f"set verify.ranks={twin.world}"
         )
     certificate_path(cfg, world).unlink(missing_ok=True)  # what follows decides
-    console = Console(highlight=False)
-    console.print(_opening(cfg, world, twin), soft_wrap=True)
+    show(_opening(cfg, world, twin))
     try:
         checks = prove(twin)
     except (RankError, RanksTimeoutError) as error:
         if isinstance(error, RankError) and error.kind == UserError.__name__:
             raise UserError(error.text.strip().rpartition(f"{UserError.__name__}: ")[2]) from None
-        console.print(f"NOT equal to one process: {_one_line(error)}", soft_wrap=True)
+        show(f"NOT equal to one process: {_one_line(error)}")
         return 1
-    console.print(_table(checks))
+    console().print(_table(checks))
     broken = [check for check in checks if check.binding and not check.holds]
     told = {check.scenario: check for check in sorted(broken, key=lambda check: -_TELLING.index(check.kind))}
     for scenario in dict.fromkeys(check.scenario for check in broken):
-        console.print(f"NOT equal to one process: {told[scenario].problem}", soft_wrap=True)
+        show(f"NOT equal to one process: {told[scenario].problem}")
     if broken:
         return 1
     path = write_certificate(cfg, world, twin, checks)
-    console.print(f"equal to one process; certificate {path}", soft_wrap=True)
+    show(f"equal to one process; certificate {path}")
     return 0
 
 

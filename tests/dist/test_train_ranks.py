@@ -165,6 +165,19 @@ def test_a_bad_sample_of_one_rank_is_everybodys(corpus, tmp_path):
     assert [row["step"] for row in tiny.steps(tmp_path / "back")] == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_nan_in_a_solver_of_one_rank_is_everybodys(policy, corpus, tmp_path):
+    """Rank 1 has no balanced plan in step 3: neither waits for the other, and both leave the step out."""
+    run = tmp_path / "run"
+    options = ["train.steps=5", "checkpoint.every=1", "plugins=[faulty_input]", "router=sinkhorn"]
+    command = tiny.command(corpus, run, *options, f"train.on_nonfinite={policy}")
+    with Lives([command] * 2, tmp_path, **FAULTY_PATH, FAULTY_STEP="2", FAULTY_RANK="1") as lives:
+        assert lives.codes() == [0, 0], lives.output(1)
+        assert "step 3: the loss is nan" in lives.output(0)
+    finite = [row["step"] for row in tiny.steps(run) if row["train/loss"] is not None]
+    assert finite == [1, 2, 4, 5]
+
+
 def test_an_error_of_rank_0_ends_both(tmp_path):
     """Rank 0 prepares the text alone; the other waits for it, and must not wait for ever."""
     folder = tmp_path / "corpus"

@@ -85,7 +85,10 @@ REFUSED = [
         "model.rope_scaling.high_freq_factor=4.0 must be above model.rope_scaling.low_freq_factor=4.0",
     ),
     ({"model.rope_scaling": replace(LLAMA3, truncate=False)}, "truncate=False is not used", "take kind=yarn"),
-    ({"model.rope_scaling": replace(YARN, beta_fast=INF)}, "model.rope_scaling.beta_fast=inf must be above"),
+    (
+        {"model.rope_scaling": replace(YARN, beta_fast=INF)},
+        "model.rope_scaling.beta_fast=inf must be a finite number",
+    ),
     ({"model.rope_scaling": replace(YARN, attention_factor=0.0)}, "attention_factor=0.0 must be above 0"),
     ({"model.rope_scaling": YARN, "model.rope_theta": 1.0}, "model.rope_theta=1.0 must be above 1"),
     ({"model.norm_eps": NAN}, "model.norm_eps=nan"),

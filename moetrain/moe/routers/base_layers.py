@@ -21,7 +21,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import first_max, softmax
-from moetrain.moe.solvers import auction, balanced_assignment
+from moetrain.moe.solvers import auction, balanced_assignment, finite_scores
 
 
 class Solver(Enum):
@@ -55,7 +55,7 @@ class BaseRouter(LinearRouter):
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
-        affinity_TE = _finite(logits_TE.detach())
+        affinity_TE = finite_scores(logits_TE.detach())
         ids_T = self._balanced(affinity_TE, ctx) if self.training else first_max(affinity_TE)
         safe_T = ids_T.clamp(max=self.num_experts - 1)  # padding has no expert
         weights_T1 = logits_TE.gather(-1, safe_T[:, None]).sigmoid()
@@ -74,15 +74,6 @@ class BaseRouter(LinearRouter):
             return groups.own(torch.zeros_like(valid_GL, dtype=torch.int64))
         range_G = scores_GLE.amax((1, 2)) - scores_GLE.amin((1, 2))
         return groups.own(auction(scores_GLE, valid_GL, (options.eps * range_G).clamp(min=1e-6))[0])
-
-
-def _finite(scores_TE: Tensor) -> Tensor:
-    """Infinite scores become the largest and lowest finite ones: an assignment needs sums."""
-    finite = scores_TE.isfinite()
-    if bool(finite.all()):
-        return scores_TE
-    kept = scores_TE.where(finite, 0.0)
-    return torch.nan_to_num(scores_TE, 0.0, float(kept.max()), float(kept.min()))
 
 
 def _exact(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:

@@ -25,7 +25,10 @@ class BlockFFNOptions(RouterConfig):
 
 @register("blockffn", BlockFFNOptions, "Song et al. 2025, arXiv:2507.08771", "any number of experts a token")
 class BlockFFNRouter(LinearRouter):
-    """ReLU decides who is active, RMSNorm with a learnt scale how much; scores are before the norm."""
+    """ReLU decides who is active, RMSNorm with a learnt scale how much; scores are before the norm.
+
+    NaN is active, so that the step's loss tells of it.
+    """
 
     def __init__(self, d_model: int, num_experts: int, options: BlockFFNOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -37,4 +40,4 @@ class BlockFFNRouter(LinearRouter):
         eps = self.options.eps  # type: ignore[attr-defined]
         inverse_T1 = torch.rsqrt(scores_TE.square().mean(-1, keepdim=True) + eps)
         weights_TE = scores_TE * inverse_T1 * self.scale_E.to(scores_TE.dtype)
-        return from_mask(scores_TE.detach() > 0, weights_TE, ctx, scores_TE, logits_TE)
+        return from_mask(scores_TE.detach() != 0, weights_TE, ctx, scores_TE, logits_TE)

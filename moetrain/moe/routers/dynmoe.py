@@ -91,7 +91,8 @@ class DynMoERouter(Router):
         scores_TE = logits_TE.sigmoid() * self.awake_E
         thresholds_E = (self._tau(scores_TE.dtype) * self.threshold_E.to(scores_TE.dtype)).sigmoid()
         over_TE = scores_TE - thresholds_E
-        active_TE = over_TE.detach() > 0  # a score of 0, asleep, is over no threshold
+        # a score of 0, asleep, is over no threshold; NaN is, so that the step's loss tells of it
+        active_TE = ~(over_TE.detach() <= 0)
         missed_T = ~active_TE.any(-1)
         if not self.training:
             ranked_TE = scores_TE.detach().masked_fill(~self.awake_E, -1.0)

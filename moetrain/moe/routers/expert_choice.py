@@ -67,7 +67,7 @@ class ExpertChoiceRouter(LinearRouter):
         logits_TE = self.logits(x_TD)
         scores_TE = softmax(logits_TE)
         if not self.training and self.eval_mode == "threshold":
-            mask_TE = scores_TE.detach() >= self.threshold_E
+            mask_TE = ~(scores_TE.detach() < self.threshold_E)  # NaN is taken: the loss is to tell of it
             return from_mask(mask_TE, scores_TE, ctx, scores_TE, logits_TE)
         groups = by_group(scores_TE.detach(), ctx, self.options.group)
         mask_GLE, stats = self._choose(groups.values_GLC, groups.valid_GL)
@@ -76,6 +76,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     def _choose(self, scores_GLE: Tensor, valid_GL: Tensor) -> tuple[Tensor, Tensor]:
         """(chosen [G, L, E], statistics [E + 1]: sum of the lowest chosen scores, groups that chose)."""
+        scores_GLE = scores_GLE.nan_to_num(2.0)  # every expert takes what is NaN: the loss is to tell of it
         taken_G = [math.ceil(n * self.share - 1e-9) for n in valid_GL.sum(-1).tolist()]
         ranked_GLE = scores_GLE.masked_fill(~valid_GL[..., None], -1.0)
         cap = self.options.max_experts  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ class ReLUOptions(RouterConfig):
 
 @register("relu", ReLUOptions, "Wang et al. 2024, arXiv:2412.14711", "any number of experts a token")
 class ReLURouter(LinearRouter):
-    """Weights are relu(W x), not normalised."""
+    """Weights are relu(W x), not normalised. NaN is active, so that the step's loss tells of it."""
 
     def __init__(self, d_model: int, num_experts: int, options: ReLUOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -39,4 +39,4 @@ class ReLURouter(LinearRouter):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         scores_TE = logits_TE.relu()
-        return from_mask(scores_TE.detach() > 0, scores_TE, ctx, scores_TE, logits_TE)
+        return from_mask(scores_TE.detach() != 0, scores_TE, ctx, scores_TE, logits_TE)

@@ -23,6 +23,18 @@ def capacities(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:
     return tokens_G1 // num_experts + torch.zeros_like(order_GE).scatter_(1, order_GE, extra_GE.long())
 
 
+def finite_scores(scores: Tensor) -> Tensor:
+    """Scores that can be added up: NaN is 0, numbers are cut to the root of the largest one.
+
+    Infinite scores become the largest and lowest finite ones.
+    """
+    most = torch.finfo(scores.dtype).max ** 0.5
+    if bool((scores.abs() <= most).all()):
+        return scores
+    kept = scores.where(scores.isfinite(), 0.0).clamp(-most, most)
+    return torch.nan_to_num(scores, 0.0, float(kept.max()), float(kept.min())).clamp(-most, most)
+
+
 def auction(
     scores_GLE: Tensor, valid_GL: Tensor, eps: float | Tensor, capacity_GE: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -31,14 +43,16 @@ def auction(
     Every expert ends with its capacity (default :func:`capacities`; it must sum to the valid tokens). The
     total score is within ``tokens * eps`` of the best for those capacities: no token would gain more than
     ``eps`` (one number, or one per group) elsewhere at the final prices. An ``eps`` that rounding would
-    swallow is raised.
+    swallow is raised. Scores are read as :func:`finite_scores` gives them.
     """
     num_experts = scores_GLE.shape[-1]
+    scores_GLE = finite_scores(scores_GLE)
     scores_GLE = scores_GLE - scores_GLE.amax(-1, keepdim=True)  # changes no choice, and keeps digits
     capacity_GE = capacities(scores_GLE, valid_GL) if capacity_GE is None else capacity_GE
     eps_G = torch.as_tensor(eps, dtype=scores_GLE.dtype, device=scores_GLE.device).expand(len(scores_GLE))
     if scores_GLE.numel():
-        smallest = 64 * torch.finfo(scores_GLE.dtype).eps * scores_GLE.abs().amax((1, 2))
+        kind = torch.finfo(scores_GLE.dtype)
+        smallest = (64 * kind.eps * scores_GLE.abs().amax((1, 2))).clamp(min=kind.tiny)
         eps_G = torch.maximum(eps_G, smallest)
     price_GE = torch.zeros(capacity_GE.shape, dtype=scores_GLE.dtype, device=scores_GLE.device)
     price_GE = price_GE.masked_fill(capacity_GE == 0, float("inf"))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moetrain.moe.solvers.auction import auction
+from moetrain.moe.solvers.auction import auction, finite_scores
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -42,13 +42,15 @@ class Solution:
 def balanced_assignment(scores_TE: Floats) -> Solution:
     """The assignment of the highest total score in which experts' counts differ by at most one.
 
-    Scores must be finite. Ends: each round raises the total by more than a rounding error.
+    Scores are read as :func:`finite_scores` gives them. Ends: each round raises the total by more than a
+    rounding error.
     """
     tokens, num_experts = scores_TE.shape
     if tokens == 0 or num_experts == 1:
         return Solution(np.zeros(tokens, dtype=np.int64), np.zeros(num_experts))
+    scores = finite_scores(torch.from_numpy(np.ascontiguousarray(scores_TE)))
+    scores_TE, scores = scores.numpy(), scores[None]
     spread = float(np.ptp(scores_TE))
-    scores = torch.from_numpy(np.ascontiguousarray(scores_TE))[None]
     valid = torch.ones(1, tokens, dtype=torch.bool)
     start, _ = auction(scores, valid, max(spread / 200, 1e-30))
     expert_T: Ints = start[0].numpy()

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moetrain.errors import TrainingError
 
-class NotConvergedError(RuntimeError):
+
+class NotConvergedError(TrainingError):
     """The marginals did not reach the tolerance within the limit of iterations."""
 
 
@@ -19,12 +21,16 @@ def sinkhorn_plan(
     """log plan [G, L, E]: rows sum to 1 / tokens, columns to 1 / E; -inf for padding.
 
     Iterates until every column's sum is within ``tolerance`` of 1 / E, relatively; rows are exact. -inf
-    logits are read as the lowest finite one, so that a plan exists. Raises NotConvergedError at the limit.
+    logits are read as the lowest finite one, so that a plan exists. A group with NaN or +inf has no plan: its
+    tokens get NaN, the other groups are solved. Raises NotConvergedError at the limit.
     """
     num_experts = logits_GLE.shape[-1]
+    broken_GL = (logits_GLE.isnan() | logits_GLE.isposinf()).any(-1) & valid_GL
+    broken_GL = broken_GL.any(-1, keepdim=True) & valid_GL
+    valid_GL = valid_GL & ~broken_GL
     tokens_G1 = valid_GL.sum(-1, keepdim=True)
     if not logits_GLE.numel() or not int(tokens_G1.max()):
-        return torch.full_like(logits_GLE, float("-inf"))
+        return _without_plan(logits_GLE, broken_GL)
     wide = logits_GLE.double()
     top_GL1 = wide.amax(-1, keepdim=True)
     wide = (wide - top_GL1.where(top_GL1.isfinite(), 0.0)).clamp(min=-80.0)  # an affinity of e^-80 is none
@@ -41,10 +47,15 @@ def sinkhorn_plan(
         error_GE = (sums_GE + g_GE - log_column).where(used_G1, 0.0)
         if float(error_GE.expm1().abs().max()) <= tolerance:
             plan = log_k_GLE + f_GL[..., None].where(valid_GL[..., None], 0.0) + g_GE[:, None]
-            return plan.to(logits_GLE.dtype)
+            return plan.to(logits_GLE.dtype).masked_fill(broken_GL[..., None], float("nan"))
         g_GE = (log_column - sums_GE).where(used_G1, 0.0)
     error = float(error_GE.expm1().abs().max())
     raise NotConvergedError(
         f"Sinkhorn's column sums are still {error:.1e} off after {max_iterations} iterations, "
         f"tolerance {tolerance:.1e}: raise router.tolerance"
     )
+
+
+def _without_plan(logits_GLE: Tensor, broken_GL: Tensor) -> Tensor:
+    empty_GLE = torch.full_like(logits_GLE, float("-inf"))
+    return empty_GLE.masked_fill(broken_GL[..., None], float("nan"))
