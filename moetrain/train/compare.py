@@ -16,6 +16,7 @@ from moetrain.parallel.distributed import broadcast_object, init_from_env, is_ma
 from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
+from moetrain.train.run_lock import owning
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -26,14 +27,13 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     """
     init_from_env(backend_timeout(cfg.parallel.timeout), resolve_device(cfg.train.device))
     try:
-        with watching(cfg.parallel.timeout):
-            return _compare(cfg, arms)
+        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
+            return _compare(cfg, arms, lock.folder)
     finally:
         shutdown()
 
 
-def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
-    folder = run_path(cfg)
+def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig], folder: Path) -> int:
     runs = {name: [folder / name / f"seed_{seed}" for seed in cfg.compare.seeds] for name in arms}
     for seed in cfg.compare.seeds:  # arms inside seeds: an interrupted queue still compares like with like
         for name, arm in arms.items():
