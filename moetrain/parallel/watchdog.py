@@ -127,8 +127,8 @@ class Watchdog:
         peers, heart = self._heart.peers(), self._heart
         host = None if agent_serves() else peers.get(0)
         done = host is not None and host.position is not None and host.position.ended == ALL_DONE
-        refused = 0.0 if done else heart.refused()
-        return View(rank(), own, peers, group, heart.unreachable(), self._sure, refused)
+        unreachable, refused = (0.0, 0.0) if done else (heart.unreachable(), heart.refused())
+        return View(rank(), own, peers, group, unreachable, self._sure, refused)
 
     def _connect(self, seconds: float) -> Store:
         """A client of the run's store. Raises OSError or DistError where it cannot be reached."""

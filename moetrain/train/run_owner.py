@@ -24,8 +24,8 @@ from moetrain.files import parse_json
 from moetrain.parallel.launcher import launcher
 
 RECORD = ".owner.json"
-_SIZE = 1024  # bytes
-_TEXT = 150  # characters of a name: five of them fit, each character escaped
+_SIZE = 2048  # bytes
+_TEXT = 60  # characters of a text: all fit in the record, each character escaped
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")  # batch systems' own variables
 _Short = Annotated[str, Field(max_length=_TEXT)]
 _Process = Annotated[int, Field(ge=0, lt=2**63)]
