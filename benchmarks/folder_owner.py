@@ -20,6 +20,7 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -66,8 +67,8 @@ def at_once(place: Place, name: str, draw: random.Random) -> Outcome:
     starts = [place.start(name, second=False)]
     time.sleep(draw.choice([0.0, draw.uniform(0.0, 0.3)]))
     starts.append(place.start(name, second=True))
-    codes = [start.popen.wait(LIMIT) for start in starts]
-    if sorted(codes) != [0, IN_USE]:
+    codes = [code_of(start) for start in starts]
+    if set(codes) != {0, IN_USE}:
         return Outcome(f"exit codes {codes}")
     return Outcome(in_one_line(place, name, second=codes[1] == IN_USE) or damage(place.folder / name, 1))
 
@@ -78,11 +79,11 @@ def beside_a_running_one(place: Place, name: str, draw: random.Random) -> Outcom
     first = place.start(name, second=False, steps=steps)
     first.wait_until(lambda: count_rows(run) >= draw.randint(1, 20))
     second = place.start(name, second=True, steps=steps)
-    code = second.popen.wait(LIMIT)
+    code = code_of(second)
     rows = count_rows(run)
     went_on = first.wait_until(lambda: count_rows(run) > rows)
     first.popen.send_signal(signal.SIGTERM)
-    stopped = first.popen.wait(LIMIT)
+    stopped = code_of(first)
     if (code, went_on, stopped) != (IN_USE, True, 0):
         return Outcome(f"exit codes {stopped} and {code}")
     return Outcome(in_one_line(place, name, second=True) or damage(run, 1))
@@ -101,11 +102,11 @@ def beside_orphans(place: Place, name: str, draw: random.Random) -> Outcome:
     gone = wait(lambda: not any(alive(pid) for pid in orphans), 60)
     first.popen.wait()
     seconds = gone - killed
-    code = second.popen.wait(LIMIT)
+    code = code_of(second)
     for pid in orphans:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
-    if code:
+    if code != 0:
         return Outcome(f"exit code {code}: {place.log(name, second=True)[-300:]}", seconds)
     late = "" if seconds <= 15 else f"orphans were there for {seconds:.1f} s"
     return Outcome(late or damage(run, 1), seconds)
@@ -116,6 +117,15 @@ SITUATIONS: dict[str, Callable[[Place, str, random.Random], Outcome]] = {
     "a start beside a running one": beside_a_running_one,
     "a start beside orphans": beside_orphans,
 }
+
+
+def code_of(start: Training) -> int | None:
+    """Its exit code; None where it did not end, and it is killed then with all that descends from it."""
+    try:
+        return start.popen.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        start.kill(True, random.Random())
+        return None
 
 
 def in_one_line(place: Place, name: str, second: bool) -> str:
@@ -156,6 +166,13 @@ def wait(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic()
 
 
+def without_plots(stub: Path) -> None:
+    """The plots of a report take longer than a tiny run: its processes find no matplotlib."""
+    stub.mkdir()
+    (stub / "matplotlib.py").write_text("raise ImportError('left out')\n")
+    os.environ["PYTHONPATH"] = f"{stub}:{os.environ.get('PYTHONPATH', '')}"
+
+
 def table(results: dict[str, list[Outcome]]) -> str:
     lines = ["| situation | right | orphans gone after (median, most) |", "|---|---|---|"]
     for situation, outcomes in results.items():
@@ -180,6 +197,7 @@ def main() -> int:
     results: dict[str, list[Outcome]] = {}
     with tempfile.TemporaryDirectory(prefix="moetrain-owner-") as local:
         write_text(Path(local) / "text")
+        without_plots(Path(local) / "stub")
         folder = args.folder or Path(local)
         prefix = tuple(shlex.split(args.other_host))
         place = Place(folder, args.other_folder or folder, prefix, Path(local))
