@@ -1,8 +1,8 @@
 """The ``moetrain`` command: subcommands, exit codes, and one line for every error that the user can mend.
 
 Exit codes: 0 done, 1 a failure (of the machine in one line, of the program with its traceback), 2 a mistake
-in the command or its input, 130 Ctrl-C. Of several ranks only rank 0 prints errors; torchrun shows those of
-the others from its error file.
+in the command or its input, 3 a run folder that another process uses, 130 Ctrl-C. Of several ranks only
+rank 0 prints errors; torchrun shows those of the others from its error file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import moetrain
 from moetrain.config.launch import is_rank_0, local_ranks
 from moetrain.errors import UserError, write_error_file
 from moetrain.parallel.cores import choose_waiting
+from moetrain.parallel.launcher import end_with_launcher
 from moetrain.terminal import finish, one_line, set_up, show, tell
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -48,6 +49,7 @@ Also: moetrain router list | moetrain router check NAME
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
+    end_with_launcher()
     set_up()
     return finish(_run(sys.argv[1:] if argv is None else argv))
 

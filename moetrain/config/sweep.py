@@ -73,7 +73,7 @@ def train_job(node: DictConfig) -> int:
         validate(cfg, world_size())
         finished = train(cfg)
     except UserError as e:
-        raise UserError(f"job {num}: {e}") from e
+        raise type(e)(f"job {num}: {e}") from e
     if not finished:
         run = whole.run
         again = f"run.name={run.name}" if run.dir is None else f"run.dir={run.dir}"

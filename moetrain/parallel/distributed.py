@@ -16,11 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from moetrain.errors import UserError
 from moetrain.parallel.journal import watched
+from moetrain.parallel.meeting import meet
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_prefix = ""  # of this start's keys in the store
 
 
 def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
@@ -30,6 +34,7 @@ def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
     the GPU of its local rank. Raises UserError where a variable is missing or not a number, or where the
     other ranks cannot be reached in time.
     """
+    global _prefix
     if dist.is_initialized():
         return
     size = _env_int("WORLD_SIZE", 1)
@@ -47,15 +52,47 @@ def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
         # All ranks share this machine: do not depend on its host name resolving.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except (dist.DistError, RuntimeError) as error:
+        store = run_store(timeout, serve=own == 0 and not agent_serves())
+        _prefix = meet(store, own, size, timeout)
+        inner = PrefixStore(_prefix, store)
+        dist.init_process_group(backend, store=inner, rank=own, world_size=size, timeout=limit)
+    except (dist.DistError, RuntimeError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"rank {own} of {size} could not join the others at {address} (MASTER_ADDR:MASTER_PORT) "
             f"within {timeout:g} s: {reason}; start all {size} ranks, or correct the address"
         ) from error
+
+
+def run_store(seconds: float, serve: bool = False) -> TCPStore:
+    """A client of the run's store whose requests take no longer; ``serve``: the store itself too.
+
+    Raises DistError where it cannot be reached, UserError where MASTER_PORT is not a number.
+    """
+    host, port = os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0)
+    limit = timedelta(seconds=seconds)
+    return TCPStore(host, port, is_master=serve, timeout=limit, wait_for_workers=False, multi_tenant=serve)
+
+
+def agent_serves() -> bool:
+    """Whether the run's store is in torchrun's process; else it is in rank 0's and ends with it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def start_prefix() -> str:
+    """What the keys of this start begin with, in the store that restarted ranks meet again."""
+    return _prefix
+
+
+def new_gloo_group(timeout: timedelta, ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """A gloo group of ``ranks``, None for all; collective over all ranks, and watched."""
+    with watched("a new process group", ""):
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def rank() -> int:

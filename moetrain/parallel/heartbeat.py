@@ -22,7 +22,8 @@ _READ_AT_ONCE = 64  # with more ranks than that, the others' positions are read 
 class Heartbeat:
     """Beats every ``interval`` seconds from :meth:`start` to :meth:`stop`.
 
-    ``connect(seconds)`` opens a client whose requests take no longer. Each beat asks ``position``.
+    ``connect(seconds)`` opens a client whose requests take no longer, and raises ConnectionRefusedError where
+    nothing listens. Each beat asks ``position``.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Heartbeat:
         self._connect, self._rank, self._world = connect, rank, world
         self._interval, self._clock, self._position = interval, clock, position
         self._answered = clock.now
+        self._refused: float | None = None  # since when the store's address refuses connections
         self._heard: dict[int, tuple[bytes, float]] = {}  # rank -> its last beat, and when it came
         self._end = ""
         self._wake, self._stopping, self._done = threading.Event(), threading.Event(), threading.Event()
@@ -63,6 +65,10 @@ class Heartbeat:
         """Seconds since the store last answered."""
         return self._clock.now - self._answered
 
+    def refused(self) -> float:
+        """Seconds since nothing listens at the store's address; 0 while something may."""
+        return 0.0 if self._refused is None else self._clock.now - self._refused
+
     def peers(self) -> dict[int, Peer]:
         now, found = self._clock.now, {}
         for rank in range(self._world):
@@ -82,8 +88,11 @@ class Heartbeat:
             try:
                 store = store or self._connect(max(5.0, 2 * self._interval))
                 self._beat(store, beats)
+            except ConnectionRefusedError:
+                self._refused = self._clock.now if self._refused is None else self._refused
             except (dist.DistError, RuntimeError, OSError):
                 store = None  # an answer that comes late would be taken for the next request's
+                self._refused = None
             beats += 1
             if last:
                 return
@@ -99,7 +108,7 @@ class Heartbeat:
             self.ended = store.get("end").decode()
         if beats % (1 + self._world // _READ_AT_ONCE) == 0 or self._end:
             self._read(store)
-        self._answered = self._clock.now
+        self._answered, self._refused = self._clock.now, None
 
     def _read(self, store: Store) -> None:
         others = [rank for rank in range(self._world) if rank != self._rank]

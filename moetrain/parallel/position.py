@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+ALL_DONE = "all done"  # what a rank says that ends as it should
+
 
 @dataclass(frozen=True)
 class Place:

@@ -23,6 +23,7 @@ class View:
     """What one rank knows. ``members``: the ranks of the group it waits in, in the group's order.
 
     ``unreachable``: seconds since the store last answered. ``sure``: seconds after which a beat is overdue.
+    ``refused``: seconds since nothing listens at the store's address, unless its process ended as it should.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class View:
     members: Sequence[int]
     unreachable: float
     sure: float
+    refused: float = 0.0
 
 
 def judge(view: View, timeout: float) -> str | None:
@@ -44,6 +46,8 @@ def judge(view: View, timeout: float) -> str | None:
         silent = [r for r in view.members if r in view.peers and view.peers[r].silent > timeout]
         if seconds > timeout and silent:
             return f"{ranks(silent)} silent for longer than parallel.timeout={timeout:g} s"
+    if view.refused > view.sure:
+        return "the store is gone, and with it the launcher or the rank that held it"
     if view.unreachable > timeout:
         return f"the store has not answered for {view.unreachable:.1f} s (parallel.timeout={timeout:g})"
     return None

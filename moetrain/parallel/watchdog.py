@@ -9,23 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from typing import NoReturn
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moetrain.errors import write_error_file
 from moetrain.moe.exchange import OutOfStepError
-from moetrain.parallel.distributed import rank, world
+from moetrain.parallel.distributed import agent_serves, rank, run_store, start_prefix, world
 from moetrain.parallel.heartbeat import Heartbeat
 from moetrain.parallel.journal import Clock, Entry, Journal, keep, members
 from moetrain.parallel.lost import cause, peer_lost
-from moetrain.parallel.position import Position
+from moetrain.parallel.position import ALL_DONE, Position
 from moetrain.parallel.verdict import View, judge, report
 
 _BEAT = 1.0  # seconds, or an eighth of a shorter time-out
@@ -50,10 +49,20 @@ def watching(seconds: float) -> Iterator[None]:
     if world() == 1 or _dog is not None:
         yield
         return
-    dog = Watchdog(seconds, f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_dogs}")
+    dog = Watchdog(seconds, f"{start_prefix()}/watchdog/{_dogs}")
     _dogs += 1
     with dog:
         yield
+
+
+def end_run(why: str) -> NoReturn:
+    """End this process, and with it all ranks, because of ``why``; from any thread."""
+    if _dog is not None:
+        _dog.end(why)
+    with contextlib.suppress(OSError):
+        os.write(2, f"moetrain: error: {why}\n".encode())
+    write_error_file(why)
+    os._exit(1)
 
 
 class Watchdog:
@@ -83,9 +92,11 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         global _dog
         if isinstance(error, Exception) and (isinstance(error, OutOfStepError) or peer_lost(error)):
-            self._end(cause(error), settle=True)
-        self._ended = "all done" if error is None else " ".join((str(error) or type(error).__name__).split())
+            self.end(cause(error), settle=True)
+        self._ended = ALL_DONE if error is None else " ".join((str(error) or type(error).__name__).split())
         self._stop.set()
+        if error is None and rank() == 0 and not agent_serves():
+            self._pass(2 * self._interval)  # the store goes with this process: let the others read that first
         self._heart.stop(_LEAVING)
         self._thread.join()
         keep(None)
@@ -93,15 +104,15 @@ class Watchdog:
 
     def _broken(self, error: RuntimeError) -> None:
         """A collective failed. The run ends right here: on the way out a signal could end it unreported."""
-        self._end(cause(error), settle=True)
+        self.end(cause(error), settle=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval / 2):
             self._clock.tick()
             if (told := self._heart.ended) is not None:
-                self._end(f"the run was ended by {told}")
+                self.end(f"the run was ended by {told}")
             if (why := judge(self._view(), self._seconds)) is not None:
-                self._end(why)
+                self.end(why)
 
     def _entry(self) -> Entry | None:
         return (self.journal.failed if self._ended else None) or self.journal.current
@@ -113,15 +124,20 @@ class Watchdog:
         entry = self._entry()
         group = [] if entry is None else members(entry.collective.group)
         own = self.journal.position(entry)
-        return View(rank(), own, self._heart.peers(), group, self._heart.unreachable(), self._sure)
+        peers, heart = self._heart.peers(), self._heart
+        host = None if agent_serves() else peers.get(0)
+        done = host is not None and host.position is not None and host.position.ended == ALL_DONE
+        unreachable, refused = (0.0, 0.0) if done else (heart.unreachable(), heart.refused())
+        return View(rank(), own, peers, group, unreachable, self._sure, refused)
 
     def _connect(self, seconds: float) -> Store:
-        """A client of the run's store. Raises DistError where it cannot be reached."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(host, port, timeout=timedelta(seconds=seconds), wait_for_workers=False)
-        return PrefixStore(self._prefix, store)
+        """A client of the run's store. Raises OSError or DistError where it cannot be reached."""
+        # The store's own client would try again where nothing listens, and not tell that from a slow answer.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, seconds).close()
+        return PrefixStore(self._prefix, run_store(seconds))
 
-    def _end(self, why: str, settle: bool = False) -> NoReturn:
+    def end(self, why: str, settle: bool = False) -> NoReturn:
         """Tell the others, report, and leave the process; of two threads the second waits for that.
 
         ``settle``: wait first until it shows which ranks have fallen silent.

@@ -20,7 +20,7 @@ from moetrain.moe.balance import (
     make_terms,
 )
 from moetrain.parallel.apply import parallelize
-from moetrain.parallel.journal import observe
+from moetrain.parallel.journal import observe, watched
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer, freeze
@@ -65,7 +65,8 @@ def assemble(
     freeze(model, cfg.optim.frozen)
     counts = count_parameters(model)
     task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
-    meshes = build_meshes(cfg.parallel, world, device)
+    with watched("the process groups of the layout", ""):
+        meshes = build_meshes(cfg.parallel, world, device)
     parallelize(task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe)
     optimizer = build_optimizer(task, cfg.optim)
     controllers = _controllers(cfg, model)

@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,7 @@ class Checkpointer:
     ``keep_last`` (at least 1) newest ones are kept. ``async_save`` copies the state to the CPU and writes in
     a thread: at most one save is under way, and its failure is raised by the next :meth:`save`, :meth:`wait`
     or :meth:`close`. ``hash=False`` records sizes only. ``group``: the ranks that take part, None for all.
+    ``guard`` is called by rank 0 around every save and raises where the folder is not this run's any more.
 
     Every method is collective: all ranks call it, in the same order, and all return the same or all raise.
     UserError is for what the user can mend (a full disk, a damaged checkpoint, another model);
@@ -81,12 +83,13 @@ class Checkpointer:
         async_save: bool = False,
         hash: bool = True,
         group: dist.ProcessGroup | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept")
         self.dir = Path(dir)
         self.last_saved: int | None = None  # the step of this object's newest completed save
-        self._keep_last, self._async, self._hash = keep_last, async_save, hash
+        self._keep_last, self._async, self._hash, self._guard = keep_last, async_save, hash, guard
         self._peers = Peers(group)
         self._pending: tuple[Future[Any], _Save] | None = None
         self._intact: set[Path] = set()
@@ -108,7 +111,8 @@ class Checkpointer:
             dtype_name(tensor.dtype)
         target = step_folder(self.dir, step)
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        writer = JsonWriter(target, step, text, self._hash, on_complete=lambda: self._prune(step))
+        done = partial(self._prune, step)
+        writer = JsonWriter(target, step, text, self._hash, on_complete=done, guard=self._guard)
         save = _Save(step, target, nbytes, writer)
         arguments: dict[str, Any] = {
             "storage_writer": writer,

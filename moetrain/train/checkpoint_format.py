@@ -38,6 +38,7 @@ _DTYPES = {
         *(torch.bool, torch.complex64, torch.complex128),
     )
 }
+STEP_NAME = re.compile(r"step_(\d{8,})")  # a checkpoint's folder in a run
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
@@ -186,6 +187,8 @@ def verify(folder: Path, rank: int = 0, world: int = 1, hashes: bool = True) -> 
         manifest = read_manifest(folder)
     except FormatError as error:
         return [f"{MANIFEST}: {error}"]
+    if (named := STEP_NAME.fullmatch(folder.name)) and int(named[1]) != manifest.step:
+        return [f"{MANIFEST}: written for step {manifest.step}, so the folder was renamed"]
     names = {record.name for record in manifest.files}
     problems = [f"{MANIFEST}: does not list {name}" for name in (METADATA, EXTRA) if name not in names]
     by_size = sorted(manifest.files, key=lambda record: (-record.size, record.name))

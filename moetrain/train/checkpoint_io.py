@@ -126,8 +126,9 @@ class JsonWriter(FileSystemWriter):
     """Writes one checkpoint into ``<folder of target>/.tmp_<name of target>`` and renames it to ``target``.
 
     ``one_file_each``: a file for each tensor, since DCP holds a file's tensors in memory until it is written.
-    ``extra`` is the text of ``extra.json`` (the coordinator's counts). ``on_complete`` runs on the
-    coordinator after the rename and must not raise. Everything is fsynced in order: files, folder, rename,
+    ``extra`` is the text of ``extra.json`` (the coordinator's counts). On the coordinator ``guard`` runs
+    before the temporary folder is made and before the rename, and raises where nothing may be written;
+    ``on_complete`` runs after it and must not raise. Everything is fsynced in order: files, folder, rename,
     parent folder.
     """
 
@@ -139,13 +140,14 @@ class JsonWriter(FileSystemWriter):
         hashed: bool,
         on_complete: Callable[[], None],
         one_file_each: bool = False,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.temporary = target.parent / f"{TEMPORARY}{target.name}"
         super().__init__(self.temporary, single_file_per_rank=not one_file_each, sync_files=True)
         self._files = _HashingFileSystem(hashed)
         self.fs = self._files
         self._target, self._step, self._extra = target, step, extra
-        self._on_complete = on_complete
+        self._on_complete, self._guard = on_complete, guard
         self._coordinator = False
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +161,7 @@ class JsonWriter(FileSystemWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._coordinator:  # the others write only after its plan has arrived
+            self._guard()
             remove_folder(self.temporary)
             self.temporary.mkdir(parents=True)
         return plan
@@ -175,23 +178,25 @@ class JsonWriter(FileSystemWriter):
         written = [result for of_rank in results for result in of_rank]
         records = [r.storage_data for r in written if isinstance(r.storage_data, FileRecord)]
         blocks = {r.index: r.storage_data for r in written if not isinstance(r.storage_data, FileRecord)}
-        self._check_visible(records)
+        self._guard()
+        self._check_visible(records, ranks=len(results))
         text = encode_metadata(dataclasses.replace(metadata, storage_data=blocks))
         records.append(self._files.write_text(self.temporary, METADATA, text))
         records.append(self._files.write_text(self.temporary, EXTRA, self._extra))
         manifest = encode_manifest(Manifest(self._step, tuple(records)))
         self._files.write_text(self.temporary, MANIFEST, manifest.decode("ascii"))
         sync_folder(self.temporary)
+        self._guard()
         replace_folder(self.temporary, self._target)
         self._on_complete()
 
-    def _check_visible(self, records: list[FileRecord]) -> None:
+    def _check_visible(self, records: list[FileRecord], ranks: int) -> None:
         for record in records:
             path = self.temporary / record.name
             if not path.exists() or path.stat().st_size != record.size:
+                unshared = ", or is not on storage that all nodes share" if ranks > 1 else ""
                 raise UserError(
-                    f"{path} was written by another rank and is not visible to rank 0: "
-                    "the run folder must be on storage that all nodes share"
+                    f"{path} is not as it was written: something else changes its folder{unshared}"
                 )
 
 

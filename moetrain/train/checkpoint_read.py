@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,19 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from moetrain.errors import UserError
 from moetrain.parallel.lost import raising_peer_lost
-from moetrain.train.checkpoint_format import EXTRA, METADATA, FormatError, decode_metadata, dtype_name, verify
+from moetrain.train.checkpoint_format import (
+    EXTRA,
+    METADATA,
+    STEP_NAME,
+    FormatError,
+    decode_metadata,
+    dtype_name,
+    verify,
+)
 from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line, raise_interrupt
 from moetrain.train.peers import Peers
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
-_STEP = re.compile(r"step_(\d{8,})")
 _LISTED = 10  # names in one message
 
 log = logging.getLogger(__name__)
@@ -46,7 +52,7 @@ def steps_in(folder: Path) -> list[int]:
         return []
     except OSError as error:
         raise UserError(f"the checkpoint folder {folder} cannot be read: {error.strerror}") from error
-    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+    return sorted(int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name)))
 
 
 def problems_of(path: Path, peers: Peers) -> list[str]:

@@ -18,6 +18,7 @@ from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
+from moetrain.train.run_lock import owning
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -28,14 +29,13 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     """
     init_from_env(backend_timeout(cfg.parallel.timeout), resolve_device(cfg.train.device))
     try:
-        with watching(cfg.parallel.timeout):
-            return _compare(cfg, arms)
+        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
+            return _compare(cfg, arms, lock.folder)
     finally:
         shutdown()
 
 
-def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
-    folder = run_path(cfg)
+def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig], folder: Path) -> int:
     runs = {name: [folder / name / f"seed_{seed}" for seed in cfg.compare.seeds] for name in arms}
     for name, arm in arms.items():
         for seed, run_dir in zip(cfg.compare.seeds, runs[name], strict=True):

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from moetrain.errors import UserError
+from moetrain.parallel.distributed import new_gloo_group
+from moetrain.parallel.journal import patiently
 from moetrain.parallel.lost import raising_peer_lost
 
 _TIMEOUT = timedelta(hours=1)  # a dead rank closes its connections and is noticed at once
@@ -28,7 +31,7 @@ class Peers:
         if not (dist.is_available() and dist.is_initialized()):
             return
         ranks = dist.get_process_group_ranks(group)
-        self.group = cast(dist.ProcessGroup, dist.new_group(ranks, timeout=_TIMEOUT, backend="gloo"))
+        self.group = new_gloo_group(_TIMEOUT, ranks)
         self.rank, self.world = dist.get_rank(self.group), len(ranks)
 
     def gather(self, value: T) -> list[T]:
@@ -47,7 +50,7 @@ class Peers:
             try:
                 value = make()
             except UserError as failure:
-                error = str(failure)
+                error = failure
         self.raise_together(error)
         return cast(T, self.gather(value)[0])
 
@@ -56,12 +59,32 @@ class Peers:
         try:
             value, error = [work()], None
         except UserError as found:
-            value, error = [], str(found)
+            value, error = [], found
         self.raise_together(error)
         return value[0]
 
-    def raise_together(self, error: str | None) -> None:
-        """Raise UserError with the first rank's error on every rank when any rank has one."""
+    def raise_together(self, error: UserError | str | None) -> None:
+        """Raise the first rank's error on every rank when any rank has one; a text as a UserError."""
         for found in self.gather(error):
             if found is not None:
-                raise UserError(found)
+                raise UserError(found) if isinstance(found, str) else found
+
+
+def from_rank_0(make: Callable[[], T], name: str) -> T:
+    """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank.
+
+    For before there are :class:`Peers`; ``name`` says what is done, for the watchdog. ``make`` may take long.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    found: list[T | UserError | None] = [None]
+    with patiently(name), raising_peer_lost(name):
+        if dist.get_rank() == 0:
+            try:
+                found = [make()]
+            except UserError as error:
+                found = [error]
+        dist.broadcast_object_list(found, 0, device=torch.device("cpu"))
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return cast(T, found[0])

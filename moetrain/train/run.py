@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from moetrain.models.count import flops_per_token
 from moetrain.parallel.allocator import keep_freed_memory
 from moetrain.parallel.cores import threads_per_rank
 from moetrain.parallel.distributed import (
-    broadcast_object,
     init_from_env,
     is_main,
     local_world,
+    new_gloo_group,
     rank,
     shutdown,
     world,
@@ -48,9 +48,11 @@ from moetrain.train.initial import carry_over, load_initial
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
+from moetrain.train.peers import from_rank_0
 from moetrain.train.progress import build_progress
 from moetrain.train.resume import check_resume
-from moetrain.train.run_dir import RunDir, read_metrics, write_atomic
+from moetrain.train.run_dir import RunDir, new_folder, read_metrics, write_atomic
+from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.state import TrainState
 from moetrain.train.state_dict import model_tensors, optimizer_tensors
@@ -81,21 +83,22 @@ def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> bool:
     told = [*validate(cfg, int(os.environ.get("WORLD_SIZE", "1"))), *notes]
     joined = dist.is_initialized()  # a comparison joins once, for all its runs
     init_from_env(backend_timeout(cfg.parallel.timeout), device)
+    _set_up_logging()
     try:
-        with watching(cfg.parallel.timeout):
-            return _train(cfg, device, told)
+        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
+            return _train(cfg, device, told, lock)
     finally:
         if not joined:
             shutdown()
 
 
-def _train(cfg: TrainConfig, device: str, told: list[str]) -> bool:
+def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> bool:
     started = time.monotonic()
-    _set_up_logging()
     _set_up_torch(cfg, device)
-    run_dir = RunDir(run_path(cfg), rank())
+    run_dir = RunDir(lock.folder, rank())
+    keep, in_background = cfg.checkpoint.keep_last, cfg.checkpoint.async_save
     with patiently("looking for a checkpoint"):
-        checkpointer = Checkpointer(run_dir.checkpoints, cfg.checkpoint.keep_last, cfg.checkpoint.async_save)
+        checkpointer = Checkpointer(run_dir.checkpoints, keep, in_background, guard=lock.check)
         resume_from = checkpointer.resolve(cfg.resume)
         told = [*told, *check_resume(cfg, resume_from)]
     built = build(cfg, device)
@@ -169,7 +172,7 @@ def _prepare_in_turn(cfg: TrainConfig) -> Corpus:
     """
     if world() == 1:
         return prepare(cfg.data, cfg.train.seed)
-    patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
+    patient = new_gloo_group(_PATIENCE)
     with patiently("preparing the data"):
         corpus = prepare(cfg.data, cfg.train.seed) if is_main() else None
         dist.barrier(patient)
@@ -206,11 +209,12 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
 
 
 def run_path(cfg: TrainConfig) -> Path:
-    """The run's folder, the same on all ranks: rank 0's clock names a run that has no name."""
+    """The run's folder, the same on all ranks. One without a name is made anew, and named by the clock."""
     if cfg.run.dir is not None:
         return Path(cfg.run.dir)
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return Path(cfg.run.root) / (cfg.run.name or str(broadcast_object(now)))
+    if cfg.run.name is not None:
+        return Path(cfg.run.root) / cfg.run.name
+    return Path(from_rank_0(partial(new_folder, Path(cfg.run.root)), "making the run folder"))
 
 
 def resolve_device(device: str) -> str:

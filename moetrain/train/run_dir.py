@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -46,11 +47,7 @@ class RunDir:
             with tempfile.TemporaryFile(dir=self.path):  # a read-only mount shows only now
                 pass
         except OSError as error:
-            blocked = error.filename or self.path
-            raise UserError(
-                f"the run folder {self.path} cannot be used: {error.strerror} ({blocked}); "
-                "choose another run.dir"
-            ) from error
+            raise cannot_be_used(self.path, error) from error
         self.metrics = JsonlFile(self.path / "metrics.jsonl", write=rank == 0)
         self.load = JsonlFile(self.path / "load.jsonl", write=rank == 0)
 
@@ -80,6 +77,31 @@ class RunDir:
     def close(self) -> None:
         self.metrics.close()
         self.load.close()
+
+
+def new_folder(root: Path) -> Path:
+    """A new folder in ``root``, named by the clock and, where that name is taken, a number."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        path = root / (now if number == 1 else f"{now}_{number}")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return path
+        except FileExistsError as error:
+            if not root.is_dir():
+                raise cannot_be_used(path, error) from error
+        except OSError as error:
+            raise cannot_be_used(path, error) from error
+    raise AssertionError("unreachable")
+
+
+def cannot_be_used(path: Path, error: OSError) -> UserError:
+    """What is said of a run folder that cannot be made or written."""
+    blocked = error.filename or path
+    return UserError(
+        f"the run folder {path} cannot be used: {error.strerror} ({blocked}); choose another run.dir"
+    )
 
 
 class JsonlFile:

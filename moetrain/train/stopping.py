@@ -3,7 +3,7 @@
 How a trainer tells the three ways of ending apart:
 
 * :meth:`StopFlag.agree` returns True on every rank at the same step: save, say so, exit 0.
-* a second signal: the process is gone (exit code 130 or 143), nothing is saved.
+* a second signal: the process is gone (exit code 128 + its number), nothing is saved.
 * :class:`PeerLostError`, raised by :meth:`StopFlag.agree` and by the checkpointer, or any exception for which
   :func:`moetrain.parallel.lost.peer_lost` is true: a rank is dead or unreachable. Call no collective and save
   nothing; print the message and leave with a non-zero code through ``os._exit``, since destroying the process
@@ -29,7 +29,7 @@ from moetrain.parallel.journal import watched
 from moetrain.parallel.lost import PeerLostError, cause
 
 STOP_FILE = "STOP"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: a batch system's usual warning
 # torchrun passes on the signal that the terminal has already sent to every process.
 _TORCHRUN_GRACE_SECONDS = 3.0
 log = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 class StopFlag:
     """A request to stop, seen by :meth:`requested` on this rank and by :meth:`agree` on all of them.
 
-    Used as a context manager: inside it SIGINT and SIGTERM set the flag, and a second signal leaves at once
-    even while the main thread waits in a collective (a small thread listens); outside it the earlier handlers
-    are back. ``stop_file`` (rank 0 looks) is the same as a SIGTERM and is removed when it has been obeyed.
-    ``group`` carries the agreement, None for the default one; it needs gloo or a CUDA device. Under torchrun
-    signals within ``grace_seconds`` of the first count as one, because torchrun sends each a second time.
-    Entered outside the main thread, only the STOP file works.
+    Used as a context manager: inside it SIGINT, SIGTERM and SIGUSR1 set the flag, and a second signal leaves
+    at once even while the main thread waits in a collective (a small thread listens); outside it the earlier
+    handlers are back. ``stop_file`` (rank 0 looks) is the same as a SIGTERM and is removed when it has been
+    obeyed. ``group`` carries the agreement, None for the default one; it needs gloo or a CUDA device. Under
+    torchrun signals within ``grace_seconds`` of the first count as one, because torchrun sends each a second
+    time. Entered outside the main thread, only the STOP file works.
     """
 
     def __init__(

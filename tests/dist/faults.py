@@ -6,12 +6,14 @@ One process alone stays whole. Each fault is one that a framework has shipped.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 
 import moetrain.parallel.apply as apply
+import moetrain.train.run as run
 import moetrain.train.step as step
 from moetrain.moe.exchange import Exchange
 from moetrain.train.checkpoint import Checkpointer
@@ -93,6 +95,17 @@ def splits_swapped() -> None:
 def bias_not_synchronised() -> None:
     reduce = RoutingStats.reduce
     RoutingStats.reduce = lambda self, group=None: reduce(self, None)
+
+
+def late_to_leave() -> None:
+    """All but rank 0 stay five seconds longer than it after the last collective."""
+    close = run._close
+
+    def broken(*args: Any) -> None:
+        close(*args)
+        time.sleep(0 if os.environ["RANK"] == "0" else 5)
+
+    run._close = broken
 
 
 if os.environ.get("WORLD_SIZE", "1") != "1" and "FAULT" in os.environ:

@@ -140,6 +140,7 @@ def join_alone(rank: int, world: int) -> str:
 def test_a_rank_whose_peers_never_come_says_so_in_time():
     text = run_ranks(join_alone, 2, init=False, timeout=30)[0]
     assert text.startswith("rank 0 of 2 could not join the others at 127.0.0.1:")
+    assert "within 1 s: rank(s) 1 did not come; start all 2 ranks" in text
     assert "\n" not in text
 
 

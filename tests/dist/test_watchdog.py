@@ -17,6 +17,7 @@ from moetrain.parallel.ranks import run_ranks
 from moetrain.moe.exchange import Calls, Exchange, OutOfStepError
 from moetrain.parallel.journal import patiently, watched
 from moetrain.parallel.watchdog import watching
+from moetrain.train.run_lock import FolderLock
 
 TIMEOUT = 3
 SLACK = 40  # seconds from a rank's loss to the others' end, on a busy machine
@@ -108,6 +109,37 @@ def test_the_link_between_two_machines_is_cut(each, corpus, tmp_path):
         assert ": waited 3." in text or "ended by rank" in text or "the store has not answered" in text
         for other in other_side:
             assert f"rank {other}: lost (killed, stopped or cut off), last heard of" in text, text
+
+
+def test_the_store_is_gone_and_the_ranks_end_in_seconds(corpus, tmp_path):
+    """It lives in the launcher: nobody waits for the time-out, though the ranks still reach each other."""
+    with live(corpus, tmp_path, "train.steps=100000", "parallel.timeout=600") as lives:
+        until = time.monotonic() + 2 * SLACK
+        while tiny.rows_written(tmp_path / "run") < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        del lives._store
+        assert lives.codes(SLACK) == [1, 1]
+        said = report(lives, 0) + report(lives, 1)
+    assert "the store is gone, and with it the launcher or the rank that held it" in said
+
+
+def test_rank_0_may_leave_first_with_the_store(corpus, tmp_path):
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": "29437", "FAULT": "late_to_leave"}
+    faults = f"{Path(__file__).parent}:{TESTS}"
+    command = tiny.command(corpus, tmp_path / "run", "train.steps=3", *EP, "plugins=[faults]")
+    with Lives([command] * 2, tmp_path, PYTHONPATH=faults, **environment) as lives:
+        assert lives.codes(2 * SLACK) == [0, 0], lives.output(1)
+
+
+def test_a_folder_in_use_ends_all_ranks_with_its_own_code(corpus, tmp_path):
+    lock = FolderLock(tmp_path / "run")
+    lock.acquire()
+    with live(corpus, tmp_path) as lives:
+        assert lives.codes(2 * SLACK) == [3, 3]
+        assert lives.output(0).startswith(f"moetrain: error: the run folder {tmp_path}/run is in use by process ")
+        assert (lives.output(0).count("\n"), lives.output(1)) == (1, "")
+    lock.release()
+    assert tiny.files(tmp_path / "run") == []
 
 
 def _out_of_step(rank: int, world: int) -> tuple[str, list[int]]:

@@ -28,7 +28,7 @@ def test_nobody_asked():
         assert flag.reason is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_asks_and_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     threads = threading.active_count()
@@ -57,15 +57,15 @@ def test_handlers_come_back_after_an_error_and_flags_can_follow_each_other():
 
 
 def test_other_signals_are_not_counted():
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         with StopFlag() as flag:
             for _ in range(3):
-                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), signal.SIGUSR2)
             time.sleep(0.05)
             assert not flag.requested()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_the_stop_file_asks_and_is_removed_when_obeyed(tmp_path):

@@ -48,7 +48,13 @@ def test_a_long_wait_that_is_known_ends_by_silence_alone():
     )
 
 
-def test_a_store_that_is_gone_ends_the_run():
+def test_a_store_that_refuses_connections_ends_the_run_in_seconds():
+    assert judge(replace(view(BUSY, unreachable=3.9), refused=3.9), TIMEOUT) is None
+    said = judge(replace(view(BUSY, unreachable=4.1), refused=4.1), TIMEOUT)
+    assert said == "the store is gone, and with it the launcher or the rank that held it"
+
+
+def test_a_store_that_does_not_answer_ends_the_run():
     assert judge(view(BUSY, unreachable=6.9), TIMEOUT) is None
     assert judge(view(BUSY, unreachable=7.5), TIMEOUT) == (
         "the store has not answered for 7.5 s (parallel.timeout=7)"
