@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 from moetrain.report.page import write_report
 from moetrain.report.runs import RunData, check_run_folder, read_runs
 from moetrain.report.tables import NOTHING, duration, latest, planned_steps, status, whole
+from moetrain.train.progress import printable
+
+_WIDTH = 200  # characters of a cell
 
 
 def report_command(argv: Sequence[str]) -> int:
@@ -29,7 +33,8 @@ def report_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     default = args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html")
-    print(write_report(args.runs, args.output or default))
+    written = write_report(args.runs, args.output or default)
+    print(printable(str(written), sys.stdout.encoding))
     return 0
 
 
@@ -40,8 +45,14 @@ def status_command(argv: Sequence[str]) -> int:
     for path in (runs := parser.parse_args(argv).runs):
         check_run_folder(path)
     head = ["run", "step", "loss", "val loss", "tokens/s", "last checkpoint", "state"]
-    print(_aligned([head, *(_status_row(run) for run in read_runs(runs))]))
+    rows = [[_one_line(cell) for cell in _status_row(run)] for run in read_runs(runs)]
+    print(_aligned([head, *rows]))
     return 0
+
+
+def _one_line(text: str) -> str:
+    """What a file supplied may hold control characters, and be long."""
+    return printable(" ".join(text.split())[:_WIDTH], sys.stdout.encoding)
 
 
 def last_checkpoint(run_dir: Path) -> str | None:

@@ -6,6 +6,7 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.train.progress import printable
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
 
@@ -62,7 +64,7 @@ def _write(folder: Path, runs: dict[str, list[Path]]) -> None:
 
     table = comparison_table(runs)
     write_atomic(folder / "comparison.md", table + "\n")
-    print(f"\n{table}\n")
+    print(printable(f"\n{table}\n", sys.stdout.encoding))
     try:
         print(f"figure: {comparison_figure(runs, folder / 'comparison.png')}")
     except UserError as error:

@@ -76,8 +76,8 @@ class JsonlFile:
         """Keep only rows whose ``step`` is at most ``step``, or without one; returns the last step kept.
 
         Lines that hold no row are moved to ``<name>.rejected.jsonl`` with a warning; an unfinished last one
-        is dropped. The file is cut or replaced whole. Raises UserError where the disk is full; it then stays as
-        it was.
+        is dropped. The file is cut or replaced whole; where the disk is full it stays as it was, and that is
+        a UserError.
         """
         if not self._write or not self.path.exists():
             return None

@@ -63,14 +63,6 @@ class SavedRng:
 
 
 @dataclass(frozen=True)
-class SavedIdentity:
-    """What the run computes, to be compared on resume."""
-
-    config: Hex
-    tokenizer: Hex
-
-
-@dataclass(frozen=True)
 class SavedState:
     """Keys that are not named here are left alone: a later version may write more."""
 
@@ -81,7 +73,7 @@ class SavedState:
     monitor: SavedMonitor
     meter: SavedMeter
     rng: SavedRng
-    identity: SavedIdentity | None = None
+    identity: dict[str, str] | None = None  # what the run computes, to be compared on resume
 
     @staticmethod
     def of(extra: Mapping[str, Any], where: str) -> SavedState:

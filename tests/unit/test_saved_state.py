@@ -52,8 +52,8 @@ PATHS = [path for path in _leaves(EXTRA) if path]
 def test_what_a_training_saves_fits():
     saved = SavedState.of(EXTRA, "here")
     assert (saved.step, saved.skipped, saved.loader.samples, saved.identity) == (8, (3,), 32, None)
-    newer = EXTRA | {"identity": {"config": "0f", "tokenizer": "aa"}, "unheard_of": [1]}
-    assert SavedState.of(newer, "here").identity.config == "0f"
+    newer = EXTRA | {"identity": {"router.name": "topk", "tokenizer": "aa"}, "unheard_of": [1]}
+    assert SavedState.of(newer, "here").identity["router.name"] == "topk"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
