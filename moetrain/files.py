@@ -71,22 +71,29 @@ def parse_yaml(data: bytes | str, where: str) -> object:
     Aliases are refused, since nine lines of them can mean a billion values; so is deep nesting.
     """
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
-                raise UserError(f"{where}: line {line} has an alias (*{event.anchor}): write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEPTH:
-                line = event.start_mark.line + 1
-                raise UserError(f"{where}: line {line} is nested deeper than {_DEPTH} levels")
-        return yaml.load(text, yaml.SafeLoader)
+        return yaml.load(bounded_yaml(data, where), yaml.SafeLoader)
     except UserError:
         raise
     except Exception as error:  # PyYAML's constructors raise what int(), datetime() and re happen to raise
         raise UserError(f"{where} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def bounded_yaml(data: bytes | str, where: str) -> str:
+    """The text of YAML whose values cannot be many more than its bytes. Raises UserError where they can.
+
+    What is no YAML raises PyYAML's own error, or UnicodeDecodeError.
+    """
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{where}: line {line} has an alias (*{event.anchor}): write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEPTH:
+            raise UserError(f"{where}: line {line} is nested deeper than {_DEPTH} levels")
+    return text
 
 
 def _adapter(schema: type[T]) -> TypeAdapter[T]:

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from moetrain.errors import UserError
 
@@ -64,7 +64,7 @@ def show(text: str = "", end: str = "\n") -> None:
         stream.flush()
 
 
-def tell(text: str, stream: IO[str] | None = None) -> None:
+def tell(text: str, stream: TextIO | None = None) -> None:
     """Print a line, to standard output without ``stream``; one that takes no more is given no more."""
     stream = stream or sys.stdout
     try:
@@ -129,7 +129,7 @@ def finish(code: int) -> int:
 
 
 @contextlib.contextmanager
-def _writing(stream: IO[str]) -> Iterator[IO[str]]:
+def _writing(stream: TextIO) -> Iterator[TextIO]:
     try:
         yield stream
     except BrokenPipeError:
@@ -143,7 +143,7 @@ def _no_output(error: Exception) -> str:
     return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
 
 
-def _silence(stream: IO[str]) -> None:
+def _silence(stream: TextIO) -> None:
     """Point the stream's descriptor at nothing, so that what is buffered raises no second error at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nothing = os.open(os.devnull, os.O_WRONLY)

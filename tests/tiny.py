@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 
 from moetrain.cli import main
-from moetrain.train.checkpoint_format import decode_metadata
+from moetrain.train.checkpoint_format import (
+    FileRecord,
+    Manifest,
+    decode_metadata,
+    encode_manifest,
+    hash_file,
+    read_manifest,
+)
 from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.run_dir import read_metrics
+from moetrain.train.jsonl import read_metrics
 
 BATCH = 4  # sequences of one optimizer step, in micro-batches of MICRO
 MICRO = 2
@@ -108,6 +115,16 @@ def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     extra = load_checkpoint(path, tensors)
     del extra["meter"], extra["identity"]
     return tensors, extra
+
+
+def sign(path: Path) -> None:
+    """Make the manifest of a checkpoint fit what its files hold now, as whoever changed them could."""
+    manifest = read_manifest(path)
+    records = [
+        FileRecord(file.name, (path / file.name).stat().st_size, hash_file(path / file.name))
+        for file in manifest.files
+    ]
+    (path / "manifest.json").write_bytes(encode_manifest(Manifest(manifest.step, tuple(records))))
 
 
 def assert_same_state(one: Path, other: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import re
 from enum import Enum
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
@@ -26,10 +27,12 @@ from moetrain.config.overrides import normalize, plugins_in, refuse_empty
 from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.config.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
 from moetrain.errors import UserError
+from moetrain.files import MB, bounded_yaml, read_bytes
 
 T = TypeVar("T")
 
 HYDRA_VERSION_BASE = "1.3"
+_DOLLAR = re.compile(r"(\\*)\$\{")
 
 
 def compose_train(
@@ -74,19 +77,46 @@ def to_yaml(cfg: TrainConfig | GenerateConfig) -> str:
 def load_yaml(path: str | Path) -> TrainConfig:
     """Read a ``config.yaml``. UserError where the file is no YAML, or does not fit the schema.
 
-    Never imports anything: a router from a plugin must have been imported before.
+    Never imports anything: a router from a plugin must have been imported before. Never resolves anything
+    either: ``to_yaml`` writes values, and an interpolation could read the environment of whoever opens it.
     """
-    try:
-        node = OmegaConf.load(path)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (YAMLError, UnicodeDecodeError) as e:
-        raise explain(e, [], lambda _: OmegaConf.create(), where=str(path)) from e
+    where = str(path)
+    node = _plain_node(read_bytes(Path(path), MB), where)
     if not isinstance(node, DictConfig):
-        raise UserError(f"{path}: not a config: it holds no keys")
-    cfg = _finish(TrainConfig, _fit(TrainConfig, node, str(path)), f"{path}: ")
+        raise UserError(f"{where}: not a config: it holds no keys")
+    _refuse_interpolations(OmegaConf.to_container(node, resolve=False), where)
+    try:
+        cfg = _finish(TrainConfig, _fit(TrainConfig, node, where), f"{where}: ")
+    except COMPOSE_ERRORS as e:
+        raise explain(e, [], lambda _: OmegaConf.create(), where=where) from e
     assert isinstance(cfg, TrainConfig)
     return cfg
+
+
+def _plain_node(data: bytes, where: str) -> object:
+    """What OmegaConf makes of YAML, which reads some plain words otherwise than PyYAML does."""
+    try:
+        return OmegaConf.load(io.StringIO(bounded_yaml(data, where)))
+    except UserError:
+        raise
+    except MarkedYAMLError as e:
+        line = f"line {e.problem_mark.line + 1} is " if e.problem_mark is not None else ""
+        raise UserError(f"{where}: {line}not YAML: {e.problem or e.context}") from e
+    except Exception as e:  # of constructors, and of OmegaConf for keys and values that it does not know
+        raise UserError(f"{where}: not YAML: {' '.join(str(e).split())[:200]}") from e
+
+
+def _refuse_interpolations(value: object, where: str, key: str = "") -> None:
+    """``\\${`` is text, as ``to_yaml`` writes it: an odd number of backslashes before the brace."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _refuse_interpolations(child, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            _refuse_interpolations(child, where, f"{key}.{number}")
+    elif isinstance(value, str) and any(len(m[1]) % 2 == 0 for m in _DOLLAR.finditer(value)):
+        short = value if len(value) <= 60 else f"{value[:57]}..."
+        raise UserError(f"{where}: {key} is an interpolation ({short}): a saved config holds values only")
 
 
 def config_hash(cfg: TrainConfig) -> str:
@@ -217,5 +247,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, str) and "${" in value:
-        return re.sub(r"(\\*)\$\{", lambda m: m.group(1) * 2 + r"\${", value)
+        return _DOLLAR.sub(lambda m: m.group(1) * 2 + r"\${", value)
     return value

@@ -100,9 +100,9 @@ def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
             "Hugging Face folder (a GGUF file: moetrain convert it first)"
         )
     if (path / CONFIG).is_file():
-        from moetrain.config.compose import load_yaml
+        from moetrain.train.run_config import run_config
 
-        cfg = load_yaml(path / CONFIG)
+        cfg = run_config(path)
         model = cfg.model
         if model.vocab_size is None:
             from moetrain.data import load_tokenizer

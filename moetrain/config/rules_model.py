@@ -284,4 +284,15 @@ RULES = (
     balance_scopes,
     balance_options_are_used,
 )
+STORED_RULES = (  # of a model that was made before, whatever it was made for
+    sizes,
+    heads_divide_width,
+    head_dim_is_even,
+    kv_heads_divide_heads,
+    first_dense_fits,
+    router_numbers,
+    top_k_fits,
+    expert_groups_fit,
+    router_accepts_its_options,
+)
 WARNINGS = (router_is_causal, repair_looks_ahead)

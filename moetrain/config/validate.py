@@ -49,6 +49,15 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
         rule(cfg, 1)
 
 
+def validate_stored(cfg: TrainConfig, where: str) -> None:
+    """Check what a stored config says of its model and its text; ``where`` names the file."""
+    try:
+        for rule in (*rules_model.STORED_RULES, *rules_rope.RULES, rules_data.data_sizes):
+            rule(cfg, 1)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
     numbers_fit(cfg)

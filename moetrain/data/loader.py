@@ -7,7 +7,7 @@ r-th contiguous share of them and cuts it into micro-batches. The state is one n
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,14 @@ class TrainLoader:
         """Where the next step begins, and what the order was made from. The same on every rank."""
         return {"samples": self._samples, "seed": self._order.seed, "fingerprint": self._fingerprint()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the state belongs to other data or to another seed."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``. Raises UserError when it belongs to other data or to another seed."""
+        self.check_state_dict(state)
+        self._fetch = None
+        self._samples = int(state["samples"])
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises as :meth:`load_state_dict` does, and changes nothing."""
         if state["seed"] != self._order.seed:
             raise UserError(
                 f"resume: the checkpoint was trained with train.seed={state['seed']}, this run has "
@@ -93,8 +99,6 @@ class TrainLoader:
                 f"{self._fingerprint()[:12]}): restore the text, the tokenizer, data.seq_len and the parts' "
                 "weights, or use resume=none"
             )
-        self._fetch = None
-        self._samples = int(state["samples"])
 
     def _fingerprint(self) -> str:
         return digest_of(self._split.fingerprint, self._order.description)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from moetrain.config.compose import load_yaml
-from moetrain.config.init_from import CONFIG
 from moetrain.config.schema import Precision
 from moetrain.config.schema_data import DataConfig
 from moetrain.config.schema_eval import EvalConfig
@@ -24,6 +22,7 @@ from moetrain.terminal import console, tell
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import EvalSums
 from moetrain.train.run import resolve_device
+from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import write_atomic
 from moetrain.train.task import NextToken
 
@@ -60,7 +59,7 @@ def eval_app(cfg: EvalConfig) -> int:
 def _data_of(stored: StoredModel, seq_len: int | None) -> DataConfig:
     """How documents become sequences: as in training, but windows of ``seq_len`` where that is set."""
     if stored.run_dir is not None:
-        data = load_yaml(stored.run_dir / CONFIG).data
+        data = run_config(stored.run_dir).data
         return data if seq_len is None else replace(data, seq_len=seq_len)
     if seq_len is None:
         raise UserError(f"{stored.path} is no run and tells no length of windows: give data.seq_len=...")

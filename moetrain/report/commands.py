@@ -12,7 +12,9 @@ from pathlib import Path
 from moetrain.report.page import write_report
 from moetrain.report.runs import RunData, check_run_folder, read_runs
 from moetrain.report.tables import NOTHING, duration, latest, planned_steps, status, whole
-from moetrain.terminal import show
+from moetrain.terminal import one_line, show
+
+_WIDTH = 200  # characters of a cell
 
 
 def report_command(argv: Sequence[str]) -> int:
@@ -41,7 +43,8 @@ def status_command(argv: Sequence[str]) -> int:
     for path in (runs := parser.parse_args(argv).runs):
         check_run_folder(path)
     head = ["run", "step", "loss", "val loss", "tokens/s", "last checkpoint", "state"]
-    show(_aligned([head, *(_status_row(run) for run in read_runs(runs))]))
+    rows = [[one_line(cell[:_WIDTH]) for cell in _status_row(run)] for run in read_runs(runs)]
+    show(_aligned([head, *rows]))
     return 0
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.errors import UserError
+from moetrain.report.columns import Array
 from moetrain.report.dots import dots_figure
 from moetrain.report.figures import KEY, ROUTING, late_mean, step_time
 from moetrain.report.plotting import MISSING, has_matplotlib, label, new_figure, run_style, say_empty, style
-from moetrain.report.runs import Array, RunData, read_run
+from moetrain.report.runs import RunData, read_run
 from moetrain.report.tables import NOTHING, fact, speed
 
 MAX_LINES = 7

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.report.columns import Array
 from moetrain.report.plotting import (
     COLOURS,
     GUIDE,
@@ -27,7 +28,7 @@ from moetrain.report.plotting import (
     thin,
     trace,
 )
-from moetrain.report.runs import Array, RunData
+from moetrain.report.runs import RunData
 
 Curves = dict[int, tuple[Array, Array]]  # layer -> steps and values
 SMOOTHED = "Pale: every step. Strong: running mean over a fortieth of the run."

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.report.columns import Array, Loads
 from moetrain.report.plotting import Plot, image, new_figure, spread
-from moetrain.report.runs import Array, Loads
 
 MAX_LAYERS = 12  # small maps
 MAX_EXPERTS = 64  # rows of a small map

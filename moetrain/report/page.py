@@ -104,7 +104,7 @@ def render(runs: Sequence[RunData]) -> str:
 
 def _plots(runs: Sequence[RunData]) -> Iterator[str]:
     yield "<h2>Training</h2>"
-    if not any(run.rows or run.loads for run in runs):
+    if not any(run.columns or run.loads for run in runs):
         yield '<p class="muted">Nothing to plot yet.</p>'
         return
     if not has_matplotlib():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moetrain.report.runs import Array
+from moetrain.report.columns import Array
 
 T = TypeVar("T")
 

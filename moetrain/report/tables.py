@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moetrain.report.runs import RunData, number
+from moetrain.report.columns import number
+from moetrain.report.runs import RunData
 
 Table = list[list[str]]  # the first row is the head, the first column names the rows
 NOTHING = "-"

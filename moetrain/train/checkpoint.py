@@ -37,6 +37,7 @@ from moetrain.train.checkpoint_io import (
     save_planner,
 )
 from moetrain.train.checkpoint_read import (
+    Check,
     fill,
     find_checkpoint,
     newest_valid,
@@ -180,18 +181,24 @@ class Checkpointer:
             )
         return newest
 
-    def load(self, path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    def load(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        prefix: str = "",
+        check: Check = lambda extra: None,
+    ) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint at ``path``, whatever layout saved it; returns extra.
 
         Names must match exactly, in both directions, among those that start with ``prefix``. Raises one
-        UserError naming the damaged file, or up to ten missing, unknown or differently shaped tensors;
-        nothing has been changed then.
+        UserError naming the damaged file, or up to ten missing, unknown or differently shaped tensors, or the
+        one that ``check`` raises over extra; nothing has been changed then.
         """
         self.wait()
         path = Path(path)
         if path not in self._intact:
             require_intact(path, self._peers)
-        return fill(path, tensors, prefix, self._peers)
+        return fill(path, tensors, prefix, self._peers, check=check)
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Move the checkpoints newer than ``step`` to ``dir/abandoned``; returns where they are now.

@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,9 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moetrain.errors import UserError
+from moetrain.files import read_bytes
+from moetrain.train.checkpoint_blocks import BlockError, tiles
+
 FORMAT = "moetrain-checkpoint"
 VERSION = 1
 METADATA, EXTRA, MANIFEST = "metadata.json", "extra.json", "manifest.json"
+FOLDER_NAME = re.compile(r"step_(\d{8,})")
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -38,10 +45,11 @@ _DTYPES = {
         *(torch.bool, torch.complex64, torch.complex128),
     )
 }
-STEP_NAME = re.compile(r"step_(\d{8,})")  # a checkpoint's folder in a run
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
+_LIMIT = 1 << 28  # bytes of one JSON file: a million blocks
+_DIMENSIONS = 16
 
 
 class FormatError(ValueError):
@@ -98,7 +106,7 @@ def _encode_chunk(
     }
 
 
-def decode_metadata(text: str) -> Metadata:
+def decode_metadata(text: str | bytes) -> Metadata:
     """The inverse of :func:`encode_metadata`, strict: every key, type, bound and dtype name is checked."""
     document = _object(_parse(text), {"format", "version", "tensors"}, "metadata")
     _check_version(document)
@@ -121,10 +129,17 @@ def decode_metadata(text: str) -> Metadata:
                 _refuse(f"{name} has two blocks at {list(chunk.offsets)}")
             storage[index] = info
             chunks.append(chunk)
-        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-            _refuse(f"the blocks of {name} do not fill its shape {list(shape)}")
+        if not _tiles(name, shape, chunks):
+            _refuse(f"the blocks of {name} do not fill its shape {list(shape)}, each element once")
         entries[name] = TensorStorageMetadata(TensorProperties(dtype=_DTYPES[dtype]), shape, chunks)
     return Metadata(state_dict_metadata=entries, storage_data=storage)
+
+
+def _tiles(name: str, shape: torch.Size, chunks: list[ChunkStorageMetadata]) -> bool:
+    try:
+        return tiles(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    except BlockError as error:
+        _refuse(f"{name}: {error}")
 
 
 def _decode_chunk(name: str, value: Any, shape: torch.Size) -> tuple[ChunkStorageMetadata, _StorageInfo]:
@@ -136,6 +151,15 @@ def _decode_chunk(name: str, value: Any, shape: torch.Size) -> tuple[ChunkStorag
         _refuse(f"a block of {name} at {list(offsets)} reaches beyond its shape {list(shape)}")
     info = _StorageInfo(_file_name(item["file"]), _size(item["position"], name), _size(item["length"], name))
     return ChunkStorageMetadata(offsets, sizes), info
+
+
+def stored_blocks(metadata: Metadata) -> Iterator[tuple[str, int, _StorageInfo]]:
+    """Of each block: its tensor, how many bytes its values take, and where they are stored."""
+    entries: dict[str, Any] = dict(metadata.state_dict_metadata)
+    for name, entry in entries.items():
+        for chunk in entry.chunks:
+            nbytes = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            yield name, nbytes, metadata.storage_data[MetadataIndex(name, chunk.offsets)]
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -169,13 +193,22 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises FormatError for a missing or damaged manifest."""
-    try:
-        return decode_manifest((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+    """Raises FormatError where it is missing, damaged, or of another step than the folder's name says."""
+    if not (folder / MANIFEST).exists():
         _refuse("missing, so the checkpoint is incomplete")
-    except OSError as error:
-        _refuse(f"cannot be read ({error.strerror})")
+    manifest = decode_manifest(read_file(folder, MANIFEST))
+    named = FOLDER_NAME.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        _refuse(f"written for step {manifest.step}, so the folder was renamed")
+    return manifest
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """The bytes of a checkpoint's JSON file. Raises FormatError where it is huge or cannot be read."""
+    try:
+        return read_bytes(folder / name, _LIMIT)
+    except UserError as error:
+        _refuse(str(error))
 
 
 def verify(folder: Path, rank: int = 0, world: int = 1, hashes: bool = True) -> list[str]:
@@ -187,8 +220,6 @@ def verify(folder: Path, rank: int = 0, world: int = 1, hashes: bool = True) -> 
         manifest = read_manifest(folder)
     except FormatError as error:
         return [f"{MANIFEST}: {error}"]
-    if (named := STEP_NAME.fullmatch(folder.name)) and int(named[1]) != manifest.step:
-        return [f"{MANIFEST}: written for step {manifest.step}, so the folder was renamed"]
     names = {record.name for record in manifest.files}
     problems = [f"{MANIFEST}: does not list {name}" for name in (METADATA, EXTRA) if name not in names]
     by_size = sorted(manifest.files, key=lambda record: (-record.size, record.name))
@@ -201,8 +232,10 @@ def verify(folder: Path, rank: int = 0, world: int = 1, hashes: bool = True) -> 
 
 def _check_file(path: Path, record: FileRecord, hashes: bool) -> str | None:
     try:
-        size = path.stat().st_size
-        if size != record.size:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe may never end
+            return "not a regular file"
+        if (size := found.st_size) != record.size:
             return f"{size} bytes, not the {record.size} that were written"
         if hashes and record.sha256 is not None and hash_file(path) != record.sha256:
             return "its SHA-256 differs from the one recorded when it was written"
@@ -247,14 +280,16 @@ def _object(value: Any, keys: set[str], where: str) -> dict[str, Any]:
 
 
 def _size(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        _refuse(f"{where}: {value!r} is not a size")
+    if type(value) is not int or not 0 <= value < 2**62:
+        _refuse(f"{where}: {value!r:.40} is not a size")
     return value
 
 
 def _sizes(value: Any, where: str) -> torch.Size:
     if not isinstance(value, list):
         _refuse(f"{where}: {value!r} is not a shape")
+    if len(value) > _DIMENSIONS or math.prod(max(1, _size(item, where)) for item in value) >= 2**62:
+        _refuse(f"{where}: {value!r:.80} is larger than any tensor")
     return torch.Size([_size(item, where) for item in value])
 
 

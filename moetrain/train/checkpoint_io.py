@@ -22,15 +22,17 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from moetrain.errors import UserError
+from moetrain.train.checkpoint_blocks import BlockError, Slice, check_block
 from moetrain.train.checkpoint_format import (
     EXTRA,
     MANIFEST,
@@ -201,14 +203,42 @@ class JsonWriter(FileSystemWriter):
 
 
 class JsonReader(FileSystemReader):
-    """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``."""
+    """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``.
+
+    Each block that a plan asks for is looked at before the first is read, see :func:`check_block`.
+    """
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
         self._metadata = metadata
+        entries: dict[str, Any] = dict(metadata.state_dict_metadata)
+        self._blocks: dict[MetadataIndex, tuple[torch.dtype, torch.Size]] = {
+            MetadataIndex(name, chunk.offsets): (entry.properties.dtype, chunk.sizes)
+            for name, entry in entries.items()
+            for chunk in entry.chunks
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted = {item.storage_index for item in plan.items}
+        by_file: dict[str, list[MetadataIndex]] = {}
+        for index in wanted:
+            by_file.setdefault(self.storage_data[index].relative_path, []).append(index)
+        for name, indices in by_file.items():
+            with (Path(self.path) / name).open("rb") as file:
+                for index in indices:
+                    self._check(file, index)
+        return super().read_data(plan, planner)
+
+    def _check(self, file: BinaryIO, index: MetadataIndex) -> None:
+        (dtype, sizes), place = self._blocks[index], self.storage_data[index]
+        try:
+            check_block(Slice(file, place.offset, place.length), dtype, sizes)
+        except BlockError as error:
+            where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
+            raise BlockError(f"{where}: {error}") from None
 
 
 class TensorLoadPlanner(DefaultLoadPlanner):

@@ -6,13 +6,13 @@ same or raise the same.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -20,14 +20,19 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 
 from moetrain.errors import UserError
+from moetrain.files import MB, read_json
 from moetrain.parallel.lost import raising_peer_lost
+from moetrain.train.checkpoint_blocks import BlockError, check_places
 from moetrain.train.checkpoint_format import (
     EXTRA,
+    FOLDER_NAME,
     METADATA,
-    STEP_NAME,
     FormatError,
     decode_metadata,
     dtype_name,
+    read_file,
+    read_manifest,
+    stored_blocks,
     verify,
 )
 from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line, raise_interrupt
@@ -35,6 +40,8 @@ from moetrain.train.peers import Peers
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder
 _LISTED = 10  # names in one message
+_EXTRA_LIMIT = 64 * MB
+Check = Callable[[dict[str, Any]], object]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +59,7 @@ def steps_in(folder: Path) -> list[int]:
         return []
     except OSError as error:
         raise UserError(f"the checkpoint folder {folder} cannot be read: {error.strerror}") from error
-    return sorted(int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name)))
+    return sorted(int(match[1]) for name in names if (match := FOLDER_NAME.fullmatch(name)))
 
 
 def problems_of(path: Path, peers: Peers) -> list[str]:
@@ -119,25 +126,35 @@ def load_checkpoint(
 
 def read_extra(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
-    try:
-        extra: dict[str, Any] = json.loads((path / EXTRA).read_text())
-        return extra
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / EXTRA} cannot be read: {error}") from error
+    extra: dict[str, Any] = read_json(path / EXTRA, dict[str, JsonValue], _EXTRA_LIMIT)
+    return extra
 
 
 def fill(
-    path: Path, tensors: Mapping[str, Tensor], prefix: str, peers: Peers, cast: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    peers: Peers,
+    cast: bool = False,
+    check: Check = lambda extra: None,
 ) -> dict[str, Any]:
     """Fill ``tensors`` in place from the intact checkpoint ``path``; returns its extra.
 
     Only names that start with ``prefix`` count, and among them the two sides must agree in names, global
     shapes and, without ``cast``, dtypes; else one UserError lists what differs and nothing has been changed.
+    So it is where ``check``, which is shown the extra first, raises UserError.
     """
+
+    def checked() -> dict[str, Any]:
+        extra = read_extra(path)
+        check(extra)
+        return extra
+
     metadata, complaint = read_metadata(path)
     peers.raise_together(complaint)
+    extra = peers.together(checked)
     fill_from(JsonReader(path, metadata), metadata, f"checkpoint {path}", tensors, prefix, peers, cast)
-    return read_extra(path)
+    return extra
 
 
 def fill_from(
@@ -167,9 +184,12 @@ def fill_from(
 
 
 def read_metadata(path: Path) -> tuple[Metadata, str | None]:
+    """A checkpoint's metadata, each block inside the files that the manifest lists; else a complaint."""
     try:
-        return decode_metadata((path / METADATA).read_text()), None
-    except (OSError, FormatError, UnicodeDecodeError) as error:
+        metadata = decode_metadata(read_file(path, METADATA))
+        check_places(stored_blocks(metadata), {file.name: file.size for file in read_manifest(path).files})
+        return metadata, None
+    except (FormatError, BlockError) as error:
         return Metadata({}), f"checkpoint {path} cannot be read: {METADATA}: {error}"
 
 

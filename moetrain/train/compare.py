@@ -6,19 +6,27 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 from __future__ import annotations
 
 import contextlib
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from moetrain.config.resume import check_start, keys_of
 from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
+from moetrain.files import MB, read_json
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_dir import write_atomic
 from moetrain.train.run_lock import owning
+
+
+@dataclass(frozen=True)
+class _Summary:
+    steps: Annotated[int, Field(ge=0)]
 
 
 def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
@@ -80,6 +88,7 @@ def _one(arm: TrainConfig, seed: int, run_dir: Path) -> TrainConfig:
 def _is_done(run_dir: Path, steps: int) -> bool:
     """Whether the run's summary says so: the answer of rank 0, which writes it, on every rank."""
     done = False
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        done = int(json.loads((run_dir / "summary.json").read_text())["steps"]) >= steps
+    if is_main() and (run_dir / "summary.json").exists():
+        with contextlib.suppress(UserError):  # a damaged one: the run finds out what is left to do
+            done = read_json(run_dir / "summary.json", _Summary, MB).steps >= steps
     return bool(broadcast_object(done))

@@ -11,10 +11,11 @@ from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.parallel.journal import at, patiently
 from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.jsonl import last_row
 from moetrain.train.metrics import load_every, step_row
 from moetrain.train.optim import set_lr
 from moetrain.train.progress import Progress
-from moetrain.train.run_dir import RunDir, read_metrics
+from moetrain.train.run_dir import RunDir
 from moetrain.train.schedule import lr_factor
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepResult, TrainStep
@@ -78,8 +79,8 @@ class Loop:
     def _catch_up(self) -> None:
         """A run that was asked to stop when an evaluation was due saved without it; a finished one has it."""
         state, metrics = self.state, self.around.run_dir.metrics.path
-        rows = read_metrics(metrics) if is_main() and metrics.exists() else []
-        there = any(row.get("step") == state.step and "val/loss" in row for row in rows)
+        last = last_row(metrics, "val/loss") if is_main() else None
+        there = last is not None and last.get("step") == state.step
         if broadcast_object(there):
             self._evaluated = state.step
         elif state.step and self._evaluation_is_due():

@@ -45,13 +45,14 @@ from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.identity import identity_of
 from moetrain.train.initial import carry_over, load_initial
+from moetrain.train.jsonl import last_row
 from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.monitor import ThroughputMeter
 from moetrain.train.peers import from_rank_0
 from moetrain.train.progress import build_progress
 from moetrain.train.resume import check_resume
-from moetrain.train.run_dir import RunDir, new_folder, read_metrics, write_atomic
+from moetrain.train.run_dir import RunDir, new_folder, write_atomic
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.state import TrainState
@@ -271,11 +272,11 @@ def _close(
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
     if not is_main():
         return
-    last = [row for row in read_metrics(run_dir.path) if "val/loss" in row][-1]
-    figures = {key: last[key] for key in ("val/loss", "val/perplexity", "val/bits_per_byte")}
+    last = last_row(run_dir.metrics.path, "val/loss") or {}
+    figures = {key: last.get(key) for key in ("val/loss", "val/perplexity", "val/bits_per_byte")}
     _write_summary(run_dir, built, seconds, {"finished": True, **figures})
     report = write_report([run_dir.path], run_dir.report_file)
-    loss, bits = (math.nan if last[k] is None else last[k] for k in ("val/loss", "val/bits_per_byte"))
+    loss, bits = (math.nan if figures[k] is None else figures[k] for k in ("val/loss", "val/bits_per_byte"))
     tell(f"\nsample:\n{text}\n")
     tell(f"validation: loss {loss:.4f}, {bits:.4f} bits per byte")
     tell(f"report: {report}")

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from pydantic import JsonValue
 
 import moetrain
 from moetrain.errors import UserError
+from moetrain.files import MB, read_json
 from moetrain.terminal import as_text
+from moetrain.train.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
 
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
 _GIT_SECONDS = 10
+
+log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -61,18 +66,30 @@ class RunDir:
         if self._rank != 0:
             return
         now = environment(seed, world_size, sys.argv if argv is None else argv)
-        try:
-            before = json.loads(self.environment_file.read_text())
-            earlier = before.pop("earlier", [])
-            now["earlier"] = [*earlier, before][-_EARLIER:]
-        except (OSError, ValueError, AttributeError, TypeError):
-            now["earlier"] = []
+        now["earlier"] = self._earlier()[-_EARLIER:]
         write_atomic(self.environment_file, json.dumps(now, indent=1) + "\n")
+
+    def _earlier(self) -> list[JsonValue]:
+        """What environment.json says of earlier starts; a damaged one is begun anew."""
+        if not self.environment_file.exists():
+            return []
+        try:
+            before = read_json(self.environment_file, dict[str, JsonValue], MB)
+            earlier = before.pop("earlier", [])
+            if isinstance(earlier, list):
+                return [*earlier, before]
+            log.warning("%s: earlier is no list: it is begun anew", self.environment_file)
+        except UserError as error:
+            log.warning("%s: it is begun anew", error)
+        return []
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps: the run goes on after ``step`` steps."""
-        self.metrics.truncate_after(step)
+        there = self.metrics.path.exists()
+        last = self.metrics.truncate_after(step) or 0
         self.load.truncate_after(step)
+        if self._rank == 0 and there and last < step:
+            log.warning("%s has no rows of steps %d to %d", self.metrics.path, last + 1, step)
 
     def close(self) -> None:
         self.metrics.close()
@@ -102,111 +119,6 @@ def cannot_be_used(path: Path, error: OSError) -> UserError:
     return UserError(
         f"the run folder {path} cannot be used: {error.strerror} ({blocked}); choose another run.dir"
     )
-
-
-class JsonlFile:
-    """Rows of JSON, one a line, each on disk (in the system's hands) when :meth:`append` returns.
-
-    ``write=False`` makes every method do nothing. The first row appended to an existing file first mends a
-    last line that a killed process left unfinished.
-    """
-
-    def __init__(self, path: Path, write: bool = True) -> None:
-        self.path = path
-        self._write = write
-        self._file: BinaryIO | None = None
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row. A float that is not finite becomes null: JSON has no other word for it.
-
-        Raises UserError when the disk is full or the file cannot be written; no part of the row stays then.
-        """
-        if not self._write:
-            return
-        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
-        try:
-            if self._file is None:
-                _mend(self.path)
-                self._file = self.path.open("ab", buffering=0)
-            start = self._file.seek(0, os.SEEK_END)
-            try:
-                done = 0
-                while done < len(line):
-                    done += self._file.write(line[done:])
-            except OSError:
-                self._file.truncate(start)
-                raise
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
-
-    def truncate_after(self, step: int) -> None:
-        """Keep only rows whose ``step`` is at most ``step``, or without one. Replaces the file whole."""
-        if not self._write or not self.path.exists():
-            return
-        self.close()
-        kept = [line for line, row in _rows(self.path) if row.get("step", 0) <= step]
-        write_atomic(self.path, "".join(f"{line}\n" for line in kept))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file (or of ``metrics.jsonl`` in a run folder), in order.
-
-    An unfinished last line is left out. Raises UserError if there is no such file or another line is damaged.
-    """
-    path = Path(path)
-    path = path / "metrics.jsonl" if path.is_dir() else path
-    return [row for _, row in _rows(path)]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line without its end, and the row it holds; an unfinished last line is left out."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise UserError(f"{path} line {number} is damaged ({error}): remove that line") from error
-        yield line.decode(), row
-
-
-def _mend(path: Path) -> None:
-    """End an unfinished last line, or cut it off when it is not a whole row."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        data = file.read()
-        if not data or data.endswith(b"\n"):
-            return
-        start = data.rfind(b"\n") + 1
-        try:
-            json.loads(data[start:])
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(start)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return _finite(value.item()) if hasattr(value, "item") else value
 
 
 def write_atomic(path: Path, text: str) -> None:

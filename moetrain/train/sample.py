@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from moetrain.config.compose import load_yaml
 from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import GenerateConfig, LoopConfig, Precision
 from moetrain.data import Tokenizer, load_tokenizer
@@ -19,6 +18,7 @@ from moetrain.parallel.distributed import is_main
 from moetrain.terminal import as_text, show
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.identity import require_same_files
+from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
@@ -78,7 +78,7 @@ def generate_app(cfg: GenerateConfig) -> int:
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
     run_dir = run_of(checkpoint)
     require_same_files(checkpoint)
-    trained = load_yaml(run_dir / "config.yaml")
+    trained = run_config(run_dir)
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from moetrain.data import TrainLoader
+from moetrain.errors import UserError
 from moetrain.moe.balance import Controller
 from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.checkpoint_format import EXTRA, read_manifest
 from moetrain.train.identity import IDENTITY
 from moetrain.train.monitor import LossMonitor, ThroughputMeter
+from moetrain.train.saved_state import SavedState
 from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.train.task import NextToken
 
@@ -67,15 +71,24 @@ class TrainState:
         return checkpointer.save(self.step, self.tensors(), extra)
 
     def load(self, checkpointer: Checkpointer, path: Path) -> None:
-        """Become the state that the checkpoint at ``path`` holds."""
-        extra = checkpointer.load(path, self.tensors())
-        self.step, self.tokens = int(extra["step"]), int(extra["tokens"])
-        self.skipped = tuple(extra["skipped"])
+        """Become the state that the checkpoint at ``path`` holds.
+
+        Raises UserError before anything is changed where it is damaged, odd, or of another run.
+        """
+        extra = checkpointer.load(path, self.tensors(), check=partial(self._check, path))
+        saved = SavedState.of(extra, str(path / EXTRA))
+        self.step, self.tokens, self.skipped = saved.step, saved.tokens, saved.skipped
         self.loader.load_state_dict(extra["loader"])
         self.monitor.load_state_dict(extra["monitor"])
         self.meter.load_state_dict(extra["meter"])
         self.rng = extra["rng"]
         set_rng_state(self.rng)
+
+    def _check(self, path: Path, extra: Mapping[str, Any]) -> None:
+        saved = SavedState.of(extra, str(path / EXTRA))
+        if saved.step != (written := read_manifest(path).step):
+            raise UserError(f"{path / EXTRA} is of step {saved.step}, its manifest of step {written}")
+        self.loader.check_state_dict(extra["loader"])
 
     def start(self, seed: int) -> None:
         """Just before the first step: the random state of the checkpoint, or a seeded one.

@@ -104,7 +104,7 @@ def test_an_empty_run_folder_is_read_with_notes(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{ not: [closed")
     (tmp_path / "summary.json").write_text("[]")
     run = read_run(tmp_path)
-    assert run.rows == []
+    assert not run.columns
     assert run.loads is None
     assert run.config() == {}
     assert "metrics.jsonl is missing" in run.notes

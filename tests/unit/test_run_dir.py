@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import moetrain
 from moetrain.errors import UserError
-from moetrain.train.run_dir import JsonlFile, RunDir, cpu_model, git_state, read_metrics, write_atomic
+from moetrain.train.jsonl import JsonlFile, read_metrics
+from moetrain.train.run_dir import RunDir, cpu_model, git_state, write_atomic
 
 
 def test_folders_and_files(tmp_path):

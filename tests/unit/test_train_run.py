@@ -15,9 +15,9 @@ from moetrain.cli import main
 from moetrain.config.compose import compose_train
 from moetrain.data import prepare
 from moetrain.moe.routers.topk import TopKRouter
+from moetrain.train.jsonl import read_metrics
 from moetrain.train.metrics import key_pattern
 from moetrain.train.run import train
-from moetrain.train.run_dir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("training")
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "metrics.md"
