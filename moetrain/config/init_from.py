@@ -47,8 +47,8 @@ def source_overrides(root: type, overrides: list[str]) -> list[str]:
 
 def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
     """What the model in a run folder, a converted one or a Hugging Face folder is; ``key`` named it."""
-    from moetrain.models.hf import Fields, ModelSpec, family_of
-    from moetrain.models.hf.source import read_json
+    from moetrain.models.hf import ModelSpec
+    from moetrain.models.hf.source import read_folder_spec
 
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -70,9 +70,7 @@ def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
         raise UserError(
             f"{key}={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
         )
-    where = f"{path}: config.json"
-    config = read_json(path / "config.json")
-    return family_of(config, where).read(Fields(config, where))
+    return read_folder_spec(path)
 
 
 def spec_overrides(spec: ModelSpec) -> list[str]:

@@ -18,7 +18,7 @@ from moetrain.errors import UserError
 from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
-from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
+from moetrain.models.hf.source import Rows, SafetensorsFolder, Source, open_source
 from moetrain.train.checkpoint_stream import large_then_small
 
 
@@ -26,8 +26,9 @@ def convert(cfg: ConvertConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
     path = Path(cfg.source).expanduser()
     source = _open(path)
-    hashing = _HashingSource(source)
-    opened = open_source(hashing)
+    opened = open_source(source)
+    hashing = _HashingSource(opened.source)
+    opened = replace(opened, source=hashing)
     tokenizer = _tokenizer(cfg.tokenizer, source)
     family, spec = opened.family.model_type, opened.spec
     write_model_folder(
@@ -84,7 +85,7 @@ class _HashingSource:
         self.path, self.config, self.tensors = source.path, source.config, source.tensors
         self.hashes: dict[str, str] = {}
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        tensor = self._source.read(name, rows)
         self.hashes[name] = tensor_hash(tensor)
         return tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
-from moetrain.models.hf.source import TensorInfo
+from moetrain.models.hf.tensors import Rows, TensorInfo
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -61,7 +61,9 @@ class GGUFFile:
             for name, t in self._stored.items()
         }
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        if rows is not None:
+            raise ValueError(f"{name} is no stack")
         from gguf import dequantize
 
         stored = self._stored[name]
