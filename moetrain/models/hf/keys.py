@@ -64,36 +64,35 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0, None),
     "first_k_dense_replace": (0, None),
     "routed_scaling_factor": (1.0,),
+    "router_jitter_noise": (0.0, None),
 }
-HARMLESS = frozenset(
-    [
-        *"model_type architectures transformers_version torch_dtype dtype name_or_path model_name".split(),
-        *"finetuning_task task_specific_params custom_pipelines license library_name".split(),
-        *"transformers.js_config is_llama_config unsloth_version unsloth_fixed".split(),
-        # lengths and tokens
-        *"max_position_embeddings max_sequence_length model_max_length seq_length n_positions".split(),
-        *"tokenizer_class tokenizer_model_max_length prefix original_vocab_size".split(),
-        # training: dropouts act there alone, and are none here; losses are the config's own
-        *"attention_dropout hidden_dropout hidden_dropout_prob resid_pdrop embd_pdrop".split(),
-        *"attention_probs_dropout_prob classifier_dropout initializer_range initializer_factor".split(),
-        *"router_aux_loss_coef output_router_logits gradient_checkpointing neftune_noise_alpha".split(),
-        # how it is computed or returned, not what
-        *"use_cache pretraining_tp chunk_size_feed_forward output_attentions output_hidden_states".split(),
-        *"return_dict torchscript use_bfloat16 tie_last_hidden_states attn_implementation".split(),
-        *"experts_implementation tf_legacy_loss tie_encoder_decoder is_decoder tp_plan".split(),
-        *"cache_implementation cross_attention_hidden_size use_flash_attn".split(),
-        # other heads
-        *"num_labels id2label label2id problem_type".split(),
-        # generation
-        *"assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens".split(),
-        *"diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size epsilon_cutoff".split(),
-        *"encoder_repetition_penalty eta_cutoff exponential_decay_length_penalty length_penalty".split(),
-        *"max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size".split(),
-        *"num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams".split(),
-        *"num_return_sequences output_scores remove_invalid_values repetition_penalty".split(),
-        *"return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p".split(),
-    ]
-)
+_HARMLESS = """
+what the file is:
+    model_type architectures transformers_version torch_dtype dtype name_or_path model_name license library_name
+    finetuning_task task_specific_params custom_pipelines transformers.js_config is_llama_config
+    unsloth_version unsloth_fixed
+lengths and tokens:
+    max_position_embeddings max_sequence_length model_max_length seq_length n_positions
+    tokenizer_class tokenizer_model_max_length prefix original_vocab_size
+training, of which dropouts act there alone and are none here, and whose losses are the config's own:
+    attention_dropout hidden_dropout hidden_dropout_prob resid_pdrop embd_pdrop attention_probs_dropout_prob
+    classifier_dropout initializer_range initializer_factor router_aux_loss_coef output_router_logits
+    gradient_checkpointing neftune_noise_alpha
+how it is computed or returned, not what:
+    use_cache pretraining_tp chunk_size_feed_forward output_attentions output_hidden_states return_dict
+    torchscript use_bfloat16 tie_last_hidden_states attn_implementation experts_implementation tf_legacy_loss
+    tie_encoder_decoder is_decoder tp_plan cache_implementation cross_attention_hidden_size use_flash_attn
+other heads:
+    num_labels id2label label2id problem_type
+generation:
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length min_new_tokens min_p
+    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens target_lookbehind temperature top_k top_p typical_p
+"""
+HARMLESS = frozenset(key for line in _HARMLESS.splitlines() if not line.endswith(":") for key in line.split())
 _HARMLESS_ENDS = ("_token_id", "_token_ids", "_token_index")
 
 

@@ -27,7 +27,6 @@ _NUMBERS = {  # by kind, what stands under the same name in both
     RopeKind.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
     RopeKind.yarn: ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
 }
-_NEEDED = {kind: names for kind, names in _NUMBERS.items() if kind is not RopeKind.yarn}
 # of other kinds, which transformers ignores, with a warning, where the kind does not read them
 _OF_OTHERS = (
     *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
@@ -52,7 +51,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
         numbers["original_max_positions"] = _original(fields, rope)
     if kind is RopeKind.yarn:
         numbers |= _yarn(fields, rope, numbers)
-    for key in _NEEDED.get(kind, ("factor",)):
+    for key in ("factor",) if kind is RopeKind.yarn else _NUMBERS[kind]:
         if key not in numbers:
             raise rope.refuse(f"{key} is missing")
     theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta")
