@@ -68,8 +68,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 _HARMLESS = """
 what the file is:
-    model_type architectures transformers_version torch_dtype dtype name_or_path model_name license library_name
-    finetuning_task task_specific_params custom_pipelines transformers.js_config is_llama_config
+    model_type architectures transformers_version torch_dtype dtype name_or_path model_name license
+    library_name finetuning_task task_specific_params custom_pipelines transformers.js_config is_llama_config
     unsloth_version unsloth_fixed
 lengths and tokens:
     max_position_embeddings max_sequence_length model_max_length seq_length n_positions
