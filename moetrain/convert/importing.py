@@ -12,6 +12,7 @@ from torch import Tensor
 from moetrain.config.compose import compose_train
 from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
+from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.data.tokenizer import JsonTokenizer
 from moetrain.errors import UserError
@@ -29,7 +30,7 @@ def convert(cfg: ConvertConfig) -> int:
     opened = open_source(source)
     hashing = _HashingSource(opened.source)
     opened = replace(opened, source=hashing)
-    tokenizer = _tokenizer(cfg.tokenizer, source)
+    tokenizer = fitted(_tokenizer(cfg.tokenizer, source), opened.spec.vocab_size)
     family, spec = opened.family.model_type, opened.spec
     write_model_folder(
         target=Path(cfg.target).expanduser(),
@@ -65,7 +66,7 @@ def _tokenizer(given: str | None, source: Source) -> Tokenizer:
         return load_tokenizer(given)
     if isinstance(source, GGUFFile):
         return JsonTokenizer(*tokenizer_of(source.metadata, source.path))
-    return load_tokenizer(source.path)
+    return folder_tokenizer(source.path, "give a tokenizer with them, tokenizer=FILE (a tokenizer.json)")
 
 
 def _carry(source: Source, own_tokenizer: bool, folder: Path) -> None:
