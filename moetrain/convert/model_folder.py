@@ -52,8 +52,8 @@ def write_model_folder(
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only {vocab_size}, "
-            "and those beyond it are not all added special tokens: give the model's own, or one without them: "
-            "tokenizer=/path/to/tokenizer.json"
+            "and those beyond it are not all added special tokens: give the model's own, or one without "
+            "them: tokenizer=/path/to/tokenizer.json"
         )
     stored = {name if name.startswith(OPTIM) else MODEL + name: name for name in tensors}
     hashes: dict[str, str] = {}

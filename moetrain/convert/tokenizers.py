@@ -14,7 +14,7 @@ _FILE = "tokenizer.json"
 
 
 def folder_tokenizer(folder: Path, advice: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder. Raises UserError that ends with ``advice`` where it has none."""
+    """The tokenizer of a Hugging Face folder. Raises UserError, with ``advice`` where it has none."""
     try:
         return load_tokenizer(folder)
     except UserError as error:

@@ -70,7 +70,7 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
         if tied and stored == HEAD and not {EMBEDDING, "embed_tokens.weight"} & source.tensors.keys():
             name = EMBEDDING
         if not _COMPUTED.fullmatch(name):
-            places |= _unstacked(stored, name, info, family, spec)
+            places |= _unstacked(source, stored, name, info, family, spec)
     view = View(source, places)
     if tied and HEAD in places and EMBEDDING in places:
         if not torch.equal(view.read(HEAD), view.read(EMBEDDING)):
@@ -83,7 +83,7 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
 
 
 def _unstacked(
-    stored: str, name: str, info: TensorInfo, family: Family, spec: ModelSpec
+    source: Source, stored: str, name: str, info: TensorInfo, family: Family, spec: ModelSpec
 ) -> dict[str, tuple[_Place, TensorInfo]]:
     """The experts of a stack one by one, the router beside one by its name, any other tensor as it is."""
     match, names, m = _LAYER.fullmatch(name), family.names, spec.model
@@ -93,13 +93,19 @@ def _unstacked(
     layer, inner = match.groups()
     if inner == _ROUTER:
         return {layer + names.router: (_Place(stored), info)}
-    parts: dict[str, tuple[int, int]] = {}  # of each matrix: which rows
-    if inner == _STACK_UP and info.shape == (m.num_experts, 2 * m.d_ff_expert, m.d_model):
-        parts = {names.gate: (0, m.d_ff_expert), names.up: (m.d_ff_expert, 2 * m.d_ff_expert)}
-    elif inner == _STACK_DOWN and info.shape == (m.num_experts, m.d_model, m.d_ff_expert):
-        parts = {names.down: (0, m.d_model)}
-    if not parts:
+    width, d_model = m.d_ff_expert, m.d_model
+    stacks = {  # of each: its shape, and which rows of an expert are which matrix
+        _STACK_UP: ((2 * width, d_model), {names.gate: (0, width), names.up: (width, 2 * width)}),
+        _STACK_DOWN: ((d_model, width), {names.down: (0, d_model)}),
+    }
+    if inner not in stacks:
         return whole
+    shape, parts = stacks[inner]
+    if info.shape != (m.num_experts, *shape):
+        wanted = [m.num_experts, *shape]
+        raise UserError(
+            f"{source.path}: {stored} is {list(info.shape)}, and the experts of its config.json want {wanted}"
+        )
     return {
         layer + part.format(e): (
             _Place(stored, Rows(e, start, stop)),
