@@ -93,17 +93,21 @@ def test_no_stack_is_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [name for name, whole, ndim in seen if name in stacks and (whole or ndim != 2)] == []
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda name, t: t[:-1] if name.endswith("gate_up_proj") else t, "gate_up_proj is [6, 74, 31], and the experts of its config.json want [7, 74, 31]"),
-        (lambda name, t: t.mT.contiguous() if name.endswith(".down_proj") else t, "down_proj is [7, 37, 31], and the experts of its config.json want [7, 31, 37]"),
-    ],
-    ids=["an expert is lacking", "a stack is transposed"],
-)  # fmt: skip
-def test_a_stack_of_another_shape(
-    change: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+STACKS: dict[str, tuple[Any, str]] = {
+    "an expert is lacking": (
+        lambda name, t: t[:-1] if name.endswith("gate_up_proj") else t,
+        "gate_up_proj is [6, 74, 31], and the experts of its config.json want [7, 74, 31]",
+    ),
+    "a stack is transposed": (
+        lambda name, t: t.mT.contiguous() if name.endswith(".down_proj") else t,
+        "down_proj is [7, 37, 31], and the experts of its config.json want [7, 31, 37]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(STACKS))
+def test_a_stack_of_another_shape(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, words = STACKS[what]
     stacked = write_stacked(CASES["mixtral"].their_model(torch.float32), tmp_path / "stacked")
     other = rewrite(
         stacked, tmp_path / "other", lambda found: {name: change(name, t) for name, t in found.items()}

@@ -25,6 +25,7 @@ _ADAPTER = "adapter_config.json"  # transformers loads the model that it names, 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LISTED = 4
 _CONFIG_LIMIT, _INDEX_LIMIT = 4 * files.MB, 100 * files.MB
+_HEADER_LIMIT = 16 * files.MB  # over 100,000 tensors in one file
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -144,7 +145,13 @@ def _is_file(file: Path) -> bool:
 
 def _header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes; reading it checks that the tensors tile the file's data."""
-    os.close(files.open_regular(file))
+    with os.fdopen(files.open_regular(file), "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > _HEADER_LIMIT:
+        raise UserError(
+            f"{file} is no intact safetensors file: its header claims {length} bytes, and "
+            f"{_HEADER_LIMIT} are possible"
+        )
     try:
         with safe_open(file, "pt") as handle:
             names = list(handle.keys())
