@@ -106,6 +106,8 @@ class SafetensorsFolder:
 
     def _what_instead(self) -> str:
         found = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if SINGLE in found:
+            return f"holds {SINGLE}, which is not a regular file"
         if found:
             return f"holds {', '.join(found[:_LISTED])}, but neither {SINGLE} nor {INDEX}, which lists shards"
         pickles = sorted(file.name for pattern in _PICKLES for file in self.path.glob(pattern))

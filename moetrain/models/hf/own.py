@@ -142,6 +142,7 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
 
 def _read(fields: Fields) -> ModelSpec:
     shared = fields.integer("num_shared_experts")
+    fields.without_effect("shared_expert_intermediate_size")  # where there are none
     model = read_decoder(
         fields,
         qk_norm=_enum(fields, "qk_norm", QKNorm),
