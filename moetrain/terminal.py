@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from moetrain.errors import UserError
 
@@ -89,7 +89,7 @@ def console() -> Console:
                 )
 
         def _check_buffer(self) -> None:
-            with _writing(self.file):
+            with _writing(cast(TextIO, self.file)):
                 super()._check_buffer()
 
     return PlainConsole(markup=False, highlight=False, emoji=False, soft_wrap=False)

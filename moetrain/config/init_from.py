@@ -90,8 +90,8 @@ def _runs_of(folder: Path, below: bool) -> list[Path]:
 
 def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
     """What the model in a run folder, a converted one or a Hugging Face folder is; ``key`` named it."""
-    from moetrain.models.hf import Fields, ModelSpec, family_of
-    from moetrain.models.hf.source import read_json
+    from moetrain.models.hf import ModelSpec
+    from moetrain.models.hf.source import read_folder_spec
 
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -113,9 +113,7 @@ def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
         raise UserError(
             f"{key}={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
         )
-    where = f"{path}: config.json"
-    config = read_json(path / "config.json")
-    return family_of(config, where).read(Fields(config, where))
+    return read_folder_spec(path)
 
 
 def spec_overrides(spec: ModelSpec) -> list[str]:

@@ -31,6 +31,7 @@ _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, St
 _LISTED = 8  # complaints in one message
 _OTHER_WORDS = (  # for what a family writes
     *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
+    "original_max_position_embeddings",
 )
 _CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
 _FP32 = (".router.bias_E", ".router.threshold_E")  # in whatever dtype the rest is, as in training
@@ -59,10 +60,16 @@ def export(cfg: ExportConfig) -> int:
             shutil.copyfile(file, folder / file.name)
         read = _reader(model, pieces, infos, advance)
         hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
-        manifest = {"checkpoint": str(model.path.absolute()), "family": family.model_type, "tensors": hashes}
+        manifest = {"checkpoint": _name(model), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     tell(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
     return 0
+
+
+def _name(model: StoredModel) -> str:
+    """Run and step, or the folder: an export tells nothing of the machine that it was made on."""
+    path = model.path.absolute()
+    return path.name if model.run_dir is None else f"{model.run_dir.absolute().name}/{path.name}"
 
 
 def _family(name: str, spec: ModelSpec, before: str | None) -> Family:
@@ -133,7 +140,11 @@ def _config(
     """The family's keys over those that came with the model, all of them if it was of this family."""
     if before.get("model_type") != family.model_type:
         before = {key: before[key] for key in _KEPT if key in before}
-    before = {key: value for key, value in before.items() if key not in _OTHER_WORDS}
+    before = {
+        key: value
+        for key, value in before.items()
+        if key not in _OTHER_WORDS and not key.startswith("_")  # "_name_or_path" and other private ones
+    }
     dtypes = {
         str(info.dtype).removeprefix("torch.") for name, info in infos.items() if not name.endswith(_FP32)
     }

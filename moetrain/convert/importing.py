@@ -12,13 +12,14 @@ from torch import Tensor
 from moetrain.config.compose import compose_train
 from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
+from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.data.tokenizer import JsonTokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
-from moetrain.models.hf.source import SafetensorsFolder, Source, open_source
+from moetrain.models.hf.source import Rows, SafetensorsFolder, Source, open_source
 from moetrain.terminal import tell
 from moetrain.train.checkpoint_stream import large_then_small
 
@@ -27,9 +28,10 @@ def convert(cfg: ConvertConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
     path = Path(cfg.source).expanduser()
     source = _open(path)
-    hashing = _HashingSource(source)
-    opened = open_source(hashing)
-    tokenizer = _tokenizer(cfg.tokenizer, source)
+    opened = open_source(source)
+    hashing = _HashingSource(opened.source)
+    opened = replace(opened, source=hashing)
+    tokenizer = fitted(_tokenizer(cfg.tokenizer, source), opened.spec.vocab_size)
     family, spec = opened.family.model_type, opened.spec
     write_model_folder(
         target=Path(cfg.target).expanduser(),
@@ -65,7 +67,7 @@ def _tokenizer(given: str | None, source: Source) -> Tokenizer:
         return load_tokenizer(given)
     if isinstance(source, GGUFFile):
         return JsonTokenizer(*tokenizer_of(source.metadata, source.path))
-    return load_tokenizer(source.path)
+    return folder_tokenizer(source.path, "give a tokenizer with them, tokenizer=FILE (a tokenizer.json)")
 
 
 def _carry(source: Source, own_tokenizer: bool, folder: Path) -> None:
@@ -85,7 +87,7 @@ class _HashingSource:
         self.path, self.config, self.tensors = source.path, source.config, source.tensors
         self.hashes: dict[str, str] = {}
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        tensor = self._source.read(name, rows)
         self.hashes[name] = tensor_hash(tensor)
         return tensor

@@ -52,8 +52,9 @@ def write_model_folder(
     vocab_size = tensors["embed_VD"].shape[0]
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only "
-            f"{vocab_size}: it is not this model's; give its own: tokenizer=/path/to/tokenizer.json"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only {vocab_size}, "
+            "and those beyond it are not all added special tokens: give the model's own, or one without "
+            "them: tokenizer=/path/to/tokenizer.json"
         )
     stored = {name if name.startswith(OPTIM) else MODEL + name: name for name in tensors}
     hashes: dict[str, str] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.init_from import CONFIG, TOKENIZER, read_spec
+from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.models.decoder import Decoder
 from moetrain.models.hf.carried import CARRIED, carry_files
@@ -69,7 +70,9 @@ def open_model(path: Path) -> StoredModel:
     """Raises UserError where there is no model, or one that is damaged or not understood."""
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         opened = open_source(SafetensorsFolder(path))
-        return StoredModel(path, None, opened.spec, opened.infos, load_tokenizer(path), path, opened.read)
+        advice = f"moetrain convert source={path} target=NAME tokenizer=FILE makes a model of both"
+        tokenizer = fitted(folder_tokenizer(path, advice), opened.spec.vocab_size)
+        return StoredModel(path, None, opened.spec, opened.infos, tokenizer, path, opened.read)
     stored = StoredTensors(path)
     names = {name.removeprefix(MODEL): name for name in stored.tensors if name.startswith((MODEL, OPTIM))}
     run_dir = run_of(stored.path)

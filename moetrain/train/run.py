@@ -188,7 +188,8 @@ def _vocab_size(cfg: TrainConfig, corpus: Corpus) -> int:
     if cfg.model.vocab_size is not None and cfg.model.vocab_size < needed:
         raise UserError(
             f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's {needed}: "
-            "raise it, or set model.vocab_size=null"
+            "raise it, or set model.vocab_size=null; where init_from decides it, moetrain convert that model "
+            "first, which leaves out added special tokens that have no embedding"
         )
     return cfg.model.vocab_size or needed
 

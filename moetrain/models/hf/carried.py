@@ -1,9 +1,18 @@
-"""Files beside the weights that other tools want: kept with a model, so that its export gives them back."""
+"""Files beside the weights that other tools want: kept with a model, so that its export gives them back.
+
+Only regular files go along, and links to files of the same model: a folder that was downloaded may hold links
+to anything, and an export would publish what they point at.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
+
+from moetrain import files
+from moetrain.errors import UserError
 
 CARRIED = "hf"  # the folder of a run folder that holds them
 
@@ -20,14 +29,51 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_LIMIT = 200 * files.MB  # of a file; the largest vocabularies take a quarter of it
 
 
 def carry_files(source: Path, target: Path, tokenizer: bool = True) -> None:
     """Copy those of the files that ``source`` has; ``target`` is made only if there is one.
 
-    ``tokenizer``: those of the tokenizer too, which is the one that the model goes on with.
+    ``tokenizer``: those of the tokenizer too, which is the one that the model goes on with; all or none.
+    What is left out, since it is a link that leaves the model's folder or no regular file, is said.
     """
-    for name in (*_MODEL, *(_TOKENIZER if tokenizer else ())):
-        if (source / name).is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+    if source.name == CARRIED and source.is_symlink():
+        print(f"not copied: {source}, which is a link", file=sys.stderr)
+        return
+    for names in (_MODEL, _TOKENIZER) if tokenizer else (_MODEL,):
+        found = [source / name for name in names if os.path.lexists(source / name)]
+        left_out = [file for file in found if not _belongs(file)]
+        if left_out:
+            listed = ", ".join(file.name for file in left_out)
+            print(f"not copied from {source}: {listed} (links out of it, or no files)", file=sys.stderr)
+        if names is _TOKENIZER and left_out:
+            continue
+        for file in found:
+            if file not in left_out:
+                target.mkdir(parents=True, exist_ok=True)
+                _copy(file, target / file.name)
+
+
+def _belongs(file: Path) -> bool:
+    """A regular file that lies in its folder, or among the blobs of the same model in the hub's cache.
+
+    The cache keeps ``<model>/snapshots/<revision>/<file>`` as links to ``<model>/blobs/<hash>``.
+    """
+    try:
+        real, folder = file.resolve(strict=True), file.parent.resolve(strict=True)
+    except (OSError, RuntimeError):  # a link to nothing, or to itself
+        return False
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    return real.is_file() and any(real.is_relative_to(home) for home in homes)
+
+
+def _copy(file: Path, target: Path) -> None:
+    with os.fdopen(files.open_regular(file.resolve()), "rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        if size > _LIMIT:
+            raise UserError(f"{file} has {size} bytes, and such a file has {_LIMIT} at the most")
+        with target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)

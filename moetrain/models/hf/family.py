@@ -12,7 +12,8 @@ from typing import Any
 
 from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
-from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.fields import MAX_LAYERS, Fields, shown
+from moetrain.models.hf.keys import check_keys
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.tables import MoENames, decoder_table
 from moetrain.moe.options import ExpertsConfig, RouterConfig
@@ -42,6 +43,7 @@ class Family:
     """``read`` a config.json into a ModelSpec, ``write`` one back (raises CannotExpressError).
 
     ``code``: files that transformers needs beside the weights; such a family is taken by name only.
+    ``defaults``: what transformers takes for a key that is absent. Sizes have none: they must be said.
     """
 
     model_type: str
@@ -50,6 +52,7 @@ class Family:
     write: Callable[[ModelSpec], dict[str, Any]]
     names: MoENames = field(default_factory=MoENames)
     code: tuple[Path, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""
@@ -71,19 +74,34 @@ def register_family(family: Family) -> Family:
     return family
 
 
+def read_model(config: Mapping[str, Any], where: str, layers: int = MAX_LAYERS) -> tuple[Family, ModelSpec]:
+    """The family and the model of a config.json whose files hold at most ``layers`` layers.
+
+    Raises UserError for a family that is unknown, and for any key under which the model would be another.
+    """
+    family = family_of(config, where)
+    fields = Fields(config, where, family.defaults, layers)
+    spec = family.read(fields)
+    check_keys(fields, family.model_type)
+    return family, spec
+
+
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that a config.json names. Raises UserError for one that is unknown."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type={kind!r} is not known; known: {', '.join(sorted(FAMILIES))} "
+            f"{where}: model_type={shown(kind)} is not known; known: {', '.join(sorted(FAMILIES))} "
             "(docs/families.md shows how to add one)"
         )
-    named = config.get("architectures")
-    family = FAMILIES[kind]
-    if named and family.architecture not in named:
+    named, family = config.get("architectures"), FAMILIES[kind]
+    if named is not None and not isinstance(named, list):
+        raise UserError(f"{where}: architectures={shown(named)} is no list of names")
+    # the bare decoder has all there is where embeddings are tied; else its missing head is noticed
+    known = (family.architecture, family.architecture.replace("ForCausalLM", "Model"))
+    if named and not any(name in known for name in named):
         raise UserError(
-            f"{where}: architectures={named} is not the language model {family.architecture}: "
+            f"{where}: architectures={shown(named)} is not the language model {family.architecture}: "
             "other heads cannot be read"
         )
     return family

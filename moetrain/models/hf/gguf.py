@@ -5,14 +5,23 @@ Source: the specification of GGUF in ggml-org/ggml, docs/gguf.md. Needs the pack
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
-from moetrain.models.hf.source import TensorInfo
+from moetrain.models.hf.fields import shown
+from moetrain.models.hf.gguf_header import StoredTensor, read_header
+from moetrain.models.hf.gguf_keys import ARCHITECTURE, unknown_key
+from moetrain.models.hf.gguf_rope import linear_factor, llama3_scaling
+from moetrain.models.hf.layouts import EMBEDDING, HEAD
+from moetrain.models.hf.tensors import Rows, TensorInfo
+
+_DIVISORS = "rope_freqs.weight"
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,87 +47,127 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            from gguf import GGUFReader
+            from gguf.constants import GGML_QUANT_SIZES
         except ModuleNotFoundError:
             raise UserError(
                 f"{path}: reading GGUF needs the package gguf: pip install 'moetrain[hf]'"
             ) from None
-        try:
-            self._reader = GGUFReader(path)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"{path} is no intact GGUF file: {error}") from None
-        self.metadata = {key: field.contents() for key, field in self._reader.fields.items()}
+        header = read_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+        self.metadata = header.metadata
         architecture = self.metadata.get("general.architecture")
-        if architecture != "llama" or self.metadata.get("llama.expert_count"):
-            raise UserError(f"{path}: architecture {architecture!r} is not supported: only dense llama is")
-        for key in ("rope.scaling.type", "attention.sliding_window"):
-            if (found := self.metadata.get(f"llama.{key}")) not in (None, 0, "none"):
-                raise UserError(f"{path}: llama.{key}={found!r} is not supported")
-        self._stored = {self._their_name(t.name): t for t in self._reader.tensors}
-        self.config = self._config()
-        self.tensors = {
-            name: TensorInfo(tuple(int(n) for n in reversed(t.shape)), torch.float32)
-            for name, t in self._stored.items()
-        }
+        if architecture != ARCHITECTURE or self.metadata.get("llama.expert_count"):
+            raise UserError(
+                f"{path}: architecture {shown(architecture)} is not supported: only dense llama is"
+            )
+        if found := unknown_key(self.metadata):
+            raise UserError(
+                f"{path}: {found[0]}={shown(self.metadata[found[0]])} is not supported: {found[1]}"
+            )
+        divisors = header.tensors.pop(_DIVISORS, None)
+        self._stored = {self._their_name(name): tensor for name, tensor in header.tensors.items()}
+        self.config = self._config(None if divisors is None else self._weight(divisors))
+        self.tensors = {name: TensorInfo(t.shape, torch.float32) for name, t in self._stored.items()}
 
-    def read(self, name: str) -> Tensor:
-        from gguf import dequantize
-
-        stored = self._stored[name]
-        try:
-            weight = torch.tensor(dequantize(stored.data, stored.tensor_type), dtype=torch.float32)
-        except (NotImplementedError, ValueError) as error:
-            raise UserError(f"{self.path}: {stored.name} cannot be read: {error}") from None
-        weight = weight.reshape(self.tensors[name].shape)
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        if rows is not None:
+            raise ValueError(f"{name} is no stack")
+        weight = self._weight(self._stored[name])
         heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
         for part, key in heads.items():
             if name.endswith(f"self_attn.{part}_proj.weight"):
                 return _unpermuted(weight, self.config[key])
         return weight
 
+    def _weight(self, stored: StoredTensor) -> Tensor:
+        """The numbers of a tensor, as they lie in the file."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        kind = GGMLQuantizationType(stored.kind)
+        dtype = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(kind.name, "u1")
+        data = np.memmap(self.path, np.uint8, "r", stored.start, (stored.nbytes,)).view(dtype)
+        try:
+            if kind.name == "F64":  # which the package does not know
+                weight = torch.tensor(data, dtype=torch.float32)
+            else:
+                rows = data.reshape(*stored.shape[:-1], -1)
+                weight = torch.tensor(dequantize(rows, kind), dtype=torch.float32)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"{self.path}: {stored.name} cannot be read: {error}") from None
+        return weight.reshape(stored.shape)
+
     def _their_name(self, name: str) -> str:
         if name in _OUTER:
             return _OUTER[name]
         block, number, rest = (*name.split(".", 2), "", "")[:3]
-        inner = _INNER.get(rest) if block == "blk" and number.isdecimal() else None
+        inner = _INNER.get(rest) if block == "blk" and number.isdecimal() and number.isascii() else None
         if inner is None:
             raise UserError(f"{self.path}: tensor {name} has no place in a dense llama model")
         return f"model.layers.{number}.{inner}"
 
-    def _config(self) -> dict[str, Any]:
-        def value(key: str, default: int | float | None = None) -> Any:
-            found = self.metadata.get(f"llama.{key}", default)
-            if not isinstance(found, (int, float)):
-                raise UserError(f"{self.path}: llama.{key} is {found!r}, not a number")
-            return found
-
-        if "model.embed_tokens.weight" not in self._stored:
-            raise UserError(f"{self.path}: token_embd.weight is missing")
-        heads, width = value("attention.head_count"), value("embedding_length")
-        head_dim = value("attention.key_length", width // max(heads, 1))
-        if (rotated := value("rope.dimension_count", head_dim)) != head_dim:
-            raise UserError(
-                f"{self.path}: llama.rope.dimension_count={rotated} is not supported: a head is {head_dim} "
-                "wide, and all of it is rotated here"
-            )
+    def _config(self, divisors: Tensor | None) -> dict[str, Any]:
+        """config.json in transformers' words. ``divisors``: of each frequency of the rotation."""
+        if EMBEDDING not in self._stored or len(self._stored[EMBEDDING].shape) != 2:
+            raise UserError(f"{self.path}: token_embd.weight is missing, or no matrix")
+        vocab_size, width = self._stored[EMBEDDING].shape
+        heads = self._integer("attention.head_count", 1)
+        head_dim = self._integer("attention.key_length", 1, width // heads)
+        self._equal("vocab_size", vocab_size, "the embedding's rows are")
+        self._equal("embedding_length", width, "the embedding's width is")
+        self._equal("attention.value_length", head_dim, "a value has a key's width, which is")
+        self._equal("rope.dimension_count", head_dim, "all of a head is rotated here, and its width is")
+        theta = self._number("rope.freq_base", 10000.0)
+        rope = {"rope_theta": theta, **self._scaling(theta, head_dim, divisors)}
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": int(self._stored["model.embed_tokens.weight"].shape[1]),
+            "vocab_size": vocab_size,
             "hidden_size": width,
-            "num_hidden_layers": value("block_count"),
+            "num_hidden_layers": self._integer("block_count", 1),
             "num_attention_heads": heads,
-            "num_key_value_heads": value("attention.head_count_kv", heads),
+            "num_key_value_heads": self._integer("attention.head_count_kv", 1, heads),
             "head_dim": head_dim,
-            "intermediate_size": value("feed_forward_length"),
+            "intermediate_size": self._integer("feed_forward_length", 1),
             "hidden_act": "silu",
-            "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-            "max_position_embeddings": value("context_length"),
-            "rope_parameters": {"rope_type": "default", "rope_theta": value("rope.freq_base", 10000.0)},
-            "tie_word_embeddings": "lm_head.weight" not in self._stored,
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self._integer("context_length", 1),
+            "rope_parameters": rope,
+            "tie_word_embeddings": HEAD not in self._stored,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
         }
+
+    def _scaling(self, theta: float, head_dim: int, divisors: Tensor | None) -> dict[str, Any]:
+        try:
+            factor = linear_factor(self.metadata)
+            if divisors is None:
+                return {"rope_type": "linear", "factor": factor} if factor > 1 else {"rope_type": "default"}
+            if divisors.shape != (head_dim // 2,):
+                raise ValueError(f"{_DIVISORS} is {list(divisors.shape)}, not [{head_dim // 2}]")
+            stated = self.metadata.get("llama.rope.scaling.original_context_length")
+            found = llama3_scaling(divisors, theta, stated)
+            if found and factor > 1:
+                raise ValueError(f"{_DIVISORS} beside a linear factor of {factor} is not supported")
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        return found or {"rope_type": "linear" if factor > 1 else "default", "factor": factor}
+
+    def _integer(self, key: str, least: int, default: int | None = None) -> int:
+        found = self.metadata.get(f"llama.{key}", default)
+        if type(found) is not int:
+            raise UserError(f"{self.path}: llama.{key} is {shown(found)}, not a number")
+        if not least <= found < 2**31:
+            raise UserError(f"{self.path}: llama.{key}={found} must be {least} or more, and below 2^31")
+        return found
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        found = self.metadata.get(f"llama.{key}", default)
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
+            raise UserError(f"{self.path}: llama.{key} is {shown(found)}, not a number above 0")
+        return float(found)
+
+    def _equal(self, key: str, wanted: int, what: str) -> None:
+        if (found := self.metadata.get(f"llama.{key}", wanted)) != wanted:
+            raise UserError(f"{self.path}: llama.{key}={shown(found)} is not supported: {what} {wanted}")
 
 
 def _unpermuted(weight: Tensor, heads: int) -> Tensor:

@@ -14,7 +14,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 from moetrain.errors import UserError
+from moetrain.models.hf.fields import shown
 
+_ADVICE = "give the model's own: tokenizer=/path/to/tokenizer.json"
 _CONTROL, _USER_DEFINED = 3, 4
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,26 +42,32 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
     """The tokenizer and its end-of-text token. Raises UserError for a kind that is not known."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     known = _pre_tokenizers()
-    if kind != "gpt2" or pre not in known:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in known:
         raise UserError(
-            f"{path}: its tokenizer (tokenizer.ggml.model={kind!r}, pre={pre!r}) is not known; known: gpt2 "
-            f"with {', '.join(known)}. Give the model's own: tokenizer=/path/to/tokenizer.json"
+            f"{path}: its tokenizer (tokenizer.ggml.model={shown(kind)}, pre={shown(pre)}) is not known; "
+            f"known: gpt2 with {', '.join(known)}; {_ADVICE}"
         )
-    for key in ("tokens", "merges", "eos_token_id"):
-        if metadata.get(f"tokenizer.ggml.{key}") is None:
-            raise UserError(
-                f"{path}: tokenizer.ggml.{key} is missing; give tokenizer=/path/to/tokenizer.json"
-            )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokens, merges = (_texts(metadata, key, path) for key in ("tokens", "merges"))
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    if type(eos) is not int or not 0 <= eos < len(tokens):
+        raise UserError(
+            f"{path}: tokenizer.ggml.eos_token_id is missing or none of its {len(tokens)} tokens "
+            f"({shown(eos)}); {_ADVICE}"
+        )
     vocab = {token: number for number, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise UserError(f"{path}: {len(tokens) - len(vocab)} of its {len(tokens)} tokens are there twice")
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise UserError(f"{path}: {len(tokens)} tokens, but the types of {len(types)}; {_ADVICE}")
     whole_words = pre == "llama-bpe"  # a word that is a token is that token, whatever the merges say
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        tokenizer = Tokenizer(BPE(vocab=vocab, merges=pairs, ignore_merges=whole_words))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: its merges do not fit its tokens ({error}); {_ADVICE}") from None
     tokenizer.pre_tokenizer = known[pre]
     tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, special=special, normalized=False)
@@ -67,7 +75,13 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
             if found == wanted
         ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    eos = metadata["tokenizer.ggml.eos_token_id"]
-    if not 0 <= eos < len(tokens):
-        raise UserError(f"{path}: tokenizer.ggml.eos_token_id={eos} is none of its {len(tokens)} tokens")
     return tokenizer, tokens[eos]
+
+
+def _texts(metadata: dict[str, Any], key: str, path: Path) -> list[str]:
+    found = metadata.get(f"tokenizer.ggml.{key}")
+    if found is None:
+        raise UserError(f"{path}: tokenizer.ggml.{key} is missing; {_ADVICE}")
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise UserError(f"{path}: tokenizer.ggml.{key} is no list of texts; {_ADVICE}")
+    return found

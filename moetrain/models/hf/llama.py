@@ -6,12 +6,18 @@ from typing import Any
 
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.translate import read_decoder, read_experts, require, require_dense, write_decoder
+from moetrain.models.hf.translate import (
+    SHARED,
+    read_decoder,
+    read_experts,
+    require,
+    require_dense,
+    write_decoder,
+)
 
 
 def _read(fields: Fields) -> ModelSpec:
-    for key in ("attention_bias", "mlp_bias"):
-        fields.must_be(key, False)
+    fields.without_effect("sliding_window", "use_sliding_window", "max_window_layers")  # not in this class
     return ModelSpec(read_decoder(fields), experts=read_experts(fields))
 
 
@@ -21,4 +27,5 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec) | {"attention_bias": False, "mlp_bias": False}
 
 
-register_family(Family("llama", "LlamaForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {"max_position_embeddings": 2048}
+register_family(Family("llama", "LlamaForCausalLM", _read, _write, defaults=_DEFAULTS))

@@ -6,11 +6,18 @@ from typing import Any
 
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.translate import read_decoder, read_experts, require_dense, write_decoder
+from moetrain.models.hf.translate import (
+    SHARED,
+    read_decoder,
+    read_experts,
+    require_dense,
+    window,
+    write_decoder,
+)
 
 
 def _read(fields: Fields) -> ModelSpec:
-    model = read_decoder(fields, sliding_window=fields.integer_or_none("sliding_window"))
+    model = read_decoder(fields, sliding_window=window(fields))
     return ModelSpec(model, experts=read_experts(fields))
 
 
@@ -19,4 +26,5 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec) | {"sliding_window": spec.model.sliding_window}
 
 
-register_family(Family("mistral", "MistralForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+register_family(Family("mistral", "MistralForCausalLM", _read, _write, defaults=_DEFAULTS))

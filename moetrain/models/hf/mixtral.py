@@ -9,9 +9,12 @@ from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, reg
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.tables import MoENames
 from moetrain.models.hf.translate import (
+    SHARED,
     read_decoder,
     read_experts,
+    read_num_experts,
     require_all_moe,
+    window,
     write_decoder,
     write_topk,
 )
@@ -27,13 +30,12 @@ _NAMES = MoENames(
 
 def _read(fields: Fields) -> ModelSpec:
     width = fields.integer("intermediate_size")
-    experts = fields.integer("num_local_experts")
-    window = fields.integer_or_none("sliding_window")
-    model = read_decoder(fields, num_experts=experts, d_ff_expert=width, sliding_window=window)
+    experts = read_num_experts(fields, "num_local_experts", "num_experts")
+    model = read_decoder(fields, num_experts=experts, d_ff_expert=width, sliding_window=window(fields))
     router = TopKOptions(
         top_k=fields.integer("num_experts_per_tok"),
         score=Score.softmax_after,
-        jitter=float(fields.values.get("router_jitter_noise") or 0.0),
+        jitter=fields.number("router_jitter_noise") if fields.get("router_jitter_noise") else 0.0,
     )
     return ModelSpec(model, router, read_experts(fields))
 
@@ -52,4 +54,13 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-register_family(Family("mixtral", "MixtralForCausalLM", _read, _write, _NAMES))
+_DEFAULTS = SHARED | {
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "router_jitter_noise": 0.0,
+    "sliding_window": None,
+}
+register_family(Family("mixtral", "MixtralForCausalLM", _read, _write, _NAMES, defaults=_DEFAULTS))

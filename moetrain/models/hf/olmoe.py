@@ -9,8 +9,10 @@ from moetrain.config.schema import QKNorm
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    SHARED,
     read_decoder,
     read_experts,
+    read_num_experts,
     read_topk,
     require,
     require_all_moe,
@@ -20,11 +22,11 @@ from moetrain.models.hf.translate import (
 
 
 def _read(fields: Fields) -> ModelSpec:
-    fields.must_be("attention_bias", False)
-    fields.must_be("clip_qkv", None)
-    width, experts = fields.integer("intermediate_size"), fields.integer("num_experts")
+    fields.must_be("sliding_window", None)  # transformers hands it to some of its kernels
+    width = fields.integer("intermediate_size")
+    experts = read_num_experts(fields, "num_experts", "num_local_experts")
     model = read_decoder(fields, qk_norm=QKNorm.full, num_experts=experts, d_ff_expert=width)
-    router = read_topk(fields, fields.flag("norm_topk_prob", False))
+    router = read_topk(fields, fields.flag("norm_topk_prob"))
     return ModelSpec(model, router, read_experts(fields))
 
 
@@ -42,4 +44,10 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-register_family(Family("olmoe", "OlmoeForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-5,
+}
+register_family(Family("olmoe", "OlmoeForCausalLM", _read, _write, defaults=_DEFAULTS))

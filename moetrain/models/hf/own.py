@@ -6,8 +6,10 @@ in the words of ``remote/modeling_moetrain.py``; ``ROUTING`` says which routers 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ from typing import Any
 import torch
 
 from moetrain.config.schema import QKNorm
+from moetrain.files import parse_json
 from moetrain.models.decoder import Decoder
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
-from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.fields import Fields, shown
 from moetrain.models.hf.pieces import Piece, Table, Tiled
-from moetrain.models.hf.translate import read_decoder, require, write_decoder
+from moetrain.models.hf.translate import read_decoder, require, window, write_decoder
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS, build_router, resolve_top_k
-from moetrain.moe.routers.topk import GroupScore, Score
+from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
 _CODE = tuple(
     Path(__file__).parent / "remote" / name for name in ("configuration_moetrain.py", "modeling_moetrain.py")
@@ -139,11 +142,12 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
 
 def _read(fields: Fields) -> ModelSpec:
     shared = fields.integer("num_shared_experts")
+    fields.without_effect("shared_expert_intermediate_size")  # where there are none
     model = read_decoder(
         fields,
         qk_norm=_enum(fields, "qk_norm", QKNorm),
         qkv_bias=fields.flag("qkv_bias", False),
-        sliding_window=fields.integer_or_none("sliding_window"),
+        sliding_window=window(fields),
         num_experts=fields.integer("num_experts"),
         d_ff_expert=fields.integer("moe_intermediate_size"),
         moe_every=fields.integer("moe_every"),
@@ -154,26 +158,37 @@ def _read(fields: Fields) -> ModelSpec:
     )
     kind, activation = _enum(fields, "expert_kind", ExpertKind), _enum(fields, "activation", Activation)
     experts = ExpertsConfig(kind=kind, activation=activation)
-    return ModelSpec(model, _read_router(fields, model.num_experts), experts)
+    spec = ModelSpec(model, _read_router(fields, model.num_experts), experts)
+    fields.must_be("auto_map", _AUTO)
+    fields.must_be("routing", _write_routing(spec)["routing"])  # which transformers goes by
+    return spec
 
 
 def _read_router(fields: Fields, num_experts: int) -> RouterConfig:
-    given = fields.get("router") if num_experts else {"name": "topk"}
-    if not isinstance(given, dict) or given.get("name") not in ROUTING:
-        raise fields.refuse(f"router={given!r} is not among {', '.join(ROUTING)}")
-    options = {key: value for key, value in given.items() if key != "name"}
+    """Raises UserError unless ``router`` holds options of a router, each of its type."""
+    given = fields.get("router")
+    if not num_experts:
+        return TopKOptions()
+    fields.check_plain("router", given)
+    name = given.get("name") if isinstance(given, dict) else None
+    if not isinstance(name, str) or name not in ROUTING:
+        raise fields.refuse(f"router={shown(given)} is not among {', '.join(ROUTING)}")
+    options = ROUTERS[name].options
+    if unknown := sorted(given.keys() - {field.name for field in dataclass_fields(options)}):
+        raise fields.refuse(f"router: {name} has no option {unknown[0]}")
     try:
+        chosen: RouterConfig = parse_json(json.dumps(given), options, f"{fields.where}: router")
         with torch.device("meta"):
-            router = build_router(given["name"], d_model=1, num_experts=max(num_experts, 1), **options)
-    except (ValueError, TypeError) as error:
+            build_router(name, d_model=1, num_experts=num_experts, options=chosen)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise fields.refuse(f"router: {error}") from None
-    return router.options
+    return chosen
 
 
 def _enum(fields: Fields, key: str, kind: Any) -> Any:
     name = fields.get(key)
-    if name not in kind.__members__:
-        raise fields.refuse(f"{key}={name!r} is not supported: {', '.join(kind.__members__)} are")
+    if not isinstance(name, str) or name not in kind.__members__:
+        raise fields.refuse(f"{key}={shown(name)} is not supported: {', '.join(kind.__members__)} are")
     return kind[name]
 
 

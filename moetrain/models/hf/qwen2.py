@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    SHARED,
     read_decoder,
     read_experts,
     require_dense,
@@ -26,4 +27,11 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec, qkv_bias=True) | write_window(spec.model)
 
 
-register_family(Family("qwen2", "Qwen2ForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
+register_family(Family("qwen2", "Qwen2ForCausalLM", _read, _write, defaults=_DEFAULTS))

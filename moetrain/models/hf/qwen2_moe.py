@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    SHARED,
     layer_types,
     read_decoder,
     read_experts,
@@ -22,13 +23,13 @@ from moetrain.models.hf.translate import (
 
 
 def _read(fields: Fields) -> ModelSpec:
-    if fields.flag("use_sliding_window", False) and layer_types(fields) is None:
+    if fields.flag("use_sliding_window") and layer_types(fields) is None:
         raise fields.refuse(
             "use_sliding_window without layer_types: transformers 4 and 5 disagree on which layers have it"
         )
     model = read_decoder(
         fields,
-        qkv_bias=fields.flag("qkv_bias", True),
+        qkv_bias=fields.flag("qkv_bias"),
         sliding_window=window_or_none(fields),
         num_experts=fields.integer("num_experts"),
         d_ff_expert=fields.integer("moe_intermediate_size"),
@@ -37,7 +38,7 @@ def _read(fields: Fields) -> ModelSpec:
         shared_gate=True,
         **read_sparse_layers(fields),
     )
-    router = read_topk(fields, fields.flag("norm_topk_prob", False))
+    router = read_topk(fields, fields.flag("norm_topk_prob"))
     return ModelSpec(model, router, read_experts(fields))
 
 
@@ -60,4 +61,15 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-register_family(Family("qwen2_moe", "Qwen2MoeForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {
+    "decoder_sparse_step": 1,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 16,
+    "qkv_bias": True,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
+register_family(Family("qwen2_moe", "Qwen2MoeForCausalLM", _read, _write, defaults=_DEFAULTS))

@@ -8,6 +8,7 @@ from moetrain.config.schema import QKNorm
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    SHARED,
     read_decoder,
     read_experts,
     require_dense,
@@ -18,7 +19,6 @@ from moetrain.models.hf.translate import (
 
 
 def _read(fields: Fields) -> ModelSpec:
-    fields.must_be("attention_bias", False)
     model = read_decoder(fields, qk_norm=QKNorm.head, sliding_window=window_or_none(fields))
     return ModelSpec(model, experts=read_experts(fields))
 
@@ -29,4 +29,12 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return write_decoder(spec, qk_norm=QKNorm.head) | own
 
 
-register_family(Family("qwen3", "Qwen3ForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "head_dim": 128,
+}
+register_family(Family("qwen3", "Qwen3ForCausalLM", _read, _write, defaults=_DEFAULTS))

@@ -8,11 +8,14 @@ from moetrain.config.schema import QKNorm
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
+    SHARED,
     read_decoder,
     read_experts,
+    read_num_experts,
     read_sparse_layers,
     read_topk,
     require,
+    window,
     write_decoder,
     write_sparse_layers,
     write_topk,
@@ -20,18 +23,17 @@ from moetrain.models.hf.translate import (
 
 
 def _read(fields: Fields) -> ModelSpec:
-    fields.must_be("attention_bias", False)
-    count = "num_experts" if "num_experts" in fields.values else "num_local_experts"
     windowed = fields.flag("use_sliding_window", False)
+    fields.without_effect("sliding_window", "max_window_layers")  # the latter is not in this class
     model = read_decoder(
         fields,
         qk_norm=QKNorm.head,
-        sliding_window=fields.integer_or_none("sliding_window") if windowed else None,
-        num_experts=fields.integer(count),
+        sliding_window=window(fields) if windowed else None,
+        num_experts=read_num_experts(fields, "num_experts", "num_local_experts"),
         d_ff_expert=fields.integer("moe_intermediate_size"),
         **read_sparse_layers(fields),
     )
-    router = read_topk(fields, fields.flag("norm_topk_prob", False))
+    router = read_topk(fields, fields.flag("norm_topk_prob"))
     return ModelSpec(model, router, read_experts(fields))
 
 
@@ -52,4 +54,13 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-register_family(Family("qwen3_moe", "Qwen3MoeForCausalLM", _read, _write))
+_DEFAULTS = SHARED | {
+    "decoder_sparse_step": 1,
+    "max_position_embeddings": 32768,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
+register_family(Family("qwen3_moe", "Qwen3MoeForCausalLM", _read, _write, defaults=_DEFAULTS))

@@ -1,51 +1,127 @@
-"""Rotary embedding's keys, which Hugging Face writes in two ways: transformers 5's, and the older one."""
+"""Rotary embedding's keys, which Hugging Face writes in two ways: transformers 5's, and the older one.
+
+Read as transformers 5 reads them (``modeling_rope_utils.py``): a ``rope_scaling`` that is not empty takes the
+place of all ``rope_parameters``, and what neither of them says stands at the top or is the family's default.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moetrain.config.schema import ModelConfig
 from moetrain.config.schema_rope import RopeKind, RopeScaling
-from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.fields import Fields, shown
 
+THETA = 10000.0
 _KINDS = {
     "default": RopeKind.none,
     "linear": RopeKind.linear,
     "llama3": RopeKind.llama3,
     "yarn": RopeKind.yarn,
 }
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
 _NUMBERS = {  # by kind, what stands under the same name in both
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
     RopeKind.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
     RopeKind.yarn: ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
 }
+# of other kinds, which transformers ignores, with a warning, where the kind does not read them
+_OF_OTHERS = (
+    *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "finetuned", _ORIGINAL),
+)
 
 
 def read_rope(fields: Fields) -> dict[str, Any]:
     """The keys of ModelConfig that say how positions rotate."""
-    values = fields.values.get("rope_parameters")
-    if values is None:
-        values = {"rope_theta": fields.number("rope_theta")} | (fields.values.get("rope_scaling") or {})
-    rope = Fields(values, f"{fields.where}: rope_parameters")
-    name = values.get("rope_type", values.get("type", "default"))
-    if name not in _KINDS:
-        raise rope.refuse(f"rope_type={name!r} is not supported: {', '.join(_KINDS)} are")
+    rope = _parameters(fields)
+    name = rope.get("rope_type" if rope.has("rope_type") else "type")
+    if not isinstance(name, str) or name not in _KINDS:
+        raise rope.refuse(f"rope_type={shown(name)} is not supported: {', '.join(_KINDS)} are")
     kind = _KINDS[name]
-    for key in ("mscale", "mscale_all_dim"):
-        rope.must_be(key, None)
-    rope.must_be("partial_rotary_factor", 1.0)
-    numbers = {key: values[key] for key in _NUMBERS[kind] if values.get(key) is not None}
-    numbers |= {key: rope.number(key) for key in numbers if key != "truncate"}
+    rope.without_effect("type", *_OF_OTHERS)
+    for place in (rope, fields):
+        place.must_be(_PARTIAL, 1.0, *([None] if place is fields else []))
+    numbers: dict[str, Any] = {
+        key: rope.number(key) for key in _NUMBERS[kind] if key != "truncate" and _stated(rope, key)
+    }
     if kind in (RopeKind.llama3, RopeKind.yarn):
-        stated = _ORIGINAL if values.get(_ORIGINAL) is not None else None
-        numbers["original_max_positions"] = (
-            rope.integer(stated) if stated else fields.integer("max_position_embeddings")
-        )
-    if kind is not RopeKind.none and "factor" not in numbers:
-        raise rope.refuse("factor is missing")
-    return {"rope_theta": rope.number("rope_theta"), "rope_scaling": RopeScaling(kind=kind, **numbers)}
+        numbers["original_max_positions"] = _original(fields, rope)
+    if kind is RopeKind.yarn:
+        numbers |= _yarn(fields, rope, numbers)
+    for key in ("factor",) if kind is RopeKind.yarn else _NUMBERS[kind]:
+        if key not in numbers:
+            raise rope.refuse(f"{key} is missing")
+    theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta")
+    scaling = RopeScaling(kind=kind, **numbers)
+    _check(rope, theta, scaling)
+    if unknown := sorted(rope.unused()):
+        raise rope.refuse(f"{unknown[0]}={shown(rope.values[unknown[0]])} is not known to change nothing")
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _parameters(fields: Fields) -> Fields:
+    """The dictionary that holds: ``rope_scaling`` where it is not empty, else ``rope_parameters``."""
+    found: dict[str, dict[str, Any]] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = fields.get(key) if fields.has(key) else None
+        if value is not None and not isinstance(value, dict):
+            raise fields.refuse(f"{key} is {shown(value)}, not an object")
+        found[key] = value or {}
+    fields.without_effect("rope_theta", _ORIGINAL)  # unless the kind asks for it below
+    key = "rope_scaling" if found["rope_scaling"] else "rope_parameters"
+    return Fields(found[key], f"{fields.where}: {key}", defaults={"type": "default"})
+
+
+def _stated(rope: Fields, key: str) -> bool:
+    return rope.has(key) and rope.get(key) is not None
+
+
+def _original(fields: Fields, rope: Fields) -> int:
+    """At the top it wins over the one inside; without either, the model's whole length."""
+    for place in (fields, rope):
+        if place.has(_ORIGINAL):
+            return place.integer(_ORIGINAL)
+    return fields.integer("max_position_embeddings")
+
+
+def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any]) -> dict[str, Any]:
+    """What transformers computes where the numbers are null, 0 or left to others."""
+    found: dict[str, Any] = {}
+    if rope.has("factor") and rope.get("factor") is None:
+        original = numbers["original_max_positions"]
+        if original < 1:
+            raise rope.refuse(f"{_ORIGINAL}={original} must be 1 or more")
+        found["factor"] = fields.integer("max_position_embeddings") / original
+    for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        found[key] = numbers.get(key) or default
+    truncate = rope.get("truncate") if rope.has("truncate") else True
+    if truncate is not None and not isinstance(truncate, bool):
+        raise rope.refuse(f"truncate is {shown(truncate)}, not true or false")
+    found["truncate"] = bool(truncate)
+    scales = [rope.number(key) for key in ("mscale", "mscale_all_dim") if _stated(rope, key)]
+    factor = found.get("factor", numbers.get("factor"))
+    if "attention_factor" not in numbers and factor is not None and len(scales) == 2 and all(scales):
+        log = math.log(factor) if factor > 1 else 0.0
+        found["attention_factor"] = (0.1 * scales[0] * log + 1) / (0.1 * scales[1] * log + 1)
+    return found
+
+
+def _check(rope: Fields, theta: float, s: RopeScaling) -> None:
+    """The ranges that ``config/rules_rope.py`` demands, too; beyond them no frequency is sensible."""
+    if not theta > (1 if s.kind is RopeKind.yarn else 0):
+        raise rope.refuse(f"rope_theta={theta} must be more than {1 if s.kind is RopeKind.yarn else 0}")
+    if not s.factor >= 1:
+        raise rope.refuse(f"factor={s.factor} must be 1 or more")
+    if s.original_max_positions is not None and s.original_max_positions < 1:
+        raise rope.refuse(f"{_ORIGINAL}={s.original_max_positions} must be 1 or more")
+    if s.attention_factor is not None and not s.attention_factor > 0:
+        raise rope.refuse(f"attention_factor={s.attention_factor} must be more than 0")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if not 0 < getattr(s, low) < getattr(s, high):
+            raise rope.refuse(f"{high}={getattr(s, high)} must be above {low}={getattr(s, low)}, above 0")
 
 
 def write_rope(cfg: ModelConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.models.hf.source import INDEX, SINGLE, TensorInfo, bytes_of, dtype_names
+from moetrain.models.hf.folder import INDEX, SINGLE
+from moetrain.models.hf.tensors import TensorInfo, bytes_of, dtype_names
 
 
 def write_shards(

@@ -11,29 +11,34 @@ from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.errors import UserError
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
-from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.rope import read_rope, write_rope
+from moetrain.models.hf.fields import Fields, shown
+from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
+SHARED = {  # what all of transformers' classes here take for a key that is absent
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": THETA,
+    "tie_word_embeddings": False,
+}
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
 def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
-    fields.must_be("quantization_config", None)
     layer_types(fields)
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers(),
         num_heads=fields.integer("num_attention_heads"),
         num_kv_heads=fields.integer_or_none("num_key_value_heads"),
         head_dim=fields.integer_or_none("head_dim"),
         d_ff=fields.integer("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        init_std=fields.number("initializer_range") if "initializer_range" in fields.values else 0.02,
+        init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
         **{"num_experts": 0, **read_rope(fields), **own},
     )
     try:
@@ -45,9 +50,17 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
 
 def read_experts(fields: Fields) -> ExpertsConfig:
     name = fields.get("hidden_act")
-    if name not in _ACTIVATIONS:
-        raise fields.refuse(f"hidden_act={name!r} is not supported: {', '.join(_ACTIVATIONS)} are")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise fields.refuse(f"hidden_act={shown(name)} is not supported: {', '.join(_ACTIVATIONS)} are")
     return ExpertsConfig(activation=_ACTIVATIONS[name])
+
+
+def read_num_experts(fields: Fields, key: str, alias: str) -> int:
+    """The number under ``key``, or under ``alias``, which transformers takes for the same attribute."""
+    found = [fields.integer(name) for name in (key, alias) if fields.has(name)]
+    if len(set(found)) > 1:
+        raise fields.refuse(f"{key}={found[0]}, but {alias}={found[1]}: one of the two is wrong")
+    return found[0] if found else fields.integer(key)
 
 
 def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False) -> dict[str, Any]:
@@ -122,13 +135,28 @@ def require_all_moe(spec: ModelSpec, shared: bool = False) -> None:
 
 def layer_types(fields: Fields) -> str | None:
     """What every layer attends to by the list of transformers 5, None where there is no list."""
-    kinds = set(fields.values.get("layer_types") or [])
+    found = fields.get("layer_types") if fields.has("layer_types") else None
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(kind, str) for kind in found):
+        raise fields.refuse(f"layer_types is {shown(found)}, not a list of names")
+    kinds = set(found)
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
         raise fields.refuse(
-            f"layer_types names {', '.join(sorted(map(str, kinds)))}: only full_attention in all layers is "
+            f"layer_types names {shown(', '.join(sorted(kinds)))}: only full_attention in all layers is "
             "supported, or sliding_attention in all"
         )
+    if len(found) != fields.layers():
+        raise fields.refuse(f"layer_types names {len(found)} layers of {fields.layers()}")
     return kinds.pop() if kinds else None
+
+
+def window(fields: Fields, key: str = "sliding_window") -> int | None:
+    """A width of one token or more, or none."""
+    width = fields.integer_or_none(key)
+    if width is not None and width < 1:
+        raise fields.refuse(f"{key}={width} must be 1 or more, or null")
+    return width
 
 
 def window_or_none(fields: Fields) -> int | None:
@@ -136,17 +164,21 @@ def window_or_none(fields: Fields) -> int | None:
 
     Without that list it is on the layers from ``max_window_layers`` on.
     """
-    if not fields.flag("use_sliding_window", False):
+    fields.without_effect("sliding_window", "max_window_layers")  # unless they are asked for below
+    kind, on = layer_types(fields), fields.flag("use_sliding_window", False)
+    if kind == "sliding_attention" and not on:
+        raise fields.refuse("layer_types says sliding_attention, but use_sliding_window is false")
+    if not on or kind == "full_attention":
         return None
-    if (kind := layer_types(fields)) is not None:
-        return fields.integer_or_none("sliding_window") if kind == "sliding_attention" else None
-    first, layers = fields.integer("max_window_layers"), fields.integer("num_hidden_layers")
+    if kind == "sliding_attention":
+        return window(fields)
+    first, layers = fields.integer("max_window_layers"), fields.layers()
     if 0 < first < layers:
         raise fields.refuse(
             f"max_window_layers={first} gives a sliding window to some of the {layers} layers only, "
             "which is not supported"
         )
-    return fields.integer_or_none("sliding_window") if first <= 0 else None
+    return window(fields) if first <= 0 else None
 
 
 def write_window(cfg: ModelConfig) -> dict[str, Any]:
@@ -162,14 +194,18 @@ def write_window(cfg: ModelConfig) -> dict[str, Any]:
 
 def read_sparse_layers(fields: Fields) -> dict[str, int]:
     """``moe_every`` and ``first_dense`` of Qwen's ``decoder_sparse_step`` and ``mlp_only_layers``."""
-    layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step")
-    dense = fields.values.get("mlp_only_layers") or []
-    if step < 1 or not isinstance(dense, list):
-        raise fields.refuse(f"decoder_sparse_step={step} with mlp_only_layers={dense!r} names no layers")
-    moe = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
+    layers, step = fields.layers(), fields.integer("decoder_sparse_step")
+    listed = fields.get("mlp_only_layers") if fields.has("mlp_only_layers") else None
+    dense = [] if listed is None else listed
+    if step < 1 or not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise fields.refuse(f"decoder_sparse_step={step} with mlp_only_layers={shown(dense)} names no layers")
+    left_out = set(dense)
+    moe = [i for i in range(layers) if i not in left_out and (i + 1) % step == 0]
     first = moe[0] if moe else layers
     if moe != [i for i in range(first, layers) if (i + 1) % step == 0]:
-        raise fields.refuse(f"mlp_only_layers={dense}: only the first layers can be dense besides the step's")
+        raise fields.refuse(
+            f"mlp_only_layers={shown(dense)}: only the first layers can be dense besides the step's"
+        )
     return {"moe_every": step, "first_dense": 0 if first < step else first}
 
 

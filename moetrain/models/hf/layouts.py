@@ -1,0 +1,116 @@
+"""Other layouts of the same tensors, shown under the names that a family's table has.
+
+transformers 5 keeps all experts of a layer in two stacks, [E, 2F, D] and [E, D, F], and can save them so;
+a decoder saved without its head has names without ``model.``; a tied embedding may stand under the head's
+name alone. Shapes: E experts, D model, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import UserError
+from moetrain.models.hf.family import Family, ModelSpec
+from moetrain.models.hf.tensors import Rows, Source, TensorInfo
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BASE = "model."
+_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
+_STACK_UP, _STACK_DOWN, _ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
+_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # stored by old converters
+_FIRST_NUMBER = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the source, or rows of one."""
+
+    name: str
+    rows: Rows | None = None
+
+
+class View:
+    """A source whose tensors have other names, or are parts of the stored ones."""
+
+    def __init__(self, source: Source, places: dict[str, tuple[_Place, TensorInfo]]) -> None:
+        self._source, self._places = source, {name: place for name, (place, _) in places.items()}
+        self.path, self.config = source.path, source.config
+        self.tensors = {name: info for name, (_, info) in places.items()}
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        place = self._places[name]
+        if place.rows is None:
+            return self._source.read(place.name) if rows is None else self._source.read(place.name, rows)
+        if rows is not None:
+            raise ValueError(f"{name} is no stack")
+        return self._source.read(place.name, place.rows)
+
+
+def stored_layers(source: Source) -> int:
+    """How many layers the names of the tensors tell apart: ``model.layers.<number>.<...>``."""
+    found = (_FIRST_NUMBER.search(name) for name in source.tensors)
+    return len({match.group(1) for match in found if match})
+
+
+def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
+    """``source`` under the names of ``family``'s table, without what is no weight.
+
+    Raises UserError where a second copy of a tied embedding is another.
+    """
+    tied = spec.model.tie_embeddings
+    places: dict[str, tuple[_Place, TensorInfo]] = {}
+    based = any(name.startswith(_BASE) for name in source.tensors)
+    for stored, info in source.tensors.items():
+        bare = not based and stored.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb."))
+        name = _BASE + stored if bare else stored
+        if tied and stored == HEAD and not {EMBEDDING, "embed_tokens.weight"} & source.tensors.keys():
+            name = EMBEDDING
+        if not _COMPUTED.fullmatch(name):
+            places |= _unstacked(source, stored, name, info, family, spec)
+    view = View(source, places)
+    if tied and HEAD in places and EMBEDDING in places:
+        if not torch.equal(view.read(HEAD), view.read(EMBEDDING)):
+            raise UserError(
+                f"{source.path}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: "
+                "one of the two would be lost"
+            )
+        del view.tensors[HEAD]
+    return view
+
+
+def _unstacked(
+    source: Source, stored: str, name: str, info: TensorInfo, family: Family, spec: ModelSpec
+) -> dict[str, tuple[_Place, TensorInfo]]:
+    """The experts of a stack one by one, the router beside one by its name, any other tensor as it is."""
+    match, names, m = _LAYER.fullmatch(name), family.names, spec.model
+    whole = {name: (_Place(stored), info)}
+    if match is None or not m.num_experts:
+        return whole
+    layer, inner = match.groups()
+    if inner == _ROUTER:
+        return {layer + names.router: (_Place(stored), info)}
+    width, d_model = m.d_ff_expert, m.d_model
+    stacks = {  # of each: its shape, and which rows of an expert are which matrix
+        _STACK_UP: ((2 * width, d_model), {names.gate: (0, width), names.up: (width, 2 * width)}),
+        _STACK_DOWN: ((d_model, width), {names.down: (0, d_model)}),
+    }
+    if inner not in stacks:
+        return whole
+    shape, parts = stacks[inner]
+    if info.shape != (m.num_experts, *shape):
+        wanted = [m.num_experts, *shape]
+        raise UserError(
+            f"{source.path}: {stored} is {list(info.shape)}, and the experts of its config.json want {wanted}"
+        )
+    return {
+        layer + part.format(e): (
+            _Place(stored, Rows(e, start, stop)),
+            TensorInfo((stop - start, info.shape[2]), info.dtype),
+        )
+        for e in range(m.num_experts)
+        for part, (start, stop) in parts.items()
+    }

@@ -1,0 +1,186 @@
+"""Every key of config.json is used as transformers uses it, changes nothing there, or is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hf_families import transformers
+
+from moetrain.errors import UserError
+from moetrain.models.hf import FAMILIES, ModelSpec
+from moetrain.models.hf.family import read_model
+from moetrain.models.hf.keys import HARMLESS, ONLY
+from moetrain.models.rope import rope_table
+
+CLASSES = {
+    name: family.architecture.replace("ForCausalLM", "Config")
+    for name, family in FAMILIES.items()
+    if not family.code
+}
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 24,
+}  # fmt: skip
+
+
+def their_config(name: str, **values: Any) -> Any:
+    return getattr(transformers, CLASSES[name])(**values)
+
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """What has no default here, and is a key of the family."""
+    known = their_config(name).to_dict()
+    return {"model_type": name, **SIZES, **{key: n for key, n in EXPERTS.items() if key in known}}
+
+
+def read(values: dict[str, Any]) -> ModelSpec:
+    return read_model(json.loads(json.dumps(values)), "config.json")[1]
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_an_absent_key_is_their_default(name: str) -> None:
+    """The table, and a whole config against one that says the sizes only."""
+    theirs = their_config(name)
+    for key, value in FAMILIES[name].defaults.items():
+        found = theirs.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(theirs, key)
+        if key == "sliding_window" and "use_sliding_window" in FAMILIES[name].defaults:
+            found = getattr(their_config(name, use_sliding_window=True), key)
+        assert found == value, key
+    sizes = sizes_of(name)
+    whole = their_config(name, **{k: v for k, v in sizes.items() if k != "model_type"}).to_dict()
+    assert read(whole) == read(sizes)
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_no_key_of_theirs_is_unknown(name: str) -> None:
+    """Set to a value that no default has, each is used, harmless or refused as one of a single value."""
+    whole = their_config(name, **sizes_of(name)).to_dict()
+    for key in whole:
+        said = ""
+        try:
+            read(whole | {key: "another"})
+        except UserError as error:
+            said = str(error)
+        assert "is not known here" not in said, key
+        harmless = key in HARMLESS or key.startswith("_") or key.endswith("_token_id")
+        assert said or harmless or _without_effect(name, key), key
+
+
+def _without_effect(name: str, key: str) -> bool:
+    """Qwen's window keys, where there is no window."""
+    return name.startswith("qwen") and key in ("sliding_window", "max_window_layers")
+
+
+def test_what_generation_reads_changes_no_model() -> None:
+    keys = transformers.GenerationConfig._get_default_generation_params().keys()
+    assert {key for key in keys if key not in HARMLESS and not key.endswith("_token_id")} == set()
+
+
+@pytest.mark.parametrize(("key", "values"), ONLY.items(), ids=ONLY)
+def test_a_key_of_one_value(key: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        assert read(sizes_of("mistral") | {key: value}) == read(sizes_of("mistral"))
+    with pytest.raises(UserError, match=rf"config.json: {key}=.* is not supported: only"):
+        read(sizes_of("mistral") | {key: 17})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"scale_tails": 3}, "scale_tails=3 is not known here"),
+        ({"norm_type": "layernorm"}, "norm_type='layernorm' is not known here"),
+        ({"architectures": 7}, "architectures=7 is no list"),
+        ({"architectures": ["OlmoeForSequenceClassification"]}, "is not the language model"),
+        ({"hidden_act": ["silu"]}, "hidden_act="),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers of 2"),
+        ({"layer_types": 7}, "layer_types is 7"),
+        ({"layer_types": ["${oc.env:HOME}", "x"]}, "layer_types names"),
+        ({"num_experts": 4, "num_local_experts": 5}, "num_experts=4, but num_local_experts=5"),
+        ({"sliding_window": 5}, "sliding_window=5 is not supported"),
+        ({"hidden_size": 2**63}, "hidden_size is 9223372036854775808: at most"),
+        ({"vocab_size": 10**300}, "vocab_size is 1000"),
+        ({"num_hidden_layers": 2**63}, "but the files hold 4096 layer"),
+        ({"rms_norm_eps": 1e999}, "rms_norm_eps is inf"),
+        ({"rms_norm_eps": 10**400}, "not a finite number"),
+        ({"rope_parameters": 7}, "rope_parameters is 7, not an object"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], not an object"),
+        ({"rope_parameters": {"rope_type": []}}, "rope_type=[] is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "turns": 3}}, "turns=3 is not known"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be 1 or more"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 2}}, "truncate is 2"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast=0.5 must be above"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 must be more than 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"full_attention": {}}}, "full_attention={} is not known"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read(sizes_of("olmoe") | values)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+LINEAR = {"type": "linear", "factor": 3.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+INNER = "original_max_position_embeddings"
+ROPES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "theta at the top": {"rope_theta": 500.0},
+    "theta at the top, not inside": {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}},
+    "theta at both": {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default", "rope_theta": 70.0}},
+    "empty scaling": {"rope_parameters": {"rope_theta": 70.0}, "rope_scaling": {}},
+    "scaling beside": {"rope_parameters": {"rope_theta": 70.0}, "rope_scaling": {**YARN, INNER: 32}},
+    "scaling with its theta": {"rope_theta": 500.0, "rope_scaling": {**LINEAR, "rope_theta": 9.0}},
+    "two types": {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 3.0}},
+    "scaling of no type": {"rope_scaling": {"factor": 3.0}},
+    "llama3": {"rope_scaling": {**LLAMA3, INNER: 32}},
+    "llama3, no length": {"rope_scaling": LLAMA3},
+    "llama3, length at the top": {"rope_scaling": LLAMA3, INNER: 16},
+    "yarn, length at both": {"rope_scaling": {**YARN, INNER: 32}, INNER: 16},
+    "linear, length at the top": {"rope_scaling": LINEAR, INNER: 16},
+    "yarn of the old spelling": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "yarn, factor null": {"rope_scaling": {**YARN, "factor": None, INNER: 16}},
+    "yarn, zeros": {"rope_scaling": {**YARN, INNER: 32, "beta_fast": 0, "beta_slow": None}},
+    "yarn, truncate null": {"rope_scaling": {**YARN, INNER: 24, "truncate": None}},
+    "yarn, attention": {"rope_scaling": {**YARN, INNER: 32, "attention_factor": 1.7}},
+    "yarn, both scales": {"rope_scaling": {**YARN, INNER: 32, "mscale": 1.3, "mscale_all_dim": 0.5}},
+    "yarn, one scale": {"rope_scaling": {**YARN, INNER: 32, "mscale": 1.3}},
+    "yarn, factor 1": {"rope_scaling": {**YARN, "factor": 1, "mscale": 2.0, "mscale_all_dim": 0.5}},
+    "keys of other kinds": {"rope_scaling": {**LINEAR, "beta_fast": 4.0, "mscale": 2.0}},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("values", ROPES.values(), ids=ROPES)
+def test_positions_rotate_as_theirs(values: dict[str, Any], name: str) -> None:
+    """Cosine and sine of transformers' own module, which a model of the same config computes with."""
+    given = sizes_of(name) | values
+    rotary = getattr(transformers.models, name)
+    module = getattr(rotary, f"modeling_{name}")
+    (kind,) = [part for part in dir(module) if part.endswith("RotaryEmbedding")]
+    config = their_config(
+        name, **{k: v for k, v in json.loads(json.dumps(given)).items() if k != "model_type"}
+    )
+    positions_BS = torch.arange(50)[None]
+    cos_BSH, sin_BSH = getattr(module, kind)(config)(torch.zeros(1), positions_BS)
+    m = read(given).model
+    ours = rope_table(positions_BS, SIZES["head_dim"], m.rope_theta, torch.float32, m.rope_scaling)
+    torch.testing.assert_close(ours.cos_BS1H[:, :, 0], cos_BSH, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ours.sin_BS1h[:, :, 0], sin_BSH[..., : SIZES["head_dim"] // 2], rtol=0, atol=1e-5
+    )
