@@ -12,21 +12,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from fuzz.verdict import MEMORY, SECONDS, WALL_SECONDS, Verdict
+from fuzz.verdict import BEGUN, Limits, Verdict
 
 _TESTS = Path(__file__).resolve().parents[1]
-_GRACE = 5.0  # seconds of processor after which a hang is one of native code, which no signal handler ends
 _LOOK = 0.05
+_START = 300.0  # seconds until a worker has imported all, and read the valid files
 
 
 class Runner:
     """Verdicts of mutations of the files in ``world``. A worker that fell is followed by another."""
 
-    def __init__(self, world: Path) -> None:
-        self._world = world
+    def __init__(self, world: Path, limits: Limits = Limits()) -> None:  # noqa: B008
+        self._world, self._limits = world, limits
         self._scratch = tempfile.TemporaryDirectory(prefix="fuzz_")
         self._log = (Path(self._scratch.name) / "log").open("w+b")
         self._worker: subprocess.Popen[bytes] | None = None
@@ -46,37 +47,37 @@ class Runner:
     def run(self, jobs: Iterable[tuple[str, int]]) -> Iterator[Verdict]:
         for target, seed in jobs:
             verdict = self._one(target, seed)
-            if verdict.kind in (
-                "hang",
-                "memory",
-                "crash",
-            ):  # what it left behind is no fair start for the next
-                self._stop()
+            if verdict.kind in ("hang", "memory", "crash"):
+                self._stop()  # what is left behind is no fair start for the next
             yield verdict
 
     def _one(self, target: str, seed: int) -> Verdict:
         worker = self._started()
         assert worker.stdin is not None
-        held, spent, begun = _memory(worker.pid), _processor(worker.pid), time.monotonic()
-        first = held < 10**8  # it is still importing
         fallen = Verdict(target, seed, "crash")
+        held = spent = 0.0
+        deadline, ready = time.monotonic() + _START, False
         try:
             worker.stdin.write(f"{target} {seed}\n".encode())
             worker.stdin.flush()
         except BrokenPipeError:
             return self._fallen(fallen)
         while True:
-            if (line := self._line()) is not None:
+            line = self._line()
+            if line == BEGUN:
+                held, spent, ready = _memory(worker.pid), _processor(worker.pid), True
+                deadline = time.monotonic() + self._limits.wall
+            elif line is not None:
                 return Verdict(**json.loads(line))
-            if worker.poll() is not None:
+            elif worker.poll() is not None:
                 return self._fallen(fallen)
-            more = 60 if first else 0
-            if (
-                time.monotonic() - begun > WALL_SECONDS + more
-                or _processor(worker.pid) - spent > SECONDS + _GRACE + more
-            ):
-                return Verdict(target, seed, "hang", "in native code, or waiting")
-            if _memory(worker.pid) - held > 2 * MEMORY:  # before the machine suffers
+            elif time.monotonic() > deadline:
+                if not ready:
+                    raise RuntimeError(f"the worker did not begin with {target} {seed} in {_START} seconds")
+                return Verdict(target, seed, "hang", "waiting")
+            elif ready and _processor(worker.pid) - spent > self._limits.seconds + self._limits.grace:
+                return Verdict(target, seed, "hang", "in native code")
+            elif ready and _memory(worker.pid) - held > 2 * self._limits.memory:  # before the machine suffers
                 return Verdict(target, seed, "memory")
 
     def _fallen(self, fallen: Verdict) -> Verdict:
@@ -107,6 +108,7 @@ class Runner:
         if self._worker is None:
             self._answers, theirs = os.pipe()
             arguments = [str(self._world), f"{self._scratch.name}/copy", str(theirs)]
+            arguments.append(json.dumps(asdict(self._limits)))
             env = {
                 **os.environ,
                 "PYTHONPATH": f"{_TESTS}:{_TESTS.parent}",

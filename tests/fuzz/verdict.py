@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GOOD = ("equal", "fits", "refused")  # the same values; others that nothing can tell; one line of an error
-SECONDS = 10.0  # of processor for one mutation
-WALL_SECONDS = 90.0  # a busy machine takes longer, a wait takes no processor
-MEMORY = 2 * 10**9  # bytes above what the process held before
+BEGUN = b"begun"  # what a worker says when all is ready to read a mutated file
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one mutation: ``seconds`` of processor and ``memory`` in bytes above what the process held before.
+
+    ``grace`` seconds later it is killed: native code runs no handler of a signal. ``wall`` seconds end what
+    waits and takes no processor; there are many of them, since a busy machine is slow.
+    """
+
+    seconds: float = 10.0
+    grace: float = 5.0
+    wall: float = 90.0
+    memory: float = 2e9
 
 
 @dataclass(frozen=True)

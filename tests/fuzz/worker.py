@@ -1,4 +1,4 @@
-"""Runs mutations in this process: ``python -m fuzz.worker WORLD SCRATCH DESCRIPTOR``.
+"""Runs mutations in this process: ``python -m fuzz.worker WORLD SCRATCH DESCRIPTOR LIMITS``.
 
 A line on stdin is a job, ``TARGET SEED``; its verdict goes to the descriptor as a line of JSON. The parent
 (``runner.py``) watches memory and time from outside. Processor time is watched here too, for a hang's place.
@@ -17,16 +17,17 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from types import FrameType, TracebackType
 from typing import Any
 
-from fuzz.catalogue import TARGETS
+from fuzz.planted import PLANTED
 from fuzz.target import FaultError, Target, Way
 from fuzz.trees import SECRET
-from fuzz.verdict import MEMORY, SECONDS, Verdict
+from fuzz.verdict import BEGUN, Limits, Verdict
 from moetrain.errors import UserError
 
 _ADDRESSES = (
@@ -39,13 +40,16 @@ class _Hang(BaseException):
     """The processor time of one mutation is spent."""
 
 
-def run(target: Target, seed: int, world: Path, scratch: Path) -> Verdict:
-    """Mutate a copy of the world and read it."""
+def run(
+    target: Target, seed: int, world: Path, scratch: Path, limits: Limits, begin: Callable[[], None]
+) -> Verdict:
+    """Mutate a copy of the world, call ``begin`` and read it."""
     with _copy(world, scratch, target):
         random = Random(f"{target.name} {seed}")
         way, note = target.mutate(random)
         good = _good(target, way, world, scratch)
-        return replace(_judged(target, way, good), seed=seed, note=note)
+        begin()
+        return replace(_judged(target, way, good, limits), seed=seed, note=note)
 
 
 def _good(target: Target, way: Way, world: Path, scratch: Path) -> Any:
@@ -80,7 +84,7 @@ def _quiet() -> Any:
         yield
 
 
-def _judged(target: Target, way: Way, good: Any) -> Verdict:
+def _judged(target: Target, way: Way, good: Any, limits: Limits) -> Verdict:
     blank = Verdict(target.name, 0, "equal")
     begun, alarms = time.process_time(), []
 
@@ -91,7 +95,7 @@ def _judged(target: Target, way: Way, good: Any) -> Verdict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is of this mutation
     held = _status("VmRSS")
     signal.signal(signal.SIGPROF, alarm)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.5)  # again, in case somebody catches it
+    signal.setitimer(signal.ITIMER_PROF, limits.seconds, 0.5)  # again, in case somebody catches it
     try:
         try:
             with _quiet():
@@ -117,7 +121,7 @@ def _judged(target: Target, way: Way, good: Any) -> Verdict:
         verdict = replace(blank, kind=kind, place=where, says=str(error)[:300])
     if alarms:
         verdict = replace(verdict, kind="hang")
-    if (peak := _status("VmHWM") - held) > MEMORY:
+    if (peak := _status("VmHWM") - held) > limits.memory:
         verdict = replace(verdict, kind="memory", says=f"{peak / 1e9:.1f} GB")
     return replace(verdict, seconds=time.process_time() - begun)
 
@@ -157,24 +161,32 @@ def _status(key: str) -> int:
     return 0
 
 
+def _real(name: str) -> Target:
+    from fuzz.catalogue import TARGETS  # which takes seconds to import
+
+    return TARGETS[name]
+
+
 def main() -> None:
     world, scratch, answers = (
         Path(sys.argv[1]).resolve(),
         Path(sys.argv[2]).resolve(),
         os.fdopen(int(sys.argv[3]), "w"),
     )
+    limits = Limits(**json.loads(sys.argv[4]))
     os.environ["FUZZ_SECRET"] = SECRET
     warnings.simplefilter("ignore")
-    import torch
 
-    torch.set_num_threads(1)
+    def say(text: str) -> None:
+        print(text, file=answers, flush=True)
+
     for line in sys.stdin:
         name, seed = line.split()
-        target = TARGETS[name]
+        target = PLANTED[name] if name in PLANTED else _real(name)
         limit = _status("VmSize") + _ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        verdict = run(target, int(seed), world, scratch)
-        print(json.dumps(asdict(verdict)), file=answers, flush=True)
+        verdict = run(target, int(seed), world, scratch, limits, lambda: say(BEGUN.decode()))
+        say(json.dumps(asdict(verdict)))
 
 
 if __name__ == "__main__":
