@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from random import Random
 
@@ -37,6 +38,8 @@ def jsonl_file(rng: Random, data: bytes) -> tuple[bytes, str]:
     if kind < 0.3:
         return _lines(rng, data)
     lines = data.split(b"\n")
+    if kind < 0.55:
+        return _column(rng, lines)
     at = rng.randrange(len(lines) - 1)
     tree, note = mutate_tree(rng, parse(lines[at]))
     lines[at] = dump(tree).encode()
@@ -55,8 +58,50 @@ def safetensors_file(rng: Random, data: bytes) -> tuple[bytes, str]:
     return len(text).to_bytes(8, "little") + text + body, note
 
 
+def blocks_file(rng: Random, data: bytes) -> tuple[bytes, str]:
+    """A checkpoint's metadata: half of the edits move the blocks of tensors, or say another size of them."""
+    if rng.random() < 0.5:
+        return json_file(rng, data)
+    document = json.loads(data)
+    name = rng.choice(sorted(document["tensors"]))
+    entry = document["tensors"][name]
+    chunks = entry["chunks"]
+    chunk = rng.choice(chunks)
+    key = rng.choice(("offsets", "sizes", "position", "length", "file", "shape", "all", "again"))
+    others = [c for e in document["tensors"].values() for c in e["chunks"]]
+    if key == "again":
+        chunks.append(dict(chunk))
+    elif key == "shape":
+        entry["shape"] = rng.choice(
+            (entry["shape"][::-1], [*entry["shape"], 1], [2 * n for n in entry["shape"]])
+        )
+    elif key == "all":  # another block's bytes
+        chunk |= {k: rng.choice(others)[k] for k in ("file", "position", "length")}
+    elif key in ("offsets", "sizes") and chunk[key]:
+        at = rng.randrange(len(chunk[key]))
+        by = rng.choice((1, -1, 2, chunk["sizes"][at], -(chunk["sizes"][at] // 2)))
+        chunk[key][at] += by
+        if len(chunks) > 1 and key == "sizes":  # another one makes up for it
+            other = rng.choice([c for c in chunks if c is not chunk])
+            other["sizes"][at] -= by
+    else:
+        chunk[key] = rng.choice(others)[key]
+    return (json.dumps(document, sort_keys=True) + "\n").encode(), f"{name}: {key}: {str(chunk)[:120]}"
+
+
 def any_bytes(rng: Random, data: bytes) -> tuple[bytes, str]:
     return mutate_bytes(rng, data)
+
+
+def _column(rng: Random, lines: list[bytes]) -> tuple[bytes, str]:
+    """An odd value of one of the first keys (those that order the rows), in one row or in all."""
+    rows = [parse(line) for line in lines if line]
+    chosen = rng.choice((rows, [rng.choice(rows)]))
+    key, odd = rng.choice(chosen[0][:3])[0], rng.choice((*ODD, 1e300, 1e16, -1e300, 10**18, 3e-310))
+    for row in chosen:
+        row[:] = [(name, odd if name == key else value) for name, value in row]
+    text = b"".join(dump(row).encode() + b"\n" for row in rows)
+    return text, f"{key} = {dump(odd)[:40]} in {len(chosen)} rows"
 
 
 def _lines(rng: Random, data: bytes) -> tuple[bytes, str]:

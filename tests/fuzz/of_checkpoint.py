@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fuzz.forms import any_bytes, json_file
+from fuzz.forms import any_bytes, blocks_file, json_file
 from fuzz.sign import signed_checkpoint, signed_manifest
 from fuzz.target import Target, Way, anything, same
 from fuzz.world import STEPS
@@ -174,7 +174,7 @@ TARGETS = [
         "checkpoint_metadata",
         ("run", "split", "cache", "text"),
         (f"{_WHOLE}/metadata.json",),
-        json_file,
+        blocks_file,
         (Way("resume", _resume, _stored_values), Way("export", lambda: _stored("run"), _stored_values)),
         _resign,
     ),
@@ -182,7 +182,7 @@ TARGETS = [
         "checkpoint_split",
         ("split",),
         ("split/metadata.json",),
-        json_file,
+        blocks_file,
         (Way("export", lambda: _stored("split"), _stored_rows),),
         _resign,
     ),

@@ -38,12 +38,15 @@ def table(verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     counts = Counter((v.target, v.kind) for v in verdicts)
     kinds = [kind for kind in _KINDS if any(v.kind == kind for v in verdicts)]
-    lines = ["| target | all | " + " | ".join(kinds) + " | slowest |", "|---|" + "---:|" * (len(kinds) + 2)]
+    lines = [
+        "| target | all | " + " | ".join(kinds) + " | mean | slowest |",
+        "|---|" + "---:|" * (len(kinds) + 3),
+    ]
     for target in dict.fromkeys(v.target for v in verdicts):
         own = [v for v in verdicts if v.target == target]
-        slowest = max(v.seconds for v in own)
+        mean, slowest = sum(v.seconds for v in own) / len(own), max(v.seconds for v in own)
         cells = " | ".join(str(counts[target, kind] or "") for kind in kinds)
-        lines.append(f"| {target} | {len(own)} | {cells} | {slowest:.1f} s |")
+        lines.append(f"| {target} | {len(own)} | {cells} | {mean:.2f} s | {slowest:.1f} s |")
     places = Counter((v.target, v.kind, v.place) for v in verdicts if not v.good)
     if places:
         lines += ["", "| target | verdict | place | times | a seed |", "|---|---|---|---:|---:|"]
