@@ -138,11 +138,10 @@ def _override(rng: Random, data: bytes) -> tuple[bytes, str]:
         changed = _changed_leaf(whole, document, "")
     except Exception:
         changed = None
-    if changed is None:
-        changed, note = (
-            f"model.d_ff={rng.choice((2**31, 10**9, 10**15, -1, '1e9', '[', '{a:', '${x}'))}",
-            "one value",
-        )
+    if changed is None:  # the document is broken
+        key = rng.choice(("model.d_model", "model.d_ff", "model.num_layers", "router.top_k", "train.seed"))
+        changed = f"{key}={rng.choice((2**31, 10**9 + 7, 10**15, 2**64, -1, '1e9', '[', '{a:', '${x}'))}"
+        note = "one value"
     return (_MARK + changed).encode("utf-8", "backslashreplace"), f"{changed[:60]!r} ({note})"
 
 

@@ -12,8 +12,8 @@ from fuzz.runner import Runner
 from fuzz.table import jobs, table
 from fuzz.world import make_world
 
-SHORT = 30  # mutations of a target in every run of the tests; those of a long run begin at another seed
-PLOTS = 6  # a page with plots takes a second
+SHORT = 24  # mutations of a target in every run of the tests; those of a long run begin at another seed
+COSTLY = {"report_plots": 3, "run_config": 12, "run_tokenizer": 8, "overrides": 8, "hf_index": 8}  # fewer
 LONG = 10_000
 
 
@@ -27,8 +27,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_mutated_files_are_read_right_or_refused(target: str, runner: Runner) -> None:
-    count = PLOTS if target == "report_plots" else SHORT
-    verdicts = list(runner.run((target, seed) for seed in range(count)))
+    verdicts = list(runner.run((target, seed) for seed in range(COSTLY.get(target, SHORT))))
     wrong = [verdict.line() for verdict in verdicts if not verdict.good]
     assert not wrong, "\n".join(wrong)
 

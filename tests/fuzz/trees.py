@@ -82,7 +82,10 @@ def dump(tree: Tree) -> str:
         return "{" + ", ".join(f"{dump(key)}: {dump(value)}" for key, value in tree) + "}"
     if isinstance(tree, list):
         return "[" + ", ".join(map(dump, tree)) + "]"
-    return json.dumps(tree)
+    text = json.dumps(tree)
+    if isinstance(tree, float) and "e" in text and "." not in text:
+        return text.replace("e", ".0e")  # YAML takes 1e-05 for a word
+    return text
 
 
 def mutate_tree(rng: Random, tree: Tree, odd: list[Tree] = ODD) -> tuple[Tree, str]:
