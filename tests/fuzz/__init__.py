@@ -1,0 +1,1 @@
+"""A fuzzer of everything that is read from disk; ``python -m tests.fuzz`` tells how to use it."""
