@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+_MANY_UNKNOWN = 0.1  # a share of the tokens
 _CHUNK_BYTES = 2**21  # text tokenised at a time: enough to keep the tokenizer's threads busy
 
 
@@ -36,9 +38,15 @@ def write_corpus(
     tokenizer.save(folder / "tokenizer")
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     streams: dict[str, dict[str, Any]] = {}
-    for index, part in enumerate(parts):
-        streams |= _write_part(folder, index, part, scanned, tokenizer, dtype)
-    _check_sides(cfg, parts, scanned, streams)
+    losses = [Loss() for _ in parts]
+    for index, (part, loss) in enumerate(zip(parts, losses, strict=True)):
+        streams |= _write_part(folder, index, part, scanned, tokenizer, dtype, loss)
+    _check_sides(
+        cfg, parts, scanned, streams, [loss.told(tokenizer) if loss.empty else "" for loss in losses]
+    )
+    for part, loss in zip(parts, losses, strict=True):
+        for line in loss.warnings(tokenizer):
+            log.warning("%s: %s", part.label, line)
     manifest = {
         "sources": [{"name": part.name, "fingerprint": part.source.fingerprint()} for part in parts],
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
@@ -53,13 +61,13 @@ def write_corpus(
 
 
 def _write_part(
-    folder: Path, index: int, part: Part, scanned: Scan, tokenizer: Tokenizer, dtype: str
+    folder: Path, index: int, part: Part, scanned: Scan, tokenizer: Tokenizer, dtype: str, loss: Loss
 ) -> dict[str, dict[str, Any]]:
     """Tokenise one part into its two streams."""
     names = (stream_name(index, "train"), stream_name(index, "val"))
     writers = [StreamWriter(folder, name, dtype) for name in names]
     domain_ids = {name: number for number, name in enumerate(scanned.domains)}
-    for document, tokens_N, counted in tokenised(part, tokenizer):
+    for document, tokens_N, counted in tokenised(part, tokenizer, loss):
         writers[scanned.held_out(document.key)].add(
             tokens_N,
             num_bytes=len(document.raw),
@@ -69,12 +77,47 @@ def _write_part(
     return {name: writer.close() for name, writer in zip(names, writers, strict=True)}
 
 
-def tokenised(part: Part, tokenizer: Tokenizer) -> Iterator[tuple[CleanDocument, Ints, int]]:
-    """(document, its tokens and eos, the bytes of text that the tokens' own lengths add up to)."""
+@dataclass
+class Loss:
+    """What a tokenizer left out of a text. ``tokens`` are without the ends of documents."""
+
+    documents: int = 0
+    empty: int = 0  # documents of which no token is left
+    bytes: int = 0
+    tokens: int = 0
+    unknown: int = 0  # tokens that stand for text outside the vocabulary
+
+    def told(self, tokenizer: Tokenizer) -> str:
+        return (
+            f"{tokenizer.label} makes no token of {self.empty:,} of {self.documents:,} documents "
+            f"({self.tokens:,} tokens of {self.bytes:,} bytes); choose a tokenizer that knows this text"
+        )
+
+    def warnings(self, tokenizer: Tokenizer) -> Iterator[str]:
+        if self.empty:
+            yield f"{self.told(tokenizer)}; these documents are left out"
+        if self.unknown > _MANY_UNKNOWN * self.tokens:
+            share = self.unknown / self.tokens
+            yield f"{share:.0%} of the tokens are {tokenizer.label}'s token for unknown text: it is lost"
+
+
+def tokenised(part: Part, tokenizer: Tokenizer, loss: Loss) -> Iterator[tuple[CleanDocument, Ints, int]]:
+    """(document, its tokens and eos, the bytes of text that the tokens' own lengths add up to).
+
+    A document without a token is left out: its end would be learned from nothing. ``loss`` counts on.
+    """
     token_bytes_V = tokenizer.token_bytes()
     for chunk in _chunks(part.cleaned()):
         encoded = tokenizer.encode_batch([document.text for document in chunk])
         for document, ids_N in zip(chunk, encoded, strict=True):
+            loss.documents += 1
+            loss.bytes += len(document.raw)
+            loss.tokens += len(ids_N)
+            loss.empty += not len(ids_N)
+            if tokenizer.unk_id is not None:
+                loss.unknown += int((ids_N == tokenizer.unk_id).sum())
+            if not len(ids_N):
+                continue
             yield document, np.append(ids_N, tokenizer.eos_id), int(token_bytes_V[ids_N].sum())
 
 
@@ -96,12 +139,22 @@ def _chunks(documents: Iterable[CleanDocument]) -> Iterator[list[CleanDocument]]
 
 
 def _check_sides(
-    cfg: DataConfig, parts: Sequence[Part], scanned: Scan, streams: dict[str, dict[str, Any]]
+    cfg: DataConfig,
+    parts: Sequence[Part],
+    scanned: Scan,
+    streams: dict[str, dict[str, Any]],
+    lost: Sequence[str],
 ) -> None:
+    """``lost``: what the tokenizer makes nothing of in each part, in words; "" where it is nothing."""
     trained, held = (
         [streams[stream_name(index, side)]["documents"] for index in range(len(parts))]
         for side in ("train", "val")
     )
+    for part, count, words in zip(parts, trained, lost, strict=True):
+        if words and not count:
+            raise UserError(f"{part.label}: nothing is left to train on: {words}")
+    if any(lost) and not sum(held):
+        raise UserError(f"{_labels(parts)}: nothing is left to hold out: {'; '.join(filter(None, lost))}")
     if not sum(held) or not sum(trained):
         raise UserError(
             f"{_labels(parts)}: {scanned.documents} documents give {sum(trained)} to train on and "

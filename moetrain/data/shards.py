@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moetrain.data.documents import digest_of
 from moetrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 256 * 2**20
 FULL_CHECK_BYTES = 10**9  # larger stores are checked by size and by a hash of three blocks of each file
 _BLOCK = 2**20

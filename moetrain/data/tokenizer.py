@@ -6,7 +6,9 @@ Shapes: V = vocab_size. Text never yields a special token: ``<|endoftext|>`` in 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +17,13 @@ import numpy.typing as npt
 import tokenizers
 
 from moetrain.data.documents import digest_of
+from moetrain.data.tokenizer_spec import for_text, is_byte, read_spec
 from moetrain.errors import UserError
+from moetrain.files import MB, parse_json, read_bytes
 
 EOS = "<|endoftext|>"
 _BYTES_CLASS = "moetrain.bytes"
+_LARGEST = 500 * MB  # of a tokenizer.json; those of 256,000 tokens have 35 MB
 _EOS_NAMES = (
     EOS,
     "</s>",
@@ -31,17 +36,35 @@ _EOS_NAMES = (
 )
 
 
+@dataclass(frozen=True)
+class _Named:
+    content: str
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is read of a tokenizer_config.json or a special_tokens_map.json."""
+
+    tokenizer_class: str | None = None
+    eos_token: str | _Named | None = None
+
+
 class Tokenizer(Protocol):
     """``encode`` adds no special tokens; ``decode`` leaves them out.
 
     ``token_bytes`` (int64 [V]) is how many bytes of text each id stands for, specials 0: exact for bytes and
-    for byte-level vocabularies. ``fingerprint`` names the mapping from text to ids.
+    for byte-level vocabularies. ``unk_id`` stands for text outside the vocabulary, ``label`` names the
+    tokenizer in messages, and ``fingerprint`` the mapping from text to ids.
     """
 
     @property
     def vocab_size(self) -> int: ...
     @property
     def eos_id(self) -> int: ...
+    @property
+    def unk_id(self) -> int | None: ...
+    @property
+    def label(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -57,6 +80,8 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    unk_id = None
+    label = "the byte tokenizer"
     fingerprint = digest_of("bytes", 1)
 
     def encode(self, text: str) -> list[int]:
@@ -78,45 +103,71 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A ``tokenizers`` tokenizer with a known end-of-document token.
+    """A ``tokenizers`` tokenizer with a known end-of-document token; ``label`` names it in messages.
 
     Saved in Hugging Face's layout, so that the folder loads there too.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str, label: str = "tokenizer") -> None:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
-            raise UserError(f"tokenizer: the end-of-text token {eos_token!r} is not in its vocabulary")
+            raise UserError(f"{label}: the end-of-text token {eos_token!r} is not in its vocabulary")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # in the library's words: special tokens are encoded as text
-        self._tokenizer = tokenizer
+        content = tokenizer.to_str()
+        spec = read_spec(content, label)
+        self.label = label
+        self._tokenizer, self._for_text = tokenizer, for_text(tokenizer, spec, eos_token)
         self._eos_token = eos_token
-        self.eos_id = int(eos_id)
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = digest_of(tokenizer.to_str(), eos_token)
+        self._added = {token.id: token for token in spec.added_tokens or ()}
+        self._byte_level = spec.byte_level
+        self.eos_id, self.unk_id = int(eos_id), spec.unk_id
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids) + 1
+        if len(set(ids)) < len(ids):
+            raise UserError(
+                f"{label}: {len(ids)} tokens share {len(set(ids))} ids, so that some mean two things"
+            )
+        self._forbidden_V = self._special()
+        self.fingerprint = digest_of(content, eos_token)
+
+    def _special(self) -> npt.NDArray[np.bool_]:
+        """The ids that no text may yield: not the one of unknown text, nor bytes that are marked so."""
+        special_V = np.zeros(self.vocab_size, bool)
+        for token in self._added.values():
+            special_V[token.id] = token.special and token.id != self.unk_id and not is_byte(token.content)
+        special_V[self.eos_id] = True
+        return special_V
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return [int(index) for index in self.encode_batch([text])[0]]
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        plain = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate has no UTF-8
+        with _told(f"{self.label} cannot encode a text"):
+            encodings = self._for_text.encode_batch_fast(plain, add_special_tokens=False)
+        found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        for ids_N in found:
+            if (wrong_N := ids_N[self._forbidden_V[ids_N]]).size:
+                token = self._tokenizer.id_to_token(int(wrong_N[0]))
+                raise UserError(
+                    f"{self.label} makes its special token {token!r} out of text, so that text could end a "
+                    "document; give unknown text a token of its own (unk_token)"
+                )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        spec = json.loads(self._tokenizer.to_str())
-        added = {token["id"]: token for token in spec.get("added_tokens") or ()}
-        byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
         sizes = np.zeros(self.vocab_size, np.int64)
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                sizes[index] = 0 if added[index]["special"] else len(token.encode())
+            if index in self._added:
+                sizes[index] = 0 if self._added[index].special else len(token.encode())
             else:
                 # In a byte-level vocabulary every character stands for one byte.
-                sizes[index] = len(token) if byte_level else _piece_bytes(token)
+                sizes[index] = len(token) if self._byte_level else _piece_bytes(token)
         sizes[self.eos_id] = 0
         return sizes
 
@@ -129,7 +180,7 @@ class JsonTokenizer:
 
 def _piece_bytes(token: str) -> int:
     """SentencePiece's and WordPiece's spellings; a word boundary that was no space makes it inexact."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if is_byte(token):
         return 1
     return len(token.replace("▁", " ").removeprefix("##").encode())
 
@@ -143,24 +194,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     where = Path(path).expanduser()
     folder = where if where.is_dir() else where.parent
     file = where / "tokenizer.json" if where.is_dir() else where
-    if where.is_dir() and _read_json(folder / "tokenizer_config.json").get("tokenizer_class") == _BYTES_CLASS:
+    if where.is_dir() and _settings(folder / "tokenizer_config.json").tokenizer_class == _BYTES_CLASS:
         return ByteTokenizer()
     if not file.is_file():
         others = sorted(found.name for found in folder.glob("*token*")) if where.is_dir() else []
         hint = f" (it has {', '.join(others)})" if others else ""
         raise UserError(f"unknown tokenizer {path}: there is no file {file}{hint}; give a tokenizer.json")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"unknown tokenizer: {file} is not a tokenizer.json ({error})") from error
-    return JsonTokenizer(tokenizer, _eos_token(tokenizer, folder, file))
+    content = read_bytes(file, _LARGEST)
+    with _told(f"unknown tokenizer: {file} is not a tokenizer.json"):
+        read_spec(content, "as such")
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    return JsonTokenizer(tokenizer, _eos_token(tokenizer, folder, file), f"tokenizer {file}")
 
 
 def _eos_token(tokenizer: tokenizers.Tokenizer, folder: Path, file: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
+        token = _settings(folder / name).eos_token
         if token is not None:
-            return str(token["content"] if isinstance(token, dict) else token)
+            return token if isinstance(token, str) else token.content
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     known = [name for name in _EOS_NAMES if name in special]
     if known:
@@ -171,14 +222,22 @@ def _eos_token(tokenizer: tokenizers.Tokenizer, folder: Path, file: Path) -> str
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def _settings(file: Path) -> _Settings:
+    if not file.exists():
+        return _Settings()
+    return parse_json(read_bytes(file, _LARGEST), _Settings, f"cannot read {file}")
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """The library raises plain Exception, and its panics are not even that: the first line as a UserError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    return content if isinstance(content, dict) else {}
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} ({reason[:300]})") from error
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

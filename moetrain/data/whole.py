@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.config.schema_data import TextFormat
+from moetrain.data.cache import log
 from moetrain.data.documents import Part
-from moetrain.data.ingest import tokenised
+from moetrain.data.ingest import Loss, tokenised
 from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.shards import TokenStream
 from moetrain.data.sources.local import LocalSource
@@ -28,18 +29,22 @@ def whole_files(
     """
     if len(files) > _MOST_FILES:
         raise UserError(f"data.path names {len(files):,} files; at most {_MOST_FILES:,} are scored at once")
+    loss = Loss()
     streams = [
-        _stream(Part(LocalSource(str(file), format, text_key)), number, tokenizer)
+        _stream(Part(LocalSource(str(file), format, text_key)), number, tokenizer, loss)
         for number, file in enumerate(files)
     ]
     split = PackedSplit(streams, packing, tokenizer.token_bytes(), fingerprint="")
     if not len(split):
-        raise UserError(f"data.path: none of the {len(files)} files holds text")
+        lost = f": {loss.told(tokenizer)}" if loss.empty else ""
+        raise UserError(f"data.path: none of the {len(files)} files holds text{lost}")
+    for line in loss.warnings(tokenizer):
+        log.warning("data.path: %s", line)
     return split
 
 
-def _stream(part: Part, domain: int, tokenizer: Tokenizer) -> TokenStream:
-    found = list(tokenised(part, tokenizer))
+def _stream(part: Part, domain: int, tokenizer: Tokenizer, loss: Loss) -> TokenStream:
+    found = list(tokenised(part, tokenizer, loss))
     tokens_N = np.concatenate([ids.astype(np.uint32) for _, ids, _ in found] or [np.zeros(0, np.uint32)])
     bytes_M = np.array([len(document.raw) for document, _, _ in found], np.int64)
     return TokenStream(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from moetrain.data import Batch
+from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import all_reduce_sum_
@@ -25,7 +26,8 @@ def evaluate(
     """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
 
     ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``).
-    Changes nothing that training sees: no gradient, no router state, no random state.
+    Changes nothing that training sees: no gradient, no router state, no random state. Raises UserError, on
+    every rank, where no batch of any has a label.
     """
     device = next(task.parameters()).device
     sums = torch.zeros(3, max(len(domains), 1), dtype=torch.float64, device=device)  # nats, tokens, bytes
@@ -51,6 +53,8 @@ def evaluate(
         if tokens
     }
     total = sums.sum(1).tolist()
+    if not total[1]:
+        raise UserError("evaluation: none of the tokens is to be predicted, so that there is no loss to tell")
     return EvalSums(total[0], int(total[1]), round(total[2])), per_domain
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.data import Batch
+from moetrain.errors import TrainingError
 from moetrain.moe import Routing
 from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
 from moetrain.moe.balance.losses import first_choices_BE, probabilities
@@ -75,6 +76,11 @@ class TrainStep:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
         batches = [batch.to(self.device) for batch in batches]
         targets, tokens = self._global_counts(batches)
+        if not targets:
+            raise TrainingError(
+                f"step {step + 1}: none of its {tokens} tokens is to be predicted, so that it has no loss: "
+                "its sequences hold nothing but ends of documents"
+            )
         counts = self._count_ahead(step, batches) if self._counted and len(batches) > 1 else None
         self._router_stats = []
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -84,7 +90,7 @@ class TrainStep:
             output = self.task(**batch_arguments(batch, self.seed, step, _everybody()))
             totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
-            loss = output.nll_sum / max(targets, 1)
+            loss = output.nll_sum / targets
             (loss if extra is None else loss + extra).backward()
             nll_sum += output.nll_sum.detach()
             self.stats.add([record.detach() for record in output.records])
@@ -98,7 +104,7 @@ class TrainStep:
         routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
-        loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
+        loss, grad_norm = float(nll_sum) / targets, float(norm)
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:

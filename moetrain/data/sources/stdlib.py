@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moetrain.data.documents import Document, digest_of
+from moetrain.data.sources.paths import identity
 from moetrain.errors import UserError
 
 CODE, DOCS = "python_code", "english_docs"
@@ -44,7 +45,8 @@ class StdlibSource:
         return found
 
     def fingerprint(self) -> str:
-        listing = [(str(path.relative_to(self.root)), path.stat().st_size) for path in self.files]
+        topics = [path] if (path := self.root / _TOPICS_FILE).is_file() else []
+        listing = [(str(path.relative_to(self.root)), identity(path)) for path in self.files + topics]
         return digest_of("stdlib", platform.python_version(), self.code_domain, self.docs, listing)
 
     def documents(self) -> Iterator[Document]:
