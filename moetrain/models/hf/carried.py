@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moetrain import files
 from moetrain.errors import UserError
+from moetrain.terminal import tell
 
 CARRIED = "hf"  # the folder of a run folder that holds them
 
@@ -39,14 +40,14 @@ def carry_files(source: Path, target: Path, tokenizer: bool = True) -> None:
     What is left out, since it is a link that leaves the model's folder or no regular file, is said.
     """
     if source.name == CARRIED and source.is_symlink():
-        print(f"not copied: {source}, which is a link", file=sys.stderr)
+        tell(f"not copied: {source}, which is a link", sys.stderr)
         return
     for names in (_MODEL, _TOKENIZER) if tokenizer else (_MODEL,):
         found = [source / name for name in names if os.path.lexists(source / name)]
         left_out = [file for file in found if not _belongs(file)]
         if left_out:
             listed = ", ".join(file.name for file in left_out)
-            print(f"not copied from {source}: {listed} (links out of it, or no files)", file=sys.stderr)
+            tell(f"not copied from {source}: {listed} (links out of it, or no files)", sys.stderr)
         if names is _TOKENIZER and left_out:
             continue
         for file in found:

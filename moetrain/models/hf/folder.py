@@ -18,6 +18,7 @@ from torch import Tensor
 from moetrain import files
 from moetrain.errors import UserError
 from moetrain.models.hf.tensors import DTYPES, Rows, TensorInfo
+from moetrain.terminal import tell
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 MAX_TENSORS = 500_000  # of a model; the largest that are published have a fifth of it
@@ -101,7 +102,7 @@ class SafetensorsFolder:
                 "former alone; remove the one that is not the model"
             )
         if others:
-            print(f"not read, since {index} does not list it: {', '.join(others[:_LISTED])}", file=sys.stderr)
+            tell(f"not read, since {index} does not list it: {', '.join(others[:_LISTED])}", sys.stderr)
         return places
 
     def _what_instead(self) -> str:
