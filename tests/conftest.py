@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import settings
 
 from moetrain.moe.routers import ROUTERS, RouterSpec
+
+settings.register_profile("no deadline", deadline=None)  # 200 ms an example would measure the machine
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
