@@ -2,11 +2,11 @@
 
     python benchmarks/folder_owner.py --runs 20 [--folder DIR] [--other-folder DIR] [--other-host COMMAND]
 
-Three situations, ``--runs`` times each: two starts at once; a start beside a running one; a start beside two
-ranks whose torchrun was killed with SIGKILL. A repetition is right where one of the two trains to its end, the
-other ends with exit code 3 and one line that says who has the folder (or is an orphan, and gone), the rows
-of metrics.jsonl are complete and every checkpoint is intact. ``--folder`` lies on the file system in question;
-``--other-folder`` is the same place as the second start sees it (another mount of one export), and
+Three situations, ``--runs`` times each: two starts at once; a start beside a running one; a start beside
+two ranks whose torchrun was killed with SIGKILL. A repetition is right where one of the two trains to its
+end, the other ends with exit code 3 and one line that says who has the folder (or is an orphan, and gone),
+the rows of metrics.jsonl are complete and every checkpoint is intact. ``--folder`` lies on the file system in
+question; ``--other-folder`` is the same place as the second start sees it (another mount of one export), and
 ``--other-host`` what runs the second start elsewhere, as ``"unshare --uts --mount ..."``. Linux only. The
 exit code is 1 where any repetition was wrong.
 """

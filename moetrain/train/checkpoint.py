@@ -255,5 +255,6 @@ class Checkpointer:
     def _discard(self, save: _Save) -> None:
         """Remove what was half-written; a failed background save does it too, so the second one waits."""
         if self._peers.rank == 0:
-            with self._removing, contextlib.suppress(OSError):
+            with self._removing, contextlib.suppress(OSError, UserError):
+                self._guard()  # another owner of the folder may be saving there by now
                 remove_folder(save.writer.temporary)

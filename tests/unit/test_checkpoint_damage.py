@@ -57,6 +57,14 @@ def test_twenty_random_bit_flips_anywhere_are_all_noticed(two, caplog):
     assert two.latest_valid() == newest
 
 
+def test_a_checkpoint_under_another_steps_name_is_noticed(two, caplog):
+    (two.dir / "step_00000002").rename(two.dir / "step_00000007")
+    assert two.latest_valid() == two.dir / "step_00000001"
+    assert "step_00000007 is damaged and is passed over: manifest.json: written for step 2" in caplog.text
+    with pytest.raises(UserError, match="written for step 2, so the folder was renamed"):
+        two.load(two.dir / "step_00000007", tensors(0))
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 1, -1])
 def test_a_truncated_file_is_named(two, caplog, name, keep):

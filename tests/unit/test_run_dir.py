@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 
 import moetrain
 from moetrain.errors import UserError
+from moetrain.train import run_dir
 from moetrain.train.jsonl import JsonlFile, read_metrics
-from moetrain.train.run_dir import RunDir, cpu_model, git_state, write_atomic
+from moetrain.train.run_dir import RunDir, cpu_model, git_state, new_folder, write_atomic
 
 
 def test_folders_and_files(tmp_path):
@@ -32,6 +34,20 @@ def test_folders_and_files(tmp_path):
     assert run.config_file.read_text() == "train:\n  steps: 3\n"
     RunDir(tmp_path / "runs" / "a")  # again, for a resume
     assert run.stop_file == run.path / "STOP"
+
+
+def test_folders_named_by_the_clock_are_new(tmp_path, monkeypatch):
+    class Still:
+        @staticmethod
+        def now() -> datetime:
+            return datetime(2026, 3, 1, 8, 30, 12)
+
+    monkeypatch.setattr(run_dir, "datetime", Still)
+    names = [new_folder(tmp_path / "runs").name for _ in range(3)]
+    assert names == ["2026-03-01_08-30-12", "2026-03-01_08-30-12_2", "2026-03-01_08-30-12_3"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/2026-03-01_08-30-12 cannot be used: "):
+        new_folder(tmp_path / "file")
 
 
 def test_other_ranks_write_nothing(tmp_path):

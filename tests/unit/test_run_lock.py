@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from moetrain.errors import UserError
-from moetrain.train import run_lock, run_owner
+from moetrain.train import checkpoint_io, run_lock, run_owner
+from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, FolderLostError
 from moetrain.train.run_owner import RECORD, Owner, read_owner, this_process, write_owner
 
@@ -268,6 +270,36 @@ def test_a_lost_folder_ends_the_run(loss, said, tmp_path, quick, ended):
     lock.release()
     if loss is take_away:  # the other's record is left alone
         assert read_owner(tmp_path / "run").pid == 4711
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("moment", ["before", "while it is written"])
+def test_nothing_is_saved_in_anothers_folder(moment, async_save, tmp_path, ended, monkeypatch):
+    lock = held(tmp_path)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", async_save=async_save, guard=lock.check)
+    checkpointer.save(1, {"w": torch.zeros(3)}, {})
+    checkpointer.wait()
+    if moment == "before":
+        take_away(tmp_path)
+    else:  # after the last of its own files
+        encode = checkpoint_io.encode_manifest
+        monkeypatch.setattr(
+            checkpoint_io, "encode_manifest", lambda manifest: (take_away(tmp_path), encode(manifest))[1]
+        )
+    theirs = tmp_path / "checkpoints" / ".tmp_step_00000002" / "theirs"
+    if moment == "before":
+        theirs.parent.mkdir()
+        theirs.touch()
+
+    def save() -> None:
+        checkpointer.save(2, {"w": torch.ones(3)}, {})
+        checkpointer.wait()
+
+    with pytest.raises(FolderLostError, match="was taken by process 4711 on node7"):
+        save()
+    assert tiny.checkpoints(tmp_path) == [1]
+    assert theirs.exists() is (moment == "before")
+    lock.release()
 
 
 def test_an_owner_whose_launcher_is_gone_is_waited_for(tmp_path, quick, monkeypatch):
