@@ -85,7 +85,7 @@ BASE = ["router=topk", "balance=switch"]
         (["experts.activation=relu"], [("experts.activation", "swiglu", "relu")]),
         (["optim.betas=[0.5,0.9]"], [("optim.betas", "[0.9,0.95]", "[0.5,0.9]")]),
         (["train.compile=true"], [("train.compile", "false", "true")]),
-        (["balance=none"], [("balance.losses.0", "set", "not set")]),
+        (["balance=none"], [("balance.losses", "set", "[]")]),
         (["router=hash"], [("router.name", "topk", "hash")]),
         (["init_from=/nowhere"], [("init_from", "null", "/nowhere")]),
     ],

@@ -128,6 +128,7 @@ def test_an_update_that_breaks_the_weights_is_caught_in_its_step(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     options = [*tiny.TRAINED, "train.steps=30", "optim.lr=1e39", "schedule=constant"]
+    options += ["resume_changes=[optim.lr,schedule]"]
     assert tiny.train(corpus, run, *options, f"train.on_nonfinite={policy}") == 1
     err = one_line(capsys)
     assert f"step {last}: the update made embed_VD not finite" in err
