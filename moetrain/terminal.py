@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from moetrain.errors import UserError
 
@@ -60,7 +60,7 @@ def one_line(text: str) -> str:
 def show(text: str = "", end: str = "\n") -> None:
     """Print what a command is for. Raises OutputError, or BrokenPipeError where the reader has gone."""
     with _writing(sys.stdout) as stream:
-        stream.write(printable(text, stream.encoding) + end)
+        stream.write(printable(text, getattr(stream, "encoding", None)) + end)
         stream.flush()
 
 
@@ -68,7 +68,7 @@ def tell(text: str, stream: TextIO | None = None) -> None:
     """Print a line, to standard output without ``stream``; one that takes no more is given no more."""
     stream = stream or sys.stdout
     try:
-        stream.write(printable(text, stream.encoding) + "\n")
+        stream.write(printable(text, getattr(stream, "encoding", None)) + "\n")
         stream.flush()
     except (OSError, ValueError):  # ValueError: it is closed
         _silence(stream)
@@ -76,23 +76,18 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 
 def console() -> Console:
     """For tables: rich without markup, whose cells and titles are printable, and whose errors are show's."""
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.segment import Segment
+    from rich.console import Console
+    from rich.text import Text
 
     class PlainConsole(Console):
-        def render(
-            self, renderable: RenderableType, options: ConsoleOptions | None = None
-        ) -> Iterable[Segment]:
-            for segment in super().render(renderable, options):
-                yield (
-                    segment if segment.control else segment._replace(text=_UNSAFE.sub("\ufffd", segment.text))
-                )
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text, self.encoding), **options)
 
         def _check_buffer(self) -> None:
             with _writing(cast(TextIO, self.file)):
                 super()._check_buffer()
 
-    return PlainConsole(markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return PlainConsole(markup=False, highlight=False, emoji=False)
 
 
 class LineFormatter(logging.Formatter):

@@ -18,7 +18,7 @@ from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.data import Packing, val_batches, whole_files
 from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
-from moetrain.terminal import console, tell
+from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import EvalSums
 from moetrain.train.run import resolve_device
@@ -38,7 +38,6 @@ def eval_app(cfg: EvalConfig) -> int:
     )
     task = NextToken(model, torch.bfloat16 if cfg.precision is Precision.bf16 else None)
     figures: Figures = {"checkpoint": str(stored.path), "seq_len": data.seq_len}
-    tell(f"{stored.path}, windows of {data.seq_len} tokens")
     tables = []
     if cfg.data.path is not None:
         total, of_files = _score_files(cfg, stored, task, data)
@@ -51,6 +50,7 @@ def eval_app(cfg: EvalConfig) -> int:
         tables.append(_tasks_table(figures["tasks"]))
     if cfg.json is not None:
         write_atomic(Path(cfg.json).expanduser(), json.dumps(_strict(figures), indent=1) + "\n")
+    show(f"{stored.path}, windows of {data.seq_len} tokens")
     for table in tables:
         console().print(table)
     return 0
@@ -98,7 +98,8 @@ def _figures(sums: EvalSums) -> Figures:
 
 
 def _files_table(total: Figures, of_files: dict[str, Figures]) -> Table:
-    table = Table("file", box=None)
+    table = Table(box=None)
+    table.add_column("file", overflow="fold")
     for head in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
         table.add_column(head, justify="right")
     rows = [*of_files.items(), ("all", total)] if len(of_files) > 1 else list(of_files.items())

@@ -26,6 +26,7 @@ from moetrain.parallel.journal import Clock, Entry, Journal, keep, members
 from moetrain.parallel.lost import cause, peer_lost
 from moetrain.parallel.position import ALL_DONE, Position
 from moetrain.parallel.verdict import View, judge, report
+from moetrain.terminal import printable
 
 _BEAT = 1.0  # seconds, or an eighth of a shorter time-out
 _OVERDUE = 4  # beats without news of a rank
@@ -152,7 +153,7 @@ class Watchdog:
         lines = [*report(self._view(), why), _ADVICE]
         text = "".join(f"moetrain: error: rank {rank()}: {line}\n" for line in lines)
         with contextlib.suppress(OSError):
-            os.write(2, text.encode())
+            os.write(2, printable(text).encode())
         write_error_file(f"rank {rank()}: {'; '.join(lines)}")
         self._pass(2 * self._interval)  # the store may go with this process: let the others read
         os._exit(1)
