@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 import moetrain
 from moetrain.config.compose import config_hash
@@ -20,11 +22,26 @@ from moetrain.config.schema import (
 )
 from moetrain.config.schema_data import StdlibData
 from moetrain.errors import UserError
+from moetrain.files import MB, read_json
 from moetrain.train.run_dir import environment, git_state, write_atomic
 from moetrain.verify.compare import Check
 from moetrain.verify.twin import Twin, dp_shard, twin_of
 
 _FOLDER = "certificates"
+
+
+@dataclass(frozen=True)
+class _Environment:
+    time: str
+    moetrain: str
+    git: dict[str, JsonValue] | None
+
+
+@dataclass(frozen=True)
+class _Certificate:
+    """Of what :func:`write_certificate` writes, that which is read again."""
+
+    environment: _Environment
 
 
 def certificate_path(cfg: TrainConfig, world: int) -> Path:
@@ -73,15 +90,17 @@ def write_certificate(cfg: TrainConfig, world: int, twin: Twin, checks: Sequence
 def certificate_line(cfg: TrainConfig, world: int) -> str:
     """What training says of its layout: proved, proved by other code, or not."""
     path = certificate_path(cfg, world)
+    none = f"this layout has no parity certificate; moetrain verify verify.world={world} ... makes one"
+    if not path.exists():
+        return none
     try:
-        found = json.loads(path.read_text())["environment"]
-        when, git = str(found["time"])[:10], found["git"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"this layout has no parity certificate; moetrain verify verify.world={world} ... makes one"
+        found = read_json(path, _Certificate, MB).environment
+    except UserError as error:
+        return f"{none} ({error})"
     now = git_state(Path(moetrain.__file__).parent)
-    same = found["moetrain"] == moetrain.__version__ and git == now
+    same = found.moetrain == moetrain.__version__ and found.git == now
     by = "" if same else ", by other code than this"
-    return f"this layout was proved equal to one process: {path} ({when}{by})"
+    return f"this layout was proved equal to one process: {path} ({found.time[:10]}{by})"
 
 
 def _layout(cfg: TrainConfig, world: int) -> dict[str, int]:
