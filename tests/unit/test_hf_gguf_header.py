@@ -66,6 +66,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "a key of 2^63 letters": (file_of([struct.pack("<Q", 2**63)]), "bytes of a key"),
     "no UTF-8": (file_of([pair("general.name", 8, text(b"\xc7\xff"))]), "general.name is no UTF-8 text"),
     "a key that is no UTF-8": (file_of([text(b"\xff")], num_keys=1), "a key is no UTF-8 text"),
+    "a key of two lines": (file_of([pair("a\nb", 4, bytes(4))]), "a key is 'a\\nb', which is no name"),
     "an array of 2^60": (file_of([pair("a", 9, array(4, 2**60))]), "claims 1152921504606846976 values of a"),
     "an array beyond the file": (file_of([pair("a", 9, array(4, 10**6))]), "no intact GGUF file"),
     "an array of empty texts": (file_of([pair("a", 9, array(8, 10**6))]), "no intact GGUF file"),

@@ -69,7 +69,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a layer too many": (write_config(num_hidden_layers=4), "num_hidden_layers=4, but the files hold 3"),
     "2^31 experts": (write_config(num_local_experts=2**31 - 1), "num_experts=2147483647 in 3 layers"),
     "a huge width": (write_config(hidden_size=2**31 - 1), "not [2147483647, 84]"),
-    "heads of no width": (write_config(num_attention_heads=0), "not [0, 31]"),
+    "heads of no width": (write_config(num_attention_heads=0), "model.num_heads=0 must be 1 or more"),
     "a deep config": (write("config.json", '{"a":' + DEEP + "}"), "recursion limit"),
     "a config of 5 MB": (write("config.json", " " * 5_000_000 + "{}"), "has 5000002 bytes"),
     "a config that is a pipe": (pipe("config.json"), "not a regular file"),
@@ -95,6 +95,9 @@ CRAFTED: dict[str, tuple[Callable[[Path], None], str]] = {
         write(WEIGHTS, header({"a": {**F32, "shape": [2**62, 0], "data_offsets": [0, 0]}})),
         "it holds no number",
     ),
+    "a name of two lines": (write(WEIGHTS, header({"a\nb": F32}, bytes(8))), "is no name of a tensor"),
+    "experts of no width": (write_config(intermediate_size=0), "config.json"),
+    "a negative scale": (write_config(initializer_range=-1.0), "init_std=-1.0 must not be negative"),
     "an adapter": (write("adapter_config.json", "{}"), "changes to another model"),
 }
 

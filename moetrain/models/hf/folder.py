@@ -165,6 +165,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is no intact safetensors file: {error}") from None
     for name, (shape, dtype) in found.items():
+        if not name.isprintable():
+            raise UserError(f"{file}: {name[:80]!r} is no name of a tensor")
         if dtype not in DTYPES:
             raise UserError(f"{file}: {name} is {dtype}; only {', '.join(DTYPES)} are read")
         if 0 in shape:

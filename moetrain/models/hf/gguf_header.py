@@ -22,7 +22,7 @@ _SCALARS = {  # by the number of a value's type
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 4_000_000  # of one array; the largest vocabularies have a tenth of it
 _MAX_BYTES = 512 * files.MB  # of a header
-_MAX_KEYS, _MAX_TENSORS, _MAX_DIMS = 10_000, 100_000, 4
+_MAX_KEYS, _MAX_TENSORS, _MAX_DIMS, _MAX_NAME = 10_000, 100_000, 4, 1000
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Reader:
         num_tensors, num_keys = self._count(_MAX_TENSORS, "tensors"), self._count(_MAX_KEYS, "keys")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
-            key = self._text("a key")
+            key = self._name("a key")
             if key in metadata:
                 raise _DamagedError(f"the key {key} is there twice")
             metadata[key] = self._value(self._scalar("<I"), key)
@@ -117,6 +117,12 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise _DamagedError(f"{what} is no UTF-8 text: {error}") from None
 
+    def _name(self, what: str) -> str:
+        name = self._text(what)
+        if not name.isprintable() or len(name) > _MAX_NAME:
+            raise _DamagedError(f"{what} is {name[:40]!r}, which is no name")
+        return name
+
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self._text(key)
@@ -134,7 +140,7 @@ class _Reader:
 
     def _tensor(self, block_sizes: dict[int, tuple[int, int]]) -> StoredTensor:
         """``start`` counts from where the data begin."""
-        name = self._text("the name of a tensor")
+        name = self._name("the name of a tensor")
         dims: int = self._scalar("<I")
         if not 1 <= dims <= _MAX_DIMS:
             raise _DamagedError(f"{name} has {dims} dimensions, and 1 to {_MAX_DIMS} are possible")

@@ -63,9 +63,11 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
     """
     tied = spec.model.tie_embeddings
     places: dict[str, tuple[_Place, TensorInfo]] = {}
-    based = any(name.startswith(_BASE) for name in source.tensors)
+    bare_names = not any(name.startswith(_BASE) for name in source.tensors) and any(
+        name.startswith("layers.") for name in source.tensors
+    )
     for stored, info in source.tensors.items():
-        bare = not based and stored.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb."))
+        bare = bare_names and stored.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb."))
         name = _BASE + stored if bare else stored
         if tied and stored == HEAD and not {EMBEDDING, "embed_tokens.weight"} & source.tensors.keys():
             name = EMBEDDING

@@ -160,7 +160,11 @@ def _read(fields: Fields) -> ModelSpec:
     experts = ExpertsConfig(kind=kind, activation=activation)
     spec = ModelSpec(model, _read_router(fields, model.num_experts), experts)
     fields.must_be("auto_map", _AUTO)
-    fields.must_be("routing", _write_routing(spec)["routing"])  # which transformers goes by
+    try:
+        routing = _write_routing(spec)["routing"]
+    except CannotExpressError as error:
+        raise fields.refuse(str(error)) from None
+    fields.must_be("routing", routing)  # which transformers goes by
     return spec
 
 

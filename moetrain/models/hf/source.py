@@ -102,7 +102,13 @@ def _table(family: Family, spec: ModelSpec, where: str) -> Table:
     try:
         with torch.device("meta"):
             model = Decoder(spec.model, spec.router, spec.experts, spec.vocab_size)
-    except (UserError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (
+        UserError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:  # a width of 0, or 2^64
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from None
     table = family.table(spec)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -41,6 +41,12 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
         init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
         **{"num_experts": 0, **read_rope(fields), **own},
     )
+    for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
+        if getattr(cfg, name) < 1:
+            raise fields.refuse(f"model.{name}={getattr(cfg, name)} must be 1 or more")
+    for name in ("norm_eps", "init_std"):
+        if getattr(cfg, name) < 0:
+            raise fields.refuse(f"model.{name}={getattr(cfg, name)} must not be negative")
     try:
         head_shape(cfg)
     except UserError as error:
