@@ -15,7 +15,8 @@ from moetrain.data.bpe import cached_bpe
 from moetrain.data.cache import log
 from moetrain.data.documents import CleanDocument, Part
 from moetrain.data.heldout import Scan, scan
-from moetrain.data.shards import StreamWriter, write_manifest
+from moetrain.data.manifest import write_manifest
+from moetrain.data.shards import StreamWriter
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 
