@@ -1,4 +1,4 @@
-"""Text to batches: sources, tokenizers, memory-mapped shards, packing, and a resumable order of samples."""
+"""Text to batches: sources, tokenizers, shards, packing, and a resumable order of samples."""
 
 from moetrain.data.batch import IGNORE, Batch, bits_per_byte
 from moetrain.data.cache import cache_root

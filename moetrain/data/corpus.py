@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moetrain.config.schema_data import DataConfig, TokenizerConfig, TokenizerKind
 from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
 from moetrain.data.cache import build_once, cache_root
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
+from moetrain.data.manifest import FORMAT, Manifest, TokenizerEntry, damaged
 from moetrain.data.order import MixtureOrder, Order, SampleOrder
 from moetrain.data.packing import PackedSplit, Packing
-from moetrain.data.shards import FORMAT, damaged, open_store
+from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
 from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moetrain.errors import UserError
@@ -87,8 +87,11 @@ def _key(cfg: DataConfig, parts: Sequence[Part], tokenizer: Tokenizer | None) ->
 def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Corpus:
     manifest, streams = open_store(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+    if manifest.tokenizer != TokenizerEntry(tokenizer.fingerprint, tokenizer.vocab_size):
         raise damaged(folder, f"{folder / 'tokenizer'} is not the tokenizer that it was made with")
+    wanted = {stream_name(index, side) for index in range(len(parts)) for side in ("train", "val")}
+    if streams.keys() != wanted or manifest.domains is None or manifest.val_fraction != cfg.val_fraction:
+        raise damaged(folder, "manifest.json describes another corpus")
     fingerprint = digest_of(tokenizer.fingerprint, _hashes(manifest), cfg.seq_len)
 
     def split(side: str) -> PackedSplit:
@@ -112,9 +115,8 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
     order: Order = SampleOrder(len(train), seed)
     if len(parts) > 1:
         order = MixtureOrder(train.part_lengths, [part.weight for part in parts], seed)
-    return Corpus(tokenizer, train, split("val"), tuple(manifest["domains"]), fingerprint, order, folder)
+    return Corpus(tokenizer, train, split("val"), tuple(manifest.domains), fingerprint, order, folder)
 
 
-def _hashes(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    streams = manifest["streams"].values()
-    return sorted((file["name"], file["sha256"]) for entry in streams for file in entry["files"])
+def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
+    return sorted((file.name, file.sha256) for file in manifest.files().values())

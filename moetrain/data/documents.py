@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+REMEMBERED_BYTES = 2**26  # of a source's text, which preparing a corpus reads three times
 
 
 class Document(NamedTuple):
@@ -26,6 +29,36 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
     def documents(self) -> Iterator[Document]: ...
+
+
+class Remembered:
+    """A source that is read once where its text is small: what it gave is kept in memory."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._kept: list[Document] | None = None
+
+    @property
+    def label(self) -> str:
+        return self._source.label
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def documents(self) -> Iterator[Document]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, room = [], REMEMBERED_BYTES
+        for document in self._source.documents():
+            room -= sys.getsizeof(document.text)
+            if room >= 0:
+                kept.append(document)
+            else:
+                kept.clear()
+            yield document
+        if room >= 0:
+            self._kept = kept
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from moetrain.config.schema_data import DataConfig
 from moetrain.data.bpe import cached_bpe
 from moetrain.data.cache import log
-from moetrain.data.documents import CleanDocument, Part
+from moetrain.data.documents import CleanDocument, Part, Remembered
 from moetrain.data.heldout import Scan, scan
-from moetrain.data.shards import StreamWriter, write_manifest
+from moetrain.data.manifest import write_manifest
+from moetrain.data.shards import StreamWriter
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 
@@ -29,8 +30,10 @@ def write_corpus(
 ) -> None:
     """Fill ``folder`` with a store and its tokenizer; ``tokenizer`` None: train a BPE on the training side.
 
-    Reads the text two or three times, as a stream. Raises UserError when a side would be empty.
+    Goes over the text two or three times, as a stream: a small one stays in memory and is read once. Raises
+    UserError when a side would be empty.
     """
+    parts = [replace(part, source=Remembered(part.source)) for part in parts]
     log.info("reading %s", _labels(parts))
     scanned = scan(parts, cfg.val_fraction)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""Token streams on disk: memory-mapped shards, document ends, byte counts, domains; and their manifest.
+"""Token streams on disk: shards of tokens, document ends, byte counts, domains; and their manifest.
 
 A store is one folder. Each stream ``s`` in it is the files ``s-tokens-00000.bin``, ... (uint16 or uint32),
 ``s-ends.bin`` (int64: the stream position just after each document), ``s-bytes.bin`` (int64: bytes of text
@@ -9,23 +9,32 @@ size, sha256 and the sha256 of a sample of it; the manifest carries its own dige
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from moetrain.data.documents import digest_of
+from moetrain.data.manifest import (
+    COLUMNS,
+    FileEntry,
+    Manifest,
+    StreamEntry,
+    column_name,
+    damaged,
+    read_manifest,
+    shard_name,
+)
 from moetrain.errors import UserError
+from moetrain.files import open_regular
 
-FORMAT = 2
 SHARD_TOKENS = 256 * 2**20
 FULL_CHECK_BYTES = 10**9  # larger stores are checked by size and by a hash of three blocks of each file
 _BLOCK = 2**20
-_COLUMNS = {"ends": "<i8", "bytes": "<i8", "domains": "<u2"}
 
 
 class StreamWriter:
@@ -33,12 +42,12 @@ class StreamWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
-        self._columns = {column: self._open(column) for column in _COLUMNS}
+        self._columns = {column: self._open(column_name(name, column)) for column in COLUMNS}
         self._shards: list[IO[bytes]] = []
         self.tokens = self.documents = self.bytes = self.counted_bytes = 0
 
-    def _open(self, suffix: str) -> IO[bytes]:
-        return (self._folder / f"{self._name}-{suffix}.bin").open("wb")
+    def _open(self, name: str) -> IO[bytes]:
+        return (self._folder / name).open("wb")
 
     def add(self, tokens_N: npt.NDArray[np.int64], num_bytes: int, counted_bytes: int, domain: int) -> None:
         """``counted_bytes`` is what the tokens' own lengths add up to, where ``num_bytes`` is the truth."""
@@ -56,12 +65,12 @@ class StreamWriter:
         self.bytes += num_bytes
         self.counted_bytes += counted_bytes
         for column, value in (("ends", self.tokens), ("bytes", num_bytes), ("domains", domain)):
-            self._columns[column].write(np.array(value, _COLUMNS[column]).tobytes())
+            self._columns[column].write(np.array(value, COLUMNS[column]).tobytes())
 
     def _next_shard(self) -> None:
         if self._shards:
             self._shards[-1].close()
-        self._shards.append(self._open(f"tokens-{len(self._shards):05d}"))
+        self._shards.append(self._open(shard_name(self._name, len(self._shards))))
 
     def close(self) -> dict[str, Any]:
         """Flush to the disk and return the stream's entry in the manifest."""
@@ -77,47 +86,109 @@ class StreamWriter:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    return {
-        "name": path.name,
-        "size": path.stat().st_size,
-        "sha256": _file_hash(path, full=True),
-        "sample_sha256": _file_hash(path, full=False),
-    }
+    descriptor = open_regular(path)
+    try:
+        return {
+            "name": path.name,
+            "size": os.fstat(descriptor).st_size,
+            "sha256": _hash(descriptor, full=True),
+            "sample_sha256": _hash(descriptor, full=False),
+        }
+    finally:
+        os.close(descriptor)
 
 
-def _file_hash(path: Path, full: bool) -> str:
+def _hash(descriptor: int, full: bool) -> str:
     """Of the whole file, or of its first, middle and last block."""
     digest = hashlib.sha256()
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        if full:
-            while block := handle.read(_BLOCK):
-                digest.update(block)
-        else:
-            for start in (0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)):
-                handle.seek(start)
-                digest.update(handle.read(_BLOCK))
+    size = os.fstat(descriptor).st_size
+    starts = range(0, size, _BLOCK)
+    for start in starts if full else (0, max(0, size // 2 - _BLOCK // 2), max(0, size - _BLOCK)):
+        digest.update(os.pread(descriptor, _BLOCK, start))
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    content = {"format": FORMAT, **content}
-    content["digest"] = _manifest_digest(content)
-    (folder / "manifest.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+class StoredArray:
+    """The numbers of one checked file, read when they are asked for.
+
+    The file is not mapped into memory: where a mapped file is cut short, the process ends by a signal and
+    without a word. Every read looks whether the file has changed since it was checked, and if so hashes it
+    again: a new time of change may come from a backup, but other content is never trained on.
+    """
+
+    def __init__(self, folder: Path, entry: FileEntry, dtype: str, full: bool) -> None:
+        """Check the file, all of it or a sample. Raises UserError that names it where it is damaged."""
+        self._folder, self._entry, self._dtype = folder, entry, np.dtype(dtype)
+        self._path = folder / entry.name
+        try:
+            self._descriptor = open_regular(self._path)
+        except UserError as error:
+            reason = str(error).removeprefix(f"cannot read {self._path}: ")
+            raise damaged(folder, f"{self._path} cannot be read ({reason})") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self._checked = self._verify(full)
+
+    def __len__(self) -> int:
+        return self._entry.size // self._dtype.itemsize
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        start, stop, _ = part.indices(len(self))
+        width = self._dtype.itemsize
+        data = self._read(start * width, max(0, stop - start) * width)
+        while self._status() != self._checked:
+            self._checked = self._verify(full=True)
+            data = self._read(start * width, max(0, stop - start) * width)
+        return np.frombuffer(data, self._dtype)
+
+    def _verify(self, full: bool) -> tuple[int, int, int]:
+        """The state in which the content is as recorded."""
+        status, entry = self._status(), self._entry
+        if status[0] != entry.size:
+            raise damaged(self._folder, f"{self._path} has {status[0]} bytes, not {entry.size}")
+        try:
+            found = _hash(self._descriptor, full)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if found != (entry.sha256 if full else entry.sample_sha256):
+            raise damaged(self._folder, f"{self._path} does not match its recorded hash")
+        return status
+
+    def _status(self) -> tuple[int, int, int]:
+        try:
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Fewer bytes than asked for where the file has shrunk."""
+        pieces = []
+        try:
+            while size > 0 and (piece := os.pread(self._descriptor, size, start)):
+                pieces.append(piece)
+                start, size = start + len(piece), size - len(piece)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return damaged(self._folder, f"{self._path} cannot be read ({error.strerror})")
 
 
-def _manifest_digest(content: dict[str, Any]) -> str:
-    return digest_of(json.dumps({key: content[key] for key in content if key != "digest"}, sort_keys=True))
+class Shard(Protocol):
+    """An array in memory, or a :class:`StoredArray`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> npt.NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A written stream, mapped into memory. N tokens, one of ``ends_M`` per document."""
+    """A written stream. N tokens, one of ``ends_M`` per document; tokens stay on disk until they are read."""
 
-    shards: list[npt.NDArray[Any]]
+    shards: Sequence[Shard]
     shard_tokens: int
     ends_M: npt.NDArray[np.int64]
-    bytes_M: npt.NDArray[np.int64]
     domains_M: npt.NDArray[np.uint16]
     num_tokens: int
     num_bytes: int
@@ -139,60 +210,56 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, TokenStream]]:
-    """Check the folder against its manifest and map its streams. Raises UserError naming a damaged file."""
-    manifest = _read_manifest(folder)
-    streams = manifest["streams"]
-    total = sum(file["size"] for entry in streams.values() for file in entry["files"])
-    for entry in streams.values():
-        for file in entry["files"]:
-            _check_file(folder, file, full=total < FULL_CHECK_BYTES)
-    opened = {name: _open_stream(folder, name, manifest["dtype"], entry) for name, entry in streams.items()}
+def open_store(folder: Path) -> tuple[Manifest, dict[str, TokenStream]]:
+    """Check the folder against its manifest and open its streams. Raises UserError naming a damaged file."""
+    manifest = read_manifest(folder)
+    full = sum(file.size for file in manifest.files().values()) < FULL_CHECK_BYTES
+    opened = {name: _open_stream(folder, name, manifest, full) for name in manifest.streams}
     return manifest, opened
 
 
-def damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"damaged data: {what}; delete the folder {folder} and run again to rebuild it")
+def _open_stream(folder: Path, name: str, manifest: Manifest, full: bool) -> TokenStream:
+    entry, files = manifest.streams[name], manifest.files()
 
+    def column(kind: str) -> npt.NDArray[Any]:
+        return StoredArray(folder, files[column_name(name, kind)], COLUMNS[kind], full)[:]
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        intact = manifest["format"] == FORMAT and manifest["digest"] == _manifest_digest(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(folder, f"manifest.json cannot be read ({error})") from error
-    if not intact:
-        raise damaged(folder, "manifest.json does not match its own digest")
-    return dict(manifest)
-
-
-def _check_file(folder: Path, file: dict[str, Any], full: bool) -> None:
-    path = folder / file["name"]
-    try:
-        size = path.stat().st_size
-        if size != file["size"]:
-            raise damaged(folder, f"{path} has {size} bytes, not {file['size']}")
-        if _file_hash(path, full) != file["sha256" if full else "sample_sha256"]:
-            raise damaged(folder, f"{path} does not match its recorded hash")
-    except OSError as error:
-        raise damaged(folder, f"{path} cannot be read ({error.strerror})") from error
-
-
-def _open_stream(folder: Path, name: str, dtype: str, entry: dict[str, Any]) -> TokenStream:
-    def column(suffix: str, kind: str) -> npt.NDArray[Any]:
-        path = folder / f"{name}-{suffix}.bin"
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.zeros(0, kind)
-        return np.memmap(path, kind, "r").view(np.ndarray)
-
-    shards = [column(f"tokens-{index:05d}", dtype) for index in range(entry["shards"])]
+    shards = [
+        StoredArray(folder, files[shard_name(name, index)], manifest.dtype, full)
+        for index in range(entry.shards)
+    ]
+    ends_M, bytes_M, domains_M = column("ends"), column("bytes"), column("domains")
+    if (fault := _fault(manifest, entry, ends_M, bytes_M, domains_M)) is not None:
+        raise damaged(folder, f"stream {name} {fault}")
+    if full and manifest.tokenizer is not None:
+        largest = max((int(shard[:].max()) for shard in shards), default=0)
+        if largest >= manifest.tokenizer.vocab_size:
+            raise damaged(folder, f"stream {name} has the token {largest} of {manifest.tokenizer.vocab_size}")
     return TokenStream(
         shards=shards,
         shard_tokens=len(shards[0]) if shards else 1,
-        ends_M=column("ends", _COLUMNS["ends"]),
-        bytes_M=column("bytes", _COLUMNS["bytes"]),
-        domains_M=column("domains", _COLUMNS["domains"]),
-        num_tokens=entry["tokens"],
-        num_bytes=entry["bytes"],
-        counted_bytes=entry["counted_bytes"],
+        ends_M=ends_M,
+        domains_M=domains_M,
+        num_tokens=entry.tokens,
+        num_bytes=entry.bytes,
+        counted_bytes=entry.counted_bytes,
     )
+
+
+def _fault(
+    manifest: Manifest,
+    entry: StreamEntry,
+    ends_M: npt.NDArray[np.int64],
+    bytes_M: npt.NDArray[np.int64],
+    domains_M: npt.NDArray[np.uint16],
+) -> str | None:
+    """What the columns of a stream do not agree on, in words."""
+    if entry.tokens != (int(ends_M[-1]) if len(ends_M) else 0):
+        return f"does not end at its {entry.tokens} tokens"
+    if len(ends_M) and (ends_M[0] < 1 or (np.diff(ends_M) < 1).any()):
+        return "has documents that end before they begin"
+    if len(bytes_M) and (bytes_M.min() < 0 or int(bytes_M.sum()) != entry.bytes):
+        return f"has documents of {int(bytes_M.sum())} bytes, not {entry.bytes}"
+    if manifest.domains is not None and len(domains_M) and int(domains_M.max()) >= len(manifest.domains):
+        return f"has the domain {int(domains_M.max())} of {len(manifest.domains)}"
+    return None

@@ -6,6 +6,7 @@ Shapes: V = vocab_size. Text never yields a special token: ``<|endoftext|>`` in 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The end-of-text token is the one that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it
     names, else a special token of a well-known name. Raises UserError for anything else.
     """
-    where = Path(path).expanduser()
+    where = Path(os.path.expanduser(path))
     folder = where if where.is_dir() else where.parent
     file = where / "tokenizer.json" if where.is_dir() else where
     if where.is_dir() and _settings(folder / "tokenizer_config.json").tokenizer_class == _BYTES_CLASS:

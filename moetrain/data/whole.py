@@ -46,14 +46,12 @@ def whole_files(
 def _stream(part: Part, domain: int, tokenizer: Tokenizer, loss: Loss) -> TokenStream:
     found = list(tokenised(part, tokenizer, loss))
     tokens_N = np.concatenate([ids.astype(np.uint32) for _, ids, _ in found] or [np.zeros(0, np.uint32)])
-    bytes_M = np.array([len(document.raw) for document, _, _ in found], np.int64)
     return TokenStream(
         shards=[tokens_N],
         shard_tokens=max(1, len(tokens_N)),
         ends_M=np.cumsum([len(ids) for _, ids, _ in found], dtype=np.int64),
-        bytes_M=bytes_M,
         domains_M=np.full(len(found), domain, np.uint16),
         num_tokens=len(tokens_N),
-        num_bytes=int(bytes_M.sum()),
+        num_bytes=sum(len(document.raw) for document, _, _ in found),
         counted_bytes=sum(counted for _, _, counted in found),
     )

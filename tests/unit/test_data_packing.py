@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.data.batch import IGNORE, bits_per_byte
+from moetrain.data.manifest import write_manifest
 from moetrain.data.packing import PackedSplit, Packing
-from moetrain.data.shards import StreamWriter, open_store, write_manifest
+from moetrain.data.shards import StreamWriter, open_store
 
 EOS = 9
 TOKEN_BYTES = np.array([1, 2, 3, 1, 4, 1, 2, 5, 1, 0])  # of ids 0 to 9

@@ -12,7 +12,8 @@ from test_data_prepare import documents, text_folder
 from moetrain.config.schema_data import TokenizerConfig
 from moetrain.data import cache_root, prepare, shards
 from moetrain.data.cache import build_once
-from moetrain.data.shards import StreamWriter, open_store, write_manifest
+from moetrain.data.manifest import write_manifest
+from moetrain.data.shards import StreamWriter, open_store
 from moetrain.errors import UserError
 
 fork = multiprocessing.get_context("fork")
