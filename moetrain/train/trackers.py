@@ -105,6 +105,10 @@ class WandbRun:
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         cfg = self._cfg
+        if (
+            os.path.expanduser("~") == "~"
+        ):  # nobody knows a home folder, and wandb looks for its settings there
+            os.environ["HOME"] = str(run_dir.resolve() / "wandb")
         kept = _kept_id(run_dir)
         rows = LoggedRows(run_dir, kept or secrets.token_hex(4), config)
         run_id = secrets.token_hex(4) if rows.diverge(step) else rows.now.id
