@@ -246,7 +246,7 @@ def _machine_error(error: BaseException | None) -> UserError | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, torch's of a GPU (by name: torch may not be there), and torch's of a CPU, which has no class."""
+    """Python's, torch's of a GPU (by name: torch may not be loaded) and of a CPU, which has no class."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
