@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, Protocol
 
 from moetrain.config.schema import TrackerConfig, WandbTracker
 from moetrain.errors import UserError
+from moetrain.files import read_bytes
+from moetrain.terminal import as_text
+from moetrain.train.wandb_rows import LoggedRows, kind_of
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +55,32 @@ class NoTracker:
 
 
 class TensorboardTracker:
-    """Event files in ``<run>/tensorboard``. What a resumed run does again replaces what was written."""
+    """Event files in ``<run>/tensorboard``. What a resumed run does again replaces what was written.
+
+    After a rollback the steps that are done again are equal, and are left out.
+    """
 
     def __init__(self, cfg: TrackerConfig) -> None:
         _need("tensorboard")
         self._writer: Any = None
+        self._last = {"train": 0, "val": 0}
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run_dir / "tensorboard"
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         except OSError as error:
             raise UserError(f"tracker=tensorboard cannot write to {folder}: {error}") from None
         text = json.dumps(config, indent=2, default=str)
         self._writer.add_text("config", f"```\n{text}\n```", global_step=step)
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
+        kind = kind_of(row)
+        if step <= self._last[kind]:
+            return
+        self._last[kind] = step
         for key, value in _numbers(row).items():
             self._writer.add_scalar(key, value, global_step=step)
 
@@ -79,7 +91,8 @@ class TensorboardTracker:
 class WandbRun:
     """One Weights & Biases run per run folder, resumed under the id kept in ``<run>/wandb_run_id``.
 
-    Rows go without wandb's own step counter, which refuses to go back: ``step`` is their x axis instead.
+    Rows go without wandb's own step counter, which refuses to go back: ``step`` is their x axis instead. Rows
+    that the run has are not written again; steps done again with another config begin a run of their own.
     """
 
     def __init__(self, cfg: TrackerConfig) -> None:
@@ -88,9 +101,17 @@ class WandbRun:
         self._wandb = _need("wandb")
         self._cfg = cfg
         self._run: Any = None
+        self._rows: LoggedRows | None = None
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         cfg = self._cfg
+        if (
+            os.path.expanduser("~") == "~"
+        ):  # nobody knows a home folder, and wandb looks for its settings there
+            os.environ["HOME"] = str(run_dir.resolve() / "wandb")
+        kept = _kept_id(run_dir)
+        rows = LoggedRows(run_dir, kept or secrets.token_hex(4), config)
+        run_id = secrets.token_hex(4) if rows.diverge(step) else rows.now.id
         settings = self._wandb.Settings(
             save_code=False,
             disable_code=True,
@@ -101,30 +122,49 @@ class WandbRun:
         )
         try:
             self._run = self._wandb.init(
-                project=cfg.project,
-                entity=cfg.entity,
-                tags=list(cfg.tags) or None,
+                project=as_text(cfg.project),
+                entity=None if cfg.entity is None else as_text(cfg.entity),
+                tags=[as_text(tag) for tag in cfg.tags] or None,
                 mode=cfg.mode.value,
-                name=run_dir.resolve().name,
-                id=_run_id(run_dir),
+                name=as_text(run_dir.resolve().name),
+                id=run_id,
                 resume="allow",
                 dir=str(run_dir),
-                config=dict(config),
+                config=json.loads(as_text(json.dumps(config, ensure_ascii=False, default=str))),
                 settings=settings,
             )
-        except (self._wandb.Error, OSError) as error:
+        except Exception as error:  # its own, the network's, pydantic's, or of a user without a home folder
             line = " ".join(str(error).split())
             raise UserError(
                 f"tracker=wandb did not start (tracker.mode={cfg.mode.value}): {line}; check the network and "
                 "`wandb login`, or take tracker.mode=offline and upload with `wandb sync` later"
             ) from None
+        _keep_id(run_dir, run_id)
+        self._begin_rows(rows, run_id, step)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
+    def _begin_rows(self, rows: LoggedRows, run_id: str, step: int) -> None:
+        """Say which steps the run has, or why it has another id than before."""
+        before = rows.now
+        if before.id != run_id:
+            _log.warning(
+                "tracker=wandb: steps %d to %d are in the run %s with another config: this run goes on as %s",
+                step + 1, before.train, before.id, run_id,
+            )  # fmt: skip
+        elif before.train > step:
+            _log.info("tracker=wandb: the run %s has the rows up to step %d already", run_id, before.train)
+        rows.begin(run_id)
+        self._rows = rows
+
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        self._run.log({**_numbers(row), "step": step})
+        assert self._rows is not None
+        if self._rows.is_new(row, step):
+            self._run.log({**_numbers(row), "step": step})
 
     def finish(self, ok: bool) -> None:
+        if self._rows is not None:
+            self._rows.close()
         self._run.finish(exit_code=0 if ok else 1)
 
 
@@ -190,16 +230,20 @@ def _need(package: str) -> Any:
     return module
 
 
-def _run_id(run_dir: Path) -> str:
-    """The id kept in the run folder; made and kept if there is none."""
+def _kept_id(run_dir: Path) -> str | None:
+    """The id kept in the run folder, if there is one that wandb would take."""
     path = run_dir / WANDB_ID_FILE
-    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
-    run_id = secrets.token_hex(4)
+    if not path.exists():
+        return None
+    kept = read_bytes(path, 1000).decode("utf-8", "replace").strip()
+    return kept if re.fullmatch(r"[\w-]{1,64}", kept, re.ASCII) else None
+
+
+def _keep_id(run_dir: Path, run_id: str) -> None:
+    path = run_dir / WANDB_ID_FILE
     temporary = path.with_name(f".{WANDB_ID_FILE}.tmp")
     temporary.write_text(run_id + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return run_id
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

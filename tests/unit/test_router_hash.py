@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, V token ids.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_the_table_travels_with_the_state_and_through_casts(tmp_path: Path) -> N
         ({"1": -3}, "token 1 must have a count"),
         ({"1": 0.5}, "token 1 must have a count"),
         ({"1": True}, "token 1 must have a count"),
+        ({"1": 2**63}, "token 1 must have a count"),
+        ('{"1": ' + "9" * 5000 + "}", "cannot be read: no JSON text"),
         ('{"1": NaN}', "token 1 must have a count"),
     ],
 )
@@ -109,13 +112,19 @@ def test_a_malformed_file_is_one_line(tmp_path: Path, counts: Any, message: str)
     assert "\n" not in str(refused.value)
 
 
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "counts.json")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        hash_router(str(tmp_path / "counts.json"))
+
+
 def test_a_missing_file_and_a_second_expert_are_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "none.json")
-    with pytest.raises(ValueError, match=r"router\.frequencies=.*none\.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"router\.frequencies=.*none\.json: cannot read .*: No such file"):
         hash_router(missing)
     path = written(tmp_path, {"1": 2})
     with pytest.raises(ValueError, match=r"router\.frequencies gives one .* not 2: set router\.top_k=1"):
         build_router("hash", d_model=3, num_experts=5, frequencies=path)
-    with pytest.raises(UserError, match=r"router=hash: router\.frequencies=.* cannot be read"):
+    with pytest.raises(UserError, match=r"router=hash: router\.frequencies=.* cannot read"):
         validate(compose_train(["router=hash", "router.top_k=1", f"router.frequencies={missing}"]))
     validate(compose_train(["router=hash", "router.top_k=1", f"router.frequencies={path}"]))

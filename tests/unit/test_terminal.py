@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from rich.table import Table
 
 from moetrain import terminal
-from moetrain.cli import main
+from moetrain.cli import COMMANDS, main
 from moetrain.terminal import as_text, console, one_line, printable
 
 TITLE = "\x1b]0;x\x07"  # sets the title of a terminal
@@ -168,6 +169,26 @@ def test_a_prompt_typed_under_an_ascii_locale(corpus, tmp_path):
     assert "Traceback" not in process.output()
     (sample,) = (run / "samples").iterdir()
     assert sample.read_text(encoding="utf-8").startswith("日本")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_memory_that_is_not_there_is_one_line(error, monkeypatch, capsys):
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "doctor", fail)
+    assert main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("moetrain: error: out of memory: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["~", "~/none"])

@@ -85,23 +85,40 @@ def test_tensorboard_of_a_resumed_run_replaces_what_is_done_again(tmp_path: Path
     assert loss == [(1, 8.0), (2, 7.0), (3, 7.0), (4, 7.0)]
 
 
+def test_tensorboard_of_a_run_begun_anew_replaces_it_all(tmp_path: Path) -> None:
+    use(build_tracker(TensorboardTracker()), tmp_path, ROWS)
+    use(build_tracker(TensorboardTracker()), tmp_path, [{"step": 1, "train/loss": 7.0}])
+    assert read_events(tmp_path / "tensorboard")["train/loss"] == [(1, 7.0)]
+
+
+def test_tensorboard_has_a_step_once_after_a_rollback(tmp_path: Path) -> None:
+    rows = [*ROWS, {"step": 2, "val/loss": 1.0}, *ROWS[1:], {"step": 2, "val/loss": 1.0}]
+    use(build_tracker(TensorboardTracker()), tmp_path, rows)
+    scalars = read_events(tmp_path / "tensorboard")
+    assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3]
+    assert scalars["val/loss"] == [(2, 1.0)]
+
+
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     use(build_tracker(TensorboardTracker(), rank=1), tmp_path, ROWS)
     assert list(tmp_path.iterdir()) == []
 
 
 _SCRIPT = """
-import json, sys
+import json, logging, sys
 from pathlib import Path
 from moetrain.config.schema import WandbMode, WandbTracker
 from moetrain.errors import UserError
 from moetrain.train.trackers import build_tracker
 
 folder, rows = json.loads(sys.argv[1])
-for done, ok in ((0, False), (1, True)):
+rows.append({**rows[-1], "step": 4})
+logging.basicConfig(level=logging.INFO)
+for done, ok, lr in ((0, False, 1.0), (1, True, 1.0), (1, True, 2.0)):
     tracker = build_tracker(WandbTracker(tags=["a"]))
-    tracker.start(Path(folder), {"model": {"d_model": 32}}, done)
-    for row in rows[done:]:
+    config = {"model": {"d_model": 32}, "optim": {"lr": lr}, "train": {"steps": 3 + ok}}
+    tracker.start(Path(folder), config, done)
+    for row in rows[done : 3 + ok]:
         tracker.log(row, row["step"])
     tracker.finish(ok)
 try:
@@ -115,9 +132,11 @@ except UserError as error:
 class WandbRun:
     folder: Path
     output: str
+    errors: str
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))
+        """In the order in which they were begun."""
+        return sorted(self.folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +162,25 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    return WandbRun(folder, done.stdout)
+    return WandbRun(folder, done.stdout, done.stderr)
+
+
+def history_of(records: list[Any]) -> list[dict[str, str]]:
+    return [
+        {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
 
 
 def test_wandb_offline_run_reads_back(wandb_run: WandbRun) -> None:
     records = [list(read_wandb(path)) for path in wandb_run.files()]
-    assert len(records) == 2
-    history = [
-        {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
-        for r in records[0]
-        if r.HasField("history")
-    ]
+    assert len(records) == 3
+    history, resumed, other = (history_of(part) for part in records)
     assert [json.loads(h["train/loss"]) for h in history] == [8.0, 4.0, pytest.approx(8 / 3)]
     assert [json.loads(h["step"]) for h in history] == [1, 2, 3]
+    assert [json.loads(h["step"]) for h in resumed] == [4]  # steps 2 and 3 are there, and equal
+    assert [json.loads(h["step"]) for h in other] == [2, 3, 4]  # with another config, under another id
     assert "note" not in history[0]
     run = next(r.run for r in records[0] if r.HasField("run"))
     assert run.project == "moetrain"
@@ -163,13 +188,17 @@ def test_wandb_offline_run_reads_back(wandb_run: WandbRun) -> None:
     assert list(run.tags) == ["a"]
     config = {u.key: u.value_json for u in run.config.update}
     assert json.loads(config["model"]) == {"d_model": 32}
-    assert [next(r.exit.exit_code for r in rs if r.HasField("exit")) for rs in records] == [1, 0]
+    assert [next(r.exit.exit_code for r in rs if r.HasField("exit")) for rs in records] == [1, 0, 0]
 
 
 def test_wandb_resumes_under_the_id_in_the_run_folder(wandb_run: WandbRun) -> None:
+    """And under a new one where steps are done again with another config."""
     kept = (wandb_run.folder / WANDB_ID_FILE).read_text().strip()
-    runs = [r.run for path in wandb_run.files() for r in read_wandb(path) if r.HasField("run")]
-    assert {run.run_id for run in runs} == {kept}
+    ids = [next(r.run.run_id for r in read_wandb(path) if r.HasField("run")) for path in wandb_run.files()]
+    assert ids[0] == ids[1]
+    assert ids[2] == kept != ids[0]
+    assert f"steps 2 to 4 are in the run {ids[0]} with another config" in wandb_run.errors
+    assert f"the run {ids[0]} has the rows up to step 3 already" in wandb_run.errors
 
 
 def test_wandb_carries_no_code_and_no_git_state(wandb_run: WandbRun) -> None:

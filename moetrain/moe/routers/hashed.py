@@ -14,6 +14,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from moetrain.errors import UserError
+from moetrain.files import MB, read_bytes
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext, mix
 from moetrain.moe.options import RouterConfig
@@ -21,6 +23,7 @@ from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
 
 _MAX_IDS = 2**24  # a stray large id must not ask for gigabytes
+_MAX_BYTES = 100 * MB
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,18 @@ def read_frequencies(path: str) -> dict[int, int]:
     Raises ValueError, in one line, for a file that cannot be read or holds anything else.
     """
     try:
-        counts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "no JSON text"
-        raise ValueError(f"router.frequencies={path} cannot be read: {reason}") from e
+        counts = json.loads(read_bytes(Path(path), _MAX_BYTES).decode("utf-8"))
+    except UserError as e:
+        raise ValueError(f"router.frequencies={path}: {e}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"router.frequencies={path} cannot be read: no JSON text") from None
     if not isinstance(counts, dict) or not counts:
         raise ValueError(f"router.frequencies={path} must hold an object of {{token id: count}}")
     for key, count in counts.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 9 and int(key) < _MAX_IDS):
             raise ValueError(f"router.frequencies={path}: {key[:40]!r} is not a token id from 0 to 2^24 - 1")
-        if type(count) is not int or count < 0:
-            raise ValueError(f"router.frequencies={path}: token {key} must have a count of 0 or more")
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"router.frequencies={path}: token {key} must have a count from 0 to 2^63 - 1")
         if str(int(key)) != key:
             raise ValueError(f"router.frequencies={path}: write token id {key!r} as {str(int(key))!r}")
     return {int(key): count for key, count in counts.items()}
