@@ -79,7 +79,7 @@ def test_any_other_manifest_is_one_line_or_tells_the_same(cfg):
 
 
 @pytest.mark.parametrize(
-    "content", ["[" * 100_000, '{"a":' * 100_000, '{"digest": NaN}', "\0", "\xff", "9" * 5000]
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"digest": NaN}', "\0", "\xff", "9" * 5000], ids=range(6)
 )
 def test_what_is_no_manifest_is_one_line(cfg, content):
     folder = prepare(cfg).folder

