@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.catalogue import TARGETS
+from fuzz.catalogue import KNOWN, TARGETS
 from fuzz.runner import Runner
 from fuzz.table import jobs, table
 from fuzz.world import make_world
@@ -30,6 +30,12 @@ def test_mutated_files_are_read_right_or_refused(target: str, runner: Runner) ->
     verdicts = list(runner.run((target, seed) for seed in range(COSTLY.get(target, SHORT))))
     wrong = [verdict.line() for verdict in verdicts if not verdict.good]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("document", list(KNOWN))
+def test_a_document_that_was_read_wrong_once(document: str, runner: Runner) -> None:
+    (verdict,) = runner.run([(document, 0)])
+    assert verdict.good, verdict.line()
 
 
 @pytest.mark.slow
