@@ -87,7 +87,6 @@ DOCUMENTS = (
     Document("report_rows", _METRICS, "tokens", _DEEP, "report"),
     Document("report_rows", _LOAD, "layers", 1, "report"),
     Document("report_plots", _METRICS, "step", 10**30),
-    Document("report_plots", _METRICS, "train/loss", 1e308),
     Document("report_facts", "run/summary.json", "seconds", _DEEP, "report"),
     Document("tokenizer_json", "mixtral/tokenizer.json", "model.continuing_subword_prefix", "{}", "load"),
     Document("tokenizer_json", "mixtral/tokenizer.json", '"!": 1', b'"!": 4294967295', "load"),

@@ -12,8 +12,8 @@ from fuzz.runner import Runner
 from fuzz.table import jobs, table
 from fuzz.world import make_world
 
-SHORT = 24  # mutations of a target in every run of the tests; those of a long run begin at another seed
-COSTLY = {"report_plots": 3, "run_config": 12, "run_tokenizer": 8, "overrides": 8, "hf_index": 8}  # fewer
+SHORT = 20  # mutations of a target in every run of the tests; those of a long run begin at another seed
+COSTLY = {"report_plots": 2, "run_config": 12, "run_tokenizer": 8, "overrides": 8, "hf_index": 8}  # fewer
 LONG = 10_000
 
 
