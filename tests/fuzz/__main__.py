@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fuzz.catalogue import TARGETS
+from fuzz.catalogue import KNOWN, TARGETS
 from fuzz.runner import Runner
 from fuzz.table import jobs, table
 from fuzz.world import make_world
@@ -21,7 +21,7 @@ from fuzz.world import make_world
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--world", type=Path)
-    parser.add_argument("target", choices=["all", *TARGETS])
+    parser.add_argument("target", choices=["all", *TARGETS, *KNOWN], metavar="TARGET")
     parser.add_argument("numbers", type=int, nargs="+")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz_world_") as temporary:

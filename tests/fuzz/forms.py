@@ -94,10 +94,11 @@ def any_bytes(rng: Random, data: bytes) -> tuple[bytes, str]:
 
 
 def _column(rng: Random, lines: list[bytes]) -> tuple[bytes, str]:
-    """An odd value of one of the first keys (those that order the rows), in one row or in all."""
+    """An odd value of one key, in half of the cases of those that order the rows, in one row or in all."""
     rows = [parse(line) for line in lines if line]
     chosen = rng.choice((rows, [rng.choice(rows)]))
-    key, odd = rng.choice(chosen[0][:3])[0], rng.choice((*ODD, 1e300, 1e16, -1e300, 10**18, 3e-310))
+    keys = rng.choice((chosen[0], chosen[0][:3]))
+    key, odd = rng.choice(keys)[0], rng.choice((*ODD, 1e300, 1e16, -1e300, 10**18, 3e-310))
     for row in chosen:
         row[:] = [(name, odd if name == key else value) for name, value in row]
     text = b"".join(dump(row).encode() + b"\n" for row in rows)

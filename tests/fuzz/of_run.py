@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -91,6 +92,14 @@ def _report(kind: str, plots: bool) -> str:
     return said + Path("run/report.html").read_text() if kind == "report" else said
 
 
+def _two_runs() -> str:
+    """A page of two runs, which compares their configs; the other one is the same."""
+    shutil.copytree("run", "other")
+    with mock.patch("moetrain.report.page.has_matplotlib", return_value=False):
+        command(["report", "run", "other", "-o", "page.html"])
+    return Path("page.html").read_text()
+
+
 def _clean_page(good: str, found: str) -> str | None:
     """The page holds no markup of the files, and no word of an exception."""
     if MARKUP in found:
@@ -133,6 +142,7 @@ def _kept(good: Any, found: Any) -> str | None:
 def _override(rng: Random, data: bytes) -> tuple[bytes, str]:
     """One leaf of the config, with the value that the mutated document gives it."""
     text, note = yaml_file(rng, data)
+    text = text.replace(b"FUZZ_SECRET", b"HOME")  # who types an argument may read the environment
     try:
         document, whole = yaml.safe_load(text), yaml.safe_load(data)
         changed = _changed_leaf(whole, document, "")
@@ -187,6 +197,7 @@ _CONFIG_WAYS = (
     ),
     Way("init_from", _init_from, _follows),
     Way("report", partial(_report, "report", False), _clean_page, 2),
+    Way("report of two", _two_runs, _clean_page),
     Way("status", partial(_report, "status", False), anything),
 )
 _TABLES = (

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.catalogue import TARGETS
+from fuzz.catalogue import KNOWN, TARGETS
 from fuzz.runner import Runner
 from fuzz.table import jobs, table
 from fuzz.world import make_world
 
-SHORT = 24  # mutations of a target in every run of the tests; those of a long run begin at another seed
-COSTLY = {"report_plots": 3, "run_config": 12, "run_tokenizer": 8, "overrides": 8, "hf_index": 8}  # fewer
+SHORT = 20  # mutations of a target in every run of the tests; those of a long run begin at another seed
+COSTLY = {"report_plots": 2, "run_config": 12, "run_tokenizer": 8, "overrides": 8, "hf_index": 8}  # fewer
 LONG = 10_000
 
 
@@ -30,6 +30,12 @@ def test_mutated_files_are_read_right_or_refused(target: str, runner: Runner) ->
     verdicts = list(runner.run((target, seed) for seed in range(COSTLY.get(target, SHORT))))
     wrong = [verdict.line() for verdict in verdicts if not verdict.good]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("document", list(KNOWN))
+def test_a_document_that_was_read_wrong_once(document: str, runner: Runner) -> None:
+    (verdict,) = runner.run([(document, 0)])
+    assert verdict.good, verdict.line()
 
 
 @pytest.mark.slow

@@ -162,9 +162,9 @@ def _status(key: str) -> int:
 
 
 def _real(name: str) -> Target:
-    from fuzz.catalogue import TARGETS  # which takes seconds to import
+    from fuzz.catalogue import KNOWN, TARGETS  # which take seconds to import
 
-    return TARGETS[name]
+    return TARGETS[name] if name in TARGETS else KNOWN[name]
 
 
 def main() -> None:
