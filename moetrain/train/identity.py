@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.compose import load_yaml
-from moetrain.config.flat import flat, lies_in
+from moetrain.config.flat import flat, lies_in, shown
 from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
@@ -94,7 +94,9 @@ def _stored(checkpoint: Path) -> dict[str, str]:
 def _changed(stored: dict[str, str], now: dict[str, str]) -> str:
     """The keys that differ, with both values; empty where none does. Keys of a later version do not count."""
     differing = [key for key in stored if key != TOKENIZER and stored[key] != now.get(key)]
-    some = [f"{key} was {stored[key]}, now {now.get(key, 'missing')}" for key in differing[:_LISTED]]
+    some = [
+        f"{key} was {shown(stored[key])}, now {shown(now.get(key, 'missing'))}" for key in differing[:_LISTED]
+    ]
     more = [f"and {len(differing) - _LISTED} more"] if len(differing) > _LISTED else []
     return ", ".join(some + more)
 

@@ -62,6 +62,7 @@ class TrainStep:
     ) -> None:
         self.task, self.optimizer, self.terms, self.controllers = task, optimizer, terms, controllers
         self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
+        self.needs_targets = True  # a proof about balance losses alone has none
         layers = task.model.moe_layers()
         self.device = next(task.parameters()).device
         num_experts = next(iter(layers.values())).router.num_experts if layers else 0
@@ -76,7 +77,7 @@ class TrainStep:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
         batches = [batch.to(self.device) for batch in batches]
         targets, tokens = self._global_counts(batches)
-        if not targets:
+        if not targets and self.needs_targets:
             raise TrainingError(
                 f"step {step + 1}: none of its {tokens} tokens is to be predicted, so that it has no loss: "
                 "its sequences hold nothing but ends of documents"
@@ -90,7 +91,7 @@ class TrainStep:
             output = self.task(**batch_arguments(batch, self.seed, step, _everybody()))
             totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
-            loss = output.nll_sum / targets
+            loss = output.nll_sum / max(targets, 1)
             (loss if extra is None else loss + extra).backward()
             nll_sum += output.nll_sum.detach()
             self.stats.add([record.detach() for record in output.records])
@@ -104,7 +105,7 @@ class TrainStep:
         routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
-        loss, grad_norm = float(nll_sum) / targets, float(norm)
+        loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:

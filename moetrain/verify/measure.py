@@ -122,10 +122,11 @@ def _gradients(made: Assembled, twin: Twin, split: _Split) -> Findings:
     for case in cases:
         found[case.name] = _one_step(made, split(case.whole, case.micro_batches))
     terms = made.step.terms
+    made.step.needs_targets = False
     for term in terms:
         made.step.terms = [term]
         found[f"loss {term.key} alone"] = _one_step(made, split(without_targets(cases[0].whole), 1))
-    made.step.terms = terms
+    made.step.terms, made.step.needs_targets = terms, True
     return found
 
 

@@ -26,13 +26,10 @@ def test_a_second_ctrl_c_leaves_at_once(corpus, tmp_path):
     assert tiny.checkpoints(run) == [1, 2]
 
 
-def test_ctrl_c_before_the_first_step_ends_it(tmp_path):
+def test_ctrl_c_before_the_first_step_ends_it(corpus, tmp_path):
     """While the text is being read there is nothing to save yet."""
-    folder = tmp_path / "corpus"
-    (folder / "text").mkdir(parents=True)
-    os.mkfifo(folder / "text" / "a.txt")  # whoever reads it waits
     run = tmp_path / "run"
-    with tiny.started(folder, run) as process:
+    with tiny.started(corpus, run, "plugins=[slow_reading]") as process:
         process.until(lambda: (run / "checkpoints").exists())
         process.popen.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

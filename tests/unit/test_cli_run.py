@@ -254,7 +254,9 @@ def test_the_printed_config_is_accepted_back(capsys, tmp_path):
     assert plain["router"]["score"] == "sigmoid"
     assert os.listdir(".") == []
     Path("printed.yaml").write_text(text)
-    assert load_yaml("printed.yaml") == compose_train(overrides)
+    assert main(["train", "--cfg", "job", "--resolve", *overrides]) == 0
+    Path("values.yaml").write_text(capsys.readouterr().out)
+    assert load_yaml("values.yaml") == compose_train(overrides)
     assert main(["train", "--config-dir", ".", "--config-name", "printed", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == plain
 

@@ -63,8 +63,8 @@ def _set(run: Path, key: str, value: object) -> None:
 def test_numbers_that_fit_the_types_only(run, key, value, said):
     _set(run, key, value)
     began = time.monotonic()
-    for read in (run_config, open_model):
-        with pytest.raises(UserError, match=rf"run/config.yaml.*{said}") as caught:
+    for read, line in ((run_config, said), (open_model, f"({said}|was changed since)")):
+        with pytest.raises(UserError, match=rf"run/config.yaml.*{line}") as caught:
             read(run)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 2000
@@ -100,7 +100,7 @@ def test_the_numbers_of_a_folder_without_a_checkpoint_are_bounded(run):
         (lambda text: text.replace("init_std: 0.02", "init_std: -1"), "model.init_std=-1.0 must be"),
         (
             lambda text: text.replace("num_layers: 2", f"num_layers: {10**12}"),
-            "model.num_layers=1000000000000",
+            "model.num_layers",
         ),
     ],
     ids=["secret", "bomb", "negative", "layers"],

@@ -1,5 +1,6 @@
 """The run folder: made or refused, written whole, and its rows mended after a kill."""
 
+import errno
 import json
 import math
 import os
@@ -255,12 +256,20 @@ def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl"]
 
 
-def test_writing_whole_keeps_the_old_text_until_the_new_one_is_there(tmp_path):
+def test_writing_whole_keeps_the_old_text_until_the_new_one_is_there(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     write_atomic(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "new \ud800")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="cannot be written: No space left"):
+            write_atomic(path, "new")
     assert path.read_text() == "old"
+    write_atomic(path, "half a pair \ud800")
+    assert path.read_text(encoding="utf-8") == "half a pair \ufffd"
     write_atomic(path, "new ü")
     assert path.read_text(encoding="utf-8") == "new ü"
     assert list(tmp_path.iterdir()) == [path]
