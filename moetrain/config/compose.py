@@ -211,7 +211,10 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
     missing = sorted(OmegaConf.missing_keys(node))
     if missing:
         raise UserError(f"{where}{missing[0]} has no value; give it one: {missing[0]}=...")
-    obj = OmegaConf.to_object(node)
+    try:
+        obj = OmegaConf.to_object(node)
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as e:  # of added keys, as __class__
+        raise UserError(f"{where}a key that no config has: {' '.join(str(e).split())}") from e
     _refuse_extra_keys(obj, where)
     cfg = freeze(obj)
     for group, tag in tags_of(root).items():

@@ -14,15 +14,18 @@ from fuzz.forms import json_file
 from fuzz.sign import signed_data
 from fuzz.target import Target, Way, command
 from moetrain.config.compose import load_yaml
-from moetrain.data import load_tokenizer, prepare
+from moetrain.data import load_tokenizer
+from moetrain.data.corpus import _open
+from moetrain.data.sources import build_parts
 
 _TEXT = "hello abc  123 \n def \u00e9\U0001f600 <|endoftext|></s>"
 
 
 def _open_corpus() -> dict[str, Any]:
+    """As ``prepare`` opens a store that is there, whose key would hold the inode of the text's first copy."""
     (made,) = Path("cache/corpora").glob("*/manifest.json")
-    corpus = prepare(load_yaml("run/config.yaml").data)
-    assert corpus.folder.resolve() == made.parent.resolve(), "the text was tokenised anew"
+    cfg = load_yaml("run/config.yaml").data
+    corpus = _open(made.parent, cfg, build_parts(cfg, Path("cache")), seed=0)
     digest = hashlib.sha256()
     for split in (corpus.train, corpus.val):
         for array in split.rows(np.arange(len(split))):

@@ -19,7 +19,8 @@ from fuzz.target import Target, Way, anything, command
 from fuzz.trees import MARKUP
 from moetrain.config.compose import compose_train, load_yaml, to_yaml
 from moetrain.config.validate import validate
-from moetrain.train.run_dir import RunDir, read_metrics
+from moetrain.train.jsonl import read_metrics
+from moetrain.train.run_dir import RunDir
 
 _PARTS = ("model", "router", "experts")  # the groups that decide a model's function
 _KEPT_STEPS = 3

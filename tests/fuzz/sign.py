@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain.data.shards import write_manifest
+from moetrain.data.manifest import write_manifest
 from moetrain.train.checkpoint_format import FileRecord, Manifest, encode_manifest, read_manifest
 
 

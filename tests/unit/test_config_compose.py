@@ -342,3 +342,8 @@ def test_a_suggestion_is_always_a_known_name(word, known):
     assert near_miss(word, known) in [None, *known]
     said = nearest(word, known)
     assert said == "" or all(k in said for k in known if not k.startswith("_"))
+
+
+def test_an_added_key_that_python_reserves_is_one_line():
+    with pytest.raises(UserError, match="a key that no config has: __class__"):
+        compose_train(["+compare.__class__=[0, 1]"])
