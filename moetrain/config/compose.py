@@ -213,7 +213,7 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
         raise UserError(f"{where}{missing[0]} has no value; give it one: {missing[0]}=...")
     try:
         obj = OmegaConf.to_object(node)
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as e:  # of added keys, as __class__
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as e:  # an added __class__
         raise UserError(f"{where}a key that no config has: {' '.join(str(e).split())}") from e
     _refuse_extra_keys(obj, where)
     cfg = freeze(obj)
