@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-variants lint clean
+.PHONY: demo test test-real test-variants lint clean
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
 
 # A file's tests stay on one worker, since they share its costly runs; in this order the long files come first.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu and not real"
+
+# Launchers that are started, killed and started again: longer, so after the rest.
+test-real: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(PYTEST) -m "real and not slow and not gpu"
 
 # The tests of products, rounded as other processors, libraries and numbers of threads do: "Equal bits" in
 # docs/architecture.md.
@@ -22,8 +27,7 @@ PRODUCTS := tests/dist/test_dispatchers.py $(foreach part,balance cpu dynmoe hf 
 
 test-variants: $(VENV)/.installed-dev
 	@failed=; for variant in $(VARIANTS); do echo "with $$variant"; \
-	  env OMP_NUM_THREADS=1 $$variant $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-	  -m "not slow and not gpu" $(PRODUCTS) || failed="$$failed $$variant"; done; \
+	  env OMP_NUM_THREADS=1 $$variant $(PYTEST) -m "not slow and not gpu and not real" $(PRODUCTS) || failed="$$failed $$variant"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(VENV)/.installed-dev

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+pytestmark = pytest.mark.real
 LONG = ["train.steps=100000", "train.eval_every=0", "checkpoint.every=5"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.real
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 

@@ -7,8 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
+pytestmark = pytest.mark.real
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
