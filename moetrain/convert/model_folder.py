@@ -26,7 +26,7 @@ from moetrain.data import Tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED
 from moetrain.models.hf.source import TensorInfo, bytes_of
-from moetrain.train.checkpoint_io import TEMPORARY, remove_folder, sync_folder
+from moetrain.train.checkpoint_folders import TEMPORARY, remove_folder, sync_folder
 from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
 from moetrain.train.checkpoint_stream import write_streamed
 from moetrain.train.identity import IDENTITY, identity_of

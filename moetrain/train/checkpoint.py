@@ -28,14 +28,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.errors import UserError
 from moetrain.parallel.lost import raising_peer_lost
+from moetrain.train.checkpoint_folders import clean_folder, remove_folder
 from moetrain.train.checkpoint_format import dtype_name, verify
-from moetrain.train.checkpoint_io import (
-    JsonWriter,
-    clean_folder,
-    remove_folder,
-    save_error,
-    save_planner,
-)
+from moetrain.train.checkpoint_io import JsonWriter, save_error, save_planner
 from moetrain.train.checkpoint_read import (
     Check,
     fill,

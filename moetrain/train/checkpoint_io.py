@@ -33,6 +33,7 @@ from torch.futures import Future
 
 from moetrain.errors import UserError
 from moetrain.train.checkpoint_blocks import BlockError, Slice, check_block
+from moetrain.train.checkpoint_folders import TEMPORARY, remove_folder, replace_folder, sync_folder
 from moetrain.train.checkpoint_format import (
     EXTRA,
     MANIFEST,
@@ -42,9 +43,6 @@ from moetrain.train.checkpoint_format import (
     encode_manifest,
     encode_metadata,
 )
-
-TEMPORARY = ".tmp_"
-_OLD = f"{TEMPORARY}old_"
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -288,48 +286,3 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; a folder already there steps aside first and is removed after."""
-    old = target.parent / f"{_OLD}{target.name}"
-    remove_folder(old)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
-    sync_folder(target.parent)
-    with contextlib.suppress(OSError):  # the next start tries again
-        remove_folder(old)
-
-
-def clean_folder(folder: Path) -> None:
-    """Remove what a killed process left; what :func:`replace_folder` had set aside gets its name back."""
-    for old in folder.glob(f"{_OLD}*"):
-        target = folder / old.name.removeprefix(_OLD)
-        if not target.exists():
-            os.replace(old, target)
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        remove_folder(leftover)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove ``path`` if it is there. A checkpoint first loses its name, so that none is ever half there."""
-    with contextlib.suppress(FileNotFoundError):
-        if not path.name.startswith(TEMPORARY):
-            hidden = path.parent / f"{TEMPORARY}delete_{path.name}"
-            remove_folder(hidden)
-            path = path.rename(hidden)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def sync_folder(path: Path) -> None:
-    """fsync of a folder's entries, on file systems that have it."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
+from moetrain.train.checkpoint_folders import remove_folder
 from moetrain.train.checkpoint_io import (
     JsonReader,
     JsonWriter,
     load_planner,
     one_line,
     raise_interrupt,
-    remove_folder,
     save_error,
 )
 from moetrain.train.checkpoint_read import find_checkpoint, read_metadata
