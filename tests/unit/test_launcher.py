@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -34,7 +35,8 @@ def started(before: str, log: Path, **environment: str) -> Iterator[tuple[int, i
     kept["PYTHONPATH"] = str(Path(launcher.__file__).parents[2])
     script = f'{before} "$0" -c "$1" >{log} 2>{log}.err & wait'
     arguments = ["sh", "-c", script, sys.executable, SLEEPER]
-    with subprocess.Popen(arguments, env={**kept, **environment}) as parent:
+    hangs_up = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
+    with subprocess.Popen(arguments, env={**kept, **environment}, preexec_fn=hangs_up) as parent:
         wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
         child = int(log.read_text())
         try:

@@ -59,12 +59,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(run_lock, "_POLL", 0.02)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def ended(monkeypatch):
-    """What the end of the run would say."""
+    """What the end of the run would say. No lock outlives its test: once lost it would end this process."""
     said: list[str] = []
+    locks: list[FolderLock] = []
+    acquire = FolderLock.acquire
     monkeypatch.setattr(run_lock, "end_run", said.append)
-    return said
+    monkeypatch.setattr(FolderLock, "acquire", lambda lock: (locks.append(lock), acquire(lock))[1])
+    yield said
+    for lock in locks:
+        lock.release()
 
 
 @pytest.fixture
@@ -213,6 +218,8 @@ def test_many_at_once_where_all_are_granted(stale, tmp_path, quick, local_locks,
     if stale:
         write_owner(tmp_path, stranger(), new=True)
     locks = [FolderLock(tmp_path) for _ in range(5)]
+    for number, lock in enumerate(locks):
+        lock._owner = replace(lock._owner, host=f"node{number}", boot=f"{OTHER_BOOT[:-1]}{number}")
     won: list[FolderLock] = []
     refused: list[str] = []
 
