@@ -12,11 +12,11 @@ demo: $(VENV)/.installed-plot
 
 # A file's tests stay on one worker, since they share its costly runs; in this order the long files come first.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu and not real"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "not slow and not gpu and not real"
 
-# Launchers that are started, killed and started again: longer, so after the rest.
+# Launchers, sweeps and ranks that are started, killed, waited for and started again: longer, so after the rest.
 test-real: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PYTEST) -m "real and not slow and not gpu"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "real and not slow and not gpu"
 
 # The tests of products, rounded as other processors, libraries and numbers of threads do: "Equal bits" in
 # docs/architecture.md.

@@ -22,6 +22,8 @@ from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.parallel.ranks import run_ranks
 
+pytestmark = pytest.mark.real
+
 WORLD = 4
 T, D, E, K = 11, 14, 6, 3  # 33 assignments do not go evenly to 6 experts, nor 263 words or a width to 4 ranks
 TINY = [

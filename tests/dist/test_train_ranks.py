@@ -69,6 +69,7 @@ def test_a_run_is_the_same_on_any_number_of_ranks(world, corpus, tmp_path):
     assert_close_rows(tiny.evaluations(tmp_path / "one"), tiny.evaluations(run), 1e-9)
 
 
+@pytest.mark.real
 def test_a_run_with_experts_spread_is_the_same_and_its_checkpoints_load_anywhere(corpus, tmp_path):
     """In fp64: the whole curve, then one process goes on from the ranks' checkpoint, and they from its own."""
     options = [*tiny.TRAINED, "train.precision=fp64", ONE_EACH, "balance=aux_free", "train.eval_samples=7"]
@@ -116,6 +117,7 @@ def test_one_rank_continues_what_two_began(corpus, pair, tmp_path):
     assert tiny.steps(run)[:5] == tiny.steps(pair)[:5]
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, corpus, pair, tmp_path):
     run = tmp_path / "run"
@@ -178,6 +180,7 @@ def test_nan_in_a_solver_of_one_rank_is_everybodys(policy, corpus, tmp_path):
     assert finite == [1, 2, 4, 5]
 
 
+@pytest.mark.real
 def test_an_error_of_rank_0_ends_both(tmp_path):
     """Rank 0 prepares the text alone; the other waits for it, and must not wait for ever."""
     folder = tmp_path / "corpus"
@@ -199,6 +202,7 @@ def test_the_ranks_share_one_folder_without_a_name(corpus, tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+@pytest.mark.real
 def test_a_comparison_on_two_ranks(corpus, tmp_path):
     """Two arms, one after the other, on the same ranks; and once more, when all is done."""
     options = ["compare.arms={a: [], b: ['optim.lr=0.01']}", "compare.seeds=[3]", "train.steps=2"]

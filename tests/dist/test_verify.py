@@ -62,6 +62,7 @@ def test_a_broken_trainer_is_told_where(fault, said, tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "certificates").exists()
 
 
+@pytest.mark.real
 def test_training_says_whether_its_layout_was_proved(said, corpus, tmp_path):
     """Whatever else changes, the proof is of the structure; and nothing is said on one process."""
     same = ["parallel.ep=2", "model.num_experts=4", "optim.lr=0.02"]

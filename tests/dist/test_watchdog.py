@@ -19,6 +19,8 @@ from moetrain.parallel.journal import patiently, watched
 from moetrain.parallel.watchdog import watching
 from moetrain.train.run_lock import FolderLock
 
+pytestmark = pytest.mark.real
+
 TIMEOUT = 3
 SLACK = 40  # seconds from a rank's loss to the others' end, on a busy machine
 EP = ["parallel.ep=2", "model.num_experts=6", "train.micro_batch_size=1", f"parallel.timeout={TIMEOUT}"]

@@ -199,6 +199,7 @@ def test_a_failed_job_does_not_keep_the_others_from_running(trained, capsys):
     assert "moetrain: error: job 0: the loss is NaN\n" in capsys.readouterr().err
 
 
+@pytest.mark.real
 def test_a_job_that_is_asked_to_stop_is_the_last(trained, capsys):
     trained.outcome = lambda cfg: cfg.train.seed != 1
     assert main(["train", "-m", "run.name=s", "train.seed=0,1,2"]) == 0
@@ -339,6 +340,7 @@ def test_the_commands_on_the_help_page_are_valid():
         validate(cfg, 8 if "--nproc-per-node 8" in command else 1)
 
 
+@pytest.mark.real
 def test_a_sweep_that_trains_for_real(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(40):
@@ -359,6 +361,7 @@ def test_a_sweep_that_trains_for_real(tmp_path):
         assert (folder / "report.html").exists()
 
 
+@pytest.mark.real
 def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(faulty, corpus, tmp_path, capsys):
     folder = tmp_path / "sweep"
     sweep = ["train", "-m", *tiny.command(corpus, folder)[1:], "router.top_k=1,2", "train.steps=4"]

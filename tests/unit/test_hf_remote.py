@@ -187,6 +187,7 @@ def test_every_config_is_read_back() -> None:
         own.read(Fields(broken, "config.json"))
 
 
+@pytest.mark.real
 def test_it_is_read_back(tmp_path: Path) -> None:
     """Every key and bit: by transformers, by export and by import, which do not run its code."""
     for name in ("groups", "cosine", "adapters", "rope_yarn", "full_window"):

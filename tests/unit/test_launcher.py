@@ -16,6 +16,8 @@ import pytest
 
 from moetrain.parallel import launcher
 
+pytestmark = pytest.mark.real
+
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 TORCHRUN = {**RANK, "TORCHELASTIC_RUN_ID": "none"}
 SLEEPER = """\

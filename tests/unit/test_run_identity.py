@@ -152,6 +152,7 @@ def test_a_run_outlives_the_folder_it_began_with(folder, corpus, bpe, tmp_path, 
     assert refused in capsys.readouterr().err
 
 
+@pytest.mark.real
 def test_a_sweep_repeated_with_other_values_is_refused(corpus, tmp_path, capsys):
     """Before any job; what is swept may not differ even where the table leaves it free."""
     name = tmp_path / "sweep"
@@ -168,6 +169,7 @@ def test_a_sweep_repeated_with_other_values_is_refused(corpus, tmp_path, capsys)
     assert [len(tiny.steps(name / f"job{num}")) for num in (0, 1, 2)] == [2, 2, 2]
 
 
+@pytest.mark.real
 def test_a_comparison_repeated_with_other_arms_is_refused(corpus, tmp_path, capsys):
     """A finished run is taken for its arm only where the arm is what it was."""
     name = tmp_path / "compared"

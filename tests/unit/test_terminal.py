@@ -160,6 +160,7 @@ def test_closed_outputs_are_no_files():
     assert subprocess.run(command, shell=True, check=False).returncode == 2
 
 
+@pytest.mark.real
 def test_a_prompt_typed_under_an_ascii_locale(corpus, tmp_path):
     run = tmp_path / "läuft"
     options = ["train.steps=1", "train.sample_prompt=日本"]
