@@ -205,3 +205,14 @@ def test_local_rows_are_read_without_the_library_datasets(tmp_path, monkeypatch)
     jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     pq.write_table(pa.table({"text": ["y"]}), tmp_path / "b.parquet")
     assert texts(LocalSource(str(tmp_path))) == ["x", "y"]
+
+
+def test_rows_without_text_are_counted_in_one_warning(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"other": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    source = LocalSource(str(tmp_path))
+    for _ in range(2):
+        assert [document.text for document in source.documents()] == ["a", "b"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'a.jsonl'}: 2 of 3 rows have no 'text': left out"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from moetrain.errors import UserError
 __all__ = ["LocalSource", "find_files"]
 
 DOMAIN = "local"
+log = logging.getLogger(__name__)
 _FORMATS = {
     ".jsonl": TextFormat.jsonl,
     ".ndjson": TextFormat.jsonl,
@@ -31,8 +33,8 @@ class LocalSource:
     """A file, a folder (all its files, hidden ones excepted) or a glob (``**`` crosses folders).
 
     ``format=auto`` goes by the suffix of each file (.jsonl .ndjson .json .parquet, all else is text), after
-    .gz .bz2 .xz or .zst where it has one. Rows without text (null) are skipped. Raises UserError for a path
-    that matches nothing, and for a file or a row that cannot be read as text.
+    .gz .bz2 .xz or .zst where it has one. Rows without text (null) are left out, and counted in a warning.
+    Raises UserError for a path that matches nothing, and for a file or a row that cannot be read as text.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LocalSource:
     ) -> None:
         self.path, self.format, self.text_key, self.domain_key = path, format, text_key, domain_key
         self.files = find_files(path)
+        self._told: set[Path] = set()  # documents are read several times
 
     @property
     def label(self) -> str:
@@ -87,7 +90,7 @@ class LocalSource:
     def _rows(self, file: Path, format: TextFormat) -> Iterator[Document]:
         rows = parquet_rows(file, self._columns()) if format is TextFormat.parquet else json_rows(file)
         lacking = dict(self._columns())
-        number, first = 0, dict[str, object]()
+        number, empty, first = 0, 0, dict[str, object]()
         for number, row in enumerate(rows, 1):
             if lacking:
                 first = first or row
@@ -96,6 +99,7 @@ class LocalSource:
                     break
             text = row.get(self.text_key)
             if text is None:
+                empty += 1
                 continue
             if not isinstance(text, str):
                 kind = type(text).__name__
@@ -103,6 +107,9 @@ class LocalSource:
             yield Document(text, self._domain(row))
         for name, option in lacking.items() if number else ():
             raise UserError(f"{file} has no column {name!r} ({option}); it has: {listed(list(first))}")
+        if empty and file not in self._told:
+            self._told.add(file)
+            log.warning("%s: %d of %d rows have no %r: left out", file, empty, number, self.text_key)
 
     def _columns(self) -> dict[str, str]:
         """The columns wanted: name -> the option that names it."""
