@@ -76,7 +76,7 @@ FAULTS: dict[str, Callable[[], Any]] = {  # by verdict
     "hang swallowed": _swallowing,
     "hang waiting": lambda: time.sleep(60),
     "hang native": lambda: sum(range(10**12)),
-    "memory": lambda: bytearray(300_000_000),
+    "memory": lambda: len(bytearray(300_000_000)),
     "memory refused": lambda: bytearray(2**60),
     "crash": lambda: ctypes.string_at(0),
     "lines": _many_lines,

@@ -25,7 +25,7 @@ _EXPECTED = {  # exceptions that each form's mutations bring about in a loader t
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     world: Path = tmp_path_factory.mktemp("harness") / "world"
     make_small_world(world)
-    with Runner(world, Limits(seconds=0.3, wall=2.0, memory=2e8, grace=0.5)) as running:
+    with Runner(world, Limits(seconds=0.3, wall=5.0, memory=2e8, grace=0.5)) as running:
         yield running
 
 

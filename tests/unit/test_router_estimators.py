@@ -137,7 +137,7 @@ def test_the_forward_is_whole_or_a_third_and_experts_keep_their_gradient(correct
         value = (routing.weights_N[0] * routing.forward_scale_N[0]).item()
         share = 1.0 if heads or drawn == int(Z_E.argmax()) else 1 / 3
         assert value == pytest.approx(share * float(p_E[drawn]), abs=1e-12)
-        assert float(routing.weights_N[0]) == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
+        assert routing.weights_N[0].item() == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
 
 
 def test_draws_are_without_replacement_and_follow_the_probabilities():

@@ -169,7 +169,7 @@ def test_the_load_is_the_probability_of_being_chosen_again():
         noisy = (clean_E + std_E * noise_E).repeat(len(again), 1)
         noisy[:, e] = clean_E[e] + std_E[e] * again
         found = (noisy.topk(2).indices == e).any(1).double().mean().item()
-        p = float(load_E[e])
+        p = load_E[e].item()
         assert abs(found - p) < 5 * math.sqrt(max(p * (1 - p), 1e-4) / len(again))
 
 
