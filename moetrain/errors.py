@@ -14,6 +14,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:  # a value or a library's own words may hold any separator of lines
+        return " ".join(super().__str__().splitlines())
+
 
 class TrainingError(UserError):
     """Training itself went wrong (a loss not finite, a spike), with the last good checkpoint named."""

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 MB = 10**6
 _DEPTH = 50  # levels of a YAML file; a config of ours has five
+_VALUES = 20_000  # of a YAML file; a config of ours has 200, and OmegaConf takes 0.1 ms for each
 _adapters: dict[Any, TypeAdapter[Any]] = {}  # making one compiles the schema
 
 
@@ -84,11 +85,14 @@ def bounded_yaml(data: bytes | str, where: str) -> str:
     What is no YAML raises PyYAML's own error, or UnicodeDecodeError.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
-    depth = 0
+    depth = values = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"{where}: line {line} has an alias (*{event.anchor}): write the value out")
+        values += isinstance(event, yaml.NodeEvent)
+        if values > _VALUES:
+            raise UserError(f"{where}: line {line}: it holds more than {_VALUES} values")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEPTH:

@@ -11,9 +11,9 @@ import hashlib
 import io
 import re
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -226,17 +226,26 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
 
 
 def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
-    """``+key=value`` may add a key that no dataclass has."""
+    """``+key=value`` may add a key that no dataclass has, ``key=${...}`` give a group another type."""
     if isinstance(obj, dict):
         children = obj
     elif dataclasses.is_dataclass(obj):
         children, known = vars(obj), [f.name for f in dataclasses.fields(obj)]
         for key in children.keys() - set(known):
             raise UserError(where + unknown_key(prefix + key, known))
+        for key in _groups(obj.__class__):  # an interpolation may stand for a whole group
+            if not dataclasses.is_dataclass(children[key]):
+                kind = type(children[key]).__name__
+                raise UserError(f"{where}{prefix}{key} is a group of keys, and was given {kind}")
     else:
         return
     for key, child in children.items():
         _refuse_extra_keys(child, where, f"{prefix}{key}.")
+
+
+@cache
+def _groups(cls: type) -> list[str]:
+    return [key for key, hint in get_type_hints(cls).items() if dataclasses.is_dataclass(hint)]
 
 
 def _plain(value: Any) -> Any:

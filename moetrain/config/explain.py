@@ -36,6 +36,7 @@ COMPOSE_ERRORS = (
     LookupError,
     AttributeError,
     AssertionError,
+    OSError,  # a name of an option that is too long for a file's
     OverflowError,
     RecursionError,
 )
@@ -235,7 +236,7 @@ def _options_with(group: str, key: str) -> list[str]:
 
 
 def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
-    first = (cause.msg or str(cause)).splitlines()[0]
+    first = _short((cause.msg or str(cause)).splitlines()[0], 200)
     expected, child = "", cause.child_node
     if isinstance(cause, InterpolationResolutionError):
         pass
@@ -247,14 +248,18 @@ def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
         names = list(child.enum_type.__members__)
         close = near_miss(str(cause.value), names)
         hint = f" (did you mean {close}?)" if close else ""
-        expected = f"{key} is one of {', '.join(names)}, not {cause.value}{hint}"
+        expected = f"{key} is one of {', '.join(names)}, not {_short(str(cause.value))}{hint}"
     elif isinstance(child, (IntegerNode, FloatNode, BooleanNode)):
         kind = {IntegerNode: "a whole number", FloatNode: "a number", BooleanNode: "true or false"}[
             type(child)
         ]
-        expected = f"{key} is {kind}, not {cause.value!r}"
+        expected = f"{key} is {kind}, not {_short(repr(cause.value))}"
     elif isinstance(child, DictConfig) and "not a subclass" in first:
         expected = f"{key} is a group of keys{nearest('', map(str, child or []))}"
     elif isinstance(child, ListConfig):
         expected = f"{key} is a list: {first}"
     return f"{where}: {expected or f'{key}: {first}'}"
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

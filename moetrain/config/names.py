@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 100  # characters of a name; comparing takes the square of them
+
 
 def near_miss(word: str, known: Iterable[str]) -> str | None:
     """The known name that ``word`` was probably meant to be, or None."""
+    if len(word) > _LONGEST:
+        return None
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None

@@ -196,6 +196,7 @@ def _survey(path: Path, step: int) -> _Survey:
         if (at := line.row.get("step", 0)) > step:
             together = False
             continue
+        together = together and line.text == line.text.strip(b"\0")
         last = max(last or 0, at)
         kept_end = line.start + len(line.text) + line.ended
         end = kept_end if together else end

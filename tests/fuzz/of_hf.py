@@ -56,6 +56,8 @@ def _as_written(good: Any, found: Any) -> str | None:
 
 
 def _alike(said: Any, read: Any) -> bool:
+    if said is None and isinstance(read, dict):  # as if it were not there
+        return True
     if isinstance(said, dict) and isinstance(read, dict):
         return all(key not in read or _alike(value, read[key]) for key, value in said.items())
     if isinstance(said, bool) or isinstance(read, bool):
@@ -134,6 +136,9 @@ def _gguf() -> dict[str, Any]:
     return {"tensors": tensors, "ids": ids, "config": config, "spec": spec, "fields": fields}
 
 
+_SAYS_NOTHING = ("llama.rope.scaling.type",)  # linear without a factor, or none: llama.cpp scales nothing
+
+
 def _told(good: Any, found: Any) -> str | None:
     """A tensor that is none of the stored, or another config than the file's own keys tell, is a fault."""
     new = [key for key in found["fields"] if key not in good["fields"] and not key.startswith("GGUF.")]
@@ -143,7 +148,7 @@ def _told(good: Any, found: Any) -> str | None:
             return "differs: another config of the same metadata"
         if gone and new:
             return f"differs: {gone[0]} is gone, {new[0]!r} is not known, and neither is said"
-    elif new and new[0].startswith(("llama.", "general.alignment")):
+    elif new and new[0].startswith(("llama.", "general.alignment")) and new[0] not in _SAYS_NOTHING:
         return f"differs: {new[0]!r} is not used, and that is not said"
     return _stored_tensors(good["tensors"], found["tensors"])
 

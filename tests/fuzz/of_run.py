@@ -19,6 +19,7 @@ from fuzz.target import Target, Way, anything, command
 from fuzz.trees import MARKUP
 from moetrain.config.compose import compose_train, load_yaml, to_yaml
 from moetrain.config.validate import validate
+from moetrain.files import parse_yaml
 from moetrain.train.jsonl import read_metrics
 from moetrain.train.run_dir import RunDir
 
@@ -131,7 +132,7 @@ def _kept(good: Any, found: Any) -> str | None:
     for name, before in found["before"].items():
         original = {line for line in good["before"][name].split(b"\n") if line}
         early = {line for line in original if json.loads(line)["step"] <= _KEPT_STEPS}
-        expected = [line for line in before.split(b"\n") if line in early]
+        expected = [line for line in (raw.strip(b"\0") for raw in before.split(b"\n")) if line in early]
         kept = [line for line in found["after"][name].split(b"\n") if line in original]
         if kept != expected:
             return f"differs: {name}: {len(kept)} untouched rows kept, not {len(expected)}"
@@ -145,7 +146,7 @@ def _override(rng: Random, data: bytes) -> tuple[bytes, str]:
     text, note = yaml_file(rng, data)
     text = text.replace(b"FUZZ_SECRET", b"HOME")  # who types an argument may read the environment
     try:
-        document, whole = yaml.safe_load(text), yaml.safe_load(data)
+        document, whole = parse_yaml(text, "the config"), parse_yaml(data, "the config")
         changed = _changed_leaf(whole, document, "")
     except Exception:
         changed = None

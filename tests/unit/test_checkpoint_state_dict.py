@@ -193,6 +193,7 @@ def test_random_state_goes_through_json_exactly():
         lambda s: s.pop("numpy"),
         lambda s: s.update(torch="00"),
         lambda s: s.update(torch="zz"),
+        lambda s: s.update(torch=s["torch"][:5000] + "7" * 24 + s["torch"][5024:]),  # 32 bits count
         lambda s: s["python"].update(words=s["python"]["words"][:-8]),
         lambda s: s["python"].update(version=99),
         lambda s: s["numpy"].update(generator="Other"),

@@ -347,3 +347,20 @@ def test_a_suggestion_is_always_a_known_name(word, known):
 def test_an_added_key_that_python_reserves_is_one_line():
     with pytest.raises(UserError, match="a key that no config has: __class__"):
         compose_train(["+compare.__class__=[0, 1]"])
+
+
+@pytest.mark.parametrize("key", ["compare", "data.tokenizer", "train", "checkpoint"])
+def test_a_group_that_an_interpolation_replaces_is_one_line(key):
+    with pytest.raises(UserError, match=rf"{key} is a group of keys, and was given str"):
+        compose_train([f"{key}=${{oc.env:PATH}}"])
+
+
+def test_the_name_of_an_option_too_long_for_a_file_is_one_line():
+    with pytest.raises(UserError, match="router"):
+        compose_train([f"router={'x' * 5000}"])
+
+
+def test_a_long_value_is_shortened_in_the_line():
+    with pytest.raises(UserError, match=r"optim.eps is a number, not \[1") as caught:
+        compose_train([f"optim.eps=[{'1,' * 2000}1]"])
+    assert len(str(caught.value)) < 6000  # the argument itself is there once

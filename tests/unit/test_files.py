@@ -55,6 +55,7 @@ def test_json_that_does_not_fit_is_one_line(text: str, said: str) -> None:
     [
         ("a: &a [1]\nb: *a", r"line 2 has an alias \(\*a\)"),
         ("[" * 100_000, "line 1 is nested deeper than 50 levels"),
+        (f"a: [{'0,' * 20_000}]", "line 1: it holds more than 20000 values"),
         ("a: !!timestamp x", "no valid YAML"),
         ("a: !!python/object/apply:os.getpid []", "no valid YAML"),
         ("a: 2026-99-99", "no valid YAML"),

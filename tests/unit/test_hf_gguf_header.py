@@ -42,12 +42,12 @@ def array(kind: int, count: int, values: bytes = b"") -> bytes:
 
 
 def file_of(pairs: list[bytes], tensors: Tensors = (), **claimed: int) -> bytes:
-    """A header by hand and some data; ``tensors`` as (name, widths, kind, offset)."""
+    """A header by hand and 32 bytes of data for each of ``tensors``, (name, widths, kind, offset)."""
     counts = claimed.get("num_tensors", len(tensors)), claimed.get("num_keys", len(pairs))
     head = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join(pairs)
     for name, widths, kind, start in tensors:
         head += text(name) + struct.pack(f"<I{len(widths)}QIQ", len(widths), *widths, kind, start)
-    return head + bytes(-len(head) % 32 + 64)
+    return head + bytes(-len(head) % 32 + claimed.get("data", 32 * len(tensors)))
 
 
 LLAMA = pair("general.architecture", 8, text("llama"))
@@ -78,10 +78,12 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         file_of([pair("general.alignment", 4, struct.pack("<I", 3))]),
         "general.alignment=3 is no power of two",
     ),
-    "tensors that overlap": (file_of([LLAMA], [EMBED, ("b", [8], 0, 0)]), "and what is before it ends at"),
-    "a tensor beyond the file": (file_of([LLAMA], [("a", [8], 0, 2**40)]), "and the file has"),
+    "tensors that overlap": (file_of([LLAMA], [EMBED, ("b", [8], 0, 0)]), "b begins at 160, not at"),
+    "a tensor beyond the file": (file_of([LLAMA], [("a", [9], 0, 0)]), "and the file has 160 bytes"),
     "a tensor that is too large": (file_of([LLAMA], [("a", [2**40, 2**40], 0, 0)]), "and the file has"),
-    "a tensor out of line": (file_of([LLAMA], [("a", [8], 0, 4)]), "no multiple of 32"),
+    "a tensor out of line": (file_of([LLAMA], [("a", [8], 0, 4)]), "a begins at 132, not at 128"),
+    "a gap": (file_of([LLAMA], [EMBED, ("b", [8], 0, 64)]), "b begins at 224, not at 192: token_embd.weight"),
+    "data left over": (file_of([LLAMA], [EMBED], data=64), "32 bytes follow after its last tensor"),
     "a tensor of no numbers": (file_of([LLAMA], [("a", [0, 2**60], 0, 0)]), "not a whole number of blocks"),
     "half a block": (file_of([LLAMA], [("a", [33], 8, 0)]), "not a whole number of blocks of 32"),
     "five dimensions": (file_of([LLAMA], [("a", [1] * 5, 0, 0)]), "has 5 dimensions"),
@@ -138,6 +140,8 @@ WORDS: Metadata = {
         ("tokens", "abc", "tokenizer.ggml.tokens is no list of texts"),
         ("tokens", ["a", "a", "ab", "b"], "1 of its 4 tokens are there twice"),
         ("token_type", [1], "4 tokens, but the types of 1"),
+        ("token_type", 1, "tokenizer.ggml.token_type is no list of numbers"),
+        ("token_type", ["1", "1", "1", "3"], "tokenizer.ggml.token_type is no list of numbers"),
         ("eos_token_id", 9, "none of its 4 tokens"),
         ("eos_token_id", 2.0, "none of its 4 tokens"),
         ("eos_token_id", None, "tokenizer.ggml.eos_token_id is missing"),

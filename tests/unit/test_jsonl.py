@@ -66,9 +66,11 @@ def test_what_a_power_cut_leaves_at_the_end(tmp_path, tail, first):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-def test_a_row_behind_nuls_is_kept(tmp_path):
+@pytest.mark.parametrize("after", ["none\n", ""])
+@pytest.mark.parametrize("row", ['\0\0\0\0{"step": 2}', '{"step": 2}\0'], ids=repr)
+def test_a_row_beside_nuls_is_kept_without_them(tmp_path, row, after):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n\0\0\0\0{"step": 2}\nnone\n{"step": 9}\n')
+    path.write_text(f'{{"step": 1}}\n{row}\n{after}{{"step": 9}}\n')
     JsonlFile(path).truncate_after(5)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moetrain import terminal
 from moetrain.cli import COMMANDS, main
+from moetrain.errors import UserError
 from moetrain.terminal import as_text, console, one_line, printable
 
 TITLE = "\x1b]0;x\x07"  # sets the title of a terminal
@@ -198,3 +199,9 @@ def test_a_home_that_nobody_knows_is_one_line(path, monkeypatch, capsys):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}["none"])
     assert main(["export", f"checkpoint='{path}'", "target=x"]) in (1, 2)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\x1c", "\x85", "\u2028"])
+def test_an_error_is_one_line_whatever_it_quotes(separator):
+    assert str(UserError(f"a{separator}b")) == "a b"
+    assert str(UserError(f"x: {UserError(f'a{separator}{separator}b')}")).split() == ["x:", "a", "b"]

@@ -159,15 +159,19 @@ class _Reader:
 
 
 def _check_places(tensors: list[StoredTensor], start: int, alignment: int, size: int) -> None:
-    """Each aligned, within the file and apart from all others."""
-    end = start
+    """One after the other, each at the next multiple of ``alignment``, up to the end of the file.
+
+    So llama.cpp writes them, and so it asks for them: of a gap, or of what is left over, a type or a length
+    in the header is wrong, and numbers would be read of other bytes.
+    """
+    end, what = start, "the header"
     for tensor in sorted(tensors, key=lambda t: t.start):
-        if tensor.start % alignment:
-            raise _DamagedError(f"{tensor.name} begins at {tensor.start}, no multiple of {alignment}")
-        if tensor.start < end:
+        if tensor.start != (expected := -(-end // alignment) * alignment):
             raise _DamagedError(
-                f"{tensor.name} begins at {tensor.start}, and what is before it ends at {end}"
+                f"{tensor.name} begins at {tensor.start}, not at {expected}: {what} before it ends at {end}"
             )
-        end = tensor.start + tensor.nbytes
+        end, what = tensor.start + tensor.nbytes, tensor.name
         if end > size:
             raise _DamagedError(f"{tensor.name} ends at {end}, and the file has {size} bytes")
+    if size - end >= alignment:
+        raise _DamagedError(f"{size - end} bytes follow after its last tensor")

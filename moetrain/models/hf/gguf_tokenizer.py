@@ -58,6 +58,8 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
     if len(vocab) != len(tokens):
         raise UserError(f"{path}: {len(tokens) - len(vocab)} of its {len(tokens)} tokens are there twice")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if not isinstance(types, list) or any(type(number) is not int for number in types):
+        raise UserError(f"{path}: tokenizer.ggml.token_type is no list of numbers; {_ADVICE}")
     if len(types) != len(tokens):
         raise UserError(f"{path}: {len(tokens)} tokens, but the types of {len(types)}; {_ADVICE}")
     whole_words = pre == "llama-bpe"  # a word that is a token is that token, whatever the merges say
