@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--dtypes fp32 bf16] [--repetitions 30] [--out FILE]
 
-2,048 tokens, as 16 sequences of 128 or one of 2,048; heads 64 wide; both ways in one interleaved pass.
-"documents": four documents to a sequence, with the mask that packed training makes.
+2,048 tokens, as 16 sequences of 128 or one of 2,048, then one sequence of 8,192; heads 64 wide; both ways in
+one interleaved pass. "documents": four documents to a sequence, 40 to the longest, as packed training has
+them, and for torch's call the mask of all pairs.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import torch.nn.functional as F
 from timing import interleaved, machine, medians, ratio, write_json
 from torch import Tensor
 
-from moetrain.models.mask import attention_mask
 from moetrain.ops.causal_attention import attend, block_rows
+from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
-TOKENS, WIDTH, DOCUMENTS = 2048, 64, 4
+TOKENS, WIDTH = 2048, 64
 HEADS = {"4 heads": (4, 4), "8 heads, 2 of keys": (8, 2)}
-LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
+DOCUMENTS = {128: 4, 256: 4, 384: 4, 512: 4, 768: 4, 1024: 4, 2048: 4, 8192: 40}  # to a sequence of a length
 WHOLE, OURS = "whole", "by blocks"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None) -> Tensor:
+def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, seen: SeenKeys | None) -> Tensor:
+    mask = None if seen is None else seen.bias(0, seen.seq, 0, q_BQSH.dtype, q_BQSH.device)
     y_BQSH = F.scaled_dot_product_attention(
         q_BQSH, k_BGSH, v_BGSH, attn_mask=mask, is_causal=mask is None,
         enable_gqa=q_BQSH.shape[1] != k_BGSH.shape[1],
@@ -35,10 +37,9 @@ def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None) -
     return y_BQSH.transpose(1, 2)
 
 
-def documents_mask(batch: int, seq: int, dtype: torch.dtype) -> Tensor | None:
-    ends = torch.randint(1, seq, (batch, DOCUMENTS - 1))
-    ids_BS = (torch.arange(seq) >= ends[..., None]).sum(1)
-    return attention_mask(seq, 0, None, ids_BS, dtype, torch.device("cpu"))
+def documents(batch: int, seq: int) -> Tensor:
+    ends = torch.randint(1, seq, (batch, DOCUMENTS[seq] - 1))
+    return (torch.arange(seq) >= ends[..., None]).sum(1)
 
 
 def measure(
@@ -51,10 +52,10 @@ def measure(
         for n in (heads[0], heads[1], heads[1])
     ]
     grad = torch.randn(batch, seq, heads[0], WIDTH, dtype=dtype)
-    mask = documents_mask(batch, seq, dtype) if masked else None
+    docs_BS = documents(batch, seq) if masked else None
 
     def step(which: str, repetition: int) -> None:
-        y = (attend if which == OURS else whole)(*tensors, mask)
+        y = (attend if which == OURS else whole)(*tensors, seen_keys(seq, 0, None, docs_BS))
         torch.autograd.grad(y, tensors, grad)
 
     times = interleaved({which: partial(step, which) for which in (WHOLE, OURS)}, repetitions, warm_up=5)
@@ -74,7 +75,7 @@ def main() -> None:
         for heads in HEADS:
             for masked in (False, True):
                 print(f"\n{dtype}, {heads}, {'documents' if masked else 'causal'}")
-                for seq in LENGTHS:
+                for seq in DOCUMENTS:
                     found = measure(seq, HEADS[heads], masked, DTYPES[dtype], args.repetitions)
                     case = {"dtype": dtype, "heads": heads, "masked": masked, "sequence": seq}
                     result["cases"].append(case | found)

@@ -16,6 +16,7 @@ from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.causal_attention import attend
 from moetrain.ops.linear import linear
+from moetrain.ops.seen_keys import SeenKeys
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -51,15 +52,15 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim if per_head else self.widths[1], cfg.norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, rope: Rope, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x_BSD: Tensor, rope: Rope, seen: SeenKeys | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """``mask`` is :func:`attend`'s."""
+        """``seen`` is :func:`attend`'s."""
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
         q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
         k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        return linear(attend(q_BQSH, k_BGKH, v_BGKH, mask).flatten(2), self.w_out_DQ)
+        return linear(attend(q_BQSH, k_BGKH, v_BGKH, seen).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         parts = list(linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))

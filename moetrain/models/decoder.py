@@ -18,12 +18,11 @@ from moetrain.errors import UserError
 from moetrain.models.attention import Attention
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
-from moetrain.models.mask import attention_mask
 from moetrain.models.norm import RMSNorm
-from moetrain.models.precision import product_dtype
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 
 class DecoderOutput(NamedTuple):
@@ -53,11 +52,11 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Rope,
-        mask: Tensor | None = None,
+        seen: SeenKeys | None = None,
         ctx: RouterContext | None = None,
         cache_layer: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, cache_layer)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, seen, cache_layer)
         y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
         return x_BSD + y_BSD, record
 
@@ -115,12 +114,12 @@ class Decoder(nn.Module):
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
         x_BSD = F.embedding(input_ids_BS, self.embed_VD)
         rope = self._rope(positions_BS, x_BSD.dtype)
-        mask = attention_mask(seq, cached, self.cfg.sliding_window, doc_ids_BS, product_dtype(x_BSD), device)
+        seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS)
         records: list[Routing] = []
         for layer, block in enumerate(self.blocks):
             layer_ctx = ctx.at_layer(layer, records[-1] if records else None)
             layer_cache = None if cache is None else cache.layers[layer]
-            x_BSD, record = block(x_BSD, rope, mask, layer_ctx, layer_cache)
+            x_BSD, record = block(x_BSD, rope, seen, layer_ctx, layer_cache)
             if record is not None:
                 records.append(record)
         return DecoderOutput(self.norm(x_BSD), records)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.models.precision import product_dtype
 from moetrain.ops.cpu_product import product
+from moetrain.ops.precision import product_dtype
 
 IGNORED = -100  # a label that asks for nothing
 _CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which stays near the cache
