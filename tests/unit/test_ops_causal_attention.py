@@ -107,13 +107,12 @@ def test_the_first_token_of_a_document(ids: list[int]) -> None:
     assert first_tokens(row).tolist() == [[r.index(i) for i in r] for r in row.tolist()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_numbers_and_autocast(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_narrow_numbers_and_autocast(dtype: torch.dtype, bound: float) -> None:
     tensors, seen = inputs(521, 2, torch.float32), seen_of("documents", 521)
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         found = attend(*tensors, seen)
     assert found.dtype is dtype
-    bound = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.float(), written_out(*tensors, seen), rtol=bound, atol=bound)
     gradients = torch.autograd.grad(found.sum(), tensors)
     assert all(g.dtype is torch.float32 and bool(g.isfinite().all()) for g in gradients)
