@@ -1,10 +1,10 @@
 """Attention as the decoder calls it against one call of torch's for the whole sequence: forward and backward.
 
-    python benchmarks/attention.py [--dtypes fp32 bf16] [--repetitions 30] [--out FILE]
+    python benchmarks/attention.py [--dtypes fp32 bf16] [--lengths 384 8192] [--repetitions 30] [--out FILE]
 
-2,048 tokens, as 16 sequences of 128 or one of 2,048, then one sequence of 8,192; heads 64 wide; both ways in
-one interleaved pass. "documents": four documents to a sequence, 40 to the longest, as packed training has
-them, and for torch's call the mask of all pairs.
+2,048 tokens or one longer sequence; heads 64 wide; both ways in one interleaved pass. "documents": four to a
+sequence, of a longer one a document to 200 tokens, as packed training has them; torch's call gets the mask of
+all pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 TOKENS, WIDTH = 2048, 64
 HEADS = {"4 heads": (4, 4), "8 heads, 2 of keys": (8, 2)}
-DOCUMENTS = {128: 4, 256: 4, 384: 4, 512: 4, 768: 4, 1024: 4, 2048: 4, 8192: 40}  # to a sequence of a length
+LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
 WHOLE, OURS = "whole", "by blocks"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,7 +38,8 @@ def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, seen: SeenKeys | None)
 
 
 def documents(batch: int, seq: int) -> Tensor:
-    ends = torch.randint(1, seq, (batch, DOCUMENTS[seq] - 1))
+    number = 4 if seq <= TOKENS else seq // 200
+    ends = torch.randint(1, seq, (batch, number - 1))
     return (torch.arange(seq) >= ends[..., None]).sum(1)
 
 
@@ -66,6 +67,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -75,7 +77,7 @@ def main() -> None:
         for heads in HEADS:
             for masked in (False, True):
                 print(f"\n{dtype}, {heads}, {'documents' if masked else 'causal'}")
-                for seq in DOCUMENTS:
+                for seq in args.lengths:
                     found = measure(seq, HEADS[heads], masked, DTYPES[dtype], args.repetitions)
                     case = {"dtype": dtype, "heads": heads, "masked": masked, "sequence": seq}
                     result["cases"].append(case | found)
