@@ -42,34 +42,35 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, seq, width = q_BQSH.shape
         repeats = heads // k_BGKH.shape[1]
+        k_BQKH, v_BQKH = _repeated(k_BGKH, repeats), _repeated(v_BGKH, repeats)
         y_BSQH = q_BQSH.new_empty(batch, seq, heads, width)
         sums = []
         for start, end, low in seen.blocks(rows):
             keys = slice(low, seen.cached + end)
             bias = seen.bias(start, end, low, q_BQSH.dtype, q_BQSH.device)
-            k_BQmH, v_BQmH = _repeated(k_BGKH[:, :, keys], repeats), _repeated(v_BGKH[:, :, keys], repeats)
-            y_BQnH, sum_BQn = _forward(q_BQSH[:, :, start:end], k_BQmH, v_BQmH, attn_mask=bias)
+            y_BQnH, sum_BQn = _forward(
+                q_BQSH[:, :, start:end], k_BQKH[:, :, keys], v_BQKH[:, :, keys], attn_mask=bias
+            )
             y_BSQH[:, start:end] = y_BQnH.transpose(1, 2)
             sums.append(sum_BQn)
-        ctx.save_for_backward(q_BQSH, k_BGKH, v_BGKH, y_BSQH, *sums)
-        ctx.seen, ctx.rows = seen, rows
+        ctx.save_for_backward(q_BQSH, k_BQKH, v_BQKH, y_BSQH, *sums)
+        ctx.seen, ctx.rows, ctx.repeats = seen, rows, repeats
         return y_BSQH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BSQH: Tensor) -> tuple[Tensor | None, ...]:
-        q_BQSH, k_BGKH, v_BGKH, y_BSQH, *sums = ctx.saved_tensors
+        q_BQSH, k_BQKH, v_BQKH, y_BSQH, *sums = ctx.saved_tensors
         seen = ctx.seen
-        repeats = q_BQSH.shape[1] // k_BGKH.shape[1]
         dq_BQSH = torch.empty_like(q_BQSH)
-        dk_BGKH, dv_BGKH = torch.zeros_like(k_BGKH), torch.zeros_like(v_BGKH)
+        dk_BQKH, dv_BQKH = torch.zeros_like(k_BQKH), torch.zeros_like(v_BQKH)
         for (start, end, low), sum_BQn in zip(seen.blocks(ctx.rows), sums, strict=True):
             keys = slice(low, seen.cached + end)
             dq_BQnH, dk_BQmH, dv_BQmH = _backward(
                 dy_BSQH[:, start:end].transpose(1, 2),
                 q_BQSH[:, :, start:end],
-                _repeated(k_BGKH[:, :, keys], repeats),
-                _repeated(v_BGKH[:, :, keys], repeats),
+                k_BQKH[:, :, keys],
+                v_BQKH[:, :, keys],
                 y_BSQH[:, start:end].transpose(1, 2),
                 sum_BQn,
                 0.0,
@@ -77,14 +78,14 @@ class _Blocks(torch.autograd.Function):
                 attn_mask=seen.bias(start, end, low, q_BQSH.dtype, q_BQSH.device),
             )
             dq_BQSH[:, :, start:end] = dq_BQnH
-            dk_BGKH[:, :, keys] += _summed(dk_BQmH, repeats)
-            dv_BGKH[:, :, keys] += _summed(dv_BQmH, repeats)
-        return dq_BQSH, dk_BGKH, dv_BGKH, None, None
+            dk_BQKH[:, :, keys] += dk_BQmH
+            dv_BQKH[:, :, keys] += dv_BQmH
+        return dq_BQSH, _summed(dk_BQKH, ctx.repeats), _summed(dv_BQKH, ctx.repeats), None, None
 
 
-def _repeated(x_BGmH: Tensor, repeats: int) -> Tensor:
-    return x_BGmH if repeats == 1 else x_BGmH.repeat_interleave(repeats, 1)
+def _repeated(x_BGKH: Tensor, repeats: int) -> Tensor:
+    return x_BGKH if repeats == 1 else x_BGKH.repeat_interleave(repeats, 1)
 
 
-def _summed(x_BQmH: Tensor, repeats: int) -> Tensor:
-    return x_BQmH if repeats == 1 else x_BQmH.unflatten(1, (-1, repeats)).sum(2)
+def _summed(x_BQKH: Tensor, repeats: int) -> Tensor:
+    return x_BQKH if repeats == 1 else x_BQKH.unflatten(1, (-1, repeats)).sum(2)
