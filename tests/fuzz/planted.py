@@ -62,10 +62,6 @@ def _swallowing() -> None:
         return
 
 
-def _many_lines() -> None:
-    raise UserError("one line\nand another")
-
-
 def _told_secret() -> None:
     raise UserError(f"no number: {os.environ['FUZZ_SECRET']}")
 
@@ -79,7 +75,6 @@ FAULTS: dict[str, Callable[[], Any]] = {  # by verdict
     "memory": lambda: len(bytearray(300_000_000)),
     "memory refused": lambda: bytearray(2**60),
     "crash": lambda: ctypes.string_at(0),
-    "lines": _many_lines,
     "leak": _told_secret,
     "leak taken": lambda: {"value": SECRET},
     "differs": lambda: 1,

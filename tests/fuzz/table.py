@@ -17,7 +17,6 @@ _KINDS = (
     "hang",
     "memory",
     "crash",
-    "lines",
     "long",
     "control",
     "exit",

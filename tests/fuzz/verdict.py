@@ -24,7 +24,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``kind``: one of GOOD, or other, differs, hang, memory, crash, lines, long, control, exit, leak.
+    """``kind``: one of GOOD, or other, differs, hang, memory, crash, long, control, exit, leak.
 
     ``place``: the innermost line of moetrain, and the exception; ``note``: the mutation in words.
     """

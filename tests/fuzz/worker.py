@@ -132,8 +132,6 @@ def _refused(blank: Verdict, error: UserError) -> Verdict:
     blank = replace(blank, says=line[:300])
     if SECRET in line:
         return replace(blank, kind="leak")
-    if len(line.splitlines()) != 1:
-        return replace(blank, kind="lines", place=_place(error.__traceback__))
     return replace(blank, kind="refused")
 
 
