@@ -159,8 +159,9 @@ class Process:
         env["PYTHONPATH"] = f"{stub}:{env['PYTHONPATH']}"
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
-            )
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
+            )  # fmt: skip
 
     def __enter__(self) -> Process:
         return self
