@@ -141,9 +141,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         )
         torch.set_rng_state(_bytes(state["torch"]))
         if not torch.equal(torch.get_rng_state(), _bytes(state["torch"])):
-            raise ValueError(
-                "torch takes other words for it"
-            )  # of numbers that are too large it takes a part
+            raise ValueError("torch took its numbers in part")  # as it does with those above 32 bits
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(_bytes(state["cuda"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
