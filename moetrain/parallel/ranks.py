@@ -37,6 +37,7 @@ PRELOAD = [  # a test suite may add what its functions' modules import
     "torch._dynamo",  # FSDP2 and checkpointing import it at their first use, for two seconds a rank
 ]
 _START_TIMEOUT = 120.0
+_GRACE = 2.0  # s; how much later than its peers' broken collectives a dying rank's pipe may close
 
 
 class RankError(RuntimeError):
@@ -63,6 +64,7 @@ class _Report:
     result: bytes | None = None
     kind: str = ""
     text: str = ""
+    by_a_peer: bool = False  # whether the failure may be what another rank's failure did to this one
 
 
 def run_ranks(
@@ -121,29 +123,40 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 def _collect(processes: list[Any], pipes: list[Any], timeout: float) -> list[Any]:
     """Wait until every rank has reported; raise at the first failure or when the time is up."""
     world_size = len(pipes)
-    started = time.monotonic()
-    # The first call of a session also waits for the fork server's imports.
-    for rank, pipe in enumerate(pipes):
-        if not pipe.poll(max(0.0, started + _START_TIMEOUT - time.monotonic())):
-            raise RanksTimeoutError([rank], world_size, _START_TIMEOUT)
-        with contextlib.suppress(EOFError, ConnectionError):
-            pipe.recv_bytes()
+    _await_starts(pipes)
     deadline = time.monotonic() + timeout
     reports: dict[int, _Report] = {}
+    failed: dict[int, _Report] = {}
     while len(reports) < world_size:
         pending = [rank for rank in range(world_size) if rank not in reports]
         ready = connection.wait([pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+        if not ready and failed:
+            break
         if not ready:
             raise RanksTimeoutError(pending, world_size, timeout)
         for rank in pending:
             if pipes[rank] in ready:
                 reports[rank] = _receive(pipes[rank], processes[rank])
-        failed = [rank for rank, report in reports.items() if report.result is None]
+        failed = {rank: report for rank, report in reports.items() if report.result is None}
+        if not all(report.by_a_peer for report in failed.values()):
+            break
         if failed:
-            # A rank's failure breaks its peers' collectives a moment later; the cause is the earliest.
-            first = min(failed, key=lambda rank: reports[rank].time)
-            raise RankError(first, world_size, reports[first].kind, reports[first].text)
+            deadline = min(deadline, time.monotonic() + _GRACE)
+    if failed:
+        # A rank's failure breaks its peers' collectives a moment later; the cause is the earliest.
+        first = min(failed, key=lambda rank: failed[rank].time)
+        raise RankError(first, world_size, failed[first].kind, failed[first].text)
     return [pickle.loads(reports[rank].result or b"") for rank in range(world_size)]
+
+
+def _await_starts(pipes: list[Any]) -> None:
+    """Wait until every rank runs. The first call of a session also waits for the fork server's imports."""
+    deadline = time.monotonic() + _START_TIMEOUT
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(max(0.0, deadline - time.monotonic())):
+            raise RanksTimeoutError([rank], len(pipes), _START_TIMEOUT)
+        with contextlib.suppress(EOFError, ConnectionError):
+            pipe.recv_bytes()
 
 
 def _receive(pipe: Any, process: Any) -> _Report:
@@ -181,7 +194,12 @@ def _rank_main(call: bytes, environment: dict[str, str], pipe: Any, init: bool, 
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         report = _Report(time.monotonic(), pickle.dumps(fn(rank, world_size, *args)))
     except BaseException as error:
-        report = _Report(time.monotonic(), kind=type(error).__name__, text=traceback.format_exc())
+        report = _Report(
+            time.monotonic(),
+            kind=type(error).__name__,
+            text=traceback.format_exc(),
+            by_a_peer=isinstance(error, RuntimeError),  # what collectives raise
+        )
     pipe.send_bytes(pickle.dumps(report))
     # A rank that closes its sockets early can break a peer that is still reading: leave together.
     with contextlib.suppress(EOFError, OSError):

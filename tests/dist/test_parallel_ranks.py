@@ -1,6 +1,8 @@
 """run_ranks: results in rank order, the first failure by name, and nothing left behind."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +28,28 @@ def _fail_on_one(rank: int, world_size: int) -> None:
 
 def _die_on_zero(rank: int, world_size: int) -> None:
     if rank == 0:
+        os._exit(3)
+    dist.barrier()
+
+
+def _is_connected(any_socket: socket.socket) -> bool:
+    try:
+        any_socket.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _die_slowly_on_zero(rank: int, world_size: int) -> None:
+    """A process that dies loses its sockets one by one: here its peer's half a second before the report's."""
+    dist.barrier()
+    if rank == 0:
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError), socket.socket(fileno=int(path.name)) as open_socket:
+                if open_socket.family in (socket.AF_INET, socket.AF_INET6) and _is_connected(open_socket):
+                    open_socket.shutdown(socket.SHUT_RDWR)
+                open_socket.detach()
+        time.sleep(0.5)
         os._exit(3)
     dist.barrier()
 
@@ -63,6 +87,12 @@ def test_the_first_failure_is_raised_with_rank_and_traceback():
 def test_a_rank_that_dies_is_named():
     with pytest.raises(RankError, match=r"rank 0 of 2 failed with death:\n.*exit code 3"):
         run_ranks(_die_on_zero, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_a_rank_that_dies_is_named_even_where_its_peer_reports_first():
+    with pytest.raises(RankError, match=r"rank 0 of 2 failed with death:\n.*exit code 3"):
+        run_ranks(_die_slowly_on_zero, 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
