@@ -63,8 +63,9 @@ def write_model_folder(
         tokenizer.save(folder / TOKENIZER)
         carry(folder / CARRIED)
         own = TokenizerConfig(kind=TokenizerKind.file, path=str((target / TOKENIZER).absolute()))
-        (folder / CONFIG).write_text(to_yaml(replace(cfg, data=replace(cfg.data, tokenizer=own))))
-        identity = identity_of(folder)
+        cfg = replace(cfg, data=replace(cfg.data, tokenizer=own))
+        (folder / CONFIG).write_text(to_yaml(cfg))
+        identity = identity_of(cfg, folder)
 
         def read_hashed(name: str) -> Tensor:
             tensor = read(stored[name])

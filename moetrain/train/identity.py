@@ -31,9 +31,9 @@ _LIMIT = 256 * MB  # of one of them
 _LISTED = 4  # differences in one message
 
 
-def identity_of(run_dir: Path) -> dict[str, str]:
-    """What the files of a run folder say: key -> value as JSON, and the tokenizer's digest."""
-    return function_of(load_yaml(run_dir / CONFIG)) | {TOKENIZER: _tokenizer_digest(run_dir / TOKENIZER)}
+def identity_of(cfg: TrainConfig, run_dir: Path) -> dict[str, str]:
+    """What weights of ``cfg`` compute: key -> value as JSON, and the digest of the folder's tokenizer."""
+    return function_of(cfg) | {TOKENIZER: _tokenizer_digest(run_dir / TOKENIZER)}
 
 
 def function_of(cfg: TrainConfig) -> dict[str, str]:
@@ -47,7 +47,7 @@ def require_same_files(checkpoint: Path) -> None:
     stored, run_dir = _stored(checkpoint), run_of(checkpoint)
     if not stored:
         return
-    now = identity_of(run_dir)
+    now = identity_of(load_yaml(run_dir / CONFIG), run_dir)
     changed = _changed(stored, now)
     if changed:
         raise UserError(

@@ -122,7 +122,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
     if is_main():
         (run_dir.path / _SUMMARY).unlink(missing_ok=True)  # of an earlier stop
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
-        state.identity = identity_of(run_dir.path)
+        state.identity = identity_of(cfg, run_dir.path)
     tracker = build_tracker(cfg.tracker, rank())
     tracker.start(run_dir.path, yaml.safe_load(to_yaml(cfg)) | {"counts": built.summary}, state.step)
     ok = False

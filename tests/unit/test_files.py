@@ -54,7 +54,8 @@ def test_json_that_does_not_fit_is_one_line(text: str, said: str) -> None:
     ("text", "said"),
     [
         ("a: &a [1]\nb: *a", r"line 2 has an alias \(\*a\)"),
-        ("[" * 100_000, "line 1 is nested deeper than 50 levels"),
+        ("[" * 60, "line 1 is nested deeper than 50 levels"),
+        ("[" * 100_000, "maximum nesting depth|nested deeper than 50 levels"),  # libyaml's own bound, or ours
         (f"a: [{'0,' * 20_000}]", "line 1: it holds more than 20000 values"),
         ("a: !!timestamp x", "no valid YAML"),
         ("a: !!python/object/apply:os.getpid []", "no valid YAML"),

@@ -122,7 +122,7 @@ def test_a_config_changed_along_with_the_command(corpus, bpe, tmp_path, capsys):
 
 def test_a_checkpoint_of_before_is_opened_without_a_word(corpus, bpe, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    monkeypatch.setattr("moetrain.train.run.identity_of", lambda run_dir: None)
+    monkeypatch.setattr("moetrain.train.run.identity_of", lambda cfg, run_dir: None)
     assert tiny.train(corpus, run, *BPE) == 0
     turn_slower(run)
     assert main([part.format(run=run) for part in COMMANDS["generate"]]) == 0
