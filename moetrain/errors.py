@@ -30,6 +30,19 @@ class ProofError(UserError):
     exit_code = 1
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """At most ``most`` characters of a text that a message quotes."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def quoted(value: object) -> str:
+    """A value that was read, as a message quotes it: what Python prints, at most 80 characters."""
+    try:
+        return shortened(repr(value), 80)
+    except ValueError:  # an int of more digits than Python prints
+        return "a huge number"
+
+
 def write_error_file(line: str) -> None:
     """Leave ``line`` where torchrun looks for it: it shows that of the first rank to fail."""
     if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):

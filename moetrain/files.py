@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
-from moetrain.errors import UserError
+from moetrain.errors import UserError, quoted
 
 T = TypeVar("T")
 
@@ -111,16 +111,8 @@ def _first(error: ValidationError) -> str:
     """The first thing that does not fit: its place, what is wrong, what was found."""
     found = error.errors(include_url=False, include_context=False)
     first, given = found[0], found[0]["input"]
-    place = ".".join(_short(part).strip("'") for part in first["loc"])
+    place = ".".join(quoted(part).strip("'") for part in first["loc"])
     whole = first["type"] == "json_invalid" or isinstance(given, (dict, list, tuple))
-    value = "" if whole else f" (found {_short(given)})"
+    value = "" if whole else f" (found {quoted(given)})"
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     return f"{place + ': ' if place else ''}{first['msg']}{value}{more}"
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        return "a huge number"
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -26,7 +26,7 @@ from moetrain.config.init_from import source_overrides
 from moetrain.config.overrides import normalize, plugins_in, refuse_empty
 from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.config.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
-from moetrain.errors import UserError
+from moetrain.errors import UserError, shortened
 from moetrain.files import MB, bounded_yaml, read_bytes
 
 T = TypeVar("T")
@@ -115,8 +115,9 @@ def _refuse_interpolations(value: object, where: str, key: str = "") -> None:
         for number, child in enumerate(value):
             _refuse_interpolations(child, where, f"{key}.{number}")
     elif isinstance(value, str) and any(len(m[1]) % 2 == 0 for m in _DOLLAR.finditer(value)):
-        short = value if len(value) <= 60 else f"{value[:57]}..."
-        raise UserError(f"{where}: {key} is an interpolation ({short}): a saved config holds values only")
+        raise UserError(
+            f"{where}: {key} is an interpolation ({shortened(value)}): a saved config holds values only"
+        )
 
 
 def config_hash(cfg: TrainConfig) -> str:

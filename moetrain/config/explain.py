@@ -20,7 +20,7 @@ from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.names import near_miss, nearest
 from moetrain.config.store import CONFIG_DIR, variants
-from moetrain.errors import UserError
+from moetrain.errors import UserError, shortened
 
 Compose = Callable[[list[str]], DictConfig]
 
@@ -236,7 +236,7 @@ def _options_with(group: str, key: str) -> list[str]:
 
 
 def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
-    first = _short((cause.msg or str(cause)).splitlines()[0], 200)
+    first = shortened((cause.msg or str(cause)).splitlines()[0], 200)
     expected, child = "", cause.child_node
     if isinstance(cause, InterpolationResolutionError):
         pass
@@ -248,18 +248,14 @@ def _bad_value(where: str, key: str, cause: OmegaConfBaseException) -> str:
         names = list(child.enum_type.__members__)
         close = near_miss(str(cause.value), names)
         hint = f" (did you mean {close}?)" if close else ""
-        expected = f"{key} is one of {', '.join(names)}, not {_short(str(cause.value))}{hint}"
+        expected = f"{key} is one of {', '.join(names)}, not {shortened(str(cause.value))}{hint}"
     elif isinstance(child, (IntegerNode, FloatNode, BooleanNode)):
         kind = {IntegerNode: "a whole number", FloatNode: "a number", BooleanNode: "true or false"}[
             type(child)
         ]
-        expected = f"{key} is {kind}, not {_short(repr(cause.value))}"
+        expected = f"{key} is {kind}, not {shortened(repr(cause.value))}"
     elif isinstance(child, DictConfig) and "not a subclass" in first:
         expected = f"{key} is a group of keys{nearest('', map(str, child or []))}"
     elif isinstance(child, ListConfig):
         expected = f"{key} is a list: {first}"
     return f"{where}: {expected or f'{key}: {first}'}"
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
+from moetrain.errors import shortened
+
 Leaf = str | int | float | bool | None | list[Any]
 
 
@@ -42,7 +44,7 @@ def shown(value: Leaf) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     text = f"[{','.join(shown(item) for item in value)}]" if isinstance(value, list) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(text)
 
 
 def _children(value: Any) -> dict[str, Any] | None:

@@ -23,7 +23,6 @@ from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.terminal import as_text
 from moetrain.train.jsonl import JsonlFile
-from moetrain.train.jsonl import read_metrics as read_metrics  # a run folder's rows
 from moetrain.train.stopping import STOP_FILE
 
 _EARLIER = 20  # environments of earlier starts that environment.json keeps

@@ -97,6 +97,7 @@ def on_four(rank: int, world: int, arguments: list[str], starts: list[str], run:
     return found if rank == 0 else {}
 
 
+@pytest.mark.real
 def test_every_layout_starts_alike_and_exports_alike(
     folders: dict[str, str], corpus: Path, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_when_a_rank_is_killed_the_other_ends_without_saving(lost, corpus, pair,
     tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(pair, 12))
 
 
+@pytest.mark.real
 def test_a_bad_sample_of_one_rank_is_everybodys(corpus, tmp_path):
     """Sample 19 is in the share of rank 1, and rank 0 speaks."""
     options = ["train.steps=9", "checkpoint.every=3", *FAULTY, "router.samples=[19]"]
@@ -224,6 +225,7 @@ def _prepares_slowly(rank: int, world: int, arguments: list[str]) -> int:
     return len(train_run._prepare_in_turn(cfg).train)
 
 
+@pytest.mark.real
 def test_preparing_the_text_may_take_longer_than_a_collective(corpus, tmp_path):
     lengths = run_ranks(_prepares_slowly, 2, tiny.command(corpus, tmp_path)[1:], init=False)
     assert lengths[0] == lengths[1] > 0

@@ -41,6 +41,7 @@ class Start:
         return self.prefixes
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     "late", [{}, {0: 0.2}, {1: 0.2}, {2: 0.1, 0: 0.2}], ids=["none", "0", "1", "2 and 0"]
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.schema import ModelConfig
-from moetrain.errors import UserError
-from moetrain.models.hf.fields import MAX_LAYERS, Fields, shown
+from moetrain.errors import UserError, quoted
+from moetrain.models.hf.fields import MAX_LAYERS, Fields
 from moetrain.models.hf.keys import check_keys
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.tables import MoENames, decoder_table
@@ -91,17 +91,17 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type={shown(kind)} is not known; known: {', '.join(sorted(FAMILIES))} "
+            f"{where}: model_type={quoted(kind)} is not known; known: {', '.join(sorted(FAMILIES))} "
             "(docs/families.md shows how to add one)"
         )
     named, family = config.get("architectures"), FAMILIES[kind]
     if named is not None and not isinstance(named, list):
-        raise UserError(f"{where}: architectures={shown(named)} is no list of names")
+        raise UserError(f"{where}: architectures={quoted(named)} is no list of names")
     # the bare decoder has all there is where embeddings are tied; else its missing head is noticed
     known = (family.architecture, family.architecture.replace("ForCausalLM", "Model"))
     if named and not any(name in known for name in named):
         raise UserError(
-            f"{where}: architectures={shown(named)} is not the language model {family.architecture}: "
+            f"{where}: architectures={quoted(named)} is not the language model {family.architecture}: "
             "other heads cannot be read"
         )
     return family

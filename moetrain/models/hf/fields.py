@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moetrain.errors import UserError
+from moetrain.errors import UserError, quoted
 
 MAX_LAYERS = 4096  # where no stored tensors say how many there are
 _MAX_INT = 2**31 - 1  # no dimension of a model comes near it, and products of two fit 64 bits
@@ -52,28 +52,28 @@ class Fields:
     def integer(self, key: str) -> int:
         value = self.get(key)
         if type(value) is not int:
-            raise self.refuse(f"{key} is {shown(value)}, not a whole number")
+            raise self.refuse(f"{key} is {quoted(value)}, not a whole number")
         if abs(value) > _MAX_INT:
-            raise self.refuse(f"{key} is {shown(value)}: at most {_MAX_INT} is possible")
+            raise self.refuse(f"{key} is {quoted(value)}: at most {_MAX_INT} is possible")
         return value
 
     def layers(self, key: str = "num_hidden_layers") -> int:
         """The number of layers, which the files hold."""
         count = self.get(key)
         if type(count) is int and count > self._layers:
-            raise self.refuse(f"{key}={shown(count)}, but the files hold {self._layers} layer(s)")
+            raise self.refuse(f"{key}={quoted(count)}, but the files hold {self._layers} layer(s)")
         return self.integer(key)
 
     def number(self, key: str) -> float:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.refuse(f"{key} is {shown(value)}, not a number")
+            raise self.refuse(f"{key} is {quoted(value)}, not a number")
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self.refuse(f"{key} is {shown(value)}, not a finite number")
+            raise self.refuse(f"{key} is {quoted(value)}, not a finite number")
         return number
 
     def integer_or_none(self, key: str) -> int | None:
@@ -85,7 +85,7 @@ class Fields:
         absent = default is not None and key not in self.values and key not in self._defaults
         value = default if absent else self.get(key)
         if not isinstance(value, bool):
-            raise self.refuse(f"{key} is {shown(value)}, not true or false")
+            raise self.refuse(f"{key} is {quoted(value)}, not true or false")
         return value
 
     def word(self, key: str) -> str:
@@ -93,7 +93,7 @@ class Fields:
         value = self.get(key)
         self.check_plain(key, value)
         if not isinstance(value, str):
-            raise self.refuse(f"{key} is {shown(value)}, not a name")
+            raise self.refuse(f"{key} is {quoted(value)}, not a name")
         return value
 
     def check_plain(self, key: str, value: object) -> None:
@@ -101,7 +101,7 @@ class Fields:
         if isinstance(value, float) and not math.isfinite(value):
             raise self.refuse(f"{key} is {value}, not a finite number")
         if isinstance(value, str) and not _WORD.fullmatch(value):
-            raise self.refuse(f"{key}: {shown(value)} is no plain name (letters, digits, _, ., / and -)")
+            raise self.refuse(f"{key}: {quoted(value)} is no plain name (letters, digits, _, ., / and -)")
         if isinstance(value, (list, tuple)):
             for item in value:
                 self.check_plain(key, item)
@@ -114,7 +114,7 @@ class Fields:
         """``key`` is absent or has one of the ``values`` that this project's model stands for."""
         self._used.add(key)
         if key in self.values and not any(_same(self.values[key], value) for value in values):
-            raise self.refuse(f"{key}={shown(self.values[key])} is not supported: only {values[0]!r} is")
+            raise self.refuse(f"{key}={quoted(self.values[key])} is not supported: only {values[0]!r} is")
 
     def without_effect(self, *keys: str) -> None:
         """These keys say nothing about the model's function, whatever their values are."""
@@ -123,15 +123,6 @@ class Fields:
     def unused(self) -> dict[str, Any]:
         """What nobody has asked for."""
         return {key: value for key, value in self.values.items() if key not in self._used}
-
-
-def shown(value: object) -> str:
-    """A value in a message: short, on one line."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _same(one: object, other: object) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.errors import UserError
-from moetrain.models.hf.fields import shown
+from moetrain.errors import UserError, quoted
 from moetrain.models.hf.gguf_header import StoredTensor, read_header
 from moetrain.models.hf.gguf_keys import ARCHITECTURE, unknown_key
 from moetrain.models.hf.gguf_rope import linear_factor, llama3_scaling
@@ -57,11 +56,11 @@ class GGUFFile:
         architecture = self.metadata.get("general.architecture")
         if architecture != ARCHITECTURE or self.metadata.get("llama.expert_count"):
             raise UserError(
-                f"{path}: architecture {shown(architecture)} is not supported: only dense llama is"
+                f"{path}: architecture {quoted(architecture)} is not supported: only dense llama is"
             )
         if found := unknown_key(self.metadata):
             raise UserError(
-                f"{path}: {found[0]}={shown(self.metadata[found[0]])} is not supported: {found[1]}"
+                f"{path}: {found[0]}={quoted(self.metadata[found[0]])} is not supported: {found[1]}"
             )
         divisors = header.tensors.pop(_DIVISORS, None)
         self._stored = {self._their_name(name): tensor for name, tensor in header.tensors.items()}
@@ -154,7 +153,7 @@ class GGUFFile:
     def _integer(self, key: str, least: int, default: int | None = None) -> int:
         found = self.metadata.get(f"llama.{key}", default)
         if type(found) is not int:
-            raise UserError(f"{self.path}: llama.{key} is {shown(found)}, not a number")
+            raise UserError(f"{self.path}: llama.{key} is {quoted(found)}, not a number")
         if not least <= found < 2**31:
             raise UserError(f"{self.path}: llama.{key}={found} must be {least} or more, and below 2^31")
         return found
@@ -162,12 +161,12 @@ class GGUFFile:
     def _number(self, key: str, default: float | None = None) -> float:
         found = self.metadata.get(f"llama.{key}", default)
         if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
-            raise UserError(f"{self.path}: llama.{key} is {shown(found)}, not a number above 0")
+            raise UserError(f"{self.path}: llama.{key} is {quoted(found)}, not a number above 0")
         return float(found)
 
     def _equal(self, key: str, wanted: int, what: str) -> None:
         if (found := self.metadata.get(f"llama.{key}", wanted)) != wanted:
-            raise UserError(f"{self.path}: llama.{key}={shown(found)} is not supported: {what} {wanted}")
+            raise UserError(f"{self.path}: llama.{key}={quoted(found)} is not supported: {what} {wanted}")
 
 
 def _unpermuted(weight: Tensor, heads: int) -> Tensor:

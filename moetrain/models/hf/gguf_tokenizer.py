@@ -13,8 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from moetrain.errors import UserError
-from moetrain.models.hf.fields import shown
+from moetrain.errors import UserError, quoted
 
 _ADVICE = "give the model's own: tokenizer=/path/to/tokenizer.json"
 _CONTROL, _USER_DEFINED = 3, 4
@@ -44,7 +43,7 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
     known = _pre_tokenizers()
     if kind != "gpt2" or not isinstance(pre, str) or pre not in known:
         raise UserError(
-            f"{path}: its tokenizer (tokenizer.ggml.model={shown(kind)}, pre={shown(pre)}) is not known; "
+            f"{path}: its tokenizer (tokenizer.ggml.model={quoted(kind)}, pre={quoted(pre)}) is not known; "
             f"known: gpt2 with {', '.join(known)}; {_ADVICE}"
         )
     tokens, merges = (_texts(metadata, key, path) for key in ("tokens", "merges"))
@@ -52,7 +51,7 @@ def tokenizer_of(metadata: dict[str, Any], path: Path) -> tuple[Tokenizer, str]:
     if type(eos) is not int or not 0 <= eos < len(tokens):
         raise UserError(
             f"{path}: tokenizer.ggml.eos_token_id is missing or none of its {len(tokens)} tokens "
-            f"({shown(eos)}); {_ADVICE}"
+            f"({quoted(eos)}); {_ADVICE}"
         )
     vocab = {token: number for number, token in enumerate(tokens)}
     if len(vocab) != len(tokens):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.models.hf.fields import Fields, shown
+from moetrain.errors import quoted
+from moetrain.models.hf.fields import Fields
 
 # key -> the values under which nothing is different; keys that a family uses itself are left to it
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -103,7 +104,7 @@ def check_keys(fields: Fields, model_type: str) -> None:
             fields.must_be(key, *ONLY[key])
         elif not (_harmless(key) or _says_nothing(value)):
             raise fields.refuse(
-                f"{key}={shown(value)} is not known here, and another function may stand behind it: remove "
+                f"{key}={quoted(value)} is not known here, and another function may stand behind it: remove "
                 f"the key if transformers' {model_type} does not read it"
             )
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from moetrain.config.schema import QKNorm
+from moetrain.errors import quoted
 from moetrain.files import parse_json
 from moetrain.models.decoder import Decoder
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
-from moetrain.models.hf.fields import Fields, shown
+from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.hf.translate import read_decoder, require, window, write_decoder
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
@@ -176,7 +177,7 @@ def _read_router(fields: Fields, num_experts: int) -> RouterConfig:
     fields.check_plain("router", given)
     name = given.get("name") if isinstance(given, dict) else None
     if not isinstance(name, str) or name not in ROUTING:
-        raise fields.refuse(f"router={shown(given)} is not among {', '.join(ROUTING)}")
+        raise fields.refuse(f"router={quoted(given)} is not among {', '.join(ROUTING)}")
     options = ROUTERS[name].options
     if unknown := sorted(given.keys() - {field.name for field in dataclass_fields(options)}):
         raise fields.refuse(f"router: {name} has no option {unknown[0]}")
@@ -192,7 +193,7 @@ def _read_router(fields: Fields, num_experts: int) -> RouterConfig:
 def _enum(fields: Fields, key: str, kind: Any) -> Any:
     name = fields.get(key)
     if not isinstance(name, str) or name not in kind.__members__:
-        raise fields.refuse(f"{key}={shown(name)} is not supported: {', '.join(kind.__members__)} are")
+        raise fields.refuse(f"{key}={quoted(name)} is not supported: {', '.join(kind.__members__)} are")
     return kind[name]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from moetrain.config.schema import ModelConfig
 from moetrain.config.schema_rope import RopeKind, RopeScaling
-from moetrain.models.hf.fields import Fields, shown
+from moetrain.errors import quoted
+from moetrain.models.hf.fields import Fields
 
 THETA = 10000.0
 _KINDS = {
@@ -39,7 +40,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
     rope = _parameters(fields)
     name = rope.get("rope_type" if rope.has("rope_type") else "type")
     if not isinstance(name, str) or name not in _KINDS:
-        raise rope.refuse(f"rope_type={shown(name)} is not supported: {', '.join(_KINDS)} are")
+        raise rope.refuse(f"rope_type={quoted(name)} is not supported: {', '.join(_KINDS)} are")
     kind = _KINDS[name]
     rope.without_effect("type", *_OF_OTHERS)
     for place in (rope, fields):
@@ -58,7 +59,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
     scaling = RopeScaling(kind=kind, **numbers)
     _check(rope, theta, scaling)
     if unknown := sorted(rope.unused()):
-        raise rope.refuse(f"{unknown[0]}={shown(rope.values[unknown[0]])} is not known to change nothing")
+        raise rope.refuse(f"{unknown[0]}={quoted(rope.values[unknown[0]])} is not known to change nothing")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -68,7 +69,7 @@ def _parameters(fields: Fields) -> Fields:
     for key in ("rope_parameters", "rope_scaling"):
         value = fields.get(key) if fields.has(key) else None
         if value is not None and not isinstance(value, dict):
-            raise fields.refuse(f"{key} is {shown(value)}, not an object")
+            raise fields.refuse(f"{key} is {quoted(value)}, not an object")
         found[key] = value or {}
     fields.without_effect("rope_theta", _ORIGINAL)  # unless the kind asks for it below
     key = "rope_scaling" if found["rope_scaling"] else "rope_parameters"
@@ -99,7 +100,7 @@ def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any]) -> dict[str, An
         found[key] = numbers.get(key) or default
     truncate = rope.get("truncate") if rope.has("truncate") else True
     if truncate is not None and not isinstance(truncate, bool):
-        raise rope.refuse(f"truncate is {shown(truncate)}, not true or false")
+        raise rope.refuse(f"truncate is {quoted(truncate)}, not true or false")
     found["truncate"] = bool(truncate)
     scales = [rope.number(key) for key in ("mscale", "mscale_all_dim") if _stated(rope, key)]
     factor = found.get("factor", numbers.get("factor"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from moetrain.config.schema import ModelConfig, QKNorm
-from moetrain.errors import UserError
+from moetrain.errors import UserError, quoted
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
-from moetrain.models.hf.fields import Fields, shown
+from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -57,7 +57,7 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
 def read_experts(fields: Fields) -> ExpertsConfig:
     name = fields.get("hidden_act")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise fields.refuse(f"hidden_act={shown(name)} is not supported: {', '.join(_ACTIVATIONS)} are")
+        raise fields.refuse(f"hidden_act={quoted(name)} is not supported: {', '.join(_ACTIVATIONS)} are")
     return ExpertsConfig(activation=_ACTIVATIONS[name])
 
 
@@ -145,11 +145,11 @@ def layer_types(fields: Fields) -> str | None:
     if found is None:
         return None
     if not isinstance(found, list) or not all(isinstance(kind, str) for kind in found):
-        raise fields.refuse(f"layer_types is {shown(found)}, not a list of names")
+        raise fields.refuse(f"layer_types is {quoted(found)}, not a list of names")
     kinds = set(found)
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
         raise fields.refuse(
-            f"layer_types names {shown(', '.join(sorted(kinds)))}: only full_attention in all layers is "
+            f"layer_types names {quoted(', '.join(sorted(kinds)))}: only full_attention in all layers is "
             "supported, or sliding_attention in all"
         )
     if len(found) != fields.layers():
@@ -204,13 +204,15 @@ def read_sparse_layers(fields: Fields) -> dict[str, int]:
     listed = fields.get("mlp_only_layers") if fields.has("mlp_only_layers") else None
     dense = [] if listed is None else listed
     if step < 1 or not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise fields.refuse(f"decoder_sparse_step={step} with mlp_only_layers={shown(dense)} names no layers")
+        raise fields.refuse(
+            f"decoder_sparse_step={step} with mlp_only_layers={quoted(dense)} names no layers"
+        )
     left_out = set(dense)
     moe = [i for i in range(layers) if i not in left_out and (i + 1) % step == 0]
     first = moe[0] if moe else layers
     if moe != [i for i in range(first, layers) if (i + 1) % step == 0]:
         raise fields.refuse(
-            f"mlp_only_layers={shown(dense)}: only the first layers can be dense besides the step's"
+            f"mlp_only_layers={quoted(dense)}: only the first layers can be dense besides the step's"
         )
     return {"moe_every": step, "first_dense": 0 if first < step else first}
 
