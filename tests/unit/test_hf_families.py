@@ -116,6 +116,7 @@ def test_there_and_back_is_the_same_to_the_bit(moved: Moved) -> None:
     assert [file.name for file in moved.exported.glob("*.safetensors")] == ["model.safetensors"]
 
 
+@pytest.mark.real
 def test_bf16_is_the_same_to_the_bit(moved: Moved, tmp_path: Path) -> None:
     """From one file into shards."""
     theirs = copy.deepcopy(moved.theirs).to(torch.bfloat16)

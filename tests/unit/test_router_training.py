@@ -23,7 +23,9 @@ DIFFERENT = ("base", "expert_choice", "moepp", "relu", "sparsemixer2", "topk")
 THREE = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_every=3"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.real] * (name not in DIFFERENT)) for name in NAMES]
+)
 def test_trains_resumes_bit_for_bit_evaluates_and_generates(name, corpus, tmp_path, capsys):
     run, copy = tmp_path / "run", tmp_path / "copy"
     options = [f"router={name}", *THREE]
