@@ -6,7 +6,6 @@ P = (Q + 2G) H columns of the joint projection: all queries, all keys, all value
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig, QKNorm
@@ -15,6 +14,7 @@ from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.causal_attention import attend
+from moetrain.ops.first import Constant, Normal, parameter
 from moetrain.ops.linear import linear
 from moetrain.ops.seen_keys import SeenKeys
 
@@ -41,10 +41,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = head_shape(cfg)
         self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.d_model))
+        self.w_qkv_PD = parameter((sum(self.widths), cfg.d_model), Normal(cfg.init_std))
         self.w_qkv_PD.muon_splits = tuple(self.widths)  # type: ignore[attr-defined]  # three matrices in one
-        self.b_qkv_P = nn.Parameter(torch.zeros(sum(self.widths))) if cfg.qkv_bias else None
-        self.w_out_DQ = nn.Parameter(torch.empty(cfg.d_model, self.widths[0]))
+        self.b_qkv_P = parameter((sum(self.widths),), Constant(0.0)) if cfg.qkv_bias else None
+        self.w_out_DQ = parameter((cfg.d_model, self.widths[0]), Normal(cfg.init_std))
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
             per_head = cfg.qk_norm is QKNorm.head

@@ -22,6 +22,7 @@ from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.ops.first import Constant, Normal, parameter, restart
 from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 
@@ -78,10 +79,11 @@ class Decoder(nn.Module):
         if cfg.sliding_window is not None and cfg.sliding_window < 1:
             raise UserError(f"model.sliding_window={cfg.sliding_window} must be at least 1, or null for none")
         self.cfg, self.vocab_size = cfg, vocab_size
-        self.embed_VD = nn.Parameter(torch.empty(vocab_size, cfg.d_model))
+        shape, start = (vocab_size, cfg.d_model), Normal(cfg.init_std)
+        self.embed_VD = parameter(shape, start)
         self.blocks = nn.ModuleList(Block(cfg, router, experts, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.head_VD = None if cfg.tie_embeddings else nn.Parameter(torch.empty(vocab_size, cfg.d_model))
+        self.head_VD = None if cfg.tie_embeddings else parameter(shape, start)
         self.reset_parameters()
 
     @property
@@ -133,22 +135,21 @@ class Decoder(nn.Module):
         layers = {i: block.feed_forward for i, block in enumerate(self.blocks)}
         return {i: layer for i, layer in layers.items() if isinstance(layer, MoELayer)}
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew from torch's generator: normal(init_std), less for what adds to the residual.
+        """Start all weights from normal(init_std), less for what adds to the residual, and draw them anew.
 
         Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers keep their own draw.
         """
         std = self.cfg.init_std
         out_std = std / (2 * self.cfg.num_layers) ** 0.5
-        for name, parameter in self.named_parameters():
+        for name, made in self.named_parameters():
             if ".router." in name:
                 continue
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if ".b_" in name else 1.0)
+            if made.ndim == 1:
+                restart(made, Constant(0.0 if ".b_" in name else 1.0))
             else:
                 projects_out = ".w_out_" in name or ".w_down_" in name
-                parameter.normal_(0.0, out_std if projects_out else std)
+                restart(made, Normal(out_std if projects_out else std))
 
     def _rope(self, positions_BS: Tensor, dtype: torch.dtype) -> Rope:
         head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.context import RouterContext
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Routing
 from moetrain.ops.activations import is_gated
 from moetrain.ops.dense_mlp import dense_mlp
+from moetrain.ops.first import Normal, parameter
 
 
 class AdapterLayer(MoELayer):
@@ -32,10 +32,8 @@ class AdapterLayer(MoELayer):
         super().__init__(d_model, d_adapter, num_experts, activation="gelu", **layer)
         self.activation = activation
         width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_PD = nn.Parameter(torch.empty(width, d_model))
-        self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
-        nn.init.normal_(self.w_gate_up_PD, std=d_model**-0.5)
-        nn.init.normal_(self.w_down_DF, std=d_ff**-0.5)
+        self.w_gate_up_PD = parameter((width, d_model), Normal(d_model**-0.5))
+        self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
         h_BSD = dense_mlp(x_BSD, self.w_gate_up_PD, self.w_down_DF, self.activation)

@@ -12,10 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.moe.routing import Routing
-
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+from moetrain.ops.counter import mix
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,3 @@ class RouterContext:
             columns = torch.arange(shape[1], device=key_T.device)
             key_T = mix(key_T[:, None] + columns)
         return ((key_T >> 41) & 0x7FFFFF).float() * 2.0**-23 + 2.0**-24
-
-
-def mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 (arithmetic wraps; shifts are made logical by masks)."""
-    x = x + _GOLDEN
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -13,6 +13,7 @@ from moetrain.moe.dispatch import Chunks, Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
+from moetrain.ops.first import Normal, parameter
 
 
 class Experts(nn.Module):
@@ -29,10 +30,8 @@ class Experts(nn.Module):
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(BACKENDS)}")
         self.activation, self.backend = activation, backend
         width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(num_experts, d_model, width))
-        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
-        nn.init.normal_(self.w_gate_up_EDF2, std=d_model**-0.5)
-        nn.init.normal_(self.w_down_EFD, std=d_ff**-0.5)
+        self.w_gate_up_EDF2 = parameter((num_experts, d_model, width), Normal(d_model**-0.5))
+        self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
 
     def forward(self, dispatched: Dispatched | Chunks) -> Tensor | list[Tensor]:
         """out [R, D], each row times its routing weight, in the autocast dtype where one is on.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from moetrain.moe.rounds import in_rounds, round_starts
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroExperts
+from moetrain.ops.first import Normal, parameter
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
-        self.shared_gate_1D = nn.Parameter(torch.empty(1, d_model)) if shared_gate else None
-        if self.shared_gate_1D is not None:
-            nn.init.normal_(self.shared_gate_1D, std=d_model**-0.5)
+        self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
         kinds = self.router.zero_experts
         self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
         self.dispatcher: Dispatcher = LocalDispatcher(block)

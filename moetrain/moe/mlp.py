@@ -5,11 +5,11 @@ Shapes: D model, F hidden, P = 2F (gated) or F; leading dimensions are free.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moetrain.ops.activations import is_gated
 from moetrain.ops.dense_mlp import dense_mlp
+from moetrain.ops.first import Normal, parameter
 
 
 class MLP(nn.Module):
@@ -19,10 +19,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation
         width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_PD = nn.Parameter(torch.empty(width, d_model))
-        self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
-        nn.init.normal_(self.w_gate_up_PD, std=d_model**-0.5)
-        nn.init.normal_(self.w_down_DF, std=d_ff**-0.5)
+        self.w_gate_up_PD = parameter((width, d_model), Normal(d_model**-0.5))
+        self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         return dense_mlp(x, self.w_gate_up_PD, self.w_down_DF, self.activation)

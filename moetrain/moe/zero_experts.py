@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.routing import Routing
+from moetrain.ops.first import Normal, parameter
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class ZeroExperts(nn.Module):
         super().__init__()
         self.kinds = kinds
         if kinds.constant:  # no parameter is empty
-            self.mix_weight_KD = nn.Parameter(torch.empty(2 * kinds.constant, d_model))
-            self.constant_CD = nn.Parameter(torch.empty(kinds.constant, d_model))
-            nn.init.normal_(self.mix_weight_KD, std=d_model**-0.5)
-            nn.init.normal_(self.constant_CD, std=d_model**-0.5)
+            self.mix_weight_KD = parameter((2 * kinds.constant, d_model), Normal(d_model**-0.5))
+            self.constant_CD = parameter((kinds.constant, d_model), Normal(d_model**-0.5))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's zero-computation experts; of x's shape, fp32 at least."""

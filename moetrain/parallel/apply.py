@@ -90,9 +90,8 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             setattr(layer.experts, name, fresh)
         weight = layer.experts.w_down_EFD
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
-        layer.dispatcher = build_dispatcher(
-            meshes, exchange, weight.shape[0], weight.device, layer.dispatcher.block
-        )
+        device = torch.device(mesh.device_type)  # the weights may lie on the meta device still
+        layer.dispatcher = build_dispatcher(meshes, exchange, weight.shape[0], device, layer.dispatcher.block)
         holders.append(layer.experts)
     return holders
 

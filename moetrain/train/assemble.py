@@ -19,8 +19,10 @@ from moetrain.moe.balance import (
     SparsityController,
     make_terms,
 )
+from moetrain.ops.first import unallocated
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe, watched
+from moetrain.parallel.materialize import allocate, draw
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer, freeze
@@ -48,15 +50,18 @@ def assemble(
     device: str,
     world: int,
     adjust: Callable[[Decoder], None] = lambda model: None,
+    drawn: bool = True,
 ) -> Assembled:
     """Model, layout over ``world`` ranks, optimizer, losses and controllers.
 
-    ``adjust`` may change the model's weights before they are laid out; every rank must change them alike.
+    Each rank allocates and draws its own shards. ``adjust`` may change how parameters start, alike on every
+    rank; not ``drawn``: they are about to be loaded, and are undefined until then.
     Raises UserError where the model or the layout cannot be built.
     """
-    torch.manual_seed(cfg.train.seed)
+    torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
-        model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
+        with unallocated():
+            model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None
     if cfg.train.precision is Precision.fp64:
@@ -64,10 +69,13 @@ def assemble(
     adjust(model)
     freeze(model, cfg.optim.frozen)
     counts = count_parameters(model)
-    task = NextToken(model.to(device), _AUTOCAST.get(cfg.train.precision))
+    task = NextToken(model, _AUTOCAST.get(cfg.train.precision))
     with watched("the process groups of the layout", ""):
         meshes = build_meshes(cfg.parallel, world, device)
     parallelize(task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe)
+    allocate(task, device)
+    if drawn:
+        draw(task, cfg.train.seed)
     optimizer = build_optimizer(task, cfg.optim)
     controllers = _controllers(cfg, model)
     monitor = LossMonitor(cfg.train.spike_factor)

@@ -102,20 +102,10 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
         checkpointer = Checkpointer(run_dir.checkpoints, keep, in_background, guard=lock.check)
         resume_from = checkpointer.resolve(cfg.resume)
         told = [*told, *check_resume(cfg, resume_from)]
-    built = build(cfg, device)
+    built = start(cfg, device, checkpointer, resume_from)
     state = built.state
-    if resume_from is not None:
-        with patiently("loading a checkpoint"):
-            state.load(checkpointer, resume_from)
-        if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
-            checkpointer.set_aside_after(state.step)
-    elif cfg.init_from is not None:
-        start = Path(cfg.init_from).expanduser()
-        optimizer = optimizer_tensors(state.task.model, state.optimizer) if cfg.init_optimizer else {}
-        with patiently("loading the first weights"):
-            load_initial(start, model_tensors(state.task.model), optimizer, built.corpus.tokenizer)
-        if is_main():
-            carry_over(start, run_dir.path)
+    if resume_from is None and cfg.init_from is not None and is_main():
+        carry_over(Path(cfg.init_from).expanduser(), run_dir.path)
     run_dir.truncate_after(state.step)
     run_dir.write_config(to_yaml(cfg))
     run_dir.write_environment(cfg.train.seed, world())
@@ -146,11 +136,31 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
     return finished
 
 
-def build(cfg: TrainConfig, device: str) -> Built:
-    """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait."""
+def start(cfg: TrainConfig, device: str, checkpointer: Checkpointer, resume_from: Path | None) -> Built:
+    """All that a step needs, with the weights of ``resume_from``, of ``cfg.init_from``, or drawn anew."""
+    built = build(cfg, device, drawn=resume_from is None and cfg.init_from is None)
+    state = built.state
+    if resume_from is not None:
+        with patiently("loading a checkpoint"):
+            state.load(checkpointer, resume_from)
+        if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
+            checkpointer.set_aside_after(state.step)
+    elif cfg.init_from is not None:
+        path = Path(cfg.init_from).expanduser()
+        optimizer = optimizer_tensors(state.task.model, state.optimizer) if cfg.init_optimizer else {}
+        with patiently("loading the first weights"):
+            load_initial(path, model_tensors(state.task.model), optimizer, built.corpus.tokenizer)
+    return built
+
+
+def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
+    """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait.
+
+    Not ``drawn``: weights are undefined until they are loaded.
+    """
     corpus = _prepare_in_turn(cfg)
     vocab_size = _vocab_size(cfg, corpus)
-    made = assemble(cfg, vocab_size, device, world())
+    made = assemble(cfg, vocab_size, device, world(), drawn=drawn)
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
     loader = TrainLoader(corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world())
     state = TrainState(made.task, made.optimizer, made.controllers, loader, made.monitor, ThroughputMeter())

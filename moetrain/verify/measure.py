@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import TrainConfig
@@ -24,6 +24,7 @@ from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
+from moetrain.ops.first import Constant, Normal, Orthogonal, restart, start_of
 from moetrain.parallel.clip import global_norm
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.checkpoint import Checkpointer
@@ -93,13 +94,26 @@ def build(cfg: TrainConfig) -> Assembled:
     return made
 
 
-@torch.no_grad()
 def enliven(model: Decoder) -> None:
     """Larger weights than a model begins with, and none zero, so that every path matters."""
     for parameter in model.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.1)
-        parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
+        more = 5.0 if parameter.ndim > 1 else 1.0
+        start = start_of(parameter)
+        if isinstance(start, Orthogonal):
+            restart(parameter, Orthogonal(more * start.gain))
+        elif isinstance(start, Normal):
+            restart(parameter, Normal(more * start.std))
+        elif isinstance(start, Constant):
+            restart(parameter, Constant(more * start.value) if start.value else Normal(more * 0.1))
+        else:
+            _enliven_drawn(parameter, more)
+
+
+@torch.no_grad()
+def _enliven_drawn(parameter: nn.Parameter, more: float) -> None:
+    if not parameter.any():
+        parameter.normal_(std=0.1)
+    parameter.mul_(more)
 
 
 def _split(twin: Twin, rank: int, world: int, whole: Batch, micro_batches: int) -> list[Batch]:

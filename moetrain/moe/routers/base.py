@@ -21,6 +21,7 @@ from moetrain.moe.options import Repair, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
+from moetrain.ops.first import Normal, parameter
 
 
 class Router(nn.Module):
@@ -112,8 +113,7 @@ class LinearRouter(Router):
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__(d_model, num_experts, options)
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
-        nn.init.normal_(self.weight_ED, std=d_model**-0.5 * 0.5)
+        self.weight_ED = parameter((num_experts, d_model), Normal(d_model**-0.5 * 0.5))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

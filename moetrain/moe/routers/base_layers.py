@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
@@ -22,6 +22,7 @@ from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import first_max, softmax
 from moetrain.moe.solvers import auction, balanced_assignment, finite_scores
+from moetrain.ops.first import Orthogonal, restart
 
 
 class Solver(Enum):
@@ -51,7 +52,7 @@ class BaseRouter(LinearRouter):
         super().__init__(d_model, num_experts, options)
         if not options.eps > 0:
             raise ValueError(f"router.eps={options.eps} must be positive")
-        nn.init.orthogonal_(self.weight_ED, gain=0.1)
+        restart(self.weight_ED, Orthogonal(0.1))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

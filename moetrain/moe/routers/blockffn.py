@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
+from moetrain.ops.first import Constant, parameter
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class BlockFFNRouter(LinearRouter):
 
     def __init__(self, d_model: int, num_experts: int, options: BlockFFNOptions) -> None:
         super().__init__(d_model, num_experts, options)
-        self.scale_E = nn.Parameter(torch.ones(num_experts))
+        self.scale_E = parameter((num_experts,), Constant(1.0))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

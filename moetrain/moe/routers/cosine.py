@@ -11,7 +11,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
@@ -19,6 +19,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import softmax, top_ids
+from moetrain.ops.first import Constant, Normal, parameter
 
 _MAX_INVERSE = math.log(100.0)  # of log(1 / temperature), as CLIP's
 
@@ -43,11 +44,9 @@ class CosineRouter(Router):
             raise ValueError(f"router.width={width} must be at least 1")
         if not options.temperature >= 0.01:
             raise ValueError(f"router.temperature={options.temperature} must be at least 0.01")
-        self.project_dD = nn.Parameter(torch.empty(width, d_model))
-        self.centers_Ed = nn.Parameter(torch.empty(num_experts, width))
-        self.log_inverse_temperature_1 = nn.Parameter(torch.full((1,), -math.log(options.temperature)))
-        nn.init.normal_(self.project_dD, std=d_model**-0.5)
-        nn.init.normal_(self.centers_Ed)
+        self.project_dD = parameter((width, d_model), Normal(d_model**-0.5))
+        self.centers_Ed = parameter((num_experts, width), Normal(1.0))
+        self.log_inverse_temperature_1 = parameter((1,), Constant(-math.log(options.temperature)))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetrain.moe.assign import from_mask
@@ -23,6 +23,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import first_max
+from moetrain.ops.first import Constant, Orthogonal, parameter
 
 _MAX_LOG_SCALE = math.log(100)
 
@@ -67,11 +68,9 @@ class DynMoERouter(Router):
             )
         if options.interval < 0:
             raise ValueError(f"router.interval={options.interval} must not be negative")
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, d_model))
-        self.threshold_E = nn.Parameter(torch.zeros(num_experts))
-        self.log_tau_1 = nn.Parameter(torch.zeros(1))
-        if not self.weight_ED.is_meta:
-            nn.init.orthogonal_(self.weight_ED)
+        self.weight_ED = parameter((num_experts, d_model), Orthogonal())
+        self.threshold_E = parameter((num_experts,), Constant(0.0))
+        self.log_tau_1 = parameter((1,), Constant(0.0))
         self.register_buffer("awake_E", torch.arange(num_experts) < initial)
         self.register_buffer("taken_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("missed_1", torch.zeros(1, dtype=torch.int64))

@@ -17,10 +17,11 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.files import MB, read_bytes
 from moetrain.moe.assign import from_token_choice
-from moetrain.moe.context import RouterContext, mix
+from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
+from moetrain.ops.counter import mix
 
 _MAX_IDS = 2**24  # a stray large id must not ask for gigabytes
 _MAX_BYTES = 100 * MB

@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
@@ -22,6 +22,7 @@ from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import softmax, top_ids
 from moetrain.moe.zero_experts import ZeroKinds
+from moetrain.ops.first import Constant, parameter
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class MoEPPRouter(LinearRouter):
         self.num_ffn_experts, self.zero_experts = num_experts, kinds
         self.residual_EE = None
         if options.gating_residual:
-            self.residual_EE = nn.Parameter(torch.zeros(self.num_experts, self.num_experts))
+            self.residual_EE = parameter((self.num_experts, self.num_experts), Constant(0.0))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

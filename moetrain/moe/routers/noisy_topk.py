@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
@@ -18,6 +18,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import softmax, top_ids
+from moetrain.ops.first import Constant, parameter, restart
 
 _SALT = 0x2015
 
@@ -42,8 +43,8 @@ class NoisyTopKRouter(LinearRouter):
         self.top_k = resolve_top_k(options.top_k, num_experts)
         if not options.noise_floor > 0:
             raise ValueError(f"router.noise_floor={options.noise_floor} must be positive")
-        nn.init.zeros_(self.weight_ED)
-        self.noise_weight_ED = nn.Parameter(torch.zeros(num_experts, d_model))
+        restart(self.weight_ED, Constant(0.0))
+        self.noise_weight_ED = parameter((num_experts, d_model), Constant(0.0))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         clean_TE = self.logits(x_TD)

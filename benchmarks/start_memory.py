@@ -1,0 +1,126 @@
+"""Each rank's peak resident memory from nothing to the first step, beside what its shards take.
+
+    python benchmarks/start_memory.py FOLDER [--ranks 1 2 4] [KEY=VALUE ...]
+
+Real gloo ranks on this machine start one layer of Qwen3-30B-A3B's widths with a vocabulary of 32,768 (0.76 B
+parameters, 3 GB in fp32) by the trainer's own path: drawn, from a Hugging Face folder, and from a checkpoint
+of 4 ranks with ep 4. FOLDER takes 12 GB and is left for the next call. Options: those of ``moetrain train``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timing import machine, write_json
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.compose import compose_train
+from moetrain.config.schema import TrainConfig
+from moetrain.parallel.ranks import run_ranks
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.run import start
+
+MODEL = [
+    *("experiment=qwen3_30b_a3b", "model.num_layers=1", "model.vocab_size=32768", "data=local"),
+    *(
+        "data.tokenizer.kind=bytes",
+        "data.seq_len=16",
+        "train.micro_batch_size=1",
+        "train.global_batch_tokens=64",
+    ),
+    *("train.threads=1", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=1"),
+    *("schedule.warmup_steps=1", "schedule.horizon=10", "train.steps=1"),
+]
+LAYOUTS = {1: ["ep 1"], 2: ["ep 1", "ep 2"], 4: ["ep 1", "ep 4"]}
+ALLOWED = 1.2, 0.7e9  # times the shards, plus what torch itself takes
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Most bytes of this process that were resident since it began, or since the last ``reset``."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def begin(rank: int, world: int, cfg: TrainConfig, checkpoint: Path | None) -> dict[str, int]:
+    peak_memory(reset=True)
+    folder = Path(cfg.run.dir or ".") / "checkpoints"
+    built = start(cfg, "cpu", Checkpointer(folder), checkpoint)
+    peak = peak_memory()
+    optimizer = built.state.optimizer.state.values()
+    held = [*built.state.task.parameters(), *(v for state in optimizer for v in state.values())]
+    shards = sum(local(tensor).nbytes for tensor in held if isinstance(tensor, Tensor))
+    built.state.loader.close()
+    return {"shards": shards, "peak": peak}
+
+
+def write_text(folder: Path) -> None:
+    draw = random.Random(1)
+    folder.mkdir(parents=True)
+    words = ["a", "rank", "holds", "its", "shards", "and", "no", "more"]
+    (folder / "text.txt").write_text(" ".join(draw.choices(words, k=30_000)))
+
+
+def prepare(folder: Path, options: list[str]) -> None:
+    """The text, a run of one step on 4 ranks, and its export: by the command line, once."""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "moetrain"]
+    if not (folder / "run" / "summary.json").exists():
+        subprocess.run([*torchrun, "train", *options, f"run.dir={folder}/run", "parallel.ep=4"], check=True)
+    if not (folder / "hf").exists():
+        export = ["export", f"checkpoint={folder}/run", f"target={folder}/hf", "family=qwen3_moe"]
+        subprocess.run([sys.executable, "-m", "moetrain", *export], check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as moetrain train takes them")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    data = [f"data.path={args.folder}/text", f"data.cache_dir={args.folder}/cache"]
+    options = [*MODEL, *data, *args.overrides]
+    prepare(args.folder, options)
+    checkpoint = args.folder / "run" / "checkpoints" / "step_00000001"
+    found: list[dict[str, Any]] = []
+    print(f"{'ranks':>5} {'layout':8} {'from':14} {'shards MB':>10} {'peak MB':>10} {'allowed MB':>11}")
+    for world in args.ranks:
+        for layout in LAYOUTS[world]:
+            cfg = compose_train([*options, f"parallel.ep={layout.split()[1]}", "run.dir=unused"])
+            hugging_face = replace(cfg, init_from=str(args.folder / "hf"))
+            sources = {
+                "drawn": (cfg, None),
+                "Hugging Face": (hugging_face, None),
+                "checkpoint": (cfg, checkpoint),
+            }
+            for source, (given, resumed) in sources.items():
+                ranks = run_ranks(begin, world, given, resumed, timeout=1200)
+                most = max(ranks, key=lambda r: r["peak"] / (ALLOWED[0] * r["shards"] + ALLOWED[1]))
+                allowed = ALLOWED[0] * most["shards"] + ALLOWED[1]
+                sizes = [size / 1e6 for size in (most["shards"], most["peak"], allowed)]
+                print(
+                    f"{world:5} {layout:8} {source:14} {sizes[0]:10,.0f} {sizes[1]:10,.0f} {sizes[2]:11,.0f}"
+                    + ("" if most["peak"] <= allowed else "  TOO MUCH"),
+                    flush=True,
+                )
+                found.append({"ranks": world, "layout": layout, "source": source, "each": ranks})
+    write_json(args.out, {"machine": machine(), "starts": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

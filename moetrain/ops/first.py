@@ -1,0 +1,143 @@
+"""How a parameter's first values are drawn, said once where it is made, and its blocks drawn anywhere.
+
+A parameter made by :func:`parameter` carries its ``Start``. A module that is built by itself draws at once,
+from torch's generator; inside :func:`unallocated` it holds no memory until the trainer has laid it out, and
+:func:`fill` then draws each rank's own block: a value is a function of (seed, the parameter's name, the
+element's place in the whole tensor) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.ops.counter import normal, stream_key
+
+_CHUNK = 2**15  # elements drawn at once: their fp64 intermediates stay in a cache
+_unallocated: ContextVar[bool] = ContextVar("unallocated", default=False)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent normal values with mean 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Orthonormal rows (columns, where there are more rows than columns) times ``gain``; two dimensions."""
+
+    gain: float = 1.0
+
+
+Start = Normal | Constant | Orthogonal
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Parameters made by :func:`parameter` meanwhile lie on torch's meta device; buffers are as ever."""
+    token = _unallocated.set(True)
+    try:
+        yield
+    finally:
+        _unallocated.reset(token)
+
+
+def parameter(shape: Sequence[int], start: Start) -> nn.Parameter:
+    """A parameter that says how it starts; drawn now from torch's generator, or not yet (``unallocated``)."""
+    made = nn.Parameter(torch.empty(*shape, device="meta" if _unallocated.get() else None))
+    restart(made, start)
+    return made
+
+
+@torch.no_grad()
+def restart(made: nn.Parameter, start: Start) -> None:
+    """Let a parameter start otherwise, and draw it anew if it holds memory."""
+    made.start = start  # type: ignore[attr-defined]
+    if made.is_meta:
+        return
+    if isinstance(start, Normal):
+        made.normal_(0.0, start.std)
+    elif isinstance(start, Constant):
+        made.fill_(start.value)
+    else:
+        nn.init.orthogonal_(made, start.gain)
+
+
+def start_of(made: Tensor) -> Start | None:
+    """None for a parameter that was made otherwise."""
+    return getattr(made, "start", None)
+
+
+@torch.no_grad()
+def fill(
+    block: Tensor, start: Start, seed: int, name: str, shape: Sequence[int], offsets: Sequence[int]
+) -> None:
+    """Write the first values of the block at ``offsets`` of the parameter ``name`` of ``shape``.
+
+    They are rounded to fp32 first, so that a model in fp64 starts from the same values as one in fp32.
+    """
+    if isinstance(start, Constant):
+        block.fill_(start.value)
+    elif isinstance(start, Normal):
+        _fill_normal(block, start.std, stream_key(seed, name), shape, offsets)
+    else:
+        rows, columns = shape
+        whole = _orthonormal(stream_key(seed, name), rows, columns) * start.gain
+        here = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
+        block.copy_(whole[here].float())
+
+
+def _fill_normal(block: Tensor, std: float, key: int, shape: Sequence[int], offsets: Sequence[int]) -> None:
+    if not block.numel():
+        return
+    rows = _element_indices(block.shape[:-1], shape[:-1], offsets[:-1], block.device)
+    width, columns = shape[-1], torch.arange(block.shape[-1], device=block.device) + offsets[-1]
+    flat, step = block.view(rows.numel(), -1), max(1, _CHUNK // len(columns))
+    for at in range(0, rows.numel(), step):
+        indices = rows[at : at + step, None] * width + columns
+        flat[at : at + step] = (normal(key, indices) * std).float()
+
+
+def _element_indices(
+    size: Sequence[int], shape: Sequence[int], offsets: Sequence[int], device: torch.device
+) -> Tensor:
+    """[n] int64: the place in a tensor of ``shape`` of each element of a block of ``size`` at ``offsets``."""
+    indices = torch.zeros(1, dtype=torch.int64, device=device)
+    for length, whole, offset in zip(size, shape, offsets, strict=True):
+        here = torch.arange(length, device=device) + offset
+        indices = (indices[:, None] * whole + here).reshape(-1)
+    return indices
+
+
+def _orthonormal(key: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns] fp64 by modified Gram-Schmidt; its sums are trees, of one order everywhere."""
+    fewer, more = sorted((rows, columns))
+    basis = normal(key, torch.arange(fewer * more)).view(fewer, more)
+    for row in range(fewer):
+        basis[row] = basis[row] / _tree_sum(basis[row] * basis[row]).sqrt()
+        rest = basis[row + 1 :]
+        rest -= _tree_sum(rest * basis[row])[:, None] * basis[row]
+    return basis if rows <= columns else basis.T.contiguous()
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """The sum over the last dimension, halves added to halves."""
+    width = 2 ** math.ceil(math.log2(max(1, x.shape[-1])))
+    x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]

@@ -1,0 +1,38 @@
+"""Give a model that was laid out on the meta device its memory, and each rank its own blocks' first values.
+
+Each rank allocates its shards and no more; nobody sends weights to anybody.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moetrain.ops.first import fill, start_of
+
+
+def allocate(model: nn.Module, device: str) -> None:
+    """Memory on ``device`` for what lies on the meta device, values undefined; the rest moves there."""
+    attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(attributes[name])
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """Write the first values of every parameter that says how it starts: a function of (seed, its name)."""
+    for name, parameter in model.named_parameters():
+        start = start_of(parameter)
+        if start is not None:
+            block, offsets = _block(parameter)
+            fill(block, start, seed, name.removeprefix("model."), parameter.shape, offsets)
+
+
+def _block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a parameter, and where in the whole it begins."""
+    whole = parameter.detach()
+    if not isinstance(whole, DTensor):
+        return whole, (0,) * whole.ndim
+    (chunk,) = whole.__create_chunk_list__()  # what distributed checkpoints go by
+    return whole.to_local(), tuple(chunk.offsets)
