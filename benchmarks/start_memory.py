@@ -13,7 +13,6 @@ import argparse
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,7 @@ from moetrain.train.run import start
 
 MODEL = [
     *("experiment=qwen3_30b_a3b", "model.num_layers=1", "model.vocab_size=32768", "data=local"),
-    *(
-        "data.tokenizer.kind=bytes",
-        "data.seq_len=16",
-        "train.micro_batch_size=1",
-        "train.global_batch_tokens=64",
-    ),
+    *("data.seq_len=16", "train.micro_batch_size=1", "train.global_batch_tokens=64"),
     *("train.threads=1", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=1"),
     *("schedule.warmup_steps=1", "schedule.horizon=10", "train.steps=1"),
 ]
@@ -70,7 +64,8 @@ def write_text(folder: Path) -> None:
     draw = random.Random(1)
     folder.mkdir(parents=True)
     words = ["a", "rank", "holds", "its", "shards", "and", "no", "more"]
-    (folder / "text.txt").write_text(" ".join(draw.choices(words, k=30_000)))
+    for number in range(100):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, k=300)))
 
 
 def prepare(folder: Path, options: list[str]) -> None:
@@ -78,8 +73,9 @@ def prepare(folder: Path, options: list[str]) -> None:
     if not (folder / "text").exists():
         write_text(folder / "text")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "moetrain"]
+    first = ["data.tokenizer.kind=bytes", f"run.dir={folder}/run", "parallel.ep=4"]
     if not (folder / "run" / "summary.json").exists():
-        subprocess.run([*torchrun, "train", *options, f"run.dir={folder}/run", "parallel.ep=4"], check=True)
+        subprocess.run([*torchrun, "train", *options, *first], check=True)
     if not (folder / "hf").exists():
         export = ["export", f"checkpoint={folder}/run", f"target={folder}/hf", "family=qwen3_moe"]
         subprocess.run([sys.executable, "-m", "moetrain", *export], check=True)
@@ -100,15 +96,16 @@ def main() -> int:
     print(f"{'ranks':>5} {'layout':8} {'from':14} {'shards MB':>10} {'peak MB':>10} {'allowed MB':>11}")
     for world in args.ranks:
         for layout in LAYOUTS[world]:
-            cfg = compose_train([*options, f"parallel.ep={layout.split()[1]}", "run.dir=unused"])
-            hugging_face = replace(cfg, init_from=str(args.folder / "hf"))
-            sources = {
+            given = [*options, f"parallel.ep={layout.split()[1]}", "run.dir=unused"]
+            cfg = compose_train([*given, "data.tokenizer.kind=bytes"])
+            hugging_face = compose_train([*given, f"init_from={args.folder}/hf"])
+            sources: dict[str, tuple[TrainConfig, Path | None]] = {
                 "drawn": (cfg, None),
                 "Hugging Face": (hugging_face, None),
                 "checkpoint": (cfg, checkpoint),
             }
-            for source, (given, resumed) in sources.items():
-                ranks = run_ranks(begin, world, given, resumed, timeout=1200)
+            for source, (chosen, resumed) in sources.items():
+                ranks = run_ranks(begin, world, chosen, resumed, timeout=1200)
                 most = max(ranks, key=lambda r: r["peak"] / (ALLOWED[0] * r["shards"] + ALLOWED[1]))
                 allowed = ALLOWED[0] * most["shards"] + ALLOWED[1]
                 sizes = [size / 1e6 for size in (most["shards"], most["peak"], allowed)]

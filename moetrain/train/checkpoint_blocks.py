@@ -110,10 +110,10 @@ class Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        part = memoryview(buffer)[: max(0, self._length - self._at)]
+        count: int = self._file.readinto(part)  # type: ignore[attr-defined]  # as every binary file has it
+        self._at += count
+        return count
 
 
 def check_block(stream: BinaryIO | Slice, dtype: torch.dtype, sizes: Sequence[int]) -> None:

@@ -25,9 +25,21 @@ from typing import Any, BinaryIO, NoReturn, cast
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -200,6 +212,9 @@ class JsonWriter(FileSystemWriter):
                 )
 
 
+_Blocks = dict[MetadataIndex, list[ReadItem]]  # of one file, and what is to be read of each
+
+
 class JsonReader(FileSystemReader):
     """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``.
 
@@ -220,23 +235,46 @@ class JsonReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        wanted = {item.storage_index for item in plan.items}
-        by_file: dict[str, list[MetadataIndex]] = {}
-        for index in wanted:
-            by_file.setdefault(self.storage_data[index].relative_path, []).append(index)
-        for name, indices in by_file.items():
-            with (Path(self.path) / name).open("rb") as file:
-                for index in indices:
-                    self._check(file, index)
-        return super().read_data(plan, planner)
+        by_file: dict[str, _Blocks] = {}
+        for item in plan.items:
+            file_name = self.storage_data[item.storage_index].relative_path
+            by_file.setdefault(file_name, {}).setdefault(item.storage_index, []).append(item)
+        for act in (self._check, self._read):
+            for name, blocks in by_file.items():
+                with (Path(self.path) / name).open("rb") as file:
+                    act(file, blocks, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    def _check(self, file: BinaryIO, index: MetadataIndex) -> None:
-        (dtype, sizes), place = self._blocks[index], self.storage_data[index]
-        try:
-            check_block(Slice(file, place.offset, place.length), dtype, sizes)
-        except BlockError as error:
-            where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
-            raise BlockError(f"{where}: {error}") from None
+    def _check(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
+        for index in blocks:
+            (dtype, sizes), place = self._blocks[index], self.storage_data[index]
+            try:
+                check_block(Slice(file, place.offset, place.length), dtype, sizes)
+            except BlockError as error:
+                where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
+                raise BlockError(f"{where}: {error}") from None
+
+    def _read(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
+        """One block is held at a time: DCP's own loop still has the one before it."""
+        for index, items in blocks.items():
+            self._read_block(file, self.storage_data[index], items, planner)
+
+    def _read_block(
+        self, file: BinaryIO, place: _StorageInfo, items: list[ReadItem], planner: LoadPlanner
+    ) -> None:
+        if any(item.type is LoadItemType.BYTE_IO for item in items):
+            planner.load_bytes(items[0], io.BytesIO())  # refuses it
+        block = cast(BinaryIO, Slice(file, place.offset, place.length))
+        stored = torch.load(block, map_location="cpu", weights_only=True)
+        for item in items:
+            part = stored
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(part)
+            planner.commit_tensor(item, target)
 
 
 class TensorLoadPlanner(DefaultLoadPlanner):

@@ -1,4 +1,4 @@
-"""First values by counter: the arithmetic written out, the distribution, and any block as the whole has it."""
+"""First values by counter: the arithmetic written out, the distribution, a block as the whole has it."""
 
 from __future__ import annotations
 
