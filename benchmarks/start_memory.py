@@ -24,7 +24,7 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.run import start
+from moetrain.train.start import start
 
 MODEL = [
     *("experiment=qwen3_30b_a3b", "model.num_layers=1", "model.vocab_size=32768", "data=local"),

@@ -35,7 +35,8 @@ from moetrain.train.checkpoint_format import (
     stored_blocks,
     verify,
 )
-from moetrain.train.checkpoint_io import JsonReader, load_planner, one_line, raise_interrupt
+from moetrain.train.checkpoint_io import one_line, raise_interrupt
+from moetrain.train.checkpoint_reader import JsonReader, load_planner
 from moetrain.train.peers import Peers
 
 CHECKPOINTS = "checkpoints"  # the folder's name inside a run folder

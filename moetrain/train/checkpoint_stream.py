@@ -20,14 +20,13 @@ from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
 from moetrain.train.checkpoint_folders import remove_folder
 from moetrain.train.checkpoint_io import (
-    JsonReader,
     JsonWriter,
-    load_planner,
     one_line,
     raise_interrupt,
     save_error,
 )
 from moetrain.train.checkpoint_read import find_checkpoint, read_metadata
+from moetrain.train.checkpoint_reader import JsonReader, load_planner
 
 
 class StoredTensors:

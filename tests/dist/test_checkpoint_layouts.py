@@ -22,7 +22,7 @@ from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, run_ranks
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.optim import set_lr
-from moetrain.train.run import Built, build
+from moetrain.train.start import Built, build
 from moetrain.train.schedule import lr_factor
 
 LAYOUTS = {

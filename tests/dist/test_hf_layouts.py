@@ -20,7 +20,7 @@ from moetrain.config.compose import compose_train, to_yaml
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.initial import load_initial
-from moetrain.train.run import Built, build
+from moetrain.train.start import Built, build
 from moetrain.train.state_dict import model_tensors
 
 FOUR = {

@@ -22,7 +22,7 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema_data import DataConfig
 from moetrain.data import Corpus
 from moetrain.data import prepare as data_prepare
-from moetrain.train import run as train_run
+from moetrain.train import start as train_start
 
 ONE_EACH = "train.micro_batch_size=1"
 FAULTY = ["plugins=[faulty_router]", "router=faulty", "resume_changes=[router]"]
@@ -221,8 +221,8 @@ def _prepares_slowly(rank: int, world: int, arguments: list[str]) -> int:
         time.sleep(2.5 if rank == 0 else 0)
         return data_prepare(data, seed)
 
-    train_run.prepare = prepare
-    return len(train_run._prepare_in_turn(cfg).train)
+    train_start.prepare = prepare
+    return len(train_start._prepare_in_turn(cfg).train)
 
 
 @pytest.mark.real

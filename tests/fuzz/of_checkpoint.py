@@ -20,7 +20,7 @@ from moetrain.config.compose import load_yaml
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.checkpoint_read import CHECKPOINTS, load_checkpoint, step_folder
 from moetrain.train.checkpoint_stream import StoredTensors
-from moetrain.train.run import build
+from moetrain.train.start import build
 from moetrain.train.state import TrainState
 from moetrain.train.state_dict import rng_state
 

@@ -1,0 +1,102 @@
+"""Reading a checkpoint's blocks through DCP: each is checked before any is read, and held alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+)
+from torch.futures import Future
+
+from moetrain.train.checkpoint_blocks import BlockError, Slice, check_block
+
+_Blocks = dict[MetadataIndex, list[ReadItem]]  # of one file, and what is to be read of each
+
+
+class JsonReader(FileSystemReader):
+    """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``.
+
+    Each block that a plan asks for is looked at before the first is read, see :func:`check_block`.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+        entries: dict[str, Any] = dict(metadata.state_dict_metadata)
+        self._blocks: dict[MetadataIndex, tuple[torch.dtype, torch.Size]] = {
+            MetadataIndex(name, chunk.offsets): (entry.properties.dtype, chunk.sizes)
+            for name, entry in entries.items()
+            for chunk in entry.chunks
+        }
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, _Blocks] = {}
+        for item in plan.items:
+            file_name = self.storage_data[item.storage_index].relative_path
+            by_file.setdefault(file_name, {}).setdefault(item.storage_index, []).append(item)
+        for act in (self._check, self._read):
+            for name, blocks in by_file.items():
+                with (Path(self.path) / name).open("rb") as file:
+                    act(file, blocks, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _check(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
+        for index in blocks:
+            (dtype, sizes), place = self._blocks[index], self.storage_data[index]
+            try:
+                check_block(Slice(file, place.offset, place.length), dtype, sizes)
+            except BlockError as error:
+                where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
+                raise BlockError(f"{where}: {error}") from None
+
+    def _read(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
+        """One block is held at a time: DCP's own loop still has the one before it."""
+        for index, items in blocks.items():
+            self._read_block(file, self.storage_data[index], items, planner)
+
+    def _read_block(
+        self, file: BinaryIO, place: _StorageInfo, items: list[ReadItem], planner: LoadPlanner
+    ) -> None:
+        if any(item.type is LoadItemType.BYTE_IO for item in items):
+            planner.load_bytes(items[0], io.BytesIO())  # refuses it
+        block = cast(BinaryIO, Slice(file, place.offset, place.length))
+        stored = torch.load(block, map_location="cpu", weights_only=True)
+        for item in items:
+            part = stored
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(part)
+            planner.commit_tensor(item, target)
+
+
+class TensorLoadPlanner(DefaultLoadPlanner):
+    """Names are taken as they are, and an entry that is not a tensor is refused, never unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
+        raise ValueError(f"{read_item.dest_index.fqn} is not stored as a tensor")
+
+
+def load_planner() -> LoadPlanner:
+    return TensorLoadPlanner()
