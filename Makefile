@@ -14,8 +14,8 @@ demo: $(VENV)/.installed-plot
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "not slow and not gpu and not real"
 
-# Launchers, sweeps and ranks that are started, killed, waited for and started again, and more layouts and
-# routers: longer, so after the rest.
+# Launchers, sweeps and ranks that are started, killed, waited for and started again; more layouts, routers and
+# options than one of each kind: longer, so after the rest.
 test-real: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "real and not slow and not gpu"
 

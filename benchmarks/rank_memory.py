@@ -36,9 +36,12 @@ from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
+from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import make_terms
 from moetrain.ops.cpu_product import product
+from moetrain.ops.first import unallocated
 from moetrain.parallel.apply import parallelize
+from moetrain.parallel.materialize import allocate
 from moetrain.parallel.mesh import build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer
@@ -73,19 +76,20 @@ def micro_batch(cfg: TrainConfig, world: int) -> Batch:
 def build(
     cfg: TrainConfig, world: int, fake: FakeTensorMode | None
 ) -> tuple[NextToken, torch.optim.Optimizer]:
-    """Task and optimizer, laid out on the meta device, where slicing costs nothing, and then given tensors.
+    """Task and optimizer as the trainer starts them, without drawing values.
 
     Without ``fake`` the tensors are real and hold whatever the memory held.
     """
     if cfg.model.vocab_size is None:
         raise UserError("model.vocab_size=null is the tokenizer's, and there is none here: set a number")
-    model = abstract_decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
+    with unallocated():
+        model = Decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
     if cfg.train.precision is Precision.fp64:
         model = model.double()
     task = NextToken(model, torch.bfloat16 if cfg.train.precision is Precision.bf16 else None)
     parallelize(task, build_meshes(cfg.parallel, world), cfg.train.recompute)
     with fake or nullcontext():
-        task.to_empty(device="cpu")
+        allocate(task, "cpu")
     for layer in task.model.moe_layers().values():
         deal_in_turn(layer)
         if fake is not None:

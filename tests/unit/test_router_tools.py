@@ -27,6 +27,7 @@ KINDS = {"topk", "expert_choice", "base", "relu", "moepp", "hash", "threshold"}
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in sorted(ROUTERS)]
 )
+@pytest.mark.real
 def test_every_router_passes_every_check(name):
     assert [outcome for outcome in check_router(name) if outcome.failure is not None] == []
 

@@ -42,6 +42,7 @@ def two_steps(group: str, name: str, corpus: Path, run: Path) -> list[str]:
     return [*chosen, f"{group}={name}", *needs, "train.steps=2", "train.eval_samples=2"]
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(("group", "name"), SMALL, ids=[f"{group}={name}" for group, name in SMALL])
 def test_every_small_option_takes_two_steps(group, name, corpus, tmp_path):
     from moetrain.cli import main
