@@ -245,6 +245,9 @@ class Checkpointer:
                 yield
         except CheckpointException as error:
             self._discard(save)
+            if self._peers.rank == 0:
+                with contextlib.suppress(OSError):
+                    self._guard()  # a folder that is gone or another's explains any failure
             raise save_error(error, save.target, save.nbytes) from error
 
     def _discard(self, save: _Save) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from moetrain.errors import UserError
+from moetrain.errors import TrainingError, UserError
 from moetrain.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -156,3 +156,33 @@ def test_a_folder_that_disappears(tmp_path):
     (tmp_path / "c").write_text("a file in its place")
     with pytest.raises(UserError, match="step_00000001 was not saved: rank 0: Not a directory"):
         checkpointer.save(1, SMALL, {})
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_folder_that_goes_away_in_the_middle_is_what_is_said(async_save, tmp_path):
+    """The guard is as a run folder's lock: content at first, and no more once the folder was renamed."""
+    run, gone = tmp_path / "run", tmp_path / "gone"
+    run.mkdir()
+
+    def guard() -> None:
+        if not run.exists():
+            raise TrainingError("the run folder was removed")
+
+    checkpointer = Checkpointer(run / "checkpoints", async_save=async_save, guard=guard)
+    checkpointer.save(1, SMALL, {})
+    checkpointer.wait()
+
+    def rename(*args: object, **kwargs: object) -> None:
+        run.rename(gone)
+        raise FileNotFoundError(2, "No such file or directory", "a file of the folder")
+
+    def save() -> None:
+        checkpointer.save(2, SMALL, {})
+        checkpointer.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetrain.train.checkpoint_io.FileSystemWriter.write_data", rename)
+        with pytest.raises(TrainingError, match="the run folder was removed"):
+            save()
+    assert not run.exists()
+    assert [path.name for path in (gone / "checkpoints").glob("step_*")] == ["step_00000001"]
