@@ -55,6 +55,16 @@ def unallocated() -> Iterator[None]:
         _unallocated.reset(token)
 
 
+@contextlib.contextmanager
+def allocated() -> Iterator[None]:
+    """Undoes :func:`unallocated` for a while: for small modules that may write their own first values."""
+    token = _unallocated.set(False)
+    try:
+        yield
+    finally:
+        _unallocated.reset(token)
+
+
 def parameter(shape: Sequence[int], start: Start) -> nn.Parameter:
     """A parameter that says how it starts; drawn now from torch's generator, or not yet (``unallocated``)."""
     made = nn.Parameter(torch.empty(*shape, device="meta" if _unallocated.get() else None))
@@ -65,15 +75,20 @@ def parameter(shape: Sequence[int], start: Start) -> nn.Parameter:
 @torch.no_grad()
 def restart(made: nn.Parameter, start: Start) -> None:
     """Let a parameter start otherwise, and draw it anew if it holds memory."""
-    made.start = start  # type: ignore[attr-defined]
-    if made.is_meta:
-        return
     if isinstance(start, Normal):
         made.normal_(0.0, start.std)
     elif isinstance(start, Constant):
         made.fill_(start.value)
-    else:
+    elif not made.is_meta:
         nn.init.orthogonal_(made, start.gain)
+    made.start, made.drawn_version = start, made._version  # type: ignore[attr-defined]
+
+
+def keep_overwritten(module: nn.Module) -> None:
+    """What ``module`` wrote into a parameter after it was made is its first value, and no other."""
+    for made in module.parameters():
+        if start_of(made) is not None and made._version != made.drawn_version:  # type: ignore[attr-defined]
+            del made.start  # type: ignore[attr-defined]
 
 
 def start_of(made: Tensor) -> Start | None:

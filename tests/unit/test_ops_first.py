@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
+from torch import nn
 
-from moetrain.moe import MoELayer
+from moetrain.moe import ROUTERS, MoELayer
 from moetrain.ops.counter import normal, stream_key
 from moetrain.ops.first import Constant, Normal, Orthogonal, fill, parameter, restart, start_of, unallocated
+from moetrain.parallel.materialize import allocate, draw
 
 MASK = 2**64 - 1
 
@@ -97,12 +100,32 @@ def test_a_layer_by_itself_holds_values_and_an_unallocated_one_nothing():
     layer = MoELayer(7, 11, 5, "topk", router_options={"top_k": 2})
     with unallocated():
         later = MoELayer(7, 11, 5, "topk", router_options={"top_k": 2})
-    for made, empty in zip(layer.parameters(), later.parameters(), strict=True):
+    for (name, made), empty in zip(layer.named_parameters(), later.parameters(), strict=True):
         assert made.isfinite().all()
         assert made.any()
-        assert empty.is_meta
+        assert empty.is_meta == (not name.startswith("router."))  # routers are small
         assert start_of(empty) == start_of(made) is not None
     assert not any(buffer.is_meta for buffer in later.buffers())
+
+
+@pytest.mark.parametrize(
+    "own", [nn.init.zeros_, nn.init.orthogonal_, lambda weight: nn.init.constant_(weight, 3)]
+)
+def test_what_a_plugins_router_writes_itself_is_kept(own, monkeypatch):
+    class Own(ROUTERS["topk"].cls):
+        def __init__(self, *args):
+            super().__init__(*args)
+            own(self.weight_ED)
+
+    monkeypatch.setitem(ROUTERS, "own", replace(ROUTERS["topk"], name="own", cls=Own))
+    torch.manual_seed(3)
+    with unallocated():
+        router = MoELayer(7, 11, 5, "own", router_options={"top_k": 2}).router
+    wanted = router.weight_ED.detach().clone()
+    allocate(router, "cpu")
+    draw(router, 1)
+    assert torch.equal(router.weight_ED, wanted)
+    assert start_of(router.weight_ED) is None
 
 
 def test_a_parameter_starts_otherwise():

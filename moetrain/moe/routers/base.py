@@ -21,7 +21,7 @@ from moetrain.moe.options import Repair, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.first import Normal, allocated, keep_overwritten, parameter
 
 
 class Router(nn.Module):
@@ -184,7 +184,10 @@ def build_router(
             f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
             "set router.repair=none"
         )
-    return spec.cls(d_model, num_experts, options)
+    with allocated():  # routers are small, and one of a plugin may draw its weights as it likes
+        router: Router = spec.cls(d_model, num_experts, options)
+    keep_overwritten(router)
+    return router
 
 
 def _with_overrides(options: RouterConfig, overrides: dict[str, Any]) -> RouterConfig:
