@@ -86,8 +86,10 @@ def build(
         model = Decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
     if cfg.train.precision is Precision.fp64:
         model = model.double()
-    task = NextToken(model, torch.bfloat16 if cfg.train.precision is Precision.bf16 else None)
-    parallelize(task, build_meshes(cfg.parallel, world), cfg.train.recompute)
+    compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None
+    model.compute_dtype = compute_dtype
+    task = NextToken(model)
+    parallelize(task, build_meshes(cfg.parallel, world), cfg.train.recompute, compute_dtype=compute_dtype)
     with fake or nullcontext():
         allocate(task, "cpu")
     for layer in task.model.moe_layers().values():

@@ -39,6 +39,8 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
     from moetrain.moe.balance import StepTotals, make_terms, total_loss
     from moetrain.moe.options import ExpertsConfig
     from moetrain.moe.routers.topk import TopKOptions
+    from moetrain.parallel.apply import parallelize
+    from moetrain.parallel.mesh import Meshes
     from moetrain.train.task import NextToken
 
     cfg = ModelConfig(
@@ -46,7 +48,9 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
         tie_embeddings=False,
     )  # fmt: skip
     decoder = Decoder(cfg, TopKOptions(top_k=TOP_K), ExpertsConfig(), VOCAB)
-    task = NextToken(decoder, torch.bfloat16 if bf16 else None)  # None turns autocast off inside
+    decoder.compute_dtype = torch.bfloat16 if bf16 else None
+    task = NextToken(decoder)
+    parallelize(task, Meshes(), compute_dtype=decoder.compute_dtype)
     terms = make_terms([LossConfig()])
 
     def loss(ids_BS: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def serve(name: str, bf16: bool, threads: int, data: list[Tensor], pipe: Connect
     pipe.send(sum(p.numel() for p in model.parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     while (repetition := pipe.recv()) is not None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and name != OURS):
             value = loss(data[repetition])
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

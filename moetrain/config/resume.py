@@ -69,7 +69,7 @@ RULES = (
         "decides what a position of a sequence sees",
     ),
     Rule(
-        ("train.precision", "train.deterministic", "train.micro_batch_size"),
+        ("train.precision", "train.residual", "train.deterministic", "train.micro_batch_size"),
         Change.said,
         "the same sums, rounded in another way; losses of scope micro follow the micro-batch",
     ),

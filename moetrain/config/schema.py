@@ -19,11 +19,20 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 
 
 class Precision(Enum):
-    """``bf16`` is autocast with fp32 weights; ``fp32`` and ``fp64`` are plain."""
+    """``bf16``: weights are gathered and used, products and activations computed in bf16; weights, sums of
+    gradients and optimizer state kept, and norms, routers, softmax and losses computed in fp32.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
     fp64 = "fp64"
+
+
+class Residual(Enum):
+    """The stream that blocks add to: in the precision of their activations, or in fp32 under bf16."""
+
+    same = "same"
+    fp32 = "fp32"
 
 
 class OnNonFinite(Enum):
@@ -210,6 +219,7 @@ class LoopConfig:
     micro_batch_size: int = 8
     global_batch_tokens: int = 8192
     precision: Precision = Precision.fp32
+    residual: Residual = Residual.same
     recompute: bool = False
     compile: bool = False
     eval_every: int = 100  # steps; 0: only at the end

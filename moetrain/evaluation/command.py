@@ -18,6 +18,7 @@ from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.data import Packing, val_batches, whole_files
 from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
+from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import EvalSums
@@ -36,7 +37,9 @@ def eval_app(cfg: EvalConfig) -> int:
     model = stored.build().to(
         resolve_device(cfg.device), torch.float64 if cfg.precision is Precision.fp64 else None
     )
-    task = NextToken(model, torch.bfloat16 if cfg.precision is Precision.bf16 else None)
+    if cfg.precision is Precision.bf16:
+        round_for_inference(model, torch.bfloat16)
+    task = NextToken(model)
     figures: Figures = {"checkpoint": str(stored.path), "seq_len": data.seq_len}
     tables = []
     if cfg.data.path is not None:

@@ -97,16 +97,14 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return ids_BS.to(self.device), labels_BS.to(self.device), valid_BS.to(self.device)
 
     def _hidden(self, ids_BS: Tensor, ctx: RouterContext) -> Tensor:
-        with self.task.autocast(ids_BS.device.type):
-            hidden_BSD: Tensor = self.task.model(ids_BS, ctx).hidden_BSD
+        hidden_BSD: Tensor = self.task.model(ids_BS, ctx).hidden_BSD
         return hidden_BSD
 
     def _judged(self, hidden_nD: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
         """Each label's log-probability, and whether no token is likelier; by chunks of logits."""
         logprobs, best = [hidden_nD.new_zeros(0)], [labels_n.new_zeros(0, dtype=torch.bool)]
         for rows_cD, labels_c in zip(hidden_nD.split(_ROWS), labels_n.split(_ROWS), strict=True):
-            with self.task.autocast(rows_cD.device.type):
-                logits_cV = self.task.model.logits(rows_cD)
+            logits_cV = self.task.model.logits(rows_cD)
             logits_cV = logits_cV.to(torch.promote_types(logits_cV.dtype, torch.float32))
             logprobs.append(logits_cV.log_softmax(-1).gather(-1, labels_c[:, None]).squeeze(-1))
             best.append(logits_cV.argmax(-1) == labels_c)
@@ -123,16 +121,15 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
             text = self.text.decode(new_ids)
             return any(stop in text for stop in stops)
 
-        with self.task.autocast(self.device.type):
-            new_ids = generate(
-                self.task.model,
-                given,
-                most,
-                temperature=float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0,
-                top_k=options.get("top_k") or None,
-                top_p=options.get("top_p"),
-                eos_id=self.eot_token_id,
-                ended=ended,
-            )
+        new_ids = generate(
+            self.task.model,
+            given,
+            most,
+            temperature=float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0,
+            top_k=options.get("top_k") or None,
+            top_p=options.get("top_p"),
+            eos_id=self.eot_token_id,
+            ended=ended,
+        )
         text = self.text.decode(new_ids)
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

@@ -1,7 +1,6 @@
 """The decoder: pre-norm blocks of attention and a feed-forward layer that is dense or MoE, by the config.
 
-Shapes: B batch, S sequence, T = B S tokens, D model, V vocabulary. The residual stream keeps the parameters'
-dtype (fp32 under bf16 autocast, where the matrix products alone are bf16).
+Shapes: B batch, S sequence, T = B S tokens, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from moetrain.errors import UserError
 from moetrain.models.attention import Attention
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
-from moetrain.models.norm import RMSNorm
+from moetrain.models.norm import RMSNorm, rms_norm
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.ops.embedding import embedding
 from moetrain.ops.first import Constant, Normal, parameter, restart
 from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
@@ -67,7 +67,14 @@ class Decoder(nn.Module):
 
     Raises UserError where widths and heads do not fit, ValueError where the router's options do not.
     It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
+
+    ``compute_dtype`` is that of products and activations, None the parameters' own; whoever sets it lets
+    blocks find their parameters in it (``parallel/precision.py``). ``residual_dtype`` is that of the sum that
+    blocks add to, None that of activations.
     """
+
+    compute_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None
 
     def __init__(
         self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, vocab_size: int
@@ -114,7 +121,9 @@ class Decoder(nn.Module):
         ctx = RouterContext.default(batch, seq, device) if ctx is None else ctx
         if ctx.token_ids_T is None:
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
-        x_BSD = F.embedding(input_ids_BS, self.embed_VD)
+        x_BSD = embedding(input_ids_BS, self.embed_VD)
+        compute_dtype = self.compute_dtype or x_BSD.dtype
+        x_BSD = x_BSD.to(compute_dtype).to(self.residual_dtype or compute_dtype)
         rope = self._rope(positions_BS, x_BSD.dtype)
         seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS)
         records: list[Routing] = []
@@ -124,11 +133,12 @@ class Decoder(nn.Module):
             x_BSD, record = block(x_BSD, rope, seen, layer_ctx, layer_cache)
             if record is not None:
                 records.append(record)
-        return DecoderOutput(self.norm(x_BSD), records)
+        hidden_BSD = rms_norm(x_BSD, self.norm.weight_D.to(compute_dtype), self.norm.eps)
+        return DecoderOutput(hidden_BSD, records)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the dtype of the products (bf16 under autocast)."""
-        return F.linear(hidden_BSD, self.head_weight)
+        """[..., D] -> [..., V], in the dtype of the products."""
+        return F.linear(hidden_BSD, self.head_weight.to(hidden_BSD.dtype))
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by their place in the decoder."""

@@ -24,26 +24,49 @@ class _RMSNormCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = _wide(x)
+        x_wide = x.to(wide)
+        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
-        y: Tensor = (x * rstd).mul_(weight_D)
-        return y
+        y: Tensor = (x_wide * rstd).mul_(weight_D.to(wide))
+        return y.to(weight_D.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, rstd = ctx.saved_tensors
-        width = x.shape[-1]
+        width, wide = x.shape[-1], _wide(x)
+        grad_wide, weight_wide_D = grad.to(wide), weight_D.to(wide)
         dx, dweight_D, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, (width,), torch.zeros_like(rstd), rstd, weight_D, None, [True, True, False]
+            grad_wide,
+            x.to(wide),
+            (width,),
+            torch.zeros_like(rstd),
+            rstd,
+            weight_wide_D,
+            None,
+            [True, True, False],
         )
-        centring = (grad @ weight_D).unsqueeze(-1).mul_(rstd).div_(width)
-        return dx.add_(centring), dweight_D, None
+        centring = (grad_wide @ weight_wide_D).unsqueeze(-1).mul_(rstd).div_(width)
+        return dx.add_(centring).to(x.dtype), dweight_D.to(weight_D.dtype), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight in the weight's dtype; x is kept for backward as it is."""
+    if x.device.type == "cpu":
+        y: Tensor = _RMSNormCPU.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
+        return y
+    # torch's own computes in fp32 at least where both have one dtype
+    return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps).to(weight_D.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, returned in x's dtype."""
+    """x / rms(x) * weight over the last dimension, returned in the weight's dtype."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -51,13 +74,7 @@ class RMSNorm(nn.Module):
         self.weight_D = parameter((width,), Constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x_wide, weight_D = x.to(dtype), self.weight_D.to(dtype)
-        if x.device.type == "cpu":
-            y: Tensor = _RMSNormCPU.apply(x_wide, weight_D, self.eps)  # type: ignore[no-untyped-call]
-        else:
-            y = F.rms_norm(x_wide, weight_D.shape, weight_D, self.eps)
-        return y.to(x.dtype)
+        return rms_norm(x, self.weight_D, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight_D.shape[0]}, eps={self.eps}"

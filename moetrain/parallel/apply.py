@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,7 @@ from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
 from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.fsdp_comms import observe_fsdp
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
+from moetrain.parallel.precision import gathered_in, is_router, rounded_to
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,12 +36,14 @@ def parallelize(
     compile: bool = False,
     backend: str = "inductor",
     observer: Observer = unobserved,
+    compute_dtype: torch.dtype | None = None,
 ) -> M:
     """Change ``model`` in place and return it. Build the optimizer afterwards: FSDP replaces parameters.
 
     recompute  keep only each block's inputs for the backward pass, and run the block again there.
     compile    torch.compile every block's forward with ``backend``.
     observer   is told every collective that a layer's dispatch or FSDP2 makes.
+    compute_dtype  in which modules other than routers see their parameters; None: in the parameters' own.
 
     Raises ValueError for a model without ``blocks``.
     """
@@ -49,26 +52,29 @@ def parallelize(
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList named 'blocks'")
     spread = _spread_experts(model, meshes, observer)
     for block in blocks:
+        if compute_dtype and meshes.fsdp is None:  # innermost: recompute rounds again, and keeps no copies
+            _set_forward(block, rounded_to(compute_dtype, block, block.forward))
         if recompute:
             _set_forward(block, _recomputed(block.forward))
         if compile:
             _set_forward(block, torch.compile(block.forward, backend=backend))
     if meshes.fsdp is not None:
-        _shard(model, blocks, meshes.fsdp, spread, meshes.experts_fsdp)
+        _shard(model, blocks, meshes.fsdp, spread, meshes.experts_fsdp, gathered_in(compute_dtype))
         _observe_shards(model, spread, meshes, observer)
     return model
 
 
 def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
-    """How FSDP2 shards a rank's experts: whole ones where they go round, else each along its next dimension.
+    """How FSDP2 shards a rank's experts, or a router: whole rows where they go round, else by columns.
 
-    With more ranks than experts most would hold none, and a few eight times their share.
+    With more ranks than rows most would hold none, and each gather would bring their padding.
     """
     ways = mesh.size(mesh.ndim - 1)
 
     def place(parameter: nn.Parameter) -> Shard | None:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        return Shard(1) if local.shape[0] % ways and local.shape[1] % ways == 0 else None
+        uneven = local.ndim > 1 and local.shape[0] % ways
+        return Shard(1) if uneven and local.shape[1] % ways == 0 else None
 
     return place
 
@@ -148,14 +154,17 @@ def _shard(
     mesh: DeviceMesh,
     spread: list[nn.Module],
     experts_mesh: DeviceMesh | None,
+    policy: MixedPrecisionPolicy,
 ) -> None:
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
-    routers = [m for m in model.modules() if getattr(m, "is_router", False) is True and list(m.parameters())]
+    routers = [m for m in model.modules() if is_router(m) and list(m.parameters())]
     for module in spread:
         assert experts_mesh is not None
-        fully_shard(module, mesh=experts_mesh, shard_placement_fn=_placement(experts_mesh))
-    for module in [*routers, *blocks, model]:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=experts_mesh, mp_policy=policy, shard_placement_fn=_placement(experts_mesh))
+    for module in routers:
+        fully_shard(module, mesh=mesh, mp_policy=gathered_in(None), shard_placement_fn=_placement(mesh))
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config.schema import Precision, TrainConfig
+from moetrain.config.schema import Precision, Residual, TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.count import Counts, count_parameters
 from moetrain.models.decoder import Decoder
@@ -28,8 +28,6 @@ from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer, freeze
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
-
-_AUTOCAST = {Precision.bf16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,18 @@ def assemble(
         raise UserError(str(error)) from None
     if cfg.train.precision is Precision.fp64:
         model = model.double()
+    compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None
+    model.compute_dtype = compute_dtype
+    model.residual_dtype = torch.float32 if cfg.train.residual is Residual.fp32 else None
     adjust(model)
     freeze(model, cfg.optim.frozen)
     counts = count_parameters(model)
-    task = NextToken(model, _AUTOCAST.get(cfg.train.precision))
+    task = NextToken(model)
     with watched("the process groups of the layout", ""):
         meshes = build_meshes(cfg.parallel, world, device)
-    parallelize(task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe)
+    parallelize(
+        task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe, compute_dtype=compute_dtype
+    )
     allocate(task, device)
     if drawn:
         draw(task, cfg.train.seed)

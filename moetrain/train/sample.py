@@ -15,6 +15,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
+from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.identity import require_same_files
@@ -88,10 +89,11 @@ def generate_app(cfg: GenerateConfig) -> int:
         model = model.double()
     load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL, cast=True)
     model = model.to(device, torch.float64 if cfg.precision is Precision.fp64 else None)
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
-        text = continue_text(
-            model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
-        )
+    if cfg.precision is Precision.bf16:
+        round_for_inference(model, torch.bfloat16)
+    text = continue_text(
+        model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
+    )
     show(text)
     return 0
 

@@ -5,10 +5,8 @@ Shapes: B batch, S sequence, T = B S tokens, V vocabulary. Next-token prediction
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -29,15 +27,11 @@ class TaskOutput(NamedTuple):
 
 
 class NextToken(nn.Module):
-    """The root module of training: the decoder and its loss, so that FSDP gathers the head's weight for both.
+    """The root module of training: decoder and loss, so that FSDP gathers the head's weight once for both."""
 
-    ``autocast_dtype`` is that of the matrix products; None leaves the parameters' own.
-    """
-
-    def __init__(self, model: Decoder, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Decoder) -> None:
         super().__init__()
         self.model = model
-        self.autocast_dtype = autocast_dtype
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -55,20 +49,14 @@ class NextToken(nn.Module):
         per_token: bool = False,
     ) -> TaskOutput:
         """With labels: the summed loss in nats, or each token's (``per_token``, no gradient); else logits."""
-        with self.autocast(input_ids_BS.device.type):
-            hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache)
-            if labels_BS is None:
-                return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
-            if per_token:
-                nll_BS = token_nll(hidden_BSD, self.model.head_weight, labels_BS)
-                return TaskOutput(None, nll_BS, None, records)
-            nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, labels_BS)
-            return TaskOutput(nll_sum, None, None, records)
-
-    def autocast(self, device: str) -> AbstractContextManager[object]:
-        """In which the model's products run."""
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(device, dtype=self.autocast_dtype, enabled=enabled)
+        hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache)
+        if labels_BS is None:
+            return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
+        if per_token:
+            nll_BS = token_nll(hidden_BSD, self.model.head_weight, labels_BS)
+            return TaskOutput(None, nll_BS, None, records)
+        nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, labels_BS)
+        return TaskOutput(nll_sum, None, None, records)
 
 
 def batch_arguments(

@@ -51,11 +51,13 @@ def test_norm_of_a_strided_slice_and_of_zeros() -> None:
 
 def test_norm_computes_in_fp32_for_bf16_input() -> None:
     torch.manual_seed(0)
-    norm = norm_of(257, torch.float32)
+    norm, wide = norm_of(257, torch.bfloat16), norm_of(257, torch.float32)
+    wide.weight_D.data.copy_(norm.weight_D)
     x = (torch.randn(5, 257) * 30).bfloat16()
     assert norm(x).dtype is torch.bfloat16
-    assert torch.equal(norm(x), norm(x.float()).bfloat16())
-    x = torch.randn(5, 257) * 30
+    assert torch.equal(norm(x), wide(x).bfloat16())
+    assert torch.equal(norm(x), norm(x.float()))  # whatever x is, the weight's dtype comes out
+    norm, x = wide, torch.randn(5, 257) * 30
     exact = norm.double()(x.double())
     torch.testing.assert_close(norm.float()(x), exact.float(), rtol=1e-6, atol=1e-6)
 
