@@ -6,26 +6,27 @@ Forward, loss, backward, clip to norm 1 and update, on random tokens that are ne
 in one interleaved pass, each in a process of its own, as it runs in real training: ours with the allocator's
 settings that our trainer makes, the others with the C library's own. ``MALLOC_TRIM_THRESHOLD_=2147483647
 MALLOC_MMAP_THRESHOLD_=33554432`` in the environment gives all of them ours. The balance loss is on in all MoE
-models (coefficient 0.01).
+models (coefficient 0.01). ``--before FOLDER`` adds our model as another checkout of this repository has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import multiprocessing
+import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from timing import interleaved, machine, medians, ratio, write_json
 from torch import Tensor, nn
 
-from moetrain.parallel.allocator import keep_freed_memory
-
-OURS = "moetrain"
+OURS, BEFORE = "moetrain", "moetrain before"
 VOCAB, WIDTH, LAYERS, HEADS, SEQ = 4096, 256, 6, 4, 512
 EXPERTS, TOP_K, HIDDEN = 8, 2, 512
 WARM_UP = 10  # steps: a CPU's matmul kernels are compiled at the first use of an expert's number of rows
@@ -61,6 +62,18 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
         return out.nll_sum / (labels_BS != -100).sum() + extra
 
     return task, loss
+
+
+def ours_before(folder: str, bf16: bool) -> tuple[nn.Module, Loss]:
+    """Of the checkout in ``folder``, by its own copy of this file."""
+    sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location("step_before", Path(folder, "benchmarks", "step.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: tuple[nn.Module, Loss] = module.ours(bf16)
+    return made
 
 
 def from_transformers(kind: str) -> tuple[nn.Module, Loss]:
@@ -100,15 +113,19 @@ BUILDERS: dict[str, Callable[[bool], tuple[nn.Module, Loss]]] = {
 }
 
 
-def serve(name: str, bf16: bool, threads: int, data: list[Tensor], pipe: Connection) -> None:
+def serve(
+    name: str, before: str | None, bf16: bool, threads: int, data: list[Tensor], pipe: Connection
+) -> None:
     """A process with one model, which makes a step for every repetition that it is sent."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if name == OURS:
-        keep_freed_memory()  # as our trainer does
     try:
-        model, loss = BUILDERS[name](bf16)
+        model, loss = BUILDERS[name](bf16) if before is None else ours_before(before, bf16)
+        if name in (OURS, BEFORE):
+            from moetrain.parallel.allocator import keep_freed_memory
+
+            keep_freed_memory()  # as our trainer does
     except ImportError as error:
         pipe.send(str(error))
         return
@@ -124,7 +141,7 @@ def serve(name: str, bf16: bool, threads: int, data: list[Tensor], pipe: Connect
         pipe.send(None)
 
 
-def measure(bf16: bool, repetitions: int, sequences: int, threads: int) -> dict[str, Any]:
+def measure(bf16: bool, repetitions: int, sequences: int, threads: int, before: str | None) -> dict[str, Any]:
     torch.manual_seed(1)
     data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(WARM_UP + repetitions)]
     context = multiprocessing.get_context("spawn")
@@ -132,9 +149,10 @@ def measure(bf16: bool, repetitions: int, sequences: int, threads: int) -> dict[
     sizes: dict[str, int] = {}
     skipped: dict[str, str] = {}
     processes = []
-    for name in BUILDERS:
+    for name in [*BUILDERS, *([BEFORE] if before else [])]:
         here, there = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, bf16, threads, data, there), daemon=True))
+        arguments = (name, before if name == BEFORE else None, bf16, threads, data, there)
+        processes.append(context.Process(target=serve, args=arguments, daemon=True))
         processes[-1].start()
         answer = here.recv()
         if isinstance(answer, str):
@@ -171,6 +189,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--before", metavar="FOLDER")
     parser.add_argument("--out")
     args = parser.parse_args()
     result: dict[str, Any] = {
@@ -178,7 +197,7 @@ def main() -> None:
     }  # fmt: skip
     print(result["machine"])
     for dtype in args.dtypes:
-        figures = measure(dtype == "bf16", args.repetitions, args.sequences, args.threads)
+        figures = measure(dtype == "bf16", args.repetitions, args.sequences, args.threads, args.before)
         result["dtypes"][dtype] = figures
         print(f"\n{dtype}, {args.sequences} x {SEQ} tokens a step")
         for name, f in figures["models"].items():

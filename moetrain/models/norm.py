@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moetrain.ops.cheap import cheap, source
 from moetrain.ops.first import Constant, parameter
 
 
@@ -58,9 +59,17 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight in the weight's dtype; x is kept for backward as it is."""
-    if x.device.type == "cpu":
-        y: Tensor = _RMSNormCPU.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
-        return y
+    normed = _on_cpu if x.device.type == "cpu" else _fused
+    x_again, weight_again_D = source(x), weight_D.detach()
+    return cheap(normed(x, weight_D, eps), lambda: normed(x_again(), weight_again_D, eps))
+
+
+def _on_cpu(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    y: Tensor = _RMSNormCPU.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _fused(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     # torch's own computes in fp32 at least where both have one dtype
     return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps).to(weight_D.dtype)
 

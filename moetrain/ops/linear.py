@@ -24,6 +24,28 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     return y if bias_N is None else y + bias_N
 
 
+def wide_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """``x @ weight.T`` in fp32 at least; x is kept for backward as it is, without a wider copy."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype is wide:
+        return F.linear(x, weight_NK.to(wide))
+    y: Tensor = _WideLinear.apply(x, weight_NK.to(wide))  # type: ignore[no-untyped-call]
+    return y
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_nK, weight_NK)
+        return F.linear(x_nK.to(weight_NK.dtype), weight_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_nN: Tensor) -> tuple[Tensor, Tensor]:
+        x_nK, weight_NK = ctx.saved_tensors
+        return (dy_nN @ weight_NK).to(x_nK.dtype), dy_nN.t() @ x_nK.to(weight_NK.dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nK: Tensor, weight_NK: Tensor) -> Tensor:

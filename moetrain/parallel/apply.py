@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer
 from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
+from moetrain.ops.cheap import dropping_cheap
 from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.fsdp_comms import observe_fsdp
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
@@ -56,6 +57,8 @@ def parallelize(
             _set_forward(block, rounded_to(compute_dtype, block, block.forward))
         if recompute:
             _set_forward(block, _recomputed(block.forward))
+        elif not compile:  # which decides for itself what to keep
+            _set_forward(block, _without_cheap(block.forward))
         if compile:
             _set_forward(block, torch.compile(block.forward, backend=backend))
     if meshes.fsdp is not None:
@@ -139,6 +142,14 @@ def reshard(model: nn.Module) -> None:
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def _without_cheap(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with dropping_cheap():
+            return forward(*args, **kwargs)
 
     return run
 

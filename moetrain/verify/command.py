@@ -8,14 +8,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moetrain.config.schema import MuonConfig, VerifyConfig
+from moetrain.config.schema import MuonConfig, Precision, VerifyConfig
 from moetrain.config.validate import smallest_world
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 from moetrain.terminal import console, show
 from moetrain.verify.certificate import certificate_path, write_certificate
 from moetrain.verify.compare import Check, compare, replicas
-from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, resume
+from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, measure_rounded, resume
+from moetrain.verify.rounding import bound, compare_rounded, roundings
 from moetrain.verify.twin import Twin, dp_shard, twin_of
 
 TOLERANCE = 1e-9
@@ -37,6 +38,8 @@ def verify(cfg: VerifyConfig) -> int:
     show(_opening(cfg, world, twin))
     try:
         checks = prove(twin)
+        if cfg.train.precision is Precision.bf16:
+            checks += prove_rounded(twin)
     except (RankError, RanksTimeoutError) as error:
         if isinstance(error, RankError) and error.kind == UserError.__name__:
             raise UserError(error.text.strip().rpartition(f"{UserError.__name__}: ")[2]) from None
@@ -49,6 +52,9 @@ def verify(cfg: VerifyConfig) -> int:
         show(f"NOT equal to one process: {told[scenario].problem}")
     if broken:
         return 1
+    if cfg.train.precision is Precision.bf16:
+        model = twin.cfg.model
+        show(f"in bf16, {roundings(model)} roundings in a row allow differences of {bound(model):.0e}")
     path = write_certificate(cfg, world, twin, checks)
     show(f"equal to one process; certificate {path}")
     return 0
@@ -84,6 +90,13 @@ def prove(twin: Twin, tolerance: float = TOLERANCE) -> list[Check]:
         found = [{steps: f[_LATER]} for f in after]
         checks += compare({steps: one[_LATER]}, found, tolerance, [steps] if loose else [])
     return checks
+
+
+def prove_rounded(twin: Twin) -> list[Check]:
+    """The same in bf16, as near as its rounding lets two evaluations be (``rounding.py``)."""
+    one = run_ranks(measure_rounded, 1, twin, timeout=_SECONDS, init=False)[0]
+    ranks = run_ranks(measure_rounded, twin.world, twin, timeout=_SECONDS)
+    return compare_rounded(twin.cfg.model, one, ranks)
 
 
 def _opening(cfg: VerifyConfig, world: int, twin: Twin) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.schema import TrainConfig
+from moetrain.config.schema import Precision, TrainConfig
 from moetrain.config.store import import_plugins
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
@@ -35,6 +35,7 @@ from moetrain.verify.twin import SEQ, VOCAB, Twin
 
 Findings = dict[str, dict[str, Tensor]]
 
+DEMAND = "state: demand of each expert"
 STEPS, MORE_STEPS = 3, 2  # before the checkpoint, and after it
 _SEED = 2
 
@@ -55,6 +56,16 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     checkpointer.save(STEPS, tensors, {})
     checkpointer.close()
     found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, split, _later())
+    return found
+
+
+def measure_rounded(rank: int, world: int, twin: Twin) -> Findings:
+    """Gradients of every scenario in bf16, and each expert's demand."""
+    cfg = _prepare(twin, world)
+    made = build(replace(cfg, train=replace(cfg.train, precision=Precision.bf16)))
+    found: Findings = {}
+    for case in _cases(twin):
+        found[case.name] = _one_step(made, _split(twin, rank, world, case.whole, case.micro_batches))
     return found
 
 
@@ -166,7 +177,7 @@ def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
     step.optimizer, step.clip_norm = recorder, None
     result = step.run(0, batches)
     step.optimizer, step.clip_norm = optimizer, clip
-    return _figures(result) | recorder.found
+    return _figures(result) | recorder.found | {DEMAND: result.routing.demand_LE.cpu()}
 
 
 def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Tensor]:

@@ -52,6 +52,14 @@ def test_a_layout_that_is_right_gets_its_certificate(said, tmp_path):
     assert kinds == {"loss", "norm", "gradient", "weight", "state", "bits"}
 
 
+@pytest.mark.real
+def test_bf16_is_compared_too(said):
+    code, text = said("verify", *SMALL, "train.precision=bf16")
+    assert code == 0, text
+    assert text.count("losses, 2 norms, 7") == 4, text
+    assert "in bf16, 36 roundings in a row allow differences of" in text
+
+
 @pytest.mark.parametrize(
     "fault", [pytest.param(fault, marks=[pytest.mark.real] * (number % 2)) for number, fault in enumerate(FAULTS)]
 )

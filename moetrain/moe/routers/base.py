@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.assign import ALL, apply_capacity
@@ -22,6 +21,7 @@ from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
 from moetrain.ops.first import Normal, allocated, keep_overwritten, parameter
+from moetrain.ops.linear import wide_linear
 
 
 class Router(nn.Module):
@@ -117,8 +117,7 @@ class LinearRouter(Router):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
+        return wide_linear(x_TD, self.weight_ED)
 
 
 @dataclass(frozen=True)
