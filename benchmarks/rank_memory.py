@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rehearsal import Collectives, KnownLengths, Rehearsal, Tracker, deal_in_turn, nbytes, tell_counts
+from rehearsal import Collectives, Rehearsal, Tracker, deal_in_turn, nbytes, tell_counts
 from timing import machine, write_json
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -107,11 +107,7 @@ def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[s
         terms = make_terms(cfg.balance.losses)
         parts = (task, optimizer, terms, [], LossMonitor(), cfg.optim.clip_norm, cfg.train.seed)
         step, batch = Rehearsal(*parts, world=world), micro_batch(cfg, world)
-        with (
-            Tracker(task, optimizer) as tracker,
-            KnownLengths() if fake else nullcontext(),
-            Collectives() as collectives,
-        ):
+        with Tracker(task, optimizer) as tracker, Collectives() as collectives:
             hook = task.register_forward_hook(lambda *_: after_forward.append(snapshot(tracker, "current")))
             step.run(0, [batch])
         hook.remove()

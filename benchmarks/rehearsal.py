@@ -72,16 +72,6 @@ class _Told(Exchange):
         return [sent, [list(sent[self.group.rank()]) for _ in range(ranks)]]
 
 
-class KnownLengths(TorchDispatchMode):
-    """torch.bincount's result has as many entries as asked for at least: true of every key in moetrain."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.bincount.default:
-            keys, _, length = args
-            return keys.new_empty(length, dtype=torch.int64)
-        return func(*args, **(kwargs or {}))
-
-
 class Collectives(TorchDispatchMode):
     """How many collectives of each kind this rank makes, and the bytes of each one's larger buffer."""
 

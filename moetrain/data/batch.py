@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.transfer import to_device
+
+_ONLY_EVALUATED = ("domain_ids_BS", "byte_counts_BS")
 IGNORE = -100  # the label of a position that has no target
 
 
@@ -39,9 +42,17 @@ class Batch:
     num_targets: int
 
     def to(self, device: torch.device | str) -> Batch:
+        """All of it on ``device``, by copies that the host does not wait for."""
+        return self._moved(device, ())
+
+    def to_train(self, device: torch.device | str) -> Batch:
+        """What a training step reads on ``device``; the rest stays on the host."""
+        return self._moved(device, _ONLY_EVALUATED)
+
+    def _moved(self, device: torch.device | str, left: tuple[str, ...]) -> Batch:
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
-        return Batch(**(values | tensors))
+        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor) and name not in left}
+        return Batch(**values | {name: to_device(x, device) for name, x in tensors.items()})
 
 
 def bits_per_byte(nll_nats: float, byte_count: float, byte_scale: float = 1.0) -> float:

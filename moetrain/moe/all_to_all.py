@@ -22,6 +22,7 @@ from moetrain.moe.exchange import Exchange, Flight, Link
 from moetrain.moe.journey import Picked
 from moetrain.moe.remote import Placed, RemoteDispatcher, travelled
 from moetrain.moe.routing import Routing
+from moetrain.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class AllToAllDispatcher(RemoteDispatcher):
 
     def _chunk_of_each(self, device: torch.device) -> Tensor:
         chunks = [chunk for chunk, span in enumerate(self._spans()) for _ in range(span.start, span.stop)]
-        return torch.tensor(chunks, device=device)
+        return to_device(torch.tensor(chunks), device)
 
 
 def experts_per_rank(num_experts: int, ranks: int) -> int:

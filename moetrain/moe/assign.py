@@ -36,9 +36,11 @@ def from_token_choice(
     if ctx.valid_T is not None:  # padding goes to a bin of its own, cut off below
         ids_M = torch.where(ctx.valid_T.repeat_interleave(num_choices), ids_M, num_experts)
     order_N = stable_order(ids_M, num_experts + 1)
-    counts_E = torch.bincount(ids_M, minlength=num_experts + 1)[:num_experts]
+    counts_E = count(ids_M, num_experts + 1)[:num_experts]
+    host_counts = None
     if ctx.valid_T is not None or ragged:
-        order_N = order_N[: int(counts_E.sum())]
+        host_counts = tuple(counts_E.tolist())
+        order_N = order_N[: sum(host_counts)]
     return Routing(
         token_ids_N=order_N // num_choices,
         weights_N=weights_TK.reshape(-1).gather(0, order_N),
@@ -49,6 +51,7 @@ def from_token_choice(
         logits_TE=logits_TE,
         valid_T=ctx.valid_T,
         choice_N=order_N % num_choices,
+        host_counts=host_counts,
     )
 
 
@@ -62,17 +65,19 @@ def from_mask(
     """Each pair of a valid token and an expert that ``mask_TE`` marks, as a Routing; any number of pairs."""
     if ctx.valid_T is not None:
         mask_TE = mask_TE & ctx.valid_T[:, None]
-    pairs_2N = mask_TE.t().nonzero().t()  # sorted by (expert, token)
-    num_experts = mask_TE.shape[1]
+    counts_E, num_experts = mask_TE.sum(0), mask_TE.shape[1]
+    host_counts = tuple(counts_E.tolist())
+    pairs_2N = _places(mask_TE.t(), sum(host_counts)).t()  # sorted by (expert, token)
     return Routing(
         token_ids_N=pairs_2N[1],
         weights_N=weights_TE[pairs_2N[1], pairs_2N[0]],
-        counts_E=mask_TE.sum(0),
+        counts_E=counts_E,
         num_tokens_B=tokens_per_sequence(ctx),
         demand_BE=mask_TE.view(ctx.batch, ctx.seq, num_experts).sum(1),
         scores_TE=scores_TE,
         logits_TE=logits_TE,
         valid_T=ctx.valid_T,
+        host_counts=host_counts,
     )
 
 
@@ -80,6 +85,19 @@ def stable_order(keys: Tensor, num_keys: int) -> Tensor:
     """argsort of small non-negative integers, stable; in 16 bits where they fit, several times faster."""
     small = keys.to(torch.int16) if num_keys < 2**15 else keys
     return torch.sort(small, stable=True).indices
+
+
+def count(keys_M: Tensor, num_keys: int) -> Tensor:
+    """How often each of 0 to ``num_keys`` - 1 occurs among int64 keys, int64 [num_keys].
+
+    torch.bincount waits for a device twice, for its keys' least and largest.
+    """
+    return keys_M.new_zeros(num_keys).scatter_add_(0, keys_M, torch.ones_like(keys_M))
+
+
+def _places(mask: Tensor, size: int) -> Tensor:
+    """``mask.nonzero()``, which has ``size`` rows; on an accelerator without waiting for their number."""
+    return mask.nonzero() if mask.device.type == "cpu" else torch.nonzero_static(mask, size=size)
 
 
 def tokens_per_sequence(ctx: RouterContext) -> Tensor:
@@ -95,7 +113,7 @@ def count_BE(ids_TK: Tensor, ctx: RouterContext, num_experts: int) -> Tensor:
     if ctx.valid_T is not None:
         ids_TK = torch.where(ctx.valid_T[:, None], ids_TK, num_experts)
     rows_T1 = ctx.sequence_ids_T[:, None] * width
-    counts = torch.bincount((rows_T1 + ids_TK).reshape(-1), minlength=ctx.batch * width)
+    counts = count((rows_T1 + ids_TK).reshape(-1), ctx.batch * width)
     return counts.view(ctx.batch, width)[:, :num_experts]
 
 
@@ -127,14 +145,17 @@ def apply_capacity(
     experts_N = routing.expert_ids_N()
     keys_N = experts_N * num_groups + group_ids(routing.token_ids_N, ctx, num_groups)
     rank_N = rank_within(keys_N, drop_priority(routing, ctx, experts_N, order), num_groups * num_experts)
-    kept_N = torch.nonzero(rank_N < capacity_EG.view(-1)[keys_N]).squeeze(1)
+    is_kept_N = rank_N < capacity_EG.view(-1)[keys_N]
+    counts_E = count(experts_N.where(is_kept_N, num_experts), num_experts + 1)[:num_experts]
+    host_counts = tuple(counts_E.tolist())
+    kept_N = _places(is_kept_N, sum(host_counts)).squeeze(1)
     per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
     kept = {
         name: value.gather(0, kept_N)
         for name in per_assignment
         if (value := getattr(routing, name)) is not None
     }
-    return replace(routing, **kept, counts_E=torch.bincount(experts_N[kept_N], minlength=num_experts))
+    return replace(routing, **kept, counts_E=counts_E, host_counts=host_counts)
 
 
 def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str) -> Tensor:
@@ -172,7 +193,7 @@ def drop_priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order
 
 def rank_within(keys_N: Tensor, priority_N: Tensor | None, num_keys: int) -> Tensor:
     """The rank of each assignment among those with its key, by falling priority, ties by position."""
-    starts = torch.bincount(keys_N, minlength=num_keys).cumsum(0)
+    starts = count(keys_N, num_keys).cumsum(0)
     starts = torch.cat([starts.new_zeros(1), starts[:-1]])
     places_N = torch.arange(keys_N.shape[0], device=keys_N.device)
     if priority_N is None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moetrain.moe.assign import stable_order
+from moetrain.moe.assign import count, stable_order
 from moetrain.moe.routing import Routing
 from moetrain.ops import Rows, gather_sum
 
@@ -79,7 +79,7 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts on this process: the source is x itself, and nothing travels.
 
-    One host synchronisation a call: the counts, from which the row layout follows.
+    One host synchronisation a call: the counts, from which the row layout follows, unless they are known.
     """
 
     def __init__(self, block: int | None = None) -> None:
@@ -91,7 +91,7 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         counts_E = routing.counts_E[: routing.num_ffn_experts]
-        useful = counts_E.tolist()
+        useful = routing.counts_on_host()[: routing.num_ffn_experts]
         tokens_N = routing.token_ids_N[: sum(useful)]
         here = slice(tokens_N.shape[0])  # zero-computation experts come last, and do without rows
         scale_N = routing.forward_scale_N
@@ -152,17 +152,13 @@ def layout(
     ``counts_E`` of them go to each expert; ``useful`` are the same numbers on the host. Each expert's segment
     is rounded up to a multiple of ``block``; padding rows have id -1.
     """
-    aligned = [-(-count // block) * block for count in useful]
+    aligned = [-(-rows // block) * block for rows in useful]
     device = tokens_N.device
-    starts, rows_before, total = [], 0, 0
-    for count, width in zip(useful, aligned, strict=True):
-        starts.append(total - rows_before)  # what aligning has added in front of this expert
-        rows_before, total = rows_before + count, total + width
-    shift_N = torch.repeat_interleave(
-        torch.tensor(starts, device=device), counts_E, output_size=tokens_N.shape[0]
-    )
+    added_E = -counts_E % block
+    shift_E = added_E.cumsum(0) - added_E  # what aligning adds in front of each expert
+    shift_N = torch.repeat_interleave(shift_E, counts_E, output_size=tokens_N.shape[0])
     slots_N = torch.arange(tokens_N.shape[0], device=device) + shift_N
-    ids_R = torch.full((total,), -1, device=device).scatter_(0, slots_N, tokens_N)
+    ids_R = torch.full((sum(aligned),), -1, device=device).scatter_(0, slots_N, tokens_N)
     by_source_N = slots_N.gather(0, stable_order(tokens_N, num_source))
-    ends_X = torch.bincount(tokens_N, minlength=num_source).cumsum(0)
+    ends_X = count(tokens_N, num_source).cumsum(0)
     return Rows(ids_R, useful, aligned, by_source_N, ends_X), slots_N

@@ -138,7 +138,7 @@ class Exchange:
 
     def largest(self, name: str, value: int, device: torch.device) -> int:
         """The most of any rank; a host synchronisation."""
-        most = torch.tensor(value, device=device)
+        most = torch.full((), value, device=device)
         with self._observed(name, "all_reduce", most):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return int(self.read(name, most)[0])

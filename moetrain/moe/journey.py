@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.moe.assign import stable_order
+from moetrain.moe.assign import count, stable_order
 from moetrain.moe.exchange import Flight
 from moetrain.ops import gather_sum
 
@@ -65,7 +65,7 @@ class Picked:
 
     @staticmethod
     def of(ids_u: Tensor, num_source: int) -> Picked:
-        ends_X = torch.bincount(ids_u, minlength=num_source).cumsum(0)
+        ends_X = count(ids_u, num_source).cumsum(0)
         return Picked(ids_u, stable_order(ids_u, num_source), ends_X)
 
     def take(self, source_XD: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moetrain.moe.assign import drop_priority, group_capacity, group_ids, rank_within
+from moetrain.moe.assign import count, drop_priority, group_capacity, group_ids, rank_within
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.routing import Routing
@@ -68,9 +68,8 @@ def repair_overflow(
     capacity_EG = group_capacity(wanted, ctx, factor, minimum, group)
     groups = capacity_EG.shape[1]
     group_T = group_ids(torch.arange(len(wanted.scores_TE), device=capacity_EG.device), ctx, groups)
-    used_Q = torch.bincount(
-        kept.expert_ids_N() * groups + group_T[kept.token_ids_N], minlength=wanted.num_experts * groups
-    )
+    queue_M = kept.expert_ids_N() * groups + group_T[kept.token_ids_N]
+    used_Q = count(queue_M, wanted.num_experts * groups)
     free_Q = capacity_EG.view(-1) - used_Q
     if rule is Repair.fill_in:
         return _fill_in(pairs, free_Q, group_T)
@@ -124,10 +123,11 @@ class _Pairs:
             kept,
             token_ids_N=tokens[order],
             weights_N=torch.cat([kept.weights_N, weights_A])[order],
-            counts_E=torch.bincount(experts, minlength=kept.num_experts),
+            counts_E=count(experts, kept.num_experts),
             choice_N=choice_N,
             forward_scale_N=scale_N,
-            repaired_E=torch.bincount(experts_A, minlength=kept.num_experts),
+            repaired_E=count(experts_A, kept.num_experts),
+            host_counts=None,
         )
 
     def choices(self, from_A: Tensor) -> Tensor | None:
@@ -155,7 +155,7 @@ def _next_expert(pairs: _Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Ten
         queue_A = experts_A * groups + group_T[tokens_X[asking_X]]
         granted_A = rank_within(queue_A, priority_N[from_A], len(free_Q)) < free_Q[queue_A]
         found.append(torch.stack([from_A, experts_A])[:, granted_A])
-        free_Q = free_Q - torch.bincount(queue_A[granted_A], minlength=len(free_Q))
+        free_Q = free_Q - count(queue_A[granted_A], len(free_Q))
         head_X[asking_X[granted_A]] += 1
     from_A, experts_A = torch.cat(found, 1)
     return pairs.add(from_A, experts_A, pairs.moved_weights(from_A, experts_A), pairs.choices(from_A))

@@ -11,13 +11,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.moe.assign import stable_order
+from moetrain.moe.assign import count, stable_order
 from moetrain.moe.routing import Routing
+from moetrain.ops.transfer import to_device
 
 _PER_ASSIGNMENT = ("weights_N", "forward_scale_N", "choice_N")
 
@@ -30,7 +32,7 @@ def round_starts(routing: Routing, num_tokens: int, max_rows: float) -> list[int
     starts = [0]
     if routing.token_ids_N.shape[0] <= max_rows:
         return starts
-    ends_T = torch.bincount(routing.token_ids_N, minlength=num_tokens).cumsum(0).tolist()
+    ends_T = count(routing.token_ids_N, num_tokens).cumsum(0).tolist()
     while (begin := starts[-1]) < num_tokens:
         done = ends_T[begin - 1] if begin else 0
         starts.append(max(begin + 1, bisect_right(ends_T, done + max_rows, lo=begin)))
@@ -61,19 +63,21 @@ def split(routing: Routing, num_tokens: int, starts: list[int]) -> Iterator[tupl
     Token ids count from 0; scores and the like stay behind. One host synchronisation.
     """
     tokens_N, num_experts = routing.token_ids_N, routing.num_experts
-    starts_M = torch.tensor(starts, device=tokens_N.device)
+    starts_M = to_device(torch.tensor(starts), tokens_N.device)
     round_N = torch.bucketize(tokens_N, starts_M, right=True) - 1
     order_N = stable_order(round_N, len(starts))  # stays sorted by (expert, token) within a round
     cells_N = round_N * num_experts + routing.expert_ids_N()
-    counts_ME = torch.bincount(cells_N, minlength=len(starts) * num_experts).view(-1, num_experts)
+    counts_ME = count(cells_N, len(starts) * num_experts).view(-1, num_experts)
     values = {name: v for name in _PER_ASSIGNMENT if (v := getattr(routing, name)) is not None}
-    ends_M = counts_ME.sum(1).cumsum(0).tolist()
+    host_counts_ME = counts_ME.tolist()
+    ends_M = list(accumulate(map(sum, host_counts_ME)))
     for m, (first, last) in enumerate(zip(starts, [*starts[1:], num_tokens], strict=True)):
         here_n = order_N[ends_M[m - 1] if m else 0 : ends_M[m]]
         part = replace(
             routing,
             token_ids_N=tokens_N[here_n] - first,
             counts_E=counts_ME[m],
+            host_counts=tuple(host_counts_ME[m]),
             scores_TE=None,
             logits_TE=None,
             valid_T=None,

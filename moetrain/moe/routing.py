@@ -35,6 +35,7 @@ class Routing:
     penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
     num_ffn_experts  experts from this number up do without a feed-forward network: they are the last, and
                   never dispatched (``zero_experts.py``). None: there are no such experts.
+    host_counts   ``counts_E`` as host integers, of a router that had to wait for them; None: it did not.
     """
 
     token_ids_N: Tensor
@@ -53,6 +54,7 @@ class Routing:
     price_E: Tensor | None = None
     penalty: Tensor | None = None
     num_ffn_experts: int | None = None
+    host_counts: tuple[int, ...] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -73,6 +75,11 @@ class Routing:
         """Valid tokens, a scalar."""
         return self.num_tokens_B.sum()
 
+    def counts_on_host(self) -> list[int]:
+        """``counts_E`` as host integers: one host synchronisation, unless the router made it already."""
+        counts: list[int] = self.counts_E.tolist() if self.host_counts is None else list(self.host_counts)
+        return counts
+
     def expert_ids_N(self) -> Tensor:
         """The expert of each assignment, int64, non-decreasing."""
         experts_E = torch.arange(self.num_experts, device=self.counts_E.device)
@@ -89,7 +96,8 @@ class Routing:
         check_routing(self)
 
 
-_TENSORS = tuple(f.name for f in fields(Routing) if f.name != "num_ffn_experts")
+_HOST = ("num_ffn_experts", "host_counts")
+_TENSORS = tuple(f.name for f in fields(Routing) if f.name not in _HOST)
 
 
 def check_routing(r: Routing) -> None:
@@ -97,6 +105,8 @@ def check_routing(r: Routing) -> None:
     n, num_tokens = r.token_ids_N.shape[0], int(r.num_tokens)
     if int(r.counts_E.sum()) != n:
         raise ValueError(f"counts_E sums to {int(r.counts_E.sum())}, but there are {n} assignments")
+    if r.host_counts is not None and list(r.host_counts) != r.counts_E.tolist():
+        raise ValueError(f"host_counts={r.host_counts} are not counts_E={r.counts_E.tolist()}")
     if r.weights_N.shape != (n,):
         raise ValueError(f"weights_N has shape {tuple(r.weights_N.shape)}, expected ({n},)")
     if r.weights_N.dtype not in (torch.float32, torch.float64):
@@ -124,12 +134,12 @@ def check_routing(r: Routing) -> None:
             raise ValueError("a padding token is assigned to an expert")
 
 
-def _flatten(r: Routing) -> tuple[list[Any], int | None]:
-    return [getattr(r, name) for name in _TENSORS], r.num_ffn_experts
+def _flatten(r: Routing) -> tuple[list[Any], tuple[Any, ...]]:
+    return [getattr(r, name) for name in _TENSORS], tuple(getattr(r, name) for name in _HOST)
 
 
-def _unflatten(values: Any, context: int | None) -> Routing:
-    return Routing(**dict(zip(_TENSORS, values, strict=True)), num_ffn_experts=context)
+def _unflatten(values: Any, context: tuple[Any, ...]) -> Routing:
+    return Routing(**dict(zip((*_TENSORS, *_HOST), (*values, *context), strict=True)))
 
 
 pytree.register_pytree_node(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.ops.transfer import to_device
+
 _ALIGN_BYTES = 16
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,13 +56,15 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {"loop"
 
 def offsets(counts: Sequence[int], device: torch.device) -> Tensor:
     """The end of each segment, int32, as torch's grouped_mm wants it."""
-    return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    return to_device(torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
 def refusal(rows_RK: Tensor, weights_EKN: Tensor) -> str | None:
     """Why torch's grouped_mm cannot take these operands, or None where it can."""
     if rows_RK.dtype not in _GROUPED_DTYPES:
         return f"torch's grouped_mm does not take {rows_RK.dtype}"
+    if rows_RK.device.type != "cpu" and rows_RK.dtype is not torch.bfloat16:
+        return f"torch's grouped_mm of {rows_RK.dtype} waits for the device, and makes one product per group"
     if rows_RK.shape[0] == 0:
         return "torch's grouped_mm does not take zero rows"
     step = _ALIGN_BYTES // rows_RK.element_size()

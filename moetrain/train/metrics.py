@@ -86,7 +86,7 @@ def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """One step's sums, on their device; only :meth:`metrics` and :meth:`load_LE` copy to the host."""
+    """One step's sums, on the device that summed them, or on the host where the step has read them."""
 
     layers: tuple[int, ...]
     num_experts: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from moetrain.moe import Routing
 from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
 from moetrain.moe.balance.losses import first_choices_BE, probabilities
 from moetrain.moe.balance.moments import MOMENTS, moment_BE
+from moetrain.ops.transfer import to_device
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
@@ -72,16 +73,19 @@ class TrainStep:
         counted = {t.name for t in terms if t.counts_ahead}
         self._counted = counted if layers else set()  # losses that need the step's counts
         self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
+        self._running_LE: Tensor | None = None  # its shares on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
-        batches = [batch.to(self.device) for batch in batches]
         targets, tokens = self._global_counts(batches)
         if not targets and self.needs_targets:
             raise TrainingError(
                 f"step {step + 1}: none of its {tokens} tokens is to be predicted, so that it has no loss: "
                 "its sequences hold nothing but ends of documents"
             )
+        batches = [batch.to_train(self.device) for batch in batches]
+        if self._running is not None:
+            self._running_LE = to_device(self._running.share_LE, self.device)
         counts = self._count_ahead(step, batches) if self._counted and len(batches) > 1 else None
         self._router_stats = []
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -105,7 +109,10 @@ class TrainStep:
         routing = self.stats.reduce(_everybody())
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
-        loss, grad_norm = float(nll_sum) / max(targets, 1), float(norm)
+        # The first of two waits: whether to update at all. What else is read of the step comes along.
+        nll, norm, sums_LC, *aux_L = _on_host([nll_sum, norm, routing.sums_LC, *aux_sums.values()])
+        routing, aux_sums = replace(routing, sums_LC=sums_LC), dict(zip(aux_sums, aux_L, strict=True))
+        loss, grad_norm = float(nll) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:
@@ -156,7 +163,7 @@ class TrainStep:
             max(tokens, 1),
             counts.get("demand"),
             counts.get("gshard_first"),
-            None if self._running is None else self._running.share_LE.to(self.device),
+            self._running_LE,
             {name: counts[name] for name in MOMENTS if name in counts},
             {name: f for controller in self.controllers for name, f in controller.factors().items()},
             step,
@@ -184,7 +191,10 @@ class TrainStep:
 
     @torch.no_grad()
     def _broken_weights(self) -> str | None:
-        """What the update broke, as a phrase; None where all weights are finite: one norm tells."""
+        """What the update broke, as a phrase; None where all weights are finite: one norm tells.
+
+        The second wait of a step.
+        """
         weights = [_local(p) for p in self.task.parameters()]
         norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
         broken = (~norms.isfinite()).any().long()
@@ -212,6 +222,13 @@ def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """fp64 copies of their shapes, in one host synchronisation."""
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _valid_tokens(batch: Batch) -> int:

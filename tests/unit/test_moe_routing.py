@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moetrain.moe import RouterContext, Routing, build_router
-from moetrain.moe.assign import from_token_choice, stable_order
+from moetrain.moe.assign import count, from_token_choice, stable_order
 from moetrain.moe.dispatch import layout
 
 
@@ -131,6 +131,14 @@ def test_contexts_move_on_by_value() -> None:
     assert (moved.layer, moved.prev, ctx.layer, ctx.prev) == (7, prev, 2, None)
     assert ctx.positions_T.tolist() == [0, 1, 2, 3] * 3
     assert ctx.sequence_ids_T.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    "keys", [[], [4], [0] * 7, [6, 0, 2, 2, 6, 6, 1]], ids=["none", "one", "skew", "some"]
+)
+def test_counts_of_keys_are_those_of_bincount(keys: list[int]) -> None:
+    keys_M = torch.tensor(keys, dtype=torch.int64)
+    assert torch.equal(count(keys_M, 7), torch.bincount(keys_M, minlength=7))
 
 
 @pytest.mark.parametrize("num_keys", [1, 2, 2**15 - 1, 2**15, 2**15 + 1, 70_000])

@@ -1,7 +1,8 @@
 """Controllers: small states that follow the whole batch's load, or a loss, once after each optimizer step.
 
 Shapes: L MoE layers, E experts. Counts and losses are global (summed over ranks and micro-batches), so every
-rank makes the same update. State is part of the checkpoint and no cast of the model touches it.
+rank makes the same update. They come on the host, where the step reads its figures anyway. State is part of
+the checkpoint and no cast of the model touches it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.routers import Router
+from moetrain.ops.transfer import to_device
 
 
 class Controller(Protocol):
@@ -66,8 +68,10 @@ class BiasController(_Plain):
         self, demand_LE: Tensor, num_tokens: float = 0.0, losses: Mapping[str, Tensor] | None = None
     ) -> None:
         load_LE = demand_LE.to(torch.float64)
-        for router, load_E in zip(self.routers, load_LE, strict=True):
-            router.bias_E += self.rate * torch.sign(load_E.mean() - load_E).to(router.bias_E)
+        sign_LE = torch.sign(load_LE.mean(-1, keepdim=True) - load_LE)
+        sign_LE = to_device(sign_LE, self.routers[0].bias_E.device)
+        for router, sign_E in zip(self.routers, sign_LE, strict=True):
+            router.bias_E += self.rate * sign_E.to(router.bias_E)
 
 
 class RunningLoad(_Plain):
@@ -84,7 +88,7 @@ class RunningLoad(_Plain):
     def update(
         self, demand_LE: Tensor, num_tokens: float = 0.0, losses: Mapping[str, Tensor] | None = None
     ) -> None:
-        load_LE = demand_LE.double().cpu()
+        load_LE = demand_LE.double()
         total_L1 = load_LE.sum(-1, keepdim=True)
         # a layer that routed nothing teaches nothing: its row keeps its value, and its sum of 1
         share_LE = torch.where(total_L1 > 0, load_LE / total_L1.clamp(min=1), self.share_LE)
@@ -182,7 +186,7 @@ class LossFollower(_Plain):
 
     def update(self, demand_LE: Tensor, num_tokens: float, losses: Mapping[str, Tensor]) -> None:
         self.step += 1
-        self.sum += losses[self.name].double().sum().cpu()
+        self.sum += losses[self.name].double().sum()
         if int(self.step) % self.every:
             return
         new, old = float(self.sum) / self.every, float(self.mean)

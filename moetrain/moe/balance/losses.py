@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moetrain.moe.assign import count
 from moetrain.moe.balance.moments import MOMENTS, moment_loss
 from moetrain.moe.balance.shaping import OPTIONS, chunk_sparsity_loss, dirichlet_loss, locality_loss
 from moetrain.moe.routing import Routing
@@ -78,7 +79,7 @@ def first_choices_BE(routing: Routing) -> Tensor:
         first_T = torch.where(routing.valid_T, first_T, num_experts)
     rows_T = torch.arange(batch, device=first_T.device).repeat_interleave(first_T.shape[0] // max(batch, 1))
     width = num_experts + 1
-    counts = torch.bincount(rows_T * width + first_T, minlength=batch * width)
+    counts = count(rows_T * width + first_T, batch * width)
     return counts.view(batch, width)[:, :num_experts]
 
 
@@ -115,7 +116,7 @@ def _share(routing: Routing, form: str, scope: str, totals: StepTotals, layer: i
             if counts_LE is None:
                 raise ValueError("the global_batch scope needs the step's counts in totals")
             load = counts_LE[layer : layer + 1].to(routing.demand_BE.device, torch.float64)
-            tokens = load.new_tensor(totals.num_tokens)
+            tokens = load.new_full((), totals.num_tokens)
         else:
             load = (first_choices_BE(routing) if first else routing.demand_BE).double()
             tokens = routing.num_tokens_B[:, None].double()

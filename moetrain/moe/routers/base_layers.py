@@ -23,6 +23,7 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.select import first_max, softmax
 from moetrain.moe.solvers import auction, balanced_assignment, finite_scores
 from moetrain.ops.first import Orthogonal, restart
+from moetrain.ops.transfer import to_device
 
 
 class Solver(Enum):
@@ -79,7 +80,7 @@ class BaseRouter(LinearRouter):
 
 def _exact(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:
     ids_GL = torch.zeros(valid_GL.shape, dtype=torch.int64)
-    scores = scores_GLE.double().cpu()
-    for scores_LE, valid_L, ids_L in zip(scores, valid_GL.cpu(), ids_GL, strict=True):
+    both_GLF = torch.cat([scores_GLE.double(), valid_GL[..., None].double()], -1).cpu()  # one wait
+    for scores_LE, valid_L, ids_L in zip(both_GLF[..., :-1], both_GLF[..., -1].bool(), ids_GL, strict=True):
         ids_L[valid_L] = torch.from_numpy(balanced_assignment(scores_LE[valid_L].numpy()).expert_T)
-    return ids_GL.to(scores_GLE.device)
+    return to_device(ids_GL, scores_GLE.device)

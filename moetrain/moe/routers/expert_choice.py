@@ -77,15 +77,14 @@ class ExpertChoiceRouter(LinearRouter):
     def _choose(self, scores_GLE: Tensor, valid_GL: Tensor) -> tuple[Tensor, Tensor]:
         """(chosen [G, L, E], statistics [E + 1]: sum of the lowest chosen scores, groups that chose)."""
         scores_GLE = scores_GLE.nan_to_num(2.0)  # every expert takes what is NaN: the loss is to tell of it
-        taken_G = [math.ceil(n * self.share - 1e-9) for n in valid_GL.sum(-1).tolist()]
+        taken_G11 = (valid_GL.sum(-1).double() * self.share - 1e-9).ceil()[:, None, None]
         ranked_GLE = scores_GLE.masked_fill(~valid_GL[..., None], -1.0)
         cap = self.options.max_experts  # type: ignore[attr-defined]
         chosen_GLE = torch.zeros_like(ranked_GLE, dtype=torch.bool)
-        count_G11 = torch.tensor(taken_G, device=scores_GLE.device)[:, None, None]
-        most = max(taken_G, default=0)
+        most = math.ceil(valid_GL.shape[1] * self.share - 1e-9)  # of a group without padding
         while most:
             ids_GEc = top_ids(ranked_GLE.transpose(1, 2), most)
-            within_GEc = (torch.arange(most, device=ids_GEc.device) < count_G11).expand(ids_GEc.shape)
+            within_GEc = (torch.arange(most, device=ids_GEc.device) < taken_G11).expand(ids_GEc.shape)
             chosen_GLE = torch.zeros_like(chosen_GLE).scatter_(
                 1, ids_GEc.transpose(1, 2), within_GEc.transpose(1, 2)
             ) & (ranked_GLE >= 0)

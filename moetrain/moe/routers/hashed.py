@@ -67,7 +67,8 @@ class HashRouter(Router):
         if ctx.token_ids_T is None:
             raise ValueError("router=hash needs token ids: give the layer a RouterContext with token_ids_T")
         # The h-th best of E hashes: k different experts, each uniform.
-        key_T = mix(ctx.token_ids_T.to(torch.int64) + mix(ctx.token_ids_T.new_tensor(self.options.salt)))
+        ids_T = ctx.token_ids_T.to(torch.int64)
+        key_T = mix(ids_T + mix(ids_T.new_full((), self.options.salt)))
         key_TE = mix(key_T[:, None] + torch.arange(self.num_experts, device=key_T.device))
         ids_TK = key_TE.topk(self.top_k, dim=-1).indices
         if self.options.frequencies is not None:

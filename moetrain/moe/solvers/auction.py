@@ -28,11 +28,12 @@ def finite_scores(scores: Tensor) -> Tensor:
 
     Infinite scores become the largest and lowest finite ones.
     """
-    most = torch.finfo(scores.dtype).max ** 0.5
-    if bool((scores.abs() <= most).all()):
+    if not scores.numel():
         return scores
+    most = torch.finfo(scores.dtype).max ** 0.5
     kept = scores.where(scores.isfinite(), 0.0).clamp(-most, most)
-    return torch.nan_to_num(scores, 0.0, float(kept.max()), float(kept.min())).clamp(-most, most)
+    found = scores.where(~scores.isposinf(), kept.amax()).where(~scores.isneginf(), kept.amin())
+    return found.where(~scores.isnan(), 0.0).clamp(-most, most)
 
 
 def auction(
