@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from largest import Largest
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moetrain.config.compose import compose_train
 from moetrain.parallel.ranks import run_ranks
@@ -54,19 +51,6 @@ def tensors(rank: int, world: int, names: list[str], precision: str) -> dict[str
         whole = {k: t.detach().full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in held.items()}
         found[name] = whole if rank == 0 else {}
     return found
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had, of those that any operator made with memory of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and not leaf.is_meta:
-                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
 
 
 def largest(rank: int, world: int, parallel: list[str]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from largest import Largest
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -95,6 +96,23 @@ def on_four(rank: int, world: int, arguments: list[str], starts: list[str], run:
             save(built, cfg, Path(run), rank)
         built.state.loader.close()
     return found if rank == 0 else {}
+
+
+def largest(rank: int, world: int, arguments: list[str], start: str) -> tuple[int, int]:
+    """The largest tensor made while a model starts from a folder, and the largest shard; in elements."""
+    built = build(compose_train(arguments), "cpu", drawn=False)
+    tensors = model_tensors(built.state.task.model)
+    with Largest() as seen:
+        load_initial(Path(start), tensors, {}, built.corpus.tokenizer)
+    built.state.loader.close()
+    return seen.numel, max((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_no_rank_reads_more_than_its_shards(folders: dict[str, str], corpus: Path, ep: int) -> None:
+    given = [*arguments(corpus, folders["hf"]), f"parallel.ep={ep}"]
+    for made, held in run_ranks(largest, 2, given, folders["hf"]):
+        assert 0 < made <= held
 
 
 @pytest.mark.real
