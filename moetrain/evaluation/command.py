@@ -33,9 +33,7 @@ def eval_app(cfg: EvalConfig) -> int:
     """The exit code. Raises UserError for a model or a text that cannot be read; writes nothing then."""
     stored = open_model(Path(cfg.checkpoint).expanduser())
     data = _data_of(stored, cfg.data.seq_len)
-    model = stored.build().to(
-        resolve_device(cfg.device), torch.float64 if cfg.precision is Precision.fp64 else None
-    )
+    model = stored.build(cfg.precision is Precision.fp64, resolve_device(cfg.device))
     task = NextToken(model, torch.bfloat16 if cfg.precision is Precision.bf16 else None)
     figures: Figures = {"checkpoint": str(stored.path), "seq_len": data.seq_len}
     tables = []
