@@ -3,8 +3,9 @@
     python benchmarks/start_memory.py FOLDER [--ranks 1 2 4] [KEY=VALUE ...]
 
 Real gloo ranks on this machine start one layer of Qwen3-30B-A3B's widths with a vocabulary of 32,768 (0.76 B
-parameters, 3 GB in fp32) by the trainer's own path: drawn, from a Hugging Face folder, and from a checkpoint
-of 4 ranks with ep 4. FOLDER takes 12 GB and is left for the next call. Options: those of ``moetrain train``.
+parameters, 3 GB in fp32) by the trainer's own path: drawn, from a Hugging Face folder, from that folder
+converted (each tensor in one block), and from a checkpoint of 4 ranks with ep 4. FOLDER takes 15 GB and is
+left for the next call. Options: those of ``moetrain train``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 
 from timing import machine, write_json
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moetrain.config.compose import compose_train
 from moetrain.config.schema import TrainConfig
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.start import start
@@ -44,10 +45,6 @@ def peak_memory(reset: bool = False) -> int:
     return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def begin(rank: int, world: int, cfg: TrainConfig, checkpoint: Path | None) -> dict[str, int]:
     peak_memory(reset=True)
     folder = Path(cfg.run.dir or ".") / "checkpoints"
@@ -55,7 +52,7 @@ def begin(rank: int, world: int, cfg: TrainConfig, checkpoint: Path | None) -> d
     peak = peak_memory()
     optimizer = built.state.optimizer.state.values()
     held = [*built.state.task.parameters(), *(v for state in optimizer for v in state.values())]
-    shards = sum(local(tensor).nbytes for tensor in held if isinstance(tensor, Tensor))
+    shards = sum(local_part(tensor).nbytes for tensor in held if isinstance(tensor, Tensor))
     built.state.loader.close()
     return {"shards": shards, "peak": peak}
 
@@ -69,7 +66,7 @@ def write_text(folder: Path) -> None:
 
 
 def prepare(folder: Path, options: list[str]) -> None:
-    """The text, a run of one step on 4 ranks, and its export: by the command line, once."""
+    """The text, a run of one step on 4 ranks, its export, and that converted: by the command line, once."""
     if not (folder / "text").exists():
         write_text(folder / "text")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "moetrain"]
@@ -79,6 +76,9 @@ def prepare(folder: Path, options: list[str]) -> None:
     if not (folder / "hf").exists():
         export = ["export", f"checkpoint={folder}/run", f"target={folder}/hf", "family=qwen3_moe"]
         subprocess.run([sys.executable, "-m", "moetrain", *export], check=True)
+    if not (folder / "converted").exists():
+        convert = ["convert", f"source={folder}/hf", f"target={folder}/converted"]
+        subprocess.run([sys.executable, "-m", "moetrain", *convert], check=True)
 
 
 def main() -> int:
@@ -98,10 +98,13 @@ def main() -> int:
         for layout in LAYOUTS[world]:
             given = [*options, f"parallel.ep={layout.split()[1]}", "run.dir=unused"]
             cfg = compose_train([*given, "data.tokenizer.kind=bytes"])
-            hugging_face = compose_train([*given, f"init_from={args.folder}/hf"])
+            hugging_face, converted = (
+                compose_train([*given, f"init_from={args.folder}/{name}"]) for name in ("hf", "converted")
+            )
             sources: dict[str, tuple[TrainConfig, Path | None]] = {
                 "drawn": (cfg, None),
                 "Hugging Face": (hugging_face, None),
+                "converted": (converted, None),
                 "checkpoint": (cfg, checkpoint),
             }
             for source, (chosen, resumed) in sources.items():

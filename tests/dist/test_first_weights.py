@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.compose import compose_train
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
 from moetrain.train.state_dict import model_tensors
@@ -58,8 +59,7 @@ def largest(rank: int, world: int, parallel: list[str]) -> tuple[int, int]:
     cfg = compose_train([*MODEL, *parallel])
     with Largest() as seen:
         model = assemble(cfg, VOCAB, "cpu", world).task.model
-    held = [t.to_local() if isinstance(t, DTensor) else t for t in model_tensors(model).values()]
-    return seen.numel, max(t.numel() for t in held)
+    return seen.numel, max(local_part(t).numel() for t in model_tensors(model).values())
 
 
 def check(world: int, layouts: list[str], precision: str = "fp32") -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.cli import main
 from moetrain.config.compose import compose_train, to_yaml
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.initial import load_initial
@@ -105,7 +106,7 @@ def largest(rank: int, world: int, arguments: list[str], start: str) -> tuple[in
     with Largest() as seen:
         load_initial(Path(start), tensors, {}, built.corpus.tokenizer)
     built.state.loader.close()
-    return seen.numel, max((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors.values())
+    return seen.numel, max(local_part(t).numel() for t in tensors.values())
 
 
 @pytest.mark.parametrize("ep", [1, 2])
