@@ -138,12 +138,15 @@ class Decoder(nn.Module):
     def reset_parameters(self) -> None:
         """Start all weights from normal(init_std), less for what adds to the residual, and draw them anew.
 
-        Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers keep their own draw.
+        Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers and layers that are
+        registered with values of their own keep these.
         """
+        keeping = [m for m in self.modules() if getattr(m, "keeps_first_values", False) is True]
+        kept = {id(made) for module in keeping for made in module.parameters()}
         std = self.cfg.init_std
         out_std = std / (2 * self.cfg.num_layers) ** 0.5
         for name, made in self.named_parameters():
-            if ".router." in name:
+            if id(made) in kept:
                 continue
             if made.ndim == 1:
                 restart(made, Constant(0.0 if ".b_" in name else 1.0))

@@ -16,17 +16,27 @@ from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.ops.first import allocated, keep_overwritten
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig], nn.Module]
 FEED_FORWARDS: dict[str, Builder] = {}
+_WITHOUT_MEMORY: set[Builder] = set()
 
 
-def register_feed_forward(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make a builder known by name. A second use of a name is an error."""
+def register_feed_forward(name: str, without_memory: bool = False) -> Callable[[Builder], Builder]:
+    """Decorator: make a builder known by name. A second use of a name is an error.
+
+    A layer's first values are its own: those that it makes or writes itself (``nn.Linear``, ``nn.init``) are
+    drawn whole on every rank, from torch's generator. ``without_memory``: all its parameters come from
+    :func:`~moetrain.ops.first.parameter`, and nothing is written into them or computed from them before
+    training. Then each rank allocates its shards alone, and the model's config says how they start.
+    """
 
     def add(builder: Builder) -> Builder:
         if FEED_FORWARDS.setdefault(name, builder) is not builder:
             raise ValueError(f"feed-forward {name!r} is registered already")
+        if without_memory:
+            _WITHOUT_MEMORY.add(builder)
         return builder
 
     return add
@@ -38,7 +48,14 @@ def build_feed_forward(
     """Raises ValueError for an unknown name."""
     if name not in FEED_FORWARDS:
         raise ValueError(f"unknown feed-forward {name!r}; known: {', '.join(sorted(FEED_FORWARDS))}")
-    return FEED_FORWARDS[name](cfg, router, experts)
+    builder = FEED_FORWARDS[name]
+    if builder in _WITHOUT_MEMORY:
+        return builder(cfg, router, experts)
+    with allocated():
+        layer = builder(cfg, router, experts)
+    keep_overwritten(layer)
+    layer.keeps_first_values = True  # type: ignore[assignment]
+    return layer
 
 
 class DenseFeedForward(MLP):
@@ -50,12 +67,12 @@ class DenseFeedForward(MLP):
         return super().forward(x_BSD), None
 
 
-@register_feed_forward("dense")
+@register_feed_forward("dense", without_memory=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
-@register_feed_forward("moe")
+@register_feed_forward("moe", without_memory=True)
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
     options: RouterConfig | dict[str, Any] = router
     if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults

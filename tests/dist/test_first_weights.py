@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import own_layer
 import pytest
 import torch
 from largest import Largest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.compose import compose_train
+from moetrain.models.feed_forward import FEED_FORWARDS
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
@@ -26,6 +28,7 @@ ROUTERS = {
     "buffers": ["router=dynmoe"],
     "parameters": ["router=moepp"],
     "hashed": ["router=hash"],
+    "a plug-in's layer": ["router=topk", "model.first_dense=1"],
 }
 LAYOUTS = {
     "dp 2": (2, []),
@@ -48,7 +51,10 @@ def tensors(rank: int, world: int, names: list[str], precision: str) -> dict[str
         router, layout = name.split(", ")
         parallel = LAYOUTS[layout][1] if world > 1 else []
         cfg = compose_train([*MODEL, *ROUTERS[router], *parallel, f"train.precision={precision}"])
-        held = model_tensors(assemble(cfg, VOCAB, "cpu", world).task.model)
+        with pytest.MonkeyPatch.context() as patch:
+            if "plug-in" in router:
+                patch.setitem(FEED_FORWARDS, "dense", own_layer.build)
+            held = model_tensors(assemble(cfg, VOCAB, "cpu", world).task.model)
         whole = {k: t.detach().full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in held.items()}
         found[name] = whole if rank == 0 else {}
     return found

@@ -32,6 +32,7 @@ class Router(nn.Module):
     """
 
     is_router = True  # its parameters form an FSDP group of their own, in fp32
+    keeps_first_values = True  # whatever the model around it says of first values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
