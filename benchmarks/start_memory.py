@@ -20,7 +20,8 @@ from typing import Any
 from timing import machine, write_json
 from torch import Tensor
 
-from moetrain.config.compose import compose_train
+from moetrain.config.compose import compose_train, to_yaml
+from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
@@ -65,14 +66,25 @@ def write_text(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, k=300)))
 
 
+def write_run(rank: int, world: int, cfg: TrainConfig, folder: Path) -> None:
+    """A run folder with a checkpoint of before the first step, optimizer state included."""
+    checkpointer = Checkpointer(folder / "checkpoints")
+    built = start(cfg, "cpu", checkpointer, None)
+    built.state.save(checkpointer)
+    checkpointer.close()
+    built.state.loader.close()
+    if rank == 0:
+        built.corpus.tokenizer.save(folder / TOKENIZER)
+        (folder / CONFIG).write_text(to_yaml(cfg))
+
+
 def prepare(folder: Path, options: list[str]) -> None:
-    """The text, a run of one step on 4 ranks, its export, and that converted: by the command line, once."""
+    """The text, a run on 4 ranks, its export, and that converted; once."""
     if not (folder / "text").exists():
         write_text(folder / "text")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "moetrain"]
-    first = ["data.tokenizer.kind=bytes", f"run.dir={folder}/run", "parallel.ep=4"]
-    if not (folder / "run" / "summary.json").exists():
-        subprocess.run([*torchrun, "train", *options, *first], check=True)
+    if not (folder / "run" / CONFIG).exists():
+        cfg = compose_train([*options, "data.tokenizer.kind=bytes", "parallel.ep=4", "run.dir=unused"])
+        run_ranks(write_run, 4, cfg, folder / "run", timeout=1200)
     if not (folder / "hf").exists():
         export = ["export", f"checkpoint={folder}/run", f"target={folder}/hf", "family=qwen3_moe"]
         subprocess.run([sys.executable, "-m", "moetrain", *export], check=True)
@@ -91,7 +103,7 @@ def main() -> int:
     data = [f"data.path={args.folder}/text", f"data.cache_dir={args.folder}/cache"]
     options = [*MODEL, *data, *args.overrides]
     prepare(args.folder, options)
-    checkpoint = args.folder / "run" / "checkpoints" / "step_00000001"
+    checkpoint = args.folder / "run" / "checkpoints" / "step_00000000"
     found: list[dict[str, Any]] = []
     print(f"{'ranks':>5} {'layout':8} {'from':14} {'shards MB':>10} {'peak MB':>10} {'allowed MB':>11}")
     for world in args.ranks:
