@@ -1,6 +1,6 @@
 """Each rank's peak resident memory from nothing to the first step, beside what its shards take.
 
-    python benchmarks/start_memory.py FOLDER [--ranks 1 2 4] [KEY=VALUE ...]
+    python benchmarks/start_memory.py FOLDER [KEY=VALUE ...] [--ranks 1 2 4] [--sources drawn converted]
 
 Real gloo ranks on this machine start one layer of Qwen3-30B-A3B's widths with a vocabulary of 32,768 (0.76 B
 parameters, 3 GB in fp32) by the trainer's own path: drawn, from a Hugging Face folder, from that folder
@@ -34,6 +34,7 @@ MODEL = [
     *("train.threads=1", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=1"),
     *("schedule.warmup_steps=1", "schedule.horizon=10", "train.steps=1"),
 ]
+SOURCES = ["drawn", "Hugging Face", "converted", "checkpoint"]
 LAYOUTS = {1: ["ep 1"], 2: ["ep 1", "ep 2"], 4: ["ep 1", "ep 4"]}
 ALLOWED = 1.2, 0.7e9  # times the shards, plus what torch itself takes
 
@@ -98,6 +99,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE, as moetrain train takes them")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES)
     parser.add_argument("--out")
     args = parser.parse_args()
     data = [f"data.path={args.folder}/text", f"data.cache_dir={args.folder}/cache"]
@@ -119,7 +121,8 @@ def main() -> int:
                 "converted": (converted, None),
                 "checkpoint": (cfg, checkpoint),
             }
-            for source, (chosen, resumed) in sources.items():
+            for source in args.sources:
+                chosen, resumed = sources[source]
                 ranks = run_ranks(begin, world, chosen, resumed, timeout=1200)
                 most = max(ranks, key=lambda r: r["peak"] / (ALLOWED[0] * r["shards"] + ALLOWED[1]))
                 allowed = ALLOWED[0] * most["shards"] + ALLOWED[1]
