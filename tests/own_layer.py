@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
-from moetrain.ops.first import Constant, Normal, parameter
+from moetrain.ops.init import Constant, Normal, parameter
 
 
 class OwnLayer(nn.Module):

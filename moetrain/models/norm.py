@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.first import Constant, parameter
+from moetrain.ops.init import Constant, parameter
 
 
 class _RMSNormCPU(torch.autograd.Function):

@@ -12,7 +12,7 @@ from moetrain.moe.dispatch import Chunks, Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
 from moetrain.ops.local_part import local_part
 
 

@@ -19,7 +19,7 @@ from moetrain.moe.balance import (
     SparsityController,
     make_terms,
 )
-from moetrain.ops.first import unallocated
+from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe, watched
 from moetrain.parallel.materialize import allocate, draw
@@ -75,7 +75,7 @@ def lay_out(
     """The task, laid out over ``world`` ranks and without memory, and the counts of the whole model."""
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
-        with unallocated():
+        with on_meta_device():
             model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moetrain.config.schema import ModelConfig
 from moetrain.models.decoder import Decoder
 from moetrain.moe.options import ExpertsConfig, RouterConfig
-from moetrain.ops.first import unallocated
+from moetrain.ops.init import on_meta_device
 from moetrain.parallel.materialize import allocate
 
 
@@ -21,7 +21,7 @@ def unloaded_decoder(
 
     Raises what :class:`Decoder` does.
     """
-    with unallocated():
+    with on_meta_device():
         made = Decoder(model, router, experts, vocab_size)
     made = made.double() if wide else made
     allocate(made, device)

@@ -21,7 +21,7 @@ from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, register_feed_forward
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import Activation, ExpertsConfig, RouterConfig
-from moetrain.ops.first import unallocated
+from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.materialize import allocate, draw
 from moetrain.parallel.mesh import Meshes
@@ -247,7 +247,7 @@ def test_a_plugins_layer_keeps_the_values_that_it_writes_itself(monkeypatch: pyt
     """torch's own modules, nn.init, initializers that it declares, and what it computes from any of them."""
     monkeypatch.setitem(FEED_FORWARDS, "dense", own_layer.build)
     torch.manual_seed(3)
-    with unallocated():
+    with on_meta_device():
         model = Decoder(replace(TINY, num_layers=1, num_experts=0), RouterConfig(), ExpertsConfig(), VOCAB)
     allocate(model, "cpu")
     draw(model, 5)
