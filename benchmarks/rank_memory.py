@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,9 @@ from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
-from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import make_terms
 from moetrain.ops.cpu_product import product
-from moetrain.ops.first import unallocated
-from moetrain.parallel.apply import parallelize
 from moetrain.parallel.materialize import allocate
-from moetrain.parallel.mesh import build_meshes
-from moetrain.train.monitor import LossMonitor
-from moetrain.train.optim import build_optimizer
-from moetrain.train.task import NextToken
+from moetrain.train.assemble import Assembled, lay_out, with_step
 
 GATHERED = "Unsharded Param"  # FSDPMemTracker's names
 ACTIVATIONS = "Activation"
@@ -73,43 +67,34 @@ def micro_batch(cfg: TrainConfig, world: int) -> Batch:
     return Batch(ids_BS, ids_BS, None, None, ids_BS[:, 0], ids_BS, ids_BS, None, ids_BS.numel())
 
 
-def build(
-    cfg: TrainConfig, world: int, fake: FakeTensorMode | None
-) -> tuple[NextToken, torch.optim.Optimizer]:
-    """Task and optimizer as the trainer starts them, without drawing values.
+def build(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> Assembled:
+    """What the trainer assembles, without drawing values, its step rehearsed.
 
     Without ``fake`` the tensors are real and hold whatever the memory held.
     """
     if cfg.model.vocab_size is None:
         raise UserError("model.vocab_size=null is the tokenizer's, and there is none here: set a number")
-    with unallocated():
-        model = Decoder(cfg.model, cfg.router, cfg.experts, cfg.model.vocab_size)
-    if cfg.train.precision is Precision.fp64:
-        model = model.double()
-    compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None
-    model.compute_dtype = compute_dtype
-    task = NextToken(model)
-    parallelize(task, build_meshes(cfg.parallel, world), cfg.train.recompute, compute_dtype=compute_dtype)
+    task, counts = lay_out(cfg, cfg.model.vocab_size, "cpu", world)
     with fake or nullcontext():
         allocate(task, "cpu")
+        made = with_step(cfg, task, counts, partial(Rehearsal, world=world))
     for layer in task.model.moe_layers().values():
         deal_in_turn(layer)
         if fake is not None:
             tell_counts(layer, micro_batch(cfg, world).input_ids_BS.numel())
-    return task, build_optimizer(task, cfg.optim)
+    return made
 
 
 def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[str, Any]:
     """Bytes of this rank's first step, by kind. ``fake`` None: real tensors, over the real process group."""
-    task, optimizer = build(cfg, world, fake)
+    made = build(cfg, world, fake)
+    task, optimizer = made.task, made.optimizer
     after_forward: list[dict[str, int]] = []
     with fake or nullcontext():
-        terms = make_terms(cfg.balance.losses)
-        parts = (task, optimizer, terms, [], LossMonitor(), cfg.optim.clip_norm, cfg.train.seed)
-        step, batch = Rehearsal(*parts, world=world), micro_batch(cfg, world)
+        batch = micro_batch(cfg, world)
         with Tracker(task, optimizer) as tracker, Collectives() as collectives:
             hook = task.register_forward_hook(lambda *_: after_forward.append(snapshot(tracker, "current")))
-            step.run(0, [batch])
+            made.step.run(0, [batch])
         hook.remove()
         # Untracked: the tracker takes the global shapes that DTensor reasons about for memory.
         optimizer.step()

@@ -21,6 +21,7 @@ from moetrain.moe import MoELayer
 from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Exchange
 from moetrain.moe.routers.topk import TopKRouter
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.clip import clip_
 from moetrain.train.step import TrainStep
 
@@ -117,5 +118,4 @@ class Rehearsal(TrainStep):
 
 def nbytes(tensor: Tensor) -> int:
     """Bytes on this rank."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+    return local_part(tensor).nbytes

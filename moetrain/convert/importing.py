@@ -19,7 +19,7 @@ from moetrain.errors import UserError
 from moetrain.models.hf.carried import CONFIG, carry_files
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
-from moetrain.models.hf.source import Rows, SafetensorsFolder, Source, open_source
+from moetrain.models.hf.source import Part, SafetensorsFolder, Source, open_source
 from moetrain.terminal import tell
 from moetrain.train.checkpoint_stream import large_then_small
 
@@ -80,14 +80,15 @@ def _carry(source: Source, own_tokenizer: bool, folder: Path) -> None:
 
 
 class _HashingSource:
-    """A source that notes the hash of every tensor that is read from it."""
+    """A source that notes the hash of every tensor that is read from it whole."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.path, self.config, self.tensors = source.path, source.config, source.tensors
         self.hashes: dict[str, str] = {}
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        tensor = self._source.read(name, rows)
-        self.hashes[name] = tensor_hash(tensor)
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        tensor = self._source.read(name, part)
+        if part is None:
+            self.hashes[name] = tensor_hash(tensor)
         return tensor

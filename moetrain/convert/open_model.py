@@ -20,6 +20,7 @@ from moetrain.train.checkpoint_read import run_of
 from moetrain.train.checkpoint_stream import StoredTensors
 from moetrain.train.identity import require_same_files
 from moetrain.train.state_dict import MODEL, OPTIM
+from moetrain.train.unloaded import unloaded_decoder
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class StoredModel(Mapping[str, Tensor]):
     def carry(self, folder: Path) -> None:
         carry_files(self.carried_from, folder)
 
-    def build(self) -> Decoder:
-        """The model itself on the CPU, in evaluation mode; in fp32, or in fp64 where it is stored so."""
-        wide = self.infos["embed_VD"].dtype is torch.float64
-        model = Decoder(self.spec.model, self.spec.router, self.spec.experts, self.spec.vocab_size)
-        model = model.double() if wide else model
+    def build(self, wide: bool = False, device: str = "cpu") -> Decoder:
+        """The model itself, in evaluation mode; in fp32, or in fp64 if ``wide`` or where it is stored so."""
+        wide = wide or self.infos["embed_VD"].dtype is torch.float64
+        spec = self.spec
+        model = unloaded_decoder(spec.model, spec.router, spec.experts, spec.vocab_size, wide, device)
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 value.copy_(self.read(name))

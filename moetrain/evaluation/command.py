@@ -34,9 +34,7 @@ def eval_app(cfg: EvalConfig) -> int:
     """The exit code. Raises UserError for a model or a text that cannot be read; writes nothing then."""
     stored = open_model(Path(cfg.checkpoint).expanduser())
     data = _data_of(stored, cfg.data.seq_len)
-    model = stored.build().to(
-        resolve_device(cfg.device), torch.float64 if cfg.precision is Precision.fp64 else None
-    )
+    model = stored.build(cfg.precision is Precision.fp64, resolve_device(cfg.device))
     if cfg.precision is Precision.bf16:
         round_for_inference(model, torch.bfloat16)
     task = NextToken(model)

@@ -14,7 +14,7 @@ from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.causal_attention import attend
-from moetrain.ops.first import Constant, Normal, parameter
+from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.linear import linear
 from moetrain.ops.seen_keys import SeenKeys
 

@@ -22,7 +22,7 @@ from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.embedding import embedding
-from moetrain.ops.first import Constant, Normal, parameter, restart
+from moetrain.ops.init import Constant, Normal, parameter, set_initializer
 from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 
@@ -86,11 +86,11 @@ class Decoder(nn.Module):
         if cfg.sliding_window is not None and cfg.sliding_window < 1:
             raise UserError(f"model.sliding_window={cfg.sliding_window} must be at least 1, or null for none")
         self.cfg, self.vocab_size = cfg, vocab_size
-        shape, start = (vocab_size, cfg.d_model), Normal(cfg.init_std)
-        self.embed_VD = parameter(shape, start)
+        shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
+        self.embed_VD = parameter(shape, initializer)
         self.blocks = nn.ModuleList(Block(cfg, router, experts, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.head_VD = None if cfg.tie_embeddings else parameter(shape, start)
+        self.head_VD = None if cfg.tie_embeddings else parameter(shape, initializer)
         self.reset_parameters()
 
     @property
@@ -146,20 +146,23 @@ class Decoder(nn.Module):
         return {i: layer for i, layer in layers.items() if isinstance(layer, MoELayer)}
 
     def reset_parameters(self) -> None:
-        """Start all weights from normal(init_std), less for what adds to the residual, and draw them anew.
+        """Initialise all weights as normal(init_std), less for what adds to the residual.
 
-        Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers keep their own draw.
+        Output projections take init_std / sqrt(2 num_layers), norms 1, biases 0; routers and layers that are
+        registered with values of their own keep these.
         """
+        keeping = [m for m in self.modules() if getattr(m, "keeps_own_init", False) is True]
+        kept = {id(made) for module in keeping for made in module.parameters()}
         std = self.cfg.init_std
         out_std = std / (2 * self.cfg.num_layers) ** 0.5
         for name, made in self.named_parameters():
-            if ".router." in name:
+            if id(made) in kept:
                 continue
             if made.ndim == 1:
-                restart(made, Constant(0.0 if ".b_" in name else 1.0))
+                set_initializer(made, Constant(0.0 if ".b_" in name else 1.0))
             else:
                 projects_out = ".w_out_" in name or ".w_down_" in name
-                restart(made, Normal(out_std if projects_out else std))
+                set_initializer(made, Normal(out_std if projects_out else std))
 
     def _rope(self, positions_BS: Tensor, dtype: torch.dtype) -> Rope:
         head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]

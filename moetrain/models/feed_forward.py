@@ -16,17 +16,27 @@ from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.ops.init import drop_overwritten_initializers, in_memory
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig], nn.Module]
 FEED_FORWARDS: dict[str, Builder] = {}
+_ON_META: set[Builder] = set()
 
 
-def register_feed_forward(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make a builder known by name. A second use of a name is an error."""
+def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder], Builder]:
+    """Decorator: make a builder known by name. A second use of a name is an error.
+
+    A layer's initial values are its own: what it makes or writes itself (``nn.Linear``, ``nn.init``) is
+    drawn whole on every rank, from torch's generator. ``on_meta``: all its parameters come from
+    :func:`~moetrain.ops.init.parameter`, and nothing is written into them or computed from them before
+    training. Then each rank allocates its shards alone, and the model's config says how they start.
+    """
 
     def add(builder: Builder) -> Builder:
         if FEED_FORWARDS.setdefault(name, builder) is not builder:
             raise ValueError(f"feed-forward {name!r} is registered already")
+        if on_meta:
+            _ON_META.add(builder)
         return builder
 
     return add
@@ -38,7 +48,14 @@ def build_feed_forward(
     """Raises ValueError for an unknown name."""
     if name not in FEED_FORWARDS:
         raise ValueError(f"unknown feed-forward {name!r}; known: {', '.join(sorted(FEED_FORWARDS))}")
-    return FEED_FORWARDS[name](cfg, router, experts)
+    builder = FEED_FORWARDS[name]
+    if builder in _ON_META:
+        return builder(cfg, router, experts)
+    with in_memory():
+        layer = builder(cfg, router, experts)
+    drop_overwritten_initializers(layer)
+    layer.keeps_own_init = True  # type: ignore[assignment]
+    return layer
 
 
 class DenseFeedForward(MLP):
@@ -50,12 +67,12 @@ class DenseFeedForward(MLP):
         return super().forward(x_BSD), None
 
 
-@register_feed_forward("dense")
+@register_feed_forward("dense", on_meta=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
-@register_feed_forward("moe")
+@register_feed_forward("moe", on_meta=True)
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
     options: RouterConfig | dict[str, Any] = router
     if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moetrain.ops.cheap import cheap, source
-from moetrain.ops.first import Constant, parameter
+from moetrain.ops.init import Constant, parameter
 
 
 class _RMSNormCPU(torch.autograd.Function):

@@ -14,7 +14,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Routing
 from moetrain.ops.activations import is_gated
 from moetrain.ops.dense_mlp import dense_mlp
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
 
 
 class AdapterLayer(MoELayer):

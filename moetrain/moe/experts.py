@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moetrain.moe.dispatch import Chunks, Dispatched
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
+from moetrain.ops.local_part import local_part
 
 
 class Experts(nn.Module):
@@ -40,7 +40,7 @@ class Experts(nn.Module):
         sharded weights are gathered once.
         """
         if isinstance(dispatched, Dispatched):
-            return self._compute(dispatched, _local(self.w_gate_up_EDF2), _local(self.w_down_EFD))
+            return self._compute(dispatched, local_part(self.w_gate_up_EDF2), local_part(self.w_down_EFD))
         sizes = dispatched.sizes
         ups, downs = _parts(self.w_gate_up_EDF2, sizes), _parts(self.w_down_EFD, sizes)
         return [
@@ -66,8 +66,4 @@ class Experts(nn.Module):
 
 def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
-    return (_local(weight),) if len(sizes) == 1 else _local(weight).split(sizes)
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return (local_part(weight),) if len(sizes) == 1 else local_part(weight).split(sizes)

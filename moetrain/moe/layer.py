@@ -21,7 +21,7 @@ from moetrain.moe.rounds import in_rounds, round_starts
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroExperts
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moetrain.ops.activations import is_gated
 from moetrain.ops.dense_mlp import dense_mlp
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.routing import Routing
-from moetrain.ops.first import Normal, parameter
+from moetrain.ops.init import Normal, parameter
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe import MoELayer
 from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
 from moetrain.ops.cheap import dropping_cheap
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.fsdp_comms import observe_fsdp
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
@@ -75,7 +76,7 @@ def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     ways = mesh.size(mesh.ndim - 1)
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_part(parameter)
         uneven = local.ndim > 1 and local.shape[0] % ways
         return Shard(1) if uneven and local.shape[1] % ways == 0 else None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.journal import watched
 
 _Layout = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and the dimensions of it that shard the gradient
@@ -61,7 +62,7 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     parameters = list(parameters)
     norm = global_norm(parameters)
     scale = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
     for device in dict.fromkeys(g.device for g in grads):
         torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
     return norm
@@ -69,9 +70,9 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 
 def _local_total(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
     """Sum of squares (or largest magnitude) of this rank's shards, fp64; norms are taken in fp32 or fp64."""
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
     grads = [g for g in grads if g.numel()]
-    device = _local(parameters[0]).device
+    device = local_part(parameters[0]).device
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = [
@@ -82,10 +83,6 @@ def _local_total(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
     if norm_type == 2.0:
         return norms_fp64.square().sum()
     return norms_fp64.nan_to_num(nan=math.inf, posinf=math.inf).amax()  # a collective's max may drop a nan
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _layout(parameter: nn.Parameter) -> _Layout | None:

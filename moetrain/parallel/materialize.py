@@ -1,4 +1,4 @@
-"""Give a model that was laid out on the meta device its memory, and each rank its own blocks' first values.
+"""Give a model that was laid out on the meta device its memory, and each rank its own blocks' initial values.
 
 Each rank allocates its shards and no more; nobody sends weights to anybody.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.ops.first import fill, start_of
+from moetrain.ops.init import init_block, initializer_of
 
 
 def allocate(model: nn.Module, device: str) -> None:
@@ -21,12 +21,12 @@ def allocate(model: nn.Module, device: str) -> None:
 
 
 def draw(model: nn.Module, seed: int) -> None:
-    """Write the first values of every parameter that says how it starts: a function of (seed, its name)."""
+    """Initialise every parameter that has an initializer: a function of (seed, its name)."""
     for name, parameter in model.named_parameters():
-        start = start_of(parameter)
-        if start is not None:
+        initializer = initializer_of(parameter)
+        if initializer is not None:
             block, offsets = _block(parameter)
-            fill(block, start, seed, name.removeprefix("model."), parameter.shape, offsets)
+            init_block(block, initializer, seed, name.removeprefix("model."), parameter.shape, offsets)
 
 
 def _block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from moetrain.moe.balance import (
     SparsityController,
     make_terms,
 )
-from moetrain.ops.first import unallocated
+from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe, watched
 from moetrain.parallel.materialize import allocate, draw
@@ -56,9 +56,24 @@ def assemble(
     rank; not ``drawn``: they are about to be loaded, and are undefined until then.
     Raises UserError where the model or the layout cannot be built.
     """
+    task, counts = lay_out(cfg, vocab_size, device, world, adjust)
+    allocate(task, device)
+    if drawn:
+        draw(task, cfg.train.seed)
+    return with_step(cfg, task, counts)
+
+
+def lay_out(
+    cfg: TrainConfig,
+    vocab_size: int,
+    device: str,
+    world: int,
+    adjust: Callable[[Decoder], None] = lambda model: None,
+) -> tuple[NextToken, Counts]:
+    """The task, laid out over ``world`` ranks and without memory, and the counts of the whole model."""
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
-        with unallocated():
+        with on_meta_device():
             model = Decoder(cfg.model, cfg.router, cfg.experts, vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -76,14 +91,18 @@ def assemble(
     parallelize(
         task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe, compute_dtype=compute_dtype
     )
-    allocate(task, device)
-    if drawn:
-        draw(task, cfg.train.seed)
+    return task, counts
+
+
+def with_step(
+    cfg: TrainConfig, task: NextToken, counts: Counts, make_step: Callable[..., TrainStep] = TrainStep
+) -> Assembled:
+    """Optimizer, losses, controllers and a step of a task in memory; ``make_step`` is called as TrainStep."""
     optimizer = build_optimizer(task, cfg.optim)
-    controllers = _controllers(cfg, model)
+    controllers = _controllers(cfg, task.model)
     monitor = LossMonitor(cfg.train.spike_factor)
     terms = make_terms(cfg.balance.losses)
-    step = TrainStep(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
+    step = make_step(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
     return Assembled(task, optimizer, controllers, monitor, step, counts)
 
 

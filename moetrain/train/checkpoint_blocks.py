@@ -13,6 +13,7 @@ import itertools
 import math
 import pickletools
 import struct
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -154,6 +155,9 @@ def _check_records(archive: zipfile.ZipFile, nbytes: int) -> None:
     pickles = [r for r in records if r.filename.endswith("/data.pkl")]
     if sum(r.file_size for r in records) - sum(values) > _SMALL:
         raise BlockError("it holds more than its values")
+    for record in records:
+        if record.filename.endswith("/byteorder") and archive.read(record) != sys.byteorder.encode():
+            raise BlockError(f"its bytes are in another order than {sys.byteorder}")
     for record in pickles:
         _check_pickle(archive.read(record))
     if values != [nbytes] or len(pickles) != 1:

@@ -2,7 +2,7 @@
 
 DCP plans, deduplicates and reshards; this module changes what it leaves on disk. Its ``.metadata`` is a
 pickle: here it is JSON. Its byte entries are unpickled on load: here there are none, and loading one is an
-error. ``checkpoint_reader.py`` reads tensor blocks by ``torch.load(weights_only=True)``.
+error. ``checkpoint_rows.py`` reads tensor blocks by ``torch.load(weights_only=True)``.
 
 A save is one pass of DCP's own protocol, so a failure on any rank reaches all of them: every rank hashes its
 file while writing it (:class:`JsonWriter.write_data`), and the coordinator writes the JSON files, then the

@@ -1,10 +1,12 @@
-"""Reading a checkpoint's blocks through DCP: each is checked before any is read, and held alone."""
+"""Reading a checkpoint's blocks through DCP: each is checked before any is read."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -19,6 +21,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.futures import Future
 
 from moetrain.train.checkpoint_blocks import BlockError, Slice, check_block
+from moetrain.train.checkpoint_rows import StoredBlock
 
 _Blocks = dict[MetadataIndex, list[ReadItem]]  # of one file, and what is to be read of each
 
@@ -58,31 +61,31 @@ class JsonReader(FileSystemReader):
     def _check(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
         for index in blocks:
             (dtype, sizes), place = self._blocks[index], self.storage_data[index]
-            try:
+            with _naming(index, place):
                 check_block(Slice(file, place.offset, place.length), dtype, sizes)
-            except BlockError as error:
-                where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
-                raise BlockError(f"{where}: {error}") from None
 
     def _read(self, file: BinaryIO, blocks: _Blocks, planner: LoadPlanner) -> None:
-        """One block is held at a time: DCP's own loop still has the one before it."""
+        """No block is held as a whole, nor is the one before it, which DCP's own loop still has."""
         for index, items in blocks.items():
-            self._read_block(file, self.storage_data[index], items, planner)
+            place = self.storage_data[index]
+            if any(item.type is LoadItemType.BYTE_IO for item in items):
+                planner.load_bytes(items[0], io.BytesIO())  # refuses it
+            with _naming(index, place):
+                block = StoredBlock(Slice(file, place.offset, place.length), *self._blocks[index])
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    block.copy_part(item.storage_offsets, target)
+                    planner.commit_tensor(item, target)
 
-    def _read_block(
-        self, file: BinaryIO, place: _StorageInfo, items: list[ReadItem], planner: LoadPlanner
-    ) -> None:
-        if any(item.type is LoadItemType.BYTE_IO for item in items):
-            planner.load_bytes(items[0], io.BytesIO())  # refuses it
-        block = cast(BinaryIO, Slice(file, place.offset, place.length))
-        stored = torch.load(block, map_location="cpu", weights_only=True)
-        for item in items:
-            part = stored
-            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                part = part.narrow(dim, start, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(part)
-            planner.commit_tensor(item, target)
+
+@contextmanager
+def _naming(index: MetadataIndex, place: _StorageInfo) -> Iterator[None]:
+    """Says of a BlockError which block it is about."""
+    try:
+        yield
+    except BlockError as error:
+        where = f"{place.relative_path}: the block of {index.fqn} at {list(index.offset or ())}"
+        raise BlockError(f"{where}: {error}") from None
 
 
 class TensorLoadPlanner(DefaultLoadPlanner):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +97,9 @@ class _PiecesReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             target = planner.resolve_tensor(item)
-            name = item.storage_index.fqn.removeprefix(MODEL)
-            self._fill(target, item.storage_offsets, name)
+            pieces = self._opened.table[item.storage_index.fqn.removeprefix(MODEL)].pieces
+            fill_block(target.detach(), item.storage_offsets, pieces, self._opened.source.read)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _fill(self, target: Tensor, offsets: Sequence[int], name: str) -> None:
-        """Stacked experts one after the other, since each is a piece of its own; anything else at once."""
-        step = 1 if target.ndim > 2 else max(1, target.shape[0])
-        for part, at in zip(target.split(step), itertools.count(offsets[0], step), strict=False):
-            block = torch.empty(part.shape, dtype=target.dtype)
-            here = (at, *offsets[1:])
-            fill_block(block, here, self._opened.table[name].pieces, self._opened.source.read)
-            part.copy_(block)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.journal import watched
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, the quintic torch.optim.Muon uses too
@@ -125,7 +126,7 @@ class Muon(Optimizer):
         def direction(whole: Tensor) -> Tensor:
             return _direction(whole, splits, group["ns_steps"], group["adjust_lr"])
 
-        local = _local(parameter)
+        local = local_part(parameter)
         local.mul_(1 - group["lr"] * group["weight_decay"])
         local.add_(_on_whole_matrices(direction, update), alpha=-group["lr"])
 
@@ -200,7 +201,3 @@ def _check_shape(matrix: MuonParameter) -> None:
     width = parameter.shape[_output_dim(parameter)]
     if splits and sum(splits) != width:
         raise ValueError(f"muon_splits {splits} add up to {sum(splits)}, but the output width is {width}")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -23,6 +23,7 @@ from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir, write_atomic
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
+from moetrain.train.unloaded import unloaded_decoder
 
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
@@ -84,11 +85,9 @@ def generate_app(cfg: GenerateConfig) -> int:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device
     vocab_size = trained.model.vocab_size or tokenizer.vocab_size
-    model = Decoder(trained.model, trained.router, trained.experts, vocab_size)
-    if trained.train.precision is Precision.fp64:
-        model = model.double()
+    wide = Precision.fp64 in (trained.train.precision, cfg.precision)
+    model = unloaded_decoder(trained.model, trained.router, trained.experts, vocab_size, wide, device)
     load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL, cast=True)
-    model = model.to(device, torch.float64 if cfg.precision is Precision.fp64 else None)
     if cfg.precision is Precision.bf16:
         round_for_inference(model, torch.bfloat16)
     text = continue_text(

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moetrain.data import Batch
 from moetrain.errors import TrainingError
@@ -23,6 +22,7 @@ from moetrain.moe import Routing
 from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
 from moetrain.moe.balance.losses import first_choices_BE, probabilities
 from moetrain.moe.balance.moments import MOMENTS, moment_BE
+from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
@@ -195,7 +195,7 @@ class TrainStep:
 
         The second wait of a step.
         """
-        weights = [_local(p) for p in self.task.parameters()]
+        weights = [local_part(p) for p in self.task.parameters()]
         norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
         broken = (~norms.isfinite()).any().long()
         all_reduce_sum_(broken, name="whether all weights are finite")
@@ -204,7 +204,7 @@ class TrainStep:
 
     def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> str | None:
         """The first parameter whose tensor (its own or its gradient) is not finite on any rank."""
-        local = [t if t is None else _local(t) for t in tensors]
+        local = [t if t is None else local_part(t) for t in tensors]
         flags = torch.tensor([t is not None and not bool(t.isfinite().all()) for t in local]).long()
         all_reduce_sum_(flags, name="what is not finite")
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
@@ -218,10 +218,6 @@ def _everybody() -> dist.ProcessGroup | None:
 def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:
     """[L, E]: the sum over micro-batches of one row per layer."""
     return torch.stack([torch.stack(rows) for rows in of_each_batch]).sum(0)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

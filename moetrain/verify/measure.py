@@ -24,7 +24,7 @@ from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
-from moetrain.ops.first import Constant, Normal, Orthogonal, restart, start_of
+from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
 from moetrain.parallel.clip import global_norm
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.checkpoint import Checkpointer
@@ -98,30 +98,31 @@ def _prepare(twin: Twin, world: int) -> TrainConfig:
 
 
 def build(cfg: TrainConfig) -> Assembled:
-    made = assemble(
-        cfg, VOCAB, "cpu", math.prod((cfg.parallel.dp_replicate, cfg.parallel.dp_shard or 1)), enliven
-    )
+    world = math.prod((cfg.parallel.dp_replicate, cfg.parallel.dp_shard or 1))
+    made = assemble(cfg, VOCAB, "cpu", world, enlarge_initializers)
     made.step.seed = _SEED
     return made
 
 
-def enliven(model: Decoder) -> None:
+def enlarge_initializers(model: Decoder) -> None:
     """Larger weights than a model begins with, and none zero, so that every path matters."""
     for parameter in model.parameters():
         more = 5.0 if parameter.ndim > 1 else 1.0
-        start = start_of(parameter)
-        if isinstance(start, Orthogonal):
-            restart(parameter, Orthogonal(more * start.gain))
-        elif isinstance(start, Normal):
-            restart(parameter, Normal(more * start.std))
-        elif isinstance(start, Constant):
-            restart(parameter, Constant(more * start.value) if start.value else Normal(more * 0.1))
+        initializer = initializer_of(parameter)
+        if isinstance(initializer, Orthogonal):
+            set_initializer(parameter, Orthogonal(more * initializer.gain))
+        elif isinstance(initializer, Normal):
+            set_initializer(parameter, Normal(more * initializer.std))
+        elif isinstance(initializer, Constant):
+            set_initializer(
+                parameter, Constant(more * initializer.value) if initializer.value else Normal(more * 0.1)
+            )
         else:
-            _enliven_drawn(parameter, more)
+            _enlarge_values(parameter, more)
 
 
 @torch.no_grad()
-def _enliven_drawn(parameter: nn.Parameter, more: float) -> None:
+def _enlarge_values(parameter: nn.Parameter, more: float) -> None:
     if not parameter.any():
         parameter.normal_(std=0.1)
     parameter.mul_(more)

@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.tensor import DTensor
-
 import moetrain.parallel.apply as apply
 import moetrain.train.run as run
 import moetrain.train.step as step
 from moetrain.moe.exchange import Exchange
+from moetrain.ops.local_part import local_part
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.metrics import RoutingStats
 
@@ -63,8 +62,7 @@ def an_expert_skipped_on_save() -> None:
         for name, tensor in tensors.items():
             if name.startswith("model.") and name.endswith("w_down_EFD") and os.environ["RANK"] == "1":
                 tensor = tensor.detach().clone()
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                local[:1].zero_()
+                local_part(tensor)[:1].zero_()
             kept[name] = tensor
         return save(self, number, kept, extra)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import own_layer
 import pytest
 import torch
+from largest import Largest
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moetrain.config.compose import compose_train
+from moetrain.models.feed_forward import FEED_FORWARDS
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
 from moetrain.train.state_dict import model_tensors
@@ -28,6 +28,7 @@ ROUTERS = {
     "buffers": ["router=dynmoe"],
     "parameters": ["router=moepp"],
     "hashed": ["router=hash"],
+    "a plug-in's layer": ["router=topk", "model.first_dense=1"],
 }
 LAYOUTS = {
     "dp 2": (2, []),
@@ -50,23 +51,13 @@ def tensors(rank: int, world: int, names: list[str], precision: str) -> dict[str
         router, layout = name.split(", ")
         parallel = LAYOUTS[layout][1] if world > 1 else []
         cfg = compose_train([*MODEL, *ROUTERS[router], *parallel, f"train.precision={precision}"])
-        held = model_tensors(assemble(cfg, VOCAB, "cpu", world).task.model)
+        with pytest.MonkeyPatch.context() as patch:
+            if "plug-in" in router:
+                patch.setitem(FEED_FORWARDS, "dense", own_layer.build)
+            held = model_tensors(assemble(cfg, VOCAB, "cpu", world).task.model)
         whole = {k: t.detach().full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in held.items()}
         found[name] = whole if rank == 0 else {}
     return found
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had, of those that any operator made with memory of its own."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and not leaf.is_meta:
-                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
 
 
 def largest(rank: int, world: int, parallel: list[str]) -> tuple[int, int]:
@@ -74,8 +65,7 @@ def largest(rank: int, world: int, parallel: list[str]) -> tuple[int, int]:
     cfg = compose_train([*MODEL, *parallel])
     with Largest() as seen:
         model = assemble(cfg, VOCAB, "cpu", world).task.model
-    held = [t.to_local() if isinstance(t, DTensor) else t for t in model_tensors(model).values()]
-    return seen.numel, max(t.numel() for t in held)
+    return seen.numel, max(local_part(t).numel() for t in model_tensors(model).values())
 
 
 def check(world: int, layouts: list[str], precision: str = "fp32") -> None:

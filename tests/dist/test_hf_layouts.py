@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from largest import Largest
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.cli import main
 from moetrain.config.compose import compose_train, to_yaml
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.initial import load_initial
@@ -95,6 +97,23 @@ def on_four(rank: int, world: int, arguments: list[str], starts: list[str], run:
             save(built, cfg, Path(run), rank)
         built.state.loader.close()
     return found if rank == 0 else {}
+
+
+def largest(rank: int, world: int, arguments: list[str], start: str) -> tuple[int, int]:
+    """The largest tensor made while a model starts from a folder, and the largest shard; in elements."""
+    built = build(compose_train(arguments), "cpu", drawn=False)
+    tensors = model_tensors(built.state.task.model)
+    with Largest() as seen:
+        load_initial(Path(start), tensors, {}, built.corpus.tokenizer)
+    built.state.loader.close()
+    return seen.numel, max(local_part(t).numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_no_rank_reads_more_than_its_shards(folders: dict[str, str], corpus: Path, ep: int) -> None:
+    given = [*arguments(corpus, folders["hf"]), f"parallel.ep={ep}"]
+    for made, held in run_ranks(largest, 2, given, folders["hf"]):
+        assert 0 < made <= held
 
 
 @pytest.mark.real

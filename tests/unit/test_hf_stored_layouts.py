@@ -31,7 +31,7 @@ from torch import Tensor
 from moetrain.convert.open_model import open_model
 from moetrain.errors import UserError
 from moetrain.models.hf.source import SafetensorsFolder, open_source
-from moetrain.models.hf.tensors import Rows
+from moetrain.models.hf.tensors import Part
 
 Tensors = dict[str, Tensor]
 __all__ = ["sources"]  # a fixture
@@ -80,9 +80,9 @@ def test_no_stack_is_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stacks = {name for name, tensor in tensors_of(folder).items() if tensor.ndim == 3}
     read, seen = SafetensorsFolder.read, []
 
-    def noting(self: SafetensorsFolder, name: str, rows: Rows | None = None) -> Tensor:
-        tensor = read(self, name, rows)
-        seen.append((name, rows is None, tensor.ndim))
+    def noting(self: SafetensorsFolder, name: str, part: Part | None = None) -> Tensor:
+        tensor = read(self, name, part)
+        seen.append((name, part is None, tensor.ndim))
         return tensor
 
     monkeypatch.setattr(SafetensorsFolder, "read", noting)

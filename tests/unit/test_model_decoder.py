@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import own_layer
 import pytest
 import torch
 from model_cases import TINY, VOCAB, decoder, tokens
@@ -20,7 +21,9 @@ from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, register_feed_forward
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import Activation, ExpertsConfig, RouterConfig
+from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
+from moetrain.parallel.materialize import allocate, draw
 from moetrain.parallel.mesh import Meshes
 
 
@@ -238,3 +241,19 @@ def test_the_feed_forward_registry() -> None:
         build_feed_forward("dens", TINY, RouterConfig(), ExpertsConfig())
     with pytest.raises(ValueError, match="registered already"):
         register_feed_forward("moe")(lambda cfg, router, experts: nn.Identity())
+
+
+def test_a_plugins_layer_keeps_the_values_that_it_writes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own modules, nn.init, initializers that it declares, and what it computes from any of them."""
+    monkeypatch.setitem(FEED_FORWARDS, "dense", own_layer.build)
+    torch.manual_seed(3)
+    with on_meta_device():
+        model = Decoder(replace(TINY, num_layers=1, num_experts=0), RouterConfig(), ExpertsConfig(), VOCAB)
+    allocate(model, "cpu")
+    draw(model, 5)
+    layer = model.blocks[0].feed_forward
+    assert isinstance(layer, own_layer.OwnLayer)
+    for name, value in own_layer.expected(layer, 3).items():
+        assert torch.equal(layer.state_dict()[name], value), name
+    assert 1.5 < layer.declared_DD.std() < 2.5
+    assert 0 < model.embed_VD.std() < 0.5

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain import files
 from moetrain.errors import UserError
-from moetrain.models.hf.tensors import DTYPES, Rows, TensorInfo
+from moetrain.models.hf.tensors import DTYPES, Part, TensorInfo
 from moetrain.terminal import tell
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -41,7 +41,7 @@ class _Index:
 class SafetensorsFolder:
     """A folder with config.json and one or more safetensors files.
 
-    A file is mapped only while one tensor is read, so that memory holds that tensor and no more.
+    A file is mapped only while one tensor is read, so that memory holds the part asked for and no more.
     Raises UserError for what is missing, truncated, pickled, not listed or listed and not there.
     """
 
@@ -60,14 +60,14 @@ class SafetensorsFolder:
             if listed is not None and listed != here.keys():
                 self._complain(file, listed, set(here))
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         file = self._files[name]
         try:
             with safe_open(file, "pt") as handle:
-                if rows is None:
+                if part is None:
                     tensor: Tensor = handle.get_tensor(name).clone()
                 else:
-                    tensor = handle.get_slice(name)[rows.index, rows.start : rows.stop].clone()
+                    tensor = handle.get_slice(name)[part].clone()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: {name} cannot be read: {error}") from None
         return tensor

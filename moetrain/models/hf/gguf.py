@@ -18,7 +18,7 @@ from moetrain.models.hf.gguf_header import StoredTensor, read_header
 from moetrain.models.hf.gguf_keys import ARCHITECTURE, unknown_key
 from moetrain.models.hf.gguf_rope import linear_factor, llama3_scaling
 from moetrain.models.hf.layouts import EMBEDDING, HEAD
-from moetrain.models.hf.tensors import Rows, TensorInfo
+from moetrain.models.hf.tensors import Part, TensorInfo
 
 _DIVISORS = "rope_freqs.weight"
 
@@ -67,9 +67,11 @@ class GGUFFile:
         self.config = self._config(None if divisors is None else self._weight(divisors))
         self.tensors = {name: TensorInfo(t.shape, torch.float32) for name, t in self._stored.items()}
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        if rows is not None:
-            raise ValueError(f"{name} is no stack")
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        whole = self._whole(name)
+        return whole if part is None else whole[part].clone()
+
+    def _whole(self, name: str) -> Tensor:
         weight = self._weight(self._stored[name])
         heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
         for part, key in heads.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.models.hf.family import Family, ModelSpec
-from moetrain.models.hf.tensors import Rows, Source, TensorInfo
+from moetrain.models.hf.tensors import Part, Source, TensorInfo
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BASE = "model."
@@ -27,10 +27,11 @@ _FIRST_NUMBER = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor of the source, or rows of one."""
+    """A tensor of the source, or rows of one of the matrices that it stacks."""
 
     name: str
-    rows: Rows | None = None
+    matrix: int | None = None
+    first_row: int = 0
 
 
 class View:
@@ -41,13 +42,14 @@ class View:
         self.path, self.config = source.path, source.config
         self.tensors = {name: info for name, (_, info) in places.items()}
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         place = self._places[name]
-        if place.rows is None:
-            return self._source.read(place.name) if rows is None else self._source.read(place.name, rows)
-        if rows is not None:
-            raise ValueError(f"{name} is no stack")
-        return self._source.read(place.name, place.rows)
+        if place.matrix is None:
+            return self._source.read(place.name, part)
+        rows, columns = part or tuple(slice(0, size) for size in self.tensors[name].shape)
+        assert isinstance(rows, slice)
+        rows = slice(place.first_row + rows.start, place.first_row + rows.stop)
+        return self._source.read(place.name, (place.matrix, rows, columns))
 
 
 def stored_layers(source: Source) -> int:
@@ -110,7 +112,7 @@ def _unstacked(
         )
     return {
         layer + part.format(e): (
-            _Place(stored, Rows(e, start, stop)),
+            _Place(stored, e, start),
             TensorInfo((stop - start, info.shape[2]), info.dtype),
         )
         for e in range(m.num_experts)

@@ -5,14 +5,15 @@ Shapes: sizes and offsets are in elements along the dimensions of our tensor.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.models.hf.tensors import Part
 
 _LISTED = 8  # names in one message
 
@@ -21,8 +22,8 @@ _LISTED = 8  # names in one message
 class Piece:
     """One tensor of theirs and the block of ours that it fills.
 
-    ``transposed``: their last two dimensions are ours the other way round. Dimensions of size 1 in ours that
-    theirs lacks (an expert's number) are left out of their shape: ``shape`` is theirs.
+    ``transposed``: their last two dimensions are ours the other way round. Leading dimensions of size 1 in
+    ours that theirs lacks (an expert's number) are left out of their shape: ``shape`` is theirs.
     """
 
     theirs: str
@@ -31,9 +32,21 @@ class Piece:
     shape: tuple[int, ...]
     transposed: bool = False
 
+    def part(self, starts: Sequence[int], stops: Sequence[int]) -> Part | None:
+        """The part of theirs that fills ours from ``starts`` to ``stops``; None: the whole of it."""
+        sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        if sizes == self.sizes:
+            return None
+        ours = tuple(
+            slice(start - offset, stop - offset)
+            for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
+        )[len(self.sizes) - len(self.shape) :]
+        return (*ours[:-2], ours[-1], ours[-2]) if self.transposed else ours
+
     def to_ours(self, tensor: Tensor) -> Tensor:
-        """Their tensor as the block of ours; a view."""
-        return (tensor.mT if self.transposed else tensor).reshape(self.sizes)
+        """Their tensor, or a part of it, as ours has it; a view."""
+        tensor = tensor.mT if self.transposed else tensor
+        return tensor.reshape((1,) * (len(self.sizes) - len(self.shape)) + tensor.shape)
 
     def to_theirs(self, ours: Tensor) -> Tensor:
         """Their tensor, contiguous, cut out of the whole of ours."""
@@ -56,10 +69,14 @@ class Tiled:
 Table = dict[str, Tiled]  # by our names
 
 
-def fill_block(
-    block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], read: Callable[[str], Tensor]
-) -> None:
-    """Fill ``block``, which lies at ``offsets`` of our whole tensor; reads only what overlaps it.
+class Read(Protocol):
+    """Their tensor by name, or a part of it."""
+
+    def __call__(self, name: str, part: Part | None = None, /) -> Tensor: ...
+
+
+def fill_block(block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], read: Read) -> None:
+    """Fill ``block``, which lies at ``offsets`` of our whole tensor; reads no more than what it takes.
 
     The values are cast to ``block``'s dtype.
     """
@@ -73,11 +90,11 @@ def fill_block(
         ]
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
             continue
-        there, here = piece.to_ours(read(piece.theirs)), block
+        here = block
         for dim, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            there = there.narrow(dim, start - piece.offsets[dim], stop - start)
             here = here.narrow(dim, start - offsets[dim], stop - start)
-        here.copy_(there)
+        # Held by no name here: the next piece is read when this one is gone.
+        here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops))))
 
 
 def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
@@ -98,8 +115,8 @@ def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
             for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
                 view = view.narrow(dim, start, size)
             view += 1
-            if math.prod(piece.shape) != math.prod(piece.sizes):
-                raise ValueError(f"{piece.theirs} has another number of elements than its block of {name}")
+            if piece.to_ours(torch.empty(piece.shape, device="meta")).shape != piece.sizes:
+                raise ValueError(f"{piece.theirs} has another shape than its block of {name}")
         if not bool((count == 1).all()):
             raise ValueError(f"the pieces of {name} do not fill it exactly once")
 

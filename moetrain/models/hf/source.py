@@ -16,13 +16,13 @@ from moetrain.models.hf.fields import MAX_LAYERS
 from moetrain.models.hf.folder import CONFIG, INDEX, MAX_TENSORS, SINGLE, SafetensorsFolder, read_json
 from moetrain.models.hf.layouts import as_family, stored_layers
 from moetrain.models.hf.pieces import Table, check_source, fill_block
-from moetrain.models.hf.tensors import Rows, Source, TensorInfo, bytes_of, dtype_names
+from moetrain.models.hf.tensors import Part, Source, TensorInfo, bytes_of, dtype_names
 
 __all__ = [
     "INDEX",
     "SINGLE",
     "Opened",
-    "Rows",
+    "Part",
     "SafetensorsFolder",
     "Source",
     "TensorInfo",

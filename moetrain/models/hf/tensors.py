@@ -22,26 +22,21 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows ``start`` to ``stop`` of the matrix ``index`` in a stack of matrices."""
-
-    index: int
-    start: int
-    stop: int
+# Of each dimension, which elements: as an index of numpy, with both ends of every slice given.
+Part = tuple[int | slice, ...]
 
 
 class Source(Protocol):
     """A checkpoint in Hugging Face's names.
 
-    ``read`` returns a tensor of its own, in the stored dtype: the whole, or some rows of a stack.
+    ``read`` returns a tensor of its own, in the stored dtype: the whole, or a part of it.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor: ...
+    def read(self, name: str, part: Part | None = None) -> Tensor: ...
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

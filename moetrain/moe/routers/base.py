@@ -20,7 +20,7 @@ from moetrain.moe.options import Repair, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
-from moetrain.ops.first import Normal, allocated, keep_overwritten, parameter
+from moetrain.ops.init import Normal, drop_overwritten_initializers, in_memory, parameter
 from moetrain.ops.linear import wide_linear
 
 
@@ -32,6 +32,7 @@ class Router(nn.Module):
     """
 
     is_router = True  # its parameters form an FSDP group of their own, in fp32
+    keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
@@ -183,9 +184,9 @@ def build_router(
             f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
             "set router.repair=none"
         )
-    with allocated():  # routers are small, and one of a plugin may draw its weights as it likes
+    with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes
         router: Router = spec.cls(d_model, num_experts, options)
-    keep_overwritten(router)
+    drop_overwritten_initializers(router)
     return router
 
 

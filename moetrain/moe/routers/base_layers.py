@@ -22,7 +22,7 @@ from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import first_max, softmax
 from moetrain.moe.solvers import auction, balanced_assignment, finite_scores
-from moetrain.ops.first import Orthogonal, restart
+from moetrain.ops.init import Orthogonal, set_initializer
 from moetrain.ops.transfer import to_device
 
 
@@ -53,7 +53,7 @@ class BaseRouter(LinearRouter):
         super().__init__(d_model, num_experts, options)
         if not options.eps > 0:
             raise ValueError(f"router.eps={options.eps} must be positive")
-        restart(self.weight_ED, Orthogonal(0.1))
+        set_initializer(self.weight_ED, Orthogonal(0.1))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

@@ -15,7 +15,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
-from moetrain.ops.first import Constant, parameter
+from moetrain.ops.init import Constant, parameter
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import softmax, top_ids
 from moetrain.moe.zero_experts import ZeroKinds
-from moetrain.ops.first import Constant, parameter
+from moetrain.ops.init import Constant, parameter
 
 
 @dataclass(frozen=True)

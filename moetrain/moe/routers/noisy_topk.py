@@ -18,7 +18,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.select import softmax, top_ids
-from moetrain.ops.first import Constant, parameter, restart
+from moetrain.ops.init import Constant, parameter, set_initializer
 
 _SALT = 0x2015
 
@@ -43,7 +43,7 @@ class NoisyTopKRouter(LinearRouter):
         self.top_k = resolve_top_k(options.top_k, num_experts)
         if not options.noise_floor > 0:
             raise ValueError(f"router.noise_floor={options.noise_floor} must be positive")
-        restart(self.weight_ED, Constant(0.0))
+        set_initializer(self.weight_ED, Constant(0.0))
         self.noise_weight_ED = parameter((num_experts, d_model), Constant(0.0))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:

@@ -1,4 +1,4 @@
-"""First values by counter: the arithmetic written out, the distribution, a block as the whole has it."""
+"""Initial values by counter: the arithmetic written out, the distribution, a block as the whole has it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from torch import nn
 
 from moetrain.moe import ROUTERS, MoELayer
 from moetrain.ops.counter import normal, stream_key
-from moetrain.ops.first import Constant, Normal, Orthogonal, fill, parameter, restart, start_of, unallocated
+from moetrain.ops.init import (
+    Constant,
+    Normal,
+    Orthogonal,
+    init_block,
+    initializer_of,
+    on_meta_device,
+    parameter,
+    set_initializer,
+)
 from moetrain.parallel.materialize import allocate, draw
 
 MASK = 2**64 - 1
@@ -61,15 +70,17 @@ def test_the_distribution_is_normal_and_streams_are_apart():
 @given(st.data())
 def test_a_block_is_that_block_of_the_whole(data):
     shape = data.draw(st.lists(st.integers(1, 13), min_size=1, max_size=3))
-    start = data.draw(st.sampled_from([Normal(0.3), Constant(2.5)] + [Orthogonal(0.7)] * (len(shape) == 2)))
+    initializer = data.draw(
+        st.sampled_from([Normal(0.3), Constant(2.5)] + [Orthogonal(0.7)] * (len(shape) == 2))
+    )
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     whole = torch.full(shape, torch.nan, dtype=dtype)
-    fill(whole, start, 5, "w", shape, [0] * len(shape))
+    init_block(whole, initializer, 5, "w", shape, [0] * len(shape))
     begin = [data.draw(st.integers(0, size)) for size in shape]
     end = [data.draw(st.integers(at, size)) for at, size in zip(begin, shape, strict=True)]
     here = tuple(slice(*pair) for pair in zip(begin, end, strict=True))
     block = torch.full_like(whole[here].contiguous(), torch.nan)
-    fill(block, start, 5, "w", shape, begin)
+    init_block(block, initializer, 5, "w", shape, begin)
     assert block.equal(whole[here])
 
 
@@ -79,32 +90,32 @@ def test_no_number_of_threads_and_no_instruction_set_changes_a_bit():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         block = torch.empty(311, 409)
-        fill(block, Normal(0.02), 5, "w", block.shape, (0, 0))
+        init_block(block, Normal(0.02), 5, "w", block.shape, (0, 0))
         digests.add(hashlib.sha256(block.numpy().tobytes()).hexdigest()[:16])
     torch.set_num_threads(before)
     assert digests == {"62391bd902694159"}
     square = torch.empty(37, 61)
-    fill(square, Orthogonal(), 5, "w", square.shape, (0, 0))
+    init_block(square, Orthogonal(), 5, "w", square.shape, (0, 0))
     assert hashlib.sha256(square.numpy().tobytes()).hexdigest()[:16] == "f51733fbcf27641c"
 
 
 @pytest.mark.parametrize("shape", [(5, 13), (13, 5), (7, 7), (1, 3)])
 def test_orthogonal_means_orthonormal(shape):
     made = torch.empty(shape, dtype=torch.float64)
-    fill(made, Orthogonal(3.0), 1, "w", shape, (0, 0))
+    init_block(made, Orthogonal(3.0), 1, "w", shape, (0, 0))
     gram = made @ made.T if shape[0] <= shape[1] else made.T @ made
     torch.testing.assert_close(gram, 9 * torch.eye(min(shape), dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_a_layer_by_itself_holds_values_and_an_unallocated_one_nothing():
+def test_a_layer_by_itself_holds_values_and_one_on_meta_none():
     layer = MoELayer(7, 11, 5, "topk", router_options={"top_k": 2})
-    with unallocated():
+    with on_meta_device():
         later = MoELayer(7, 11, 5, "topk", router_options={"top_k": 2})
     for (name, made), empty in zip(layer.named_parameters(), later.parameters(), strict=True):
         assert made.isfinite().all()
         assert made.any()
         assert empty.is_meta == (not name.startswith("router."))  # routers are small
-        assert start_of(empty) == start_of(made) is not None
+        assert initializer_of(empty) == initializer_of(made) is not None
     assert not any(buffer.is_meta for buffer in later.buffers())
 
 
@@ -119,18 +130,18 @@ def test_what_a_plugins_router_writes_itself_is_kept(own, monkeypatch):
 
     monkeypatch.setitem(ROUTERS, "own", replace(ROUTERS["topk"], name="own", cls=Own))
     torch.manual_seed(3)
-    with unallocated():
+    with on_meta_device():
         router = MoELayer(7, 11, 5, "own", router_options={"top_k": 2}).router
     wanted = router.weight_ED.detach().clone()
     allocate(router, "cpu")
     draw(router, 1)
     assert torch.equal(router.weight_ED, wanted)
-    assert start_of(router.weight_ED) is None
+    assert initializer_of(router.weight_ED) is None
 
 
-def test_a_parameter_starts_otherwise():
+def test_a_parameter_gets_another_initializer():
     made = parameter((3, 5), Constant(2.0))
     assert (made == 2).all()
-    restart(made, Normal(1e-3))
-    assert start_of(made) == Normal(1e-3)
+    set_initializer(made, Normal(1e-3))
+    assert initializer_of(made) == Normal(1e-3)
     assert made.abs().max() < 0.1

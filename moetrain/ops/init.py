@@ -1,9 +1,9 @@
-"""How a parameter's first values are drawn, said once where it is made, and its blocks drawn anywhere.
+"""Initializers: each parameter is made with one, and blocks of it can be initialised anywhere.
 
-A parameter made by :func:`parameter` carries its ``Start``. A module that is built by itself draws at once,
-from torch's generator; inside :func:`unallocated` it holds no memory until the trainer has laid it out, and
-:func:`fill` then draws each rank's own block: a value is a function of (seed, the parameter's name, the
-element's place in the whole tensor) and of nothing else.
+A parameter made by :func:`parameter` carries its ``Initializer``. A module that is built by itself is
+initialised at once, from torch's generator. Inside :func:`on_meta_device` it holds no memory until the
+trainer lays it out, and :func:`init_block` then initialises each rank's own block: a value is a function of
+(seed, the parameter's name, the element's place in the whole tensor) and of nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moetrain.ops.counter import normal, stream_key
 
 _CHUNK = 2**15  # elements drawn at once: their fp64 intermediates stay in a cache
-_unallocated: ContextVar[bool] = ContextVar("unallocated", default=False)
+_on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
 
 
 @dataclass(frozen=True)
@@ -42,80 +42,85 @@ class Orthogonal:
     gain: float = 1.0
 
 
-Start = Normal | Constant | Orthogonal
+Initializer = Normal | Constant | Orthogonal
 
 
 @contextlib.contextmanager
-def unallocated() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Parameters made by :func:`parameter` meanwhile lie on torch's meta device; buffers are as ever."""
-    token = _unallocated.set(True)
+    token = _on_meta.set(True)
     try:
         yield
     finally:
-        _unallocated.reset(token)
+        _on_meta.reset(token)
 
 
 @contextlib.contextmanager
-def allocated() -> Iterator[None]:
-    """Undoes :func:`unallocated` for a while: for small modules that may write their own first values."""
-    token = _unallocated.set(False)
+def in_memory() -> Iterator[None]:
+    """Undoes :func:`on_meta_device` for a while: for modules that may write initial values of their own."""
+    token = _on_meta.set(False)
     try:
         yield
     finally:
-        _unallocated.reset(token)
+        _on_meta.reset(token)
 
 
-def parameter(shape: Sequence[int], start: Start) -> nn.Parameter:
-    """A parameter that says how it starts; drawn now from torch's generator, or not yet (``unallocated``)."""
-    made = nn.Parameter(torch.empty(*shape, device="meta" if _unallocated.get() else None))
-    restart(made, start)
+def parameter(shape: Sequence[int], initializer: Initializer) -> nn.Parameter:
+    """A parameter with its initializer, which runs now, from torch's generator, unless ``on_meta_device``."""
+    made = nn.Parameter(torch.empty(*shape, device="meta" if _on_meta.get() else None))
+    set_initializer(made, initializer)
     return made
 
 
 @torch.no_grad()
-def restart(made: nn.Parameter, start: Start) -> None:
-    """Let a parameter start otherwise, and draw it anew if it holds memory."""
-    if isinstance(start, Normal):
-        made.normal_(0.0, start.std)
-    elif isinstance(start, Constant):
-        made.fill_(start.value)
+def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
+    """Give a parameter another initializer, and initialise it anew if it holds memory."""
+    if isinstance(initializer, Normal):
+        made.normal_(0.0, initializer.std)
+    elif isinstance(initializer, Constant):
+        made.fill_(initializer.value)
     elif not made.is_meta:
-        nn.init.orthogonal_(made, start.gain)
-    made.start, made.drawn_version = start, made._version  # type: ignore[attr-defined]
+        nn.init.orthogonal_(made, initializer.gain)
+    made.initializer, made.init_version = initializer, made._version  # type: ignore[attr-defined]
 
 
-def keep_overwritten(module: nn.Module) -> None:
-    """What ``module`` wrote into a parameter after it was made is its first value, and no other."""
+def drop_overwritten_initializers(module: nn.Module) -> None:
+    """What ``module`` wrote into a parameter after it was made is its initial value, and no other."""
     for made in module.parameters():
-        if start_of(made) is not None and made._version != made.drawn_version:  # type: ignore[attr-defined]
-            del made.start  # type: ignore[attr-defined]
+        if initializer_of(made) is not None and made._version != made.init_version:  # type: ignore[attr-defined]
+            del made.initializer  # type: ignore[attr-defined]
 
 
-def start_of(made: Tensor) -> Start | None:
+def initializer_of(made: Tensor) -> Initializer | None:
     """None for a parameter that was made otherwise."""
-    return getattr(made, "start", None)
+    return getattr(made, "initializer", None)
 
 
 @torch.no_grad()
-def fill(
-    block: Tensor, start: Start, seed: int, name: str, shape: Sequence[int], offsets: Sequence[int]
+def init_block(
+    block: Tensor,
+    initializer: Initializer,
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
 ) -> None:
-    """Write the first values of the block at ``offsets`` of the parameter ``name`` of ``shape``.
+    """Write the initial values of the block at ``offsets`` of the parameter ``name`` of ``shape``.
 
     They are rounded to fp32 first, so that a model in fp64 starts from the same values as one in fp32.
     """
-    if isinstance(start, Constant):
-        block.fill_(start.value)
-    elif isinstance(start, Normal):
-        _fill_normal(block, start.std, stream_key(seed, name), shape, offsets)
+    if isinstance(initializer, Constant):
+        block.fill_(initializer.value)
+    elif isinstance(initializer, Normal):
+        _init_normal(block, initializer.std, stream_key(seed, name), shape, offsets)
     else:
         rows, columns = shape
-        whole = _orthonormal(stream_key(seed, name), rows, columns) * start.gain
+        whole = _orthonormal(stream_key(seed, name), rows, columns) * initializer.gain
         here = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
         block.copy_(whole[here].float())
 
 
-def _fill_normal(block: Tensor, std: float, key: int, shape: Sequence[int], offsets: Sequence[int]) -> None:
+def _init_normal(block: Tensor, std: float, key: int, shape: Sequence[int], offsets: Sequence[int]) -> None:
     if not block.numel():
         return
     rows = _element_indices(block.shape[:-1], shape[:-1], offsets[:-1], block.device)
