@@ -41,7 +41,7 @@ CONFIG = {
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Their tensors, by name."""
     family = FAMILIES["mixtral"]
-    spec = family.read(Fields({**CONFIG, "num_hidden_layers": layers}, "here"))
+    spec = family.read(Fields({**CONFIG, "num_hidden_layers": layers}, "here", family.defaults))
     return {piece.theirs: piece.shape for tiled in family.table(spec).values() for piece in tiled.pieces}
 
 

@@ -74,10 +74,10 @@ def build(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> Assemble
     """
     if cfg.model.vocab_size is None:
         raise UserError("model.vocab_size=null is the tokenizer's, and there is none here: set a number")
-    task, counts = lay_out(cfg, cfg.model.vocab_size, "cpu", world)
+    task, counts, data = lay_out(cfg, cfg.model.vocab_size, "cpu", world)
     with fake or nullcontext():
         allocate(task, "cpu")
-        made = with_step(cfg, task, counts, partial(Rehearsal, world=world))
+        made = with_step(cfg, task, counts, data, partial(Rehearsal, world=world))
     for layer in task.model.moe_layers().values():
         deal_in_turn(layer)
         if fake is not None:

@@ -17,7 +17,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import Attention
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
-from moetrain.models.norm import RMSNorm, rms_norm
+from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
@@ -133,8 +133,7 @@ class Decoder(nn.Module):
             x_BSD, record = block(x_BSD, rope, seen, layer_ctx, layer_cache)
             if record is not None:
                 records.append(record)
-        hidden_BSD = rms_norm(x_BSD, self.norm.weight_D.to(compute_dtype), self.norm.eps)
-        return DecoderOutput(hidden_BSD, records)
+        return DecoderOutput(self.norm(x_BSD, compute_dtype), records)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products."""

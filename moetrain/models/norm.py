@@ -75,15 +75,15 @@ def _fused(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, returned in the weight's dtype."""
+    """x / rms(x) * weight over the last dimension, in the weight's dtype or in that which is asked for."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight_D = parameter((width,), Constant(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight_D, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return rms_norm(x, self.weight_D.to(dtype or self.weight_D.dtype), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight_D.shape[0]}, eps={self.eps}"

@@ -95,14 +95,14 @@ def new_gloo_group(timeout: timedelta, ranks: list[int] | None = None) -> dist.P
     return group
 
 
-def rank() -> int:
-    """This process's number, 0 to ``world()`` - 1."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number in ``group`` (None: all ranks), 0 to ``world(group)`` - 1."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """The number of processes in the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world(group: dist.ProcessGroup | None = None) -> int:
+    """The number of processes in ``group``, None: in the run."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
@@ -127,8 +127,8 @@ def barrier() -> None:
             dist.all_reduce(torch.zeros(1))
 
 
-def all_reduce_sum_(*tensors: Tensor, name: str = "a sum") -> None:
-    """Sum every tensor over all ranks in place, in one collective per dtype and device.
+def all_reduce_sum_(*tensors: Tensor, name: str = "a sum", group: dist.ProcessGroup | None = None) -> None:
+    """Sum every tensor over ``group`` (None: all ranks) in place, in one collective per dtype and device.
 
     Shapes and dtypes must agree across ranks. All ranks end with the same bits. ``name`` says what is summed,
     for the report when a rank does not come.
@@ -137,14 +137,14 @@ def all_reduce_sum_(*tensors: Tensor, name: str = "a sum") -> None:
         return
     kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
     for kind in kinds:
-        _sum_flat_([t for t in tensors if (t.dtype, t.device) == kind], name)
+        _sum_flat_([t for t in tensors if (t.dtype, t.device) == kind], name, group)
 
 
-def _sum_flat_(tensors: Iterable[Tensor], name: str) -> None:
+def _sum_flat_(tensors: Iterable[Tensor], name: str, group: dist.ProcessGroup | None) -> None:
     tensors = list(tensors)
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-    with watched(name):
-        dist.all_reduce(flat)
+    with watched(name, group=group):
+        dist.all_reduce(flat, group=group)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.detach().copy_(part.view_as(tensor))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.config.schema import ExpertDispatch, ParallelConfig
@@ -18,6 +19,18 @@ from moetrain.parallel.distributed import local_world
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 EFSDP, EP = "efsdp", "ep"
 NODE, PLACE = "ep_node", "ep_place"
+
+
+@dataclass(frozen=True)
+class DataGroups:
+    """Ranks by what they do with data; None: all ranks, as long as every axis of a layout splits samples.
+
+    batch  ranks with different samples: who reads what.
+    loss   ranks whose tokens add up: counts, losses, load, metrics, what routers couple.
+    """
+
+    batch: dist.ProcessGroup | None = None
+    loss: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Meshes:
     sparse: DeviceMesh | None = None  # built with expert parallelism; None while ep is 1
     levels: DeviceMesh | None = None  # an ep group's [ep_node, ep_place]; built for hierarchical dispatch
     cfg: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataGroups = field(default_factory=DataGroups)
 
     @property
     def world(self) -> int:

@@ -23,7 +23,7 @@ from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe, watched
 from moetrain.parallel.materialize import allocate, draw
-from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.mesh import DataGroups, build_meshes
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer, freeze
 from moetrain.train.step import TrainStep
@@ -40,6 +40,7 @@ class Assembled:
     monitor: LossMonitor
     step: TrainStep
     counts: Counts
+    data: DataGroups
 
 
 def assemble(
@@ -56,11 +57,11 @@ def assemble(
     rank; not ``drawn``: they are about to be loaded, and are undefined until then.
     Raises UserError where the model or the layout cannot be built.
     """
-    task, counts = lay_out(cfg, vocab_size, device, world, adjust)
+    task, counts, data = lay_out(cfg, vocab_size, device, world, adjust)
     allocate(task, device)
     if drawn:
         draw(task, cfg.train.seed)
-    return with_step(cfg, task, counts)
+    return with_step(cfg, task, counts, data)
 
 
 def lay_out(
@@ -69,8 +70,8 @@ def lay_out(
     device: str,
     world: int,
     adjust: Callable[[Decoder], None] = lambda model: None,
-) -> tuple[NextToken, Counts]:
-    """The task, laid out over ``world`` ranks and without memory, and the counts of the whole model."""
+) -> tuple[NextToken, Counts, DataGroups]:
+    """The task, laid out over ``world`` ranks, without memory; the whole model's counts; who reads what."""
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
         with on_meta_device():
@@ -91,19 +92,25 @@ def lay_out(
     parallelize(
         task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe, compute_dtype=compute_dtype
     )
-    return task, counts
+    return task, counts, meshes.data
 
 
 def with_step(
-    cfg: TrainConfig, task: NextToken, counts: Counts, make_step: Callable[..., TrainStep] = TrainStep
+    cfg: TrainConfig,
+    task: NextToken,
+    counts: Counts,
+    data: DataGroups,
+    make_step: Callable[..., TrainStep] = TrainStep,
 ) -> Assembled:
     """Optimizer, losses, controllers and a step of a task in memory; ``make_step`` is called as TrainStep."""
     optimizer = build_optimizer(task, cfg.optim)
     controllers = _controllers(cfg, task.model)
     monitor = LossMonitor(cfg.train.spike_factor)
     terms = make_terms(cfg.balance.losses)
-    step = make_step(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
-    return Assembled(task, optimizer, controllers, monitor, step, counts)
+    step = make_step(
+        task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed, data.loss
+    )
+    return Assembled(task, optimizer, controllers, monitor, step, counts, data)
 
 
 def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from moetrain.data import Batch
 from moetrain.errors import UserError
@@ -21,11 +22,17 @@ from moetrain.train.task import NextToken, batch_arguments
 
 @torch.no_grad()
 def evaluate(
-    task: NextToken, batches: Iterable[Batch], domains: Sequence[str], seed: int, byte_scale: float = 1.0
+    task: NextToken,
+    batches: Iterable[Batch],
+    domains: Sequence[str],
+    seed: int,
+    byte_scale: float = 1.0,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[EvalSums, dict[str, EvalSums]]:
     """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
 
-    ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``).
+    ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``). The tokens of
+    ``group`` add up; None: all ranks'.
     Changes nothing that training sees: no gradient, no router state, no random state. Raises UserError, on
     every rank, where no batch of any has a label.
     """
@@ -44,7 +51,7 @@ def evaluate(
         reshard(task)
     finally:
         task.train(was_training)
-    all_reduce_sum_(sums, name="the evaluation's losses")
+    all_reduce_sum_(sums, name="the evaluation's losses", group=group)
     sums[2] *= byte_scale
     columns = sums.t().tolist()
     per_domain = {

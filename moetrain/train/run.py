@@ -121,8 +121,13 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     corpus, state = built.corpus, built.state
 
     def judge() -> tuple[EvalSums, dict[str, EvalSums]]:
-        batches = val_batches(corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, rank(), world())
-        return evaluate(state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale)
+        batch_rank, batch_ranks = rank(built.data.batch), world(built.data.batch)
+        batches = val_batches(
+            corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, batch_rank, batch_ranks
+        )
+        return evaluate(
+            state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale, built.data.loss
+        )
 
     total, domains = judge()
     modes = {}

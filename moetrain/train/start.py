@@ -20,6 +20,7 @@ from moetrain.parallel.distributed import (
     world,
 )
 from moetrain.parallel.journal import patiently
+from moetrain.parallel.mesh import DataGroups
 from moetrain.train.assemble import assemble
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.initial import load_initial
@@ -38,6 +39,7 @@ class Built:
     corpus: Corpus
     state: TrainState
     step: TrainStep
+    data: DataGroups
     summary: dict[str, Any]
 
 
@@ -67,7 +69,10 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     vocab_size = _vocab_size(cfg, corpus)
     made = assemble(cfg, vocab_size, device, world(), drawn=drawn)
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
-    loader = TrainLoader(corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, rank(), world())
+    batch_rank, batch_ranks = rank(made.data.batch), world(made.data.batch)
+    loader = TrainLoader(
+        corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, batch_rank, batch_ranks
+    )
     state = TrainState(made.task, made.optimizer, made.controllers, loader, made.monitor, ThroughputMeter())
     summary = {
         "params_total": made.counts.total,
@@ -77,7 +82,7 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
         "train_tokens": corpus.train.num_tokens,
         "val_tokens": corpus.val.num_tokens,
     }
-    return Built(corpus, state, made.step, summary)
+    return Built(corpus, state, made.step, made.data, summary)
 
 
 def _prepare_in_turn(cfg: TrainConfig) -> Corpus:

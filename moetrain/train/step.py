@@ -49,7 +49,10 @@ class StepResult:
 
 
 class TrainStep:
-    """Runs optimizer steps on a task; holds no state of its own beyond what it was given."""
+    """Runs optimizer steps on a task; holds no state of its own beyond what it was given.
+
+    ``group``: the ranks whose tokens add up to the step's; None: all ranks.
+    """
 
     def __init__(
         self,
@@ -60,9 +63,11 @@ class TrainStep:
         monitor: LossMonitor,
         clip_norm: float | None,
         seed: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.task, self.optimizer, self.terms, self.controllers = task, optimizer, terms, controllers
         self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
+        self.group = group or (dist.group.WORLD if dist.is_initialized() else None)
         self.needs_targets = True  # a proof about balance losses alone has none
         layers = task.model.moe_layers()
         self.device = next(task.parameters()).device
@@ -92,7 +97,7 @@ class TrainStep:
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             sync_gradients(self.task, last=index == len(batches) - 1)
-            output = self.task(**batch_arguments(batch, self.seed, step, _everybody()))
+            output = self.task(**batch_arguments(batch, self.seed, step, self.group))
             totals = self._totals(step, tokens, output.records, counts)
             extra, raw = total_loss(output.records, self.terms, totals)
             loss = output.nll_sum / max(targets, 1)
@@ -105,8 +110,8 @@ class TrainStep:
         return self._finish(nll_sum, aux_sums, targets, tokens)
 
     def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
-        all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses")
-        routing = self.stats.reduce(_everybody())
+        all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses", group=self.group)
+        routing = self.stats.reduce(self.group)
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
         # The first of two waits: whether to update at all. What else is read of the step comes along.
@@ -135,7 +140,7 @@ class TrainStep:
         counts = torch.tensor(
             [sum(b.num_targets for b in batches), sum(_valid_tokens(b) for b in batches)], dtype=torch.int64
         )
-        all_reduce_sum_(counts, name="the step's tokens")
+        all_reduce_sum_(counts, name="the step's tokens", group=self.group)
         return int(counts[0]), int(counts[1])
 
     def _add_router_stats(self, records: list[Routing]) -> None:
@@ -146,7 +151,7 @@ class TrainStep:
 
     def _update_routers(self) -> None:
         if self._router_stats:
-            all_reduce_sum_(*self._router_stats, name="the routers' statistics")
+            all_reduce_sum_(*self._router_stats, name="the routers' statistics", group=self.group)
             with watched(
                 "the routers' update", "all_gather"
             ):  # of those that put sharded parameters together
@@ -173,7 +178,7 @@ class TrainStep:
     def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
         return self._summed(
-            [self.task(**batch_arguments(b, self.seed, step, _everybody())).records for b in batches]
+            [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
         )
 
     @torch.no_grad()
@@ -186,7 +191,7 @@ class TrainStep:
             counts[name] = _stack(
                 [[moment_BE(r, name, probabilities(r)).sum(0) for r in rs] for rs in records]
             )
-        all_reduce_sum_(*counts.values(), name="the experts' load")
+        all_reduce_sum_(*counts.values(), name="the experts' load", group=self.group)
         return counts
 
     @torch.no_grad()
@@ -209,10 +214,6 @@ class TrainStep:
         all_reduce_sum_(flags, name="what is not finite")
         names = [name.removeprefix("model.") for name, _ in self.task.named_parameters()]
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
-
-
-def _everybody() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:

@@ -1,0 +1,61 @@
+"""Ranks that hold the same samples count once: an axis that splits no samples changes nothing of a step.
+
+Two pairs of ranks; each pair shards the model over itself and reads all samples, as the places of a tensor
+axis would.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from invariance import MODEL, B, E, Outcome, Recorder, assert_same, batch, build, figures, gradients, terms, whole_tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from moetrain.moe.balance import RunningLoad
+from moetrain.moe.routers.dynmoe import DynMoEOptions
+from moetrain.parallel.distributed import rank as rank_in
+from moetrain.parallel.distributed import world as ranks_of
+from moetrain.parallel.mesh import DataGroups, Meshes
+from moetrain.parallel.ranks import run_ranks
+from moetrain.train.evaluate import evaluate
+from moetrain.train.monitor import LossMonitor
+from moetrain.train.step import TrainStep
+from moetrain.verify.batches import cut
+
+ROUTERS = {"top-k": None, "with statistics": DynMoEOptions()}
+
+
+def pairs() -> Meshes:
+    """Ranks 0 and 1, and ranks 2 and 3."""
+    both = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("copy", "dp_replicate", "dp_shard"))
+    own = both["dp_shard"].get_group()
+    return Meshes(1, 2, 1, both["dp_replicate", "dp_shard"], data=DataGroups(own, own))
+
+
+def step_of_pairs(rank: int, world: int, name: str) -> tuple[Outcome, tuple[float, int]]:
+    meshes, router = pairs(), ROUTERS[name]
+    task = build(False, meshes, *([router] if router else []))
+    recorder, running = Recorder(list(task.parameters())), RunningLoad(MODEL.num_layers - 1, E)
+    step = TrainStep(
+        task, recorder, terms("switch", "global_batch"), [running], LossMonitor(), None, 2, meshes.data.loss
+    )
+    own, ranks = rank_in(meshes.data.batch), ranks_of(meshes.data.batch)
+    share = cut(batch(), B // 4, own, ranks)
+    result = step.run(3, share)
+    names = [name for name, _ in task.named_parameters()]
+    found = {n: g for n, g in zip(names, recorder.gradients, strict=True) if g is not None}
+    total, _ = evaluate(task, share, [], seed=0, group=meshes.data.loss)
+    dist.barrier()
+    return Outcome(found, figures(result)), (total.nats, total.tokens)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_step_of_two_pairs_is_that_of_one_process(name):
+    router = ROUTERS[name]
+    expected = gradients(terms("switch", "global_batch"), B, **({"router": router} if router else {}))
+    task = build(False, Meshes(), *([router] if router else []))
+    once, _ = evaluate(task, cut(batch(), B, 0, 1), [], seed=0)
+    for outcome, (nats, tokens) in run_ranks(step_of_pairs, 4, name):
+        assert_same(expected, outcome)
+        assert tokens == once.tokens
+        assert nats == pytest.approx(once.nats, rel=1e-12)
