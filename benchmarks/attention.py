@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, machine, medians, ratio, write_json
-from torch import Tensor
-
 from moetrain.ops.causal_attention import attend, block_rows
 from moetrain.ops.seen_keys import SeenKeys, seen_keys
+from timing import interleaved, machine, medians, ratio, write_json
+from torch import Tensor
 
 TOKENS, WIDTH = 2048, 64
 HEADS = {"4 heads": (4, 4), "8 heads, 2 of keys": (8, 2)}

@@ -9,6 +9,7 @@ import torch
 
 from moetrain.config.schema import Precision, TrainConfig
 from moetrain.errors import UserError
+from moetrain.models.attention import require_backend
 from moetrain.models.count import Counts, count_parameters
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import (
@@ -30,6 +31,7 @@ from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 
 _AUTOCAST = {Precision.bf16: torch.bfloat16}
+_PRODUCTS = {Precision.fp32: torch.float32, Precision.fp64: torch.float64} | _AUTOCAST
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def assemble(
 
     Each rank allocates and draws its own shards. ``adjust`` may change how parameters start, alike on every
     rank; not ``drawn``: they are about to be loaded, and are undefined until then.
-    Raises UserError where the model or the layout cannot be built.
+    Raises UserError where the model or the layout cannot be built, or attention not computed as asked.
     """
+    require_backend(cfg.model, cfg.data.seq_len, _PRODUCTS[cfg.train.precision], _current(device))
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
         with unallocated():
@@ -82,6 +85,11 @@ def assemble(
     terms = make_terms(cfg.balance.losses)
     step = TrainStep(task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed)
     return Assembled(task, optimizer, controllers, monitor, step, counts)
+
+
+def _current(device: str) -> torch.device:
+    """This rank's, by its number as tensors on it have it."""
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from model_cases import TINY
+from moetrain.ops.attention import SeenKeys, seen_keys
 from torch import Tensor
 
 from moetrain.config.schema import QKNorm
 from moetrain.errors import UserError
-from moetrain.models.attention import Attention
+from moetrain.models.attention import Attention, plan_of
 from moetrain.models.rope import apply_rope, rope_table
 from moetrain.ops import cpu_product
-from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 BATCH, SEQ = 3, 11
 Seen = Callable[[int, int, int], bool]
@@ -66,7 +66,7 @@ def build(
 
 def run(attention: Attention, x_BSD: Tensor, window: int | None, doc_ids_BS: Tensor | None) -> Tensor:
     table = rope_table(torch.arange(SEQ)[None], attention.head_dim, TINY.rope_theta, torch.float64)
-    return attention(x_BSD, table, seen_keys(SEQ, 0, window, doc_ids_BS))
+    return attention(x_BSD, table, plan_of(TINY, x_BSD, seen_keys(SEQ, 0, window, doc_ids_BS), 0))
 
 
 @pytest.mark.parametrize("qk_norm", list(QKNorm))
@@ -136,14 +136,17 @@ def test_compiling_keeps_the_numbers_and_leaves_the_choice_of_library_to_the_com
         return graph.forward
 
     torch.manual_seed(0)
-    attention = Attention(replace(TINY, d_model=width, head_dim=16, num_kv_heads=3))
+    cfg = replace(TINY, d_model=width, head_dim=16, num_kv_heads=3)
+    attention = Attention(cfg)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
     x = torch.randn(BATCH, seq, width)
     rope = rope_table(torch.arange(seq)[None], 16, TINY.rope_theta, torch.float32)
+    plan = plan_of(cfg, x, None, 0)
+    assert plan.backend == "blocks"
     results = []
     for function in (torch.compile(attention, backend=backend), attention):
-        y = function(x, rope)
+        y = function(x, rope, plan)
         results.append([y, *torch.autograd.grad(y.square().sum(), list(attention.parameters()))])
     for compiled, plain in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
