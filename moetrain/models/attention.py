@@ -35,14 +35,18 @@ def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
     return cfg.num_heads, num_kv_heads, head_dim
 
 
-def plan_of(cfg: ModelConfig, x_BSD: Tensor, seen: SeenKeys | None, cached: int) -> Plan:
-    """How the layers of one forward pass over ``x_BSD`` attend; with cached keys, as if it were ``auto``.
+def plan_of(cfg: ModelConfig, x_BSD: Tensor, seen: SeenKeys | None, cached: int | None = None) -> Plan:
+    """How the layers of one forward pass over ``x_BSD`` attend.
+
+    ``cached``: keys in the cache that the new ones join; None: there is no cache. With one, ``cfg.attention``
+    counts as ``auto``.
 
     Raises UserError where ``cfg.attention`` cannot compute it.
     """
-    case = _case(cfg, x_BSD.shape[0], x_BSD.shape[1], cached, seen, product_dtype(x_BSD), x_BSD.device)
+    batch, seq = x_BSD.shape[:2]
+    case = _case(cfg, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device)
     try:
-        return plan_attention(AUTO if cached else cfg.attention.value, case)
+        return plan_attention(cfg.attention.value if cached is None else AUTO, case)
     except ValueError as error:
         raise UserError(f"model.attention={cfg.attention.value}: {error}; set model.attention=auto") from None
 

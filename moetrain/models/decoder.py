@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         x_BSD = F.embedding(input_ids_BS, self.embed_VD)
         rope = self._rope(positions_BS, x_BSD.dtype)
         seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
-        plan = plan_of(self.cfg, x_BSD, seen, cached)
+        plan = plan_of(self.cfg, x_BSD, seen, None if cache is None else cached)
         records: list[Routing] = []
         for layer, block in enumerate(self.blocks):
             layer_ctx = ctx.at_layer(layer, records[-1] if records else None)

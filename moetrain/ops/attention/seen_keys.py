@@ -50,10 +50,8 @@ class SeenKeys:
         """
         ids_BS, window = self.doc_ids_BS, self.window
         batch = 1 if ids_BS is None else ids_BS.shape[0]
-        most, rows = (
-            max((e - s) * (self.cached + e - low) for s, e, low in blocks),
-            blocks[0][1] - blocks[0][0],
-        )
+        most = max((end - start) * (self.cached + end - low) for start, end, low in blocks)
+        rows = max(end - start for start, end, _ in blocks)
         bias = torch.empty(batch * most, dtype=dtype, device=device)
         other = None if ids_BS is None else torch.empty(batch * most, dtype=torch.bool, device=device)
         later_nn = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)
