@@ -60,7 +60,8 @@ def kernel() -> Callable[..., Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    # In one graph: else a shape too many would go uncompiled, which makes the scores of all pairs.
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
 
 
