@@ -142,7 +142,8 @@ class _Blocks(torch.autograd.Function):
 
 
 def _repeated(x_BGmH: Tensor, repeats: int) -> Tensor:
-    return x_BGmH if repeats == 1 else x_BGmH.repeat_interleave(repeats, 1)
+    """By a plain copy: repeat_interleave would look every row up by its index."""
+    return x_BGmH if repeats == 1 else x_BGmH[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 
 def _summed(x_BQmH: Tensor, repeats: int, dtype: torch.dtype) -> Tensor:
