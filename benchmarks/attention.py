@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from timing import interleaved, machine, medians, ratio, write_json
 from torch import Tensor
 
-from moetrain.ops.causal_attention import attend, block_rows
-from moetrain.ops.seen_keys import SeenKeys, seen_keys
+from moetrain.ops.attention import AUTO, Case, SeenKeys, attend, plan_attention, seen_keys
+from moetrain.ops.attention.blocks import block_rows
 
 TOKENS, WIDTH = 2048, 64
 HEADS = {"4 heads": (4, 4), "8 heads, 2 of keys": (8, 2)}
@@ -35,6 +35,15 @@ def whole(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, seen: SeenKeys | None)
         enable_gqa=q_BQSH.shape[1] != k_BGSH.shape[1],
     )  # fmt: skip
     return y_BQSH.transpose(1, 2)
+
+
+def ours(q_BQSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, seen: SeenKeys | None) -> Tensor:
+    return attend(q_BQSH, k_BGSH, v_BGSH, plan_attention(AUTO, case_of(q_BQSH, k_BGSH, seen)))
+
+
+def case_of(q_BQSH: Tensor, k_BGSH: Tensor, seen: SeenKeys | None) -> Case:
+    batch, heads, seq, width = q_BQSH.shape
+    return Case(seen, batch, seq, 0, (heads, k_BGSH.shape[1]), width, q_BQSH.dtype, q_BQSH.device)
 
 
 def documents(batch: int, seq: int) -> Tensor:
@@ -56,11 +65,12 @@ def measure(
     docs_BS = documents(batch, seq) if masked else None
 
     def step(which: str, repetition: int) -> None:
-        y = (attend if which == OURS else whole)(*tensors, seen_keys(seq, 0, None, docs_BS))
+        y = (ours if which == OURS else whole)(*tensors, seen_keys(seq, 0, None, docs_BS))
         torch.autograd.grad(y, tensors, grad)
 
-    times = interleaved({which: partial(step, which) for which in (WHOLE, OURS)}, repetitions, warm_up=5)
-    rows = block_rows(seq, dtype, masked, torch.device("cpu"))
+    times = interleaved({which: partial(step, which) for which in (WHOLE, OURS)}, repetitions, warm_up=2)
+    plan = plan_attention(AUTO, case_of(*tensors[:2], seen_keys(seq, 0, None, docs_BS)))
+    rows = block_rows(seq, dtype) if plan.backend == "blocks" else None
     return {"rows": rows, "ms": 1e3 * medians(times)[WHOLE], "speedup": ratio(times, WHOLE, OURS)}
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 
 from moetrain.config.rules import above_zero, at_least, check_device, is_installed, within
-from moetrain.config.schema import GenerateConfig, MuonConfig, TrainConfig
+from moetrain.config.schema import AttentionBackend, GenerateConfig, MuonConfig, Precision, TrainConfig
 from moetrain.errors import UserError
 
 _ENGINES = ("native",)
@@ -127,6 +127,20 @@ def compiler_is_there(cfg: TrainConfig, world: int) -> None:
         )
 
 
+def attention_fits_device(cfg: TrainConfig, world: int) -> None:
+    """What the device has not, without a test on it."""
+    if cfg.model.attention is AttentionBackend.auto:
+        return
+    import torch
+
+    from moetrain.models.attention import require_backend
+    from moetrain.train.run import resolve_device
+
+    dtype = {Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}.get(cfg.train.precision)
+    device = torch.device(resolve_device(cfg.train.device))
+    require_backend(cfg.model, cfg.data.seq_len, dtype or torch.float32, device, tested=False)
+
+
 def engine_is_known(cfg: TrainConfig, world: int) -> None:
     if cfg.engine.name not in _ENGINES:
         raise UserError(f"engine.name={cfg.engine.name} is not known; known: {', '.join(_ENGINES)}")
@@ -219,6 +233,7 @@ RULES = (
     global_batch_is_whole_micro_batches,
     device_is_there,
     compiler_is_there,
+    attention_fits_device,
     engine_is_known,
     tracker_is_installed,
     run_folder_is_sane,

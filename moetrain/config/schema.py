@@ -51,6 +51,18 @@ class QKNorm(Enum):
     full = "full"
 
 
+class AttentionBackend(Enum):
+    """``sdpa``: torch's scaled_dot_product_attention, by blocks of queries where there are documents or a
+    window; ``blocks``: blocks of queries on a CPU; ``flex``: torch's FlexAttention, on a GPU; ``varlen``: its
+    variable-length attention, on a GPU in bf16; ``auto``: the first that fits and passes a self-test."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    blocks = "blocks"
+    flex = "flex"
+    varlen = "varlen"
+
+
 class ScheduleKind(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -95,6 +107,7 @@ class ModelConfig:
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     sliding_window: Optional[int] = None  # in tokens, the query's own included
+    attention: AttentionBackend = AttentionBackend.auto
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5

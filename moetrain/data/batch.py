@@ -29,6 +29,7 @@ class Batch:
     byte_counts_BS  bytes of text that each label stands for, 0 without label; see ``bits_per_byte``.
     valid_BS        bool, False on padding; None: no padding in this batch.
     num_targets     how many labels are not IGNORE.
+    documents       no row has more of them, and each is one run of positions; None: not known.
     """
 
     input_ids_BS: Tensor
@@ -40,6 +41,7 @@ class Batch:
     byte_counts_BS: Tensor
     valid_BS: Tensor | None
     num_targets: int
+    documents: int | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """All of it on ``device``, by copies that the host does not wait for."""

@@ -171,4 +171,5 @@ class PackedSplit:
             byte_counts_BS=tensor(rows.byte_counts_BS),
             valid_BS=None if rows.valid_BS.all() else tensor(rows.valid_BS),
             num_targets=int((rows.labels_BS != IGNORE).sum()),
+            documents=1 + int((np.diff(rows.doc_ids_BS) != 0).sum(1).max(initial=0)),
         )

@@ -6,17 +6,18 @@ P = (Q + 2G) H columns of the joint projection: all queries, all keys, all value
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig, QKNorm
+from moetrain.config.schema import AttentionBackend, ModelConfig, QKNorm
 from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
-from moetrain.ops.causal_attention import attend
+from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.linear import linear
-from moetrain.ops.seen_keys import SeenKeys
+from moetrain.ops.precision import product_dtype
 
 
 def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -32,6 +33,50 @@ def head_shape(cfg: ModelConfig) -> tuple[int, int, int]:
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"a head is {head_dim} wide (model.head_dim); rotary embedding needs an even width")
     return cfg.num_heads, num_kv_heads, head_dim
+
+
+def plan_of(cfg: ModelConfig, x_BSD: Tensor, seen: SeenKeys | None, cached: int | None = None) -> Plan:
+    """How the layers of one forward pass over ``x_BSD`` attend.
+
+    ``cached``: keys in the cache that the new ones join; None: there is no cache. With one, ``cfg.attention``
+    counts as ``auto``.
+
+    Raises UserError where ``cfg.attention`` cannot compute it.
+    """
+    batch, seq = x_BSD.shape[:2]
+    case = _case(cfg, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device)
+    try:
+        return plan_attention(cfg.attention.value if cached is None else AUTO, case)
+    except ValueError as error:
+        raise UserError(f"model.attention={cfg.attention.value}: {error}; set model.attention=auto") from None
+
+
+def require_backend(
+    cfg: ModelConfig, seq: int, dtype: torch.dtype, device: torch.device, tested: bool = True
+) -> None:
+    """UserError where ``cfg.attention`` cannot compute ``seq`` tokens in ``dtype`` on ``device``.
+
+    ``tested``: or where it fails its self-test there, which takes memory on the device.
+    """
+    if cfg.attention is AttentionBackend.auto:
+        return
+    seen = SeenKeys(seq, window=cfg.sliding_window)
+    reason = refusal(cfg.attention.value, _case(cfg, 1, seq, 0, seen, dtype, device), tested)
+    if reason is not None:
+        raise UserError(f"model.attention={cfg.attention.value}: {reason}; set model.attention=auto")
+
+
+def _case(
+    cfg: ModelConfig,
+    batch: int,
+    seq: int,
+    cached: int,
+    seen: SeenKeys | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    num_heads, num_kv_heads, head_dim = head_shape(cfg)
+    return Case(seen, batch, seq, cached, (num_heads, num_kv_heads), head_dim, dtype, device)
 
 
 class Attention(nn.Module):
@@ -51,16 +96,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim if per_head else self.widths[0], cfg.norm_eps)
             self.k_norm = RMSNorm(self.head_dim if per_head else self.widths[1], cfg.norm_eps)
 
-    def forward(
-        self, x_BSD: Tensor, rope: Rope, seen: SeenKeys | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """``seen`` is :func:`attend`'s."""
+    def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
+        """``plan`` is :func:`attend`'s."""
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
         q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
         k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        return linear(attend(q_BQSH, k_BGKH, v_BGKH, seen).flatten(2), self.w_out_DQ)
+        return linear(attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         parts = list(linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
-from moetrain.models.attention import Attention
+from moetrain.models.attention import Attention, plan_of
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.ops.attention import Plan, seen_keys
 from moetrain.ops.embedding import embedding
 from moetrain.ops.init import Constant, Normal, parameter, set_initializer
-from moetrain.ops.seen_keys import SeenKeys, seen_keys
 
 
 class DecoderOutput(NamedTuple):
@@ -53,11 +53,11 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: Rope,
-        seen: SeenKeys | None = None,
+        plan: Plan,
         ctx: RouterContext | None = None,
         cache_layer: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, seen, cache_layer)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
         y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
         return x_BSD + y_BSD, record
 
@@ -105,12 +105,14 @@ class Decoder(nn.Module):
         doc_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: int | None = None,
     ) -> DecoderOutput:
         """Hidden states after the last norm, and the MoE layers' routings.
 
         ``doc_ids_BS``: attention stays within tokens of one id; None is plainly causal. ``positions_BS``:
-        None counts from 0, or from the end of ``cache``, which the new tokens then join.
-        Raises ValueError for documents together with a cache.
+        None counts from 0, or from the end of ``cache``, which the new tokens then join. ``documents``: no
+        row of ``doc_ids_BS`` holds more of them, and each is one run of tokens; None: not known.
+        Raises ValueError for documents together with a cache; UserError where ``cfg.attention`` does not fit.
         """
         if cache is not None and doc_ids_BS is not None:
             raise ValueError("doc_ids_BS and cache do not go together: a cache holds one document a row")
@@ -122,15 +124,17 @@ class Decoder(nn.Module):
         if ctx.token_ids_T is None:
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
-        compute_dtype = self.compute_dtype or x_BSD.dtype
-        x_BSD = x_BSD.to(compute_dtype).to(self.residual_dtype or compute_dtype)
-        rope = self._rope(positions_BS, x_BSD.dtype)
-        seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS)
+        x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
+        compute_dtype = x_BSD.dtype
+        rope = self._rope(positions_BS, compute_dtype)
+        seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
+        plan = plan_of(self.cfg, x_BSD, seen, None if cache is None else cached)
+        x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
         records: list[Routing] = []
         for layer, block in enumerate(self.blocks):
             layer_ctx = ctx.at_layer(layer, records[-1] if records else None)
             layer_cache = None if cache is None else cache.layers[layer]
-            x_BSD, record = block(x_BSD, rope, seen, layer_ctx, layer_cache)
+            x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
             if record is not None:
                 records.append(record)
         return DecoderOutput(self.norm(x_BSD, compute_dtype), records)

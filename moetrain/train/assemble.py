@@ -9,6 +9,7 @@ import torch
 
 from moetrain.config.schema import Precision, Residual, TrainConfig
 from moetrain.errors import UserError
+from moetrain.models.attention import require_backend
 from moetrain.models.count import Counts, count_parameters
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import (
@@ -28,6 +29,12 @@ from moetrain.train.monitor import LossMonitor
 from moetrain.train.optim import build_optimizer, freeze
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
+
+_PRODUCTS = {
+    Precision.fp32: torch.float32,
+    Precision.fp64: torch.float64,
+    Precision.bf16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def assemble(
 
     Each rank allocates and draws its own shards. ``adjust`` may change how parameters start, alike on every
     rank; not ``drawn``: they are about to be loaded, and are undefined until then.
-    Raises UserError where the model or the layout cannot be built.
+    Raises UserError where the model or the layout cannot be built, or attention not computed as asked.
     """
     task, counts, data = lay_out(cfg, vocab_size, device, world, adjust)
     allocate(task, device)
@@ -72,6 +79,7 @@ def lay_out(
     adjust: Callable[[Decoder], None] = lambda model: None,
 ) -> tuple[NextToken, Counts, DataGroups]:
     """The task, laid out over ``world`` ranks, without memory; the whole model's counts; who reads what."""
+    require_backend(cfg.model, cfg.data.seq_len, _PRODUCTS[cfg.train.precision], _current(device))
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:
         with on_meta_device():
@@ -111,6 +119,11 @@ def with_step(
         task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed, data.loss
     )
     return Assembled(task, optimizer, controllers, monitor, step, counts, data)
+
+
+def _current(device: str) -> torch.device:
+    """This rank's, by its number as tensors on it have it."""
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:

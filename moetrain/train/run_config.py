@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from moetrain.config.compose import load_yaml
 from moetrain.config.init_from import CONFIG
-from moetrain.config.schema import ModelConfig, TrainConfig
+from moetrain.config.schema import AttentionBackend, ModelConfig, TrainConfig
 from moetrain.config.validate import validate_stored
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
@@ -28,6 +29,8 @@ _COUNTS = ("vocab_size", "num_experts", "num_shared_experts")
 def run_config(run_dir: Path) -> TrainConfig:
     """The config in ``run_dir``, which describes a model that can be built, the one in its newest checkpoint.
 
+    Its attention backend was chosen for the machine of the run, so here it is ``auto``.
+
     Raises UserError that names the file and the key. Building takes time and memory only as the checkpoint's
     files do, whatever numbers the config holds.
     """
@@ -38,7 +41,7 @@ def run_config(run_dir: Path) -> TrainConfig:
     validate_stored(cfg, where)
     if shapes:
         _check_shapes(cfg, shapes, where, checkpoint)
-    return cfg
+    return replace(cfg, model=replace(cfg.model, attention=AttentionBackend.auto))
 
 
 def _newest(run_dir: Path) -> tuple[Path | None, Shapes]:

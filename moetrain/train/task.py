@@ -47,9 +47,10 @@ class NextToken(nn.Module):
         positions_BS: Tensor | None = None,
         cache: KVCache | None = None,
         per_token: bool = False,
+        documents: int | None = None,
     ) -> TaskOutput:
         """With labels: the summed loss in nats, or each token's (``per_token``, no gradient); else logits."""
-        hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache)
+        hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache, documents)
         if labels_BS is None:
             return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
         if per_token:
@@ -83,4 +84,5 @@ def batch_arguments(
         "ctx": ctx,
         "doc_ids_BS": batch.doc_ids_BS,
         "positions_BS": batch.positions_BS,
+        "documents": batch.documents,
     }

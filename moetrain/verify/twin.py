@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moetrain.config.schema import ExpertDispatch, ModelConfig, ParallelConfig, Precision, TrainConfig
+from moetrain.config.schema import (
+    AttentionBackend,
+    ExpertDispatch,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    TrainConfig,
+)
 
 SEQ = 11  # positions of a sequence
 VOCAB = 211
@@ -78,6 +85,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         num_heads=kv_heads * min(m.num_heads // kv, 3),
         num_kv_heads=kv_heads,
         head_dim=4,
+        attention=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
         d_ff_expert=7,
         num_shared_experts=min(m.num_shared_experts, 2),

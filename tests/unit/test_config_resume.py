@@ -13,10 +13,12 @@ from moetrain.cli import main
 from moetrain.config.compose import compose_train
 from moetrain.config.flat import flat
 from moetrain.config.init_from import spec_overrides
-from moetrain.config.resume import RULES, Change, differences, rule_of, table
-from moetrain.config.schema import TrainConfig
+from moetrain.config.resume import RULES, Change, compare, differences, rule_of, table
+from moetrain.config.schema import AttentionBackend, TrainConfig
 from moetrain.config.store import variants
 from moetrain.models.hf.family import ModelSpec
+from moetrain.train.identity import function_of
+from moetrain.verify.twin import twin_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "resume.md"
 
@@ -49,6 +51,16 @@ def _sections(key: str) -> Iterator[str]:
     yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
+def test_the_attention_backend_is_none_of_the_model():
+    """Another one computes the same, and another machine may lack it."""
+    before, now = (compose_train([f"model.attention={name}"]) for name in ("auto", "blocks"))
+    assert function_of(before) == function_of(now)
+    assert compare(before, now, "runs/a") == []
+    assert twin_of(now, 1, 1).cfg.model.attention is AttentionBackend.auto
+    described = spec_overrides(ModelSpec(now.model, now.router, now.experts))
+    assert [line for line in described if line.startswith("model.attention")] == []
+
+
 def test_the_docs_show_the_table():
     assert table() in DOCS.read_text()
 
@@ -59,6 +71,7 @@ def test_the_docs_show_the_table():
         ("router.top_k", Change.named),
         ("experts.activation", Change.named),
         ("experts.backend", Change.free),
+        ("model.attention", Change.free),
         ("optim.lr", Change.named),
         ("schedule.horizon", Change.named),
         ("train.seed", Change.fixed),

@@ -10,7 +10,14 @@ from moetrain.config import rules_data, rules_model, rules_rope, rules_train
 from moetrain.config import validate as validate_module
 from moetrain.config.compose import compose_train
 from moetrain.config.rules import is_installed
-from moetrain.config.schema import EngineConfig, ExpertDispatch, GenerateConfig, MuonConfig, WandbTracker
+from moetrain.config.schema import (
+    AttentionBackend,
+    EngineConfig,
+    ExpertDispatch,
+    GenerateConfig,
+    MuonConfig,
+    WandbTracker,
+)
 from moetrain.config.schema_balance import LossConfig, LossName, LossScope
 from moetrain.config.schema_data import (
     DomainsData,
@@ -61,6 +68,8 @@ LOSS = LossConfig()
 LLAMA3, YARN = (RopeScaling(kind, 8.0, 64) for kind in (RopeKind.llama3, RopeKind.yarn))
 LOCALITY, DIRICHLET = LossConfig(LossName.locality), LossConfig(LossName.dirichlet, scope=LossScope.sequence)
 
+ON_CPU = {"train.device": "cpu"}
+
 REFUSED = [
     ({"model.d_model": 0}, "model.d_model=0 must be 1 or more"),
     ({"model.num_layers": -1}, "model.num_layers=-1"),
@@ -72,6 +81,8 @@ REFUSED = [
     ({"model.d_ff_shared": 7}, "model.d_ff_shared=7 is of shared experts", "model.num_shared_experts=1"),
     ({"model.shared_gate": True}, "model.shared_gate=True is of shared experts"),
     ({"model.sliding_window": 0}, "model.sliding_window=0 must be 1 or more"),
+    (ON_CPU | {"model.attention": AttentionBackend.flex}, "model.attention=flex: on a cpu device", "=auto"),
+    (ON_CPU | {"model.attention": AttentionBackend.varlen}, "model.attention=varlen: its kernel is CUDA's"),
     ({"model.rope_theta": 0.0}, "model.rope_theta=0.0 must be above 0"),
     ({"model.rope_scaling.factor": 2.0}, "model.rope_scaling.factor=2.0 is not used by", "linear or llama3"),
     ({"model.rope_scaling": RopeScaling(RopeKind.linear, 0.5)}, "model.rope_scaling.factor=0.5 must be 1 or"),
@@ -257,6 +268,7 @@ ACCEPTED = [
     {"model.num_experts": 0, "model.moe_every": 5},
     {"model.num_heads": 7, "model.head_dim": 32},
     {"model.num_kv_heads": 3},
+    ON_CPU | {"model.attention": AttentionBackend.blocks},
     {"model.first_dense": 3},
     {"model.moe_every": 4},
     {"model.rope_scaling": YARN},

@@ -133,6 +133,7 @@ def test_batches_leave_out_what_the_model_need_not_look_at(tmp_path):
     assert batch.sample_ids_B.tolist() == [10, 11]
     assert batch.valid_BS is None
     assert batch.num_targets == 5
+    assert batch.documents == 2
     assert {x.dtype for x in (batch.input_ids_BS, batch.labels_BS, batch.byte_counts_BS)} == {torch.int64}
     crossing = make_split([stream], 3, keep=False, reset=False).batch(indices, indices)
     assert crossing.doc_ids_BS is None
@@ -153,7 +154,7 @@ def test_moving_a_batch_keeps_all_of_it(tmp_path):
     batch = split.batch(np.array([1]), np.array([4]))
     moved = batch.to("meta")
     assert moved.input_ids_BS.device.type == moved.sample_ids_B.device.type == "meta"
-    assert (moved.num_targets, moved.valid_BS) == (batch.num_targets, None)
+    assert (moved.num_targets, moved.documents, moved.valid_BS) == (batch.num_targets, 2, None)
 
 
 def test_bits_per_byte():

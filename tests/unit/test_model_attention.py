@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cases import TINY
+from model_cases import TINY, decoder, tokens
 from torch import Tensor
 
-from moetrain.config.schema import QKNorm
+from moetrain.config.schema import AttentionBackend, QKNorm
 from moetrain.errors import UserError
-from moetrain.models.attention import Attention
+from moetrain.models.attention import Attention, plan_of, require_backend
+from moetrain.models.cache import KVCache
 from moetrain.models.rope import apply_rope, rope_table
 from moetrain.ops import cpu_product
-from moetrain.ops.seen_keys import SeenKeys, seen_keys
+from moetrain.ops.attention import SeenKeys, seen_keys
 
 BATCH, SEQ = 3, 11
 Seen = Callable[[int, int, int], bool]
@@ -66,7 +67,7 @@ def build(
 
 def run(attention: Attention, x_BSD: Tensor, window: int | None, doc_ids_BS: Tensor | None) -> Tensor:
     table = rope_table(torch.arange(SEQ)[None], attention.head_dim, TINY.rope_theta, torch.float64)
-    return attention(x_BSD, table, seen_keys(SEQ, 0, window, doc_ids_BS))
+    return attention(x_BSD, table, plan_of(TINY, x_BSD, seen_keys(SEQ, 0, window, doc_ids_BS)))
 
 
 @pytest.mark.parametrize("qk_norm", list(QKNorm))
@@ -124,6 +125,27 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, int | None], words
         Attention(replace(TINY, **changes))
 
 
+@pytest.mark.parametrize("name", ["sdpa", "blocks"])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 100}])
+def test_a_backend_that_is_asked_for_by_name(name: str, changes: dict[str, int]) -> None:
+    ids_BS, docs_BS = tokens(2, 600), torch.arange(600).expand(2, 600) // 250
+    outputs = []
+    for attention in (AttentionBackend(name), AttentionBackend.auto):
+        model = decoder(attention=attention, num_layers=1, **changes)
+        outputs.append(model(ids_BS, doc_ids_BS=docs_BS, documents=3).hidden_BSD)
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_backend_that_does_not_fit_is_refused_but_not_for_a_cache() -> None:
+    model, cpu = decoder(attention=AttentionBackend.flex), torch.device("cpu")
+    with pytest.raises(UserError, match=r"model.attention=flex: on a cpu device .*model.attention=auto"):
+        model(tokens(2, 7))
+    model(tokens(2, 7), cache=KVCache(TINY.num_layers, 7))
+    cfg = replace(TINY, attention=AttentionBackend.varlen)
+    with pytest.raises(UserError, match=r"model.attention=varlen: its kernel is CUDA's"):
+        require_backend(cfg, 7, torch.bfloat16, cpu)
+
+
 def test_compiling_keeps_the_numbers_and_leaves_the_choice_of_library_to_the_compiler() -> None:
     """Long enough to go by blocks of queries and, uncompiled, through oneDNN, which inductor cannot lower."""
     width, seq = 64, 521
@@ -136,14 +158,17 @@ def test_compiling_keeps_the_numbers_and_leaves_the_choice_of_library_to_the_com
         return graph.forward
 
     torch.manual_seed(0)
-    attention = Attention(replace(TINY, d_model=width, head_dim=16, num_kv_heads=3))
+    cfg = replace(TINY, d_model=width, head_dim=16, num_kv_heads=3)
+    attention = Attention(cfg)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
     x = torch.randn(BATCH, seq, width)
     rope = rope_table(torch.arange(seq)[None], 16, TINY.rope_theta, torch.float32)
+    plan = plan_of(cfg, x, None)
+    assert plan.backend == "blocks"
     results = []
     for function in (torch.compile(attention, backend=backend), attention):
-        y = function(x, rope)
+        y = function(x, rope, plan)
         results.append([y, *torch.autograd.grad(y.square().sum(), list(attention.parameters()))])
     for compiled, plain in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
