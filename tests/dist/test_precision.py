@@ -73,7 +73,7 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
         first = out[0] if isinstance(out, tuple) else out
         of(module).update({first.dtype} if isinstance(first, Tensor) else set())
 
-    for module in task.model.modules():
+    for module in task.model.blocks.modules():
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
     output = forward(task, batches()[0])
