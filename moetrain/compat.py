@@ -41,10 +41,12 @@ def reduce_unused_gradients(model: Any) -> None:
     ``model``: the root FSDPModule. A rank whose tokens miss a parameter would otherwise leave that parameter
     out of its reduce-scatter, whose sizes then differ between ranks.
     """
-    if hasattr(model, "set_reduce_scatter_unused_params"):
+    # torch < 2.13 has no switch for it. Before 2.15 its zeros have the parameter's dtype, which FSDP2
+    # refuses beside gradients accumulated in another: there, they are made before it collects gradients.
+    mixes_dtypes = hasattr(torch.ops.fsdp, "chunk_cat_mixed_dtype")
+    if mixes_dtypes and hasattr(model, "set_reduce_scatter_unused_params"):
         model.set_reduce_scatter_unused_params(True)
         return
-    # torch < 2.13 has no such switch: the missing gradients are made just before FSDP2 collects them.
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -57,10 +59,14 @@ def reduce_unused_gradients(model: Any) -> None:
 def _post_backward(group: Any, reduce: Any, *unused: Any) -> None:
     """FSDP2's ``reduce`` of one module's gradients, after those that are missing were set to zeros."""
     if group.reduce_grads:
-        for parameter in group.fsdp_params:
-            whole = getattr(parameter, "_unsharded_param", None)  # None before the first forward
-            if whole is None or not whole.requires_grad or parameter.unsharded_accumulated_grad is not None:
+        used = [p for p in group.fsdp_params if hasattr(p, "_unsharded_param")]  # all, after a forward
+        sums = [p.unsharded_accumulated_grad for p in used if p.unsharded_accumulated_grad is not None]
+        for parameter in used:
+            whole = parameter.unsharded_param
+            if not whole.requires_grad or parameter.unsharded_accumulated_grad is not None:
                 continue
-            if whole.grad is None:
+            if sums:  # FSDP2 adds this micro-batch's gradient, if any
+                parameter.unsharded_accumulated_grad = torch.zeros_like(whole, dtype=sums[0].dtype)
+            elif whole.grad is None:
                 whole.grad = torch.zeros_like(whole)
     reduce(*unused)
