@@ -1,4 +1,4 @@
-"""A parameter that only some ranks use has the sum of their gradients, with torch's own switch and without.
+"""A parameter that only some ranks use has the sum of their gradients.
 
 Shapes: T tokens, D model, F hidden.
 """
@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moetrain.compat import reduce_unused_gradients
 from moetrain.parallel.ranks import run_ranks
 
 D, HIDDEN, STEPS = 5, 7, 3
-SWITCH = "set_reduce_scatter_unused_params"
 
 
 class Fork(nn.Module):
@@ -64,10 +63,8 @@ def new_model() -> Model:
     return model
 
 
-def gradients(rank: int, world: int, switch: bool, accumulate: bool, bf16: bool) -> list[dict[str, Tensor]]:
+def gradients(rank: int, world: int, accumulate: bool, bf16: bool) -> list[dict[str, Tensor]]:
     """Of every parameter after each step, whole; ``accumulate``: they are summed over all steps before."""
-    if not switch and hasattr(FSDPModule, SWITCH):
-        delattr(FSDPModule, SWITCH)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     model = new_model()
     for module in (model.fork, model):
@@ -98,11 +95,10 @@ def expected(world: int, steps: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [False, True], ids=["each step", "accumulated"])
-@pytest.mark.parametrize("switch", [True, False], ids=["as it is", "without torch's switch"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_gradients_are_sums_over_the_ranks_that_use_them(world, switch, accumulate, bf16):
+def test_gradients_are_sums_over_the_ranks_that_use_them(world, accumulate, bf16):
     sums = [[*range(STEPS)]] if accumulate else [[step] for step in range(STEPS)]
-    for found in run_ranks(gradients, world, switch, accumulate, bf16):
+    for found in run_ranks(gradients, world, accumulate, bf16):
         for of_one, steps in zip(found, sums, strict=True):
             for name, gradient in expected(world, steps).items():
                 assert torch.equal(of_one[name], gradient), name
