@@ -1,8 +1,9 @@
 # `make demo` trains the default model; `make test` runs the tests. Both make a virtual environment first.
+# `make test TORCH=2.11.0` does so with that version of torch, in .venv-2.11.0: docs/compatibility.md.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test test-real test-variants lint clean
@@ -39,6 +40,7 @@ lint: $(VENV)/.installed-dev
 # torch first, by itself: the constraint picks the build that every later requirement then finds.
 $(VENV)/.installed-plot: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed -e '$(TORCH:%=s/^torch==.*/torch==%/)' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch
 	$(PIP) -e '.[plot]'
 	touch $@

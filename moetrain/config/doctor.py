@@ -35,7 +35,10 @@ _COMPILERS = ("g++", "clang++", "c++")
 
 
 def doctor() -> int:
-    """Print what this machine has; 1 where a needed package is missing, else 0."""
+    """Print what this machine has; 1 where a needed package is missing, else 0.
+
+    Raises UserError where torch is too old.
+    """
     missing = [name for name in _NEEDED if _version(name) is None]
     _line("moetrain", moetrain.__version__)
     _line("python", f"{platform.python_version()} at {sys.executable}")
@@ -55,6 +58,9 @@ def doctor() -> int:
 def _print_torch_devices() -> None:
     import torch
 
+    from moetrain.compat import check_torch
+
+    check_torch(torch.__version__)
     _line("torch threads", str(torch.get_num_threads()))
     _line("cuda", torch.version.cuda or "this torch is built without CUDA")
     for i in range(torch.cuda.device_count()):

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.compat import all_gather_single, reduce_scatter_single
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -125,7 +127,7 @@ class Exchange:
         each = [rows.shape[0]] * self.size
         watched = self._observed(name, "all_gather", rows, each, each)
         out = rows.new_empty(sum(each), *rows.shape[1:])
-        return Flight(rows, out, dist.all_gather_single(out, rows, group=self.group, async_op=True), watched)
+        return Flight(rows, out, all_gather_single(out, rows, group=self.group, async_op=True), watched)
 
     def start_reduce_scatter(self, name: str, rows: Tensor) -> Flight:
         """This rank's n rows of [size n, ...], summed over all ranks."""
@@ -133,7 +135,7 @@ class Exchange:
         each = [rows.shape[0] // self.size] * self.size
         watched = self._observed(name, "reduce_scatter", rows, each, each)
         out = rows.new_empty(each[0], *rows.shape[1:])
-        work = dist.reduce_scatter_single(out, rows, group=self.group, async_op=True)
+        work = reduce_scatter_single(out, rows, group=self.group, async_op=True)
         return Flight(rows, out, work, watched)
 
     def largest(self, name: str, value: int, device: torch.device) -> int:

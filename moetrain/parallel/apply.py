@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.compat import reduce_unused_gradients
 from moetrain.moe import MoELayer
 from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
 from moetrain.ops.cheap import dropping_cheap
@@ -183,6 +184,6 @@ def _shard(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     if isinstance(model, FSDPModule):
         # A rank whose tokens miss a parameter still takes part in that parameter's sum.
-        model.set_reduce_scatter_unused_params(True)
+        reduce_unused_gradients(model)
     for name, parameter in model.named_parameters():
         vars(parameter).update(attributes[name])

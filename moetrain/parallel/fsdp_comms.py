@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from moetrain.compat import all_gather_single, reduce_scatter_single
 from moetrain.moe.exchange import Collective, Observer
 
 
@@ -45,7 +46,7 @@ class _Gather(_Observed):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
         with self.entering("weights", "all_gather", group):
-            return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Reduce(_Observed):
@@ -58,9 +59,7 @@ class _Reduce(_Observed):
         async_op: bool = False,
     ) -> Any:
         with self.entering("gradients", "reduce_scatter", group):
-            return dist.reduce_scatter_single(
-                output_tensor, input_tensor, group=group, op=op, async_op=async_op
-            )
+            return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
 class _ReduceThenSum(_Reduce):
