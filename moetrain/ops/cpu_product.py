@@ -30,9 +30,11 @@ def outer(a_nK: Tensor, b_nN: Tensor, out_KN: Tensor) -> Tensor:
     """
     if b_nN.shape[1] > a_nK.shape[1] and _by_onednn(a_nK.t(), b_nN):
         return product(a_nK.t().contiguous(), b_nN, out=out_KN)
-    if out_KN.dtype == a_nK.dtype:
-        return out_KN.zero_().addmm_(a_nK.t(), b_nN)  # MKL adds faster than it overwrites
-    return out_KN.copy_(torch.mm(a_nK.t(), b_nN))
+    if out_KN.dtype != a_nK.dtype:
+        return out_KN.copy_(torch.mm(a_nK.t(), b_nN))
+    if a_nK.dtype.itemsize < 4:
+        return torch.mm(a_nK.t(), b_nN, out=out_KN)
+    return out_KN.zero_().addmm_(a_nK.t(), b_nN)  # MKL adds faster than it overwrites
 
 
 def _by_onednn(a_nK: Tensor, b_KN: Tensor) -> bool:
