@@ -1,6 +1,7 @@
 """A training step with shapes alone: what waits for values elsewhere is known here, or not asked.
 
-Shapes: T tokens, E experts overall, e experts here, K choices a token, P ranks of ep, N assignments.
+Shapes: T tokens, E experts overall, e experts here, K choices a token, P ranks of ep, N assignments; M nodes,
+L ranks of a node, C = 1 + e (distinct rows, assignments of each expert), W columns of what is read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
@@ -20,6 +22,7 @@ from moetrain.errors import UserError
 from moetrain.moe import MoELayer
 from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.exchange import Exchange
+from moetrain.moe.hierarchical import HierarchicalDispatcher
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.clip import clip_
@@ -51,26 +54,60 @@ def deal_in_turn(layer: MoELayer) -> None:
 
 
 def tell_counts(layer: MoELayer, tokens: int) -> None:
-    """Give the dispatcher the host counts of :func:`deal_in_turn`, which fake tensors cannot."""
+    """Give the dispatcher the host counts of :func:`deal_in_turn`, which fake tensors cannot.
+
+    Every rank deals alike. Raises UserError for a dispatcher that reads other counts.
+    """
     router, dispatcher = layer.router, layer.dispatcher
-    if not isinstance(dispatcher, AllToAllDispatcher):
-        raise UserError("parallel.ep=1 reads counts on the host: set parallel.ep to 2 or more")
-    counts_E = in_turn(tokens * router.top_k, router.num_experts)
-    known = {field.name: getattr(dispatcher.exchange, field.name) for field in fields(Exchange)}
-    dispatcher.exchange = _Told(**known, counts_E=tuple(counts_E))
+    if isinstance(dispatcher, AllToAllDispatcher):
+        counts_E = in_turn(tokens * router.top_k, router.num_experts)
+        dispatcher.exchange = _told(dispatcher.exchange, _straight(dispatcher, counts_E))
+    elif isinstance(dispatcher, HierarchicalDispatcher):
+        tables = _two_levels(dispatcher, tokens, router.top_k, router.num_experts)
+        dispatcher.node = _told(dispatcher.node, tables)
+    else:
+        raise UserError(
+            "parallel.ep=1 reads counts on the host, and so does parallel.dispatcher=all_gather: set "
+            "parallel.ep to 2 or more, and parallel.dispatcher to all_to_all or hierarchical"
+        )
 
 
 @dataclass(frozen=True)
 class _Told(Exchange):
-    """Every rank sends ``counts_E`` rows to the experts."""
+    """Reads ``tables`` whatever the device has."""
 
-    counts_E: tuple[int, ...] = ()
+    tables: tuple[Counts, ...] = ()
 
-    def on_host(self, *counts_Pf: Tensor) -> list[Counts]:
-        ranks, here = counts_Pf[0].shape[0], counts_Pf[0].shape[1] - 1
-        stamp = [0]
-        sent = [[*self.counts_E[p * here : (p + 1) * here], *stamp] for p in range(ranks)]
-        return [sent, [list(sent[self.group.rank()]) for _ in range(ranks)]]
+    def on_host(self, name: str, *tables: Tensor) -> list[Counts]:
+        return list(self.tables)
+
+
+def _told(exchange: Exchange, tables: tuple[Counts, ...]) -> _Told:
+    return _Told(**{f.name: getattr(exchange, f.name) for f in fields(Exchange)}, tables=tables)
+
+
+def _straight(dispatcher: AllToAllDispatcher, counts_E: list[int]) -> tuple[Counts, Counts]:
+    """What AllToAllDispatcher reads: assignments sent and received, and the stamp."""
+    exchange, here, stamp = dispatcher.exchange, dispatcher.num_local, [0]
+    sent = [[*counts_E[p * here : (p + 1) * here], *stamp] for p in range(exchange.size)]
+    return sent, [sent[exchange.group.rank()]] * exchange.size
+
+
+def _two_levels(
+    dispatcher: HierarchicalDispatcher, tokens: int, top_k: int, num_experts: int
+) -> tuple[Counts, Counts, Counts]:
+    """What HierarchicalDispatcher reads: own counts, the nodes' for this one, the node's for this rank."""
+    nodes, node = dispatcher.nodes, dispatcher.node
+    ids_TK = torch.arange(tokens * top_k).view(-1, top_k) % num_experts
+    chosen_TE = F.one_hot(ids_TK, num_experts).sum(1)[:, : nodes.size * node.size * dispatcher.num_local]
+    chosen_TMLe = chosen_TE.unflatten(1, (nodes.size, node.size, dispatcher.num_local))
+    rows_ML, rows_M = chosen_TMLe.any(3).sum(0), chosen_TMLe.flatten(2).any(2).sum(0)
+    cells_MLC = torch.cat([rows_ML[..., None], chosen_TMLe.sum(0)], 2)
+    own_MW = F.pad(torch.cat([rows_M[:, None], cells_MLC.flatten(1)], 1), (0, 1))
+    m, place = nodes.group.rank(), node.group.rank()
+    near_MW = own_MW[m].expand_as(own_MW)
+    far_LW = F.pad(cells_MLC[m, place].repeat(nodes.size), (0, 1)).expand(node.size, -1)
+    return own_MW.tolist(), near_MW.tolist(), far_LW.tolist()
 
 
 class Collectives(TorchDispatchMode):

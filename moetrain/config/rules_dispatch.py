@@ -15,7 +15,7 @@ def overlap_has_chunks(cfg: TrainConfig, world: int) -> None:
     if p.dispatcher is not ExpertDispatch.all_to_all:
         raise UserError(
             f"parallel.overlap={p.overlap} is of parallel.dispatcher=all_to_all, not of {p.dispatcher.name}: "
-            "set parallel.overlap=1"
+            "set parallel.overlap=1 or parallel.dispatcher=all_to_all"
         )
     if p.ep == 1:
         raise UserError(f"parallel.overlap={p.overlap} needs parallel.ep above 1: set parallel.overlap=1")
@@ -44,7 +44,7 @@ def nodes_hold_whole_groups(cfg: TrainConfig, world: int) -> None:
         given = "" if p.ranks_per_node else " (LOCAL_WORLD_SIZE)"
         raise UserError(
             f"parallel.ranks_per_node={size}{given} and parallel.ep={p.ep}: one must divide the other, so "
-            "that an ep group is whole nodes or lies inside one"
+            "that an ep group is whole nodes or lies inside one; parallel.dispatcher=all_to_all needs neither"
         )
 
 

@@ -154,15 +154,13 @@ class Exchange:
         stamp = self.calls.next(self.layer)
         stamped_Pg = F.pad(sent_Pf, (0, 1), value=stamp)
         received_Pg = self.all_to_all("counts", stamped_Pg)
-        with self._observed("counts", "host", stamped_Pg):
-            sent, received = self.on_host(stamped_Pg, received_Pg)
+        sent, received = self.on_host("counts", stamped_Pg, received_Pg)
         self.check(sent[0][-1], [row[-1] for row in received])
         return received_Pg[:, :-1], [row[:-1] for row in sent], [row[:-1] for row in received]
 
-    def on_host(self, *counts_Pg: Tensor) -> list[list[list[int]]]:
-        """As lists: the host synchronisation of :meth:`counts`."""
-        read: list[list[list[int]]] = torch.stack(counts_Pg).tolist()
-        return read
+    def on_host(self, name: str, *tables: Tensor) -> list[list[list[int]]]:
+        """:meth:`read` of matrices, as lists."""
+        return [table.tolist() for table in self.read(name, *tables)]
 
     def check(self, stamp: int, theirs: list[int]) -> None:
         """Raise OutOfStepError unless the stamps of all ranks, in rank order, are this one's."""

@@ -11,6 +11,7 @@ one, and their distinct (rank, row) pairs; x and X: assignments and rows that ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,25 +114,28 @@ class HierarchicalDispatcher(RemoteDispatcher):
         leaving_LW = F.pad(near_MLC.transpose(0, 1).flatten(1), (0, 1), value=stamp)
         far_LW = self.node.all_to_all("counts", leaving_LW)
         far_LMC = far_LW[:, :-1].reshape(places, -1, width)
-        own, near, far_stamped = self.node.read("counts", own_MW, near_MW, far_LW)
-        self.nodes.check(stamp, near[:, -1].tolist())
-        self.node.check(stamp, far_stamped[:, -1].tolist())
-        own_C, near_C = own[:, 1:-1].reshape(own_MLC.shape), near[:, 1:-1].reshape(own_MLC.shape)
-        far = far_stamped[:, :-1].reshape(far_LMC.shape)
+        nodes, node, useful = self._links(*self.node.on_host("counts", own_MW, near_MW, far_LW))
+        return _Counts(near_MW[:, 0], near_MLC, far_LMC, useful, nodes, node)
 
-        def link(exchange: Exchange, sent: Tensor, received: Tensor) -> Link:
-            return Link(exchange, sent.tolist(), received.tolist())
-
+    def _links(
+        self, own: list[list[int]], near: list[list[int]], far: list[list[int]]
+    ) -> tuple[tuple[Link, Link], tuple[Link, Link], list[int]]:
+        """Of the counts on the host: links between nodes, inside this one, and rows of each expert here."""
+        for exchange, theirs in ((self.nodes, near), (self.node, far)):
+            exchange.check(own[0][-1], [row[-1] for row in theirs])
+        width = 1 + self.num_local
+        own_ML, near_ML, far_LM = _cells(own, 1, width), _cells(near, 1, width), _cells(far, 0, width)
+        near_LM = list(zip(*near_ML, strict=True))
         nodes = (
-            link(self.nodes, own[:, 0], near[:, 0]),
-            link(self.nodes, own_C[..., 1:].sum((1, 2)), near_C[..., 1:].sum((1, 2))),
+            Link(self.nodes, [row[0] for row in own], [row[0] for row in near]),
+            Link(self.nodes, [_assignments(row) for row in own_ML], [_assignments(row) for row in near_ML]),
         )
         node = (
-            link(self.node, near_C[..., 0].sum(0), far[..., 0].sum(1)),
-            link(self.node, near_C[..., 1:].sum((0, 2)), far[..., 1:].sum((1, 2))),
+            Link(self.node, [_rows(row) for row in near_LM], [_rows(row) for row in far_LM]),
+            Link(self.node, [_assignments(row) for row in near_LM], [_assignments(row) for row in far_LM]),
         )
-        useful = far[..., 1:].sum((0, 1)).tolist()
-        return _Counts(near_MW[:, 0], near_MLC, far_LMC, useful, nodes, node)
+        useful = [sum(cell[1 + e] for row in far_LM for cell in row) for e in range(self.num_local)]
+        return nodes, node, useful
 
     def _spread(self, counts: _Counts, arrived_mW: Tensor) -> tuple[Level, Tensor]:
         """What becomes of the assignments that came to this rank for its node: each goes to its expert's."""
@@ -170,6 +174,19 @@ class HierarchicalDispatcher(RemoteDispatcher):
             sources_x, weights_x[order_x], scale_x, counts_e, counts.useful, num_source, block
         )
         return Placed(plan, weights_R)
+
+
+def _cells(table: list[list[int]], first: int, width: int) -> list[list[list[int]]]:
+    """Each row without its stamp, from ``first`` on, in parts of ``width``: distinct rows, assignments."""
+    return [[row[i : i + width] for i in range(first, len(row) - 1, width)] for row in table]
+
+
+def _rows(cells: Sequence[list[int]]) -> int:
+    return sum(cell[0] for cell in cells)
+
+
+def _assignments(cells: Sequence[list[int]]) -> int:
+    return sum(sum(cell[1:]) for cell in cells)
 
 
 def _distinct(here_GS: Tensor, groups_n: Tensor, sources_n: Tensor, size: int) -> tuple[Picked, Tensor]:

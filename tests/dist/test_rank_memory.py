@@ -33,9 +33,14 @@ TINY = [
     "balance=switch", f"data.seq_len={T}", "train.micro_batch_size=1",
     f"train.global_batch_tokens={WORLD * T}", "train.device=cpu", "parallel.ep=2",
 ]  # fmt: skip
+HIERARCHICAL = ["parallel.dispatcher=hierarchical", "train.precision=bf16"]
+FOUR = ["parallel.ep=4", "model.num_experts=8"]
 CASES = {
     "bf16, recompute": ["train.precision=bf16", "train.recompute=true"],
     "hsdp, fp32, muon": ["parallel.dp_replicate=2", "optim=muon"],
+    "hierarchical, two nodes of one rank": [*HIERARCHICAL, "parallel.ranks_per_node=1"],
+    "hierarchical, two nodes of two ranks": [*HIERARCHICAL, "parallel.ranks_per_node=2", *FOUR],
+    "hierarchical, no node sums": [*HIERARCHICAL, "parallel.ranks_per_node=2", *FOUR, "parallel.node_sums=false"],
 }
 EVEN = [
     "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=6", "model.head_dim=4",
@@ -89,7 +94,7 @@ def test_what_divides_evenly_is_held_evenly_with_two_fp32_states_of_adamw():
 def test_a_recomputed_layer_keeps_its_input_its_routing_and_the_way_back():
     """By hand: what a third layer adds."""
     tokens, width, num_experts, assignments = T, 16, 8, T * K
-    block_input = tokens * width * 4
+    block_input = tokens * width * 2  # bf16
     record = 2 * tokens * num_experts * 4 + assignments * (8 + 4 + 8)  # scores, logits; ids, weights, choice
     record += 2 * (num_experts + 1) * 8 + 8  # counts, demand with a place for padding; tokens
     way_back = assignments * 8 + tokens * 8  # which rows are a token's, and where they end
