@@ -11,6 +11,6 @@ def to_device(host: Tensor, device: torch.device | str) -> Tensor:
 
     Whatever is computed from it on the device's current stream comes after the copy.
     """
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type in ("cpu", "meta"):
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)

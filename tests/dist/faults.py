@@ -23,8 +23,8 @@ def experts_averaged_twice() -> None:
     """Summed over the ranks as it should be, and then divided by ep once more."""
     shard = apply._shard
 
-    def broken(model: Any, blocks: Any, mesh: Any, spread: Any, experts_mesh: Any) -> None:
-        shard(model, blocks, mesh, spread, experts_mesh)
+    def broken(model: Any, blocks: Any, mesh: Any, spread: Any, *rest: Any) -> None:
+        shard(model, blocks, mesh, spread, *rest)
         for module in spread:
             module.set_gradient_divide_factor(2.0)
 

@@ -75,11 +75,11 @@ def test_ctrl_c_in_the_middle(
     left = [path.name for path in tmp_path.iterdir()]
     read, calls = SafetensorsFolder.read, []
 
-    def interrupted(self: SafetensorsFolder, name: str) -> torch.Tensor:
+    def interrupted(self: SafetensorsFolder, name: str, *part: object) -> torch.Tensor:
         calls.append(name)
         if len(calls) == 40:
             raise KeyboardInterrupt
-        return read(self, name)
+        return read(self, name, *part)
 
     monkeypatch.setattr(SafetensorsFolder, "read", interrupted)
     assert main(["convert", f"source={sources['single']}", f"target={tmp_path}/new"]) == 130
