@@ -7,14 +7,15 @@ axis would.
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 from invariance import MODEL, B, E, Outcome, Recorder, assert_same, batch, build, figures, gradients, terms, whole_tensor
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from moetrain.moe.balance import RunningLoad
 from moetrain.moe.routers.dynmoe import DynMoEOptions
-from moetrain.parallel.distributed import rank as rank_in
-from moetrain.parallel.distributed import world as ranks_of
+from moetrain.parallel.distributed import rank, world
 from moetrain.parallel.mesh import DataGroups, Meshes
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.evaluate import evaluate
@@ -32,30 +33,35 @@ def pairs() -> Meshes:
     return Meshes(1, 2, 1, both["dp_replicate", "dp_shard"], data=DataGroups(own, own))
 
 
-def step_of_pairs(rank: int, world: int, name: str) -> tuple[Outcome, tuple[float, int]]:
-    meshes, router = pairs(), ROUTERS[name]
+def step_of(meshes: Meshes, name: str) -> tuple[Outcome, tuple[float, int], dict[str, Tensor]]:
+    """What a step does, the loss of an evaluation, and the routers' state after the step."""
+    router = ROUTERS[name]
     task = build(False, meshes, *([router] if router else []))
     recorder, running = Recorder(list(task.parameters())), RunningLoad(MODEL.num_layers - 1, E)
     step = TrainStep(
-        task, recorder, terms("switch", "global_batch"), [running], LossMonitor(), None, 2, meshes.data.loss
+        task, recorder, terms("sum_over_k", "global_batch"), [running], LossMonitor(), None, 2, meshes.data.loss
     )
-    own, ranks = rank_in(meshes.data.batch), ranks_of(meshes.data.batch)
-    share = cut(batch(), B // 4, own, ranks)
+    share = cut(batch(), B // 4, rank(meshes.data.batch), world(meshes.data.batch))
     result = step.run(3, share)
+    assert result.routing.num_tokens == result.tokens
     names = [name for name, _ in task.named_parameters()]
     found = {n: g for n, g in zip(names, recorder.gradients, strict=True) if g is not None}
     total, _ = evaluate(task, share, [], seed=0, group=meshes.data.loss)
+    return Outcome(found, figures(result)), (total.nats, total.tokens), dict(task.named_buffers())
+
+
+def step_of_pairs(rank: int, world: int, name: str) -> tuple[Outcome, tuple[float, int], dict[str, Tensor]]:
+    found = step_of(pairs(), name)
     dist.barrier()
-    return Outcome(found, figures(result)), (total.nats, total.tokens)
+    return found
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_step_of_two_pairs_is_that_of_one_process(name):
-    router = ROUTERS[name]
-    expected = gradients(terms("switch", "global_batch"), B, **({"router": router} if router else {}))
-    task = build(False, Meshes(), *([router] if router else []))
-    once, _ = evaluate(task, cut(batch(), B, 0, 1), [], seed=0)
-    for outcome, (nats, tokens) in run_ranks(step_of_pairs, 4, name):
+    expected, (nats, tokens), state = step_of(Meshes(), name)
+    for outcome, evaluation, buffers in run_ranks(step_of_pairs, 4, name):
         assert_same(expected, outcome)
-        assert tokens == once.tokens
-        assert nats == pytest.approx(once.nats, rel=1e-12)
+        assert evaluation == (pytest.approx(nats, rel=1e-12), tokens)
+        assert buffers.keys() == state.keys()
+        for key, buffer in buffers.items():
+            torch.testing.assert_close(buffer, state[key], rtol=1e-10, atol=1e-12, msg=key)
