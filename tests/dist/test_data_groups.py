@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from invariance import MODEL, B, E, Outcome, Recorder, assert_same, batch, build, figures, gradients, terms, whole_tensor
+from invariance import MODEL, B, E, Outcome, Recorder, assert_same, batch, build, figures, terms
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 

@@ -78,7 +78,13 @@ def test_losses_controllers_and_recompute_add_no_wait(overrides, passes, copies)
     assert not any(site.wait for site in counted.sites if site.to_device)
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in device_waits.PRESETS.glob("*.yaml")))
+PRESETS = sorted(path.stem for path in device_waits.PRESETS.glob("*.yaml"))
+OF_EACH_KIND = ("topk", "expert_choice", "relu", "base", "dynmoe")
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[pytest.mark.real] * (name not in OF_EACH_KIND)) for name in PRESETS]
+)
 def test_routers(preset):
     """Each preset of a router, ReLU's in the rounds in which it begins; Sinkhorn looks after iterations."""
     experts = 16 if preset in ("deepseek_v3", "relu") else 8  # ReLU: enough to begin in rounds
