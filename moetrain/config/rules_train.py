@@ -127,6 +127,20 @@ def compiler_is_there(cfg: TrainConfig, world: int) -> None:
         )
 
 
+def compiler_is_right(cfg: TrainConfig, world: int) -> None:
+    if not cfg.train.compile:
+        return
+    import torch
+
+    from moetrain.compat import COMPILES_FROM, compiles_gradients
+
+    if not compiles_gradients(torch.__version__):  # imported late: composing a config needs no torch
+        raise UserError(
+            f"train.compile=true: torch {torch.__version__} compiles gradients wrongly: install "
+            f"{'.'.join(map(str, COMPILES_FROM))} or newer, or set train.compile=false"
+        )
+
+
 def attention_fits_device(cfg: TrainConfig, world: int) -> None:
     """What the device has not, without a test on it."""
     if cfg.model.attention is AttentionBackend.auto:
@@ -233,6 +247,7 @@ RULES = (
     global_batch_is_whole_micro_batches,
     device_is_there,
     compiler_is_there,
+    compiler_is_right,
     attention_fits_device,
     engine_is_known,
     tracker_is_installed,

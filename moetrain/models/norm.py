@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.cheap import cheap, source
+from moetrain.ops.cheap import cheap, dropping, source
 from moetrain.ops.init import Constant, parameter
 
 
@@ -60,8 +60,11 @@ def _wide(x: Tensor) -> torch.dtype:
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight in the weight's dtype; x is kept for backward as it is."""
     normed = _on_cpu if x.device.type == "cpu" else _fused
+    y = normed(x, weight_D, eps)
+    if not dropping():
+        return y
     x_again, weight_again_D = source(x), weight_D.detach()
-    return cheap(normed(x, weight_D, eps), lambda: normed(x_again(), weight_again_D, eps))
+    return cheap(y, lambda: normed(x_again(), weight_again_D, eps))
 
 
 def _on_cpu(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.config.schema_rope import RopeKind, RopeScaling
-from moetrain.ops.cheap import cheap, source
+from moetrain.ops.cheap import cheap, dropping, source
 
 _UNSCALED = RopeScaling()
 
@@ -80,6 +80,8 @@ def _yarn_kept(frequency_h: Tensor, theta: float, s: RopeScaling) -> Tensor:
 def apply_rope(x_BSNH: Tensor, rope: Rope) -> Tensor:
     """x with every head rotated, in x's dtype; the rotation itself is done in the table's."""
     y: Tensor = _Rotate.apply(x_BSNH, *rope)  # type: ignore[no-untyped-call]
+    if not dropping():
+        return y
     x_again = source(x_BSNH)
     return cheap(y, lambda: _rotate(x_again(), *rope, 1))
 

@@ -56,10 +56,15 @@ def dropping_cheap() -> Iterator[None]:
             result.held = None
 
 
+def dropping() -> bool:
+    """Whether it is of use to call :func:`cheap`: within a block, and not while it is compiled."""
+    return not torch.compiler.is_compiling() and _known.get() is not None and torch.is_grad_enabled()
+
+
 def cheap(result: Tensor, again: Again) -> Tensor:
     """``result``, which ``again`` makes once more with the same strides; it should hold nothing by itself."""
     known = _known.get()
-    if known is not None and torch.is_grad_enabled():
+    if known is not None:
         known[_key(result)] = _Cheap(result.detach(), again)
     return result
 

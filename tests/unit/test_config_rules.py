@@ -315,7 +315,12 @@ def test_every_rule_refuses_something(base):
     """Each rule function, called alone, raises for at least one of the cases above."""
     base = change(base, {"data.tokenizer.vocab_size": 512})
     rules = [*rules_model.RULES, *rules_rope.RULES, *rules_data.RULES, *rules_train.RULES]
-    silent = set(rules) - {rules_train.compiler_is_there, rules_train.tracker_is_installed}
+    own_tests = {
+        rules_train.compiler_is_there,
+        rules_train.compiler_is_right,
+        rules_train.tracker_is_installed,
+    }
+    silent = set(rules) - own_tests
     for changes, *_ in REFUSED:
         cfg = change(base, changes)
         for rule in list(silent):
@@ -358,8 +363,18 @@ def test_steps_that_do_not_end_with_the_schedule_are_a_warning(base, steps, said
     assert said in warning
 
 
+def test_compile_wants_a_torch_that_compiles_rightly(base, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.12.1")
+    rules_train.compiler_is_right(base, 1)
+    with pytest.raises(
+        UserError, match=r"train.compile=true: torch 2.12.1 compiles gradients wrongly: install 2.13"
+    ):
+        rules_train.compiler_is_right(change(base, {"train.compile": True}), 1)
+
+
 def test_compile_wants_a_compiler(base, monkeypatch, tmp_path):
     cfg = change(base, {"train.compile": True})
+    monkeypatch.setattr("torch.__version__", "2.13.0")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"train.compile=true needs a C\+\+ compiler"):

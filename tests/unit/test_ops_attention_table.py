@@ -7,7 +7,17 @@ import torch
 from attention_cases import CPU, attended, case_of, inputs, seen_of, written_out
 from torch import Tensor
 
-from moetrain.ops.attention import BACKENDS, Case, SeenKeys, plan_attention, refusal, seen_keys, table
+from moetrain.ops.attention import (
+    BACKENDS,
+    Case,
+    SeenKeys,
+    attend,
+    plan_attention,
+    refusal,
+    seen_keys,
+    table,
+    varlen,
+)
 from moetrain.ops.attention import self_test as self_test_module
 from moetrain.ops.attention.case import Plan
 
@@ -29,6 +39,12 @@ def case(
     cached: int = 0,
 ) -> Case:
     return Case(seen, 2, seq, cached, (6, 2), 16, dtype, device)
+
+
+@pytest.fixture(autouse=True)
+def varlen_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions of torch without it choose among what is left."""
+    monkeypatch.setattr(varlen, "_function", lambda: attend)
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, case: Case, broken: tuple[str, ...] = ()) -> str:
