@@ -29,7 +29,7 @@ from moetrain.verify.batches import cut, mixed
 B, S, V, E = 8, 11, 29, 6
 MODEL = ModelConfig(
     d_model=12, num_layers=2, num_heads=2, d_ff=10, num_experts=E, d_ff_expert=5, num_shared_experts=1,
-    first_dense=1, qkv_bias=True, qk_norm=QKNorm.head, shared_gate=True,
+    first_dense=1, qkv_bias=True, qk_norm=QKNorm.head, shared_gate=True, tie_embeddings=False,
 )  # fmt: skip
 LAYOUTS = {"one process": None, "sharded": ParallelConfig(), "ep 2": ParallelConfig(ep=2)}
 NARROW, WIDE = torch.bfloat16, torch.float32

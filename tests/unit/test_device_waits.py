@@ -128,7 +128,7 @@ KINDS = {
     "read into": (lambda x: torch.zeros(5).copy_(x), 1, 0),
     "nonzero": (lambda x: x.nonzero(), 1, 0),
     "mask": (lambda x: x[x > 1], 1, 0),
-    "set by mask": (lambda x: x.clone().__setitem__(x > 1, 0.0), 1, 0),
+    "set by mask": (lambda x: x.clone().index_put_((x > 1,), x.new_zeros(())), 1, 0),
     "masked_select": (lambda x: x.masked_select(x > 1), 1, 0),
     "unique": (lambda x: x.unique(), 1, 0),
     "bincount": (lambda x: x.long().bincount(minlength=9), 2, 0),
