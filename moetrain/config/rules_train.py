@@ -7,7 +7,14 @@ import re
 import shutil
 
 from moetrain.config.rules import above_zero, at_least, check_device, is_installed, within
-from moetrain.config.schema import AttentionBackend, GenerateConfig, MuonConfig, Precision, TrainConfig
+from moetrain.config.schema import (
+    AttentionBackend,
+    GenerateConfig,
+    MuonConfig,
+    Precision,
+    Residual,
+    TrainConfig,
+)
 from moetrain.errors import UserError
 
 _ENGINES = ("native",)
@@ -114,6 +121,15 @@ def global_batch_is_whole_micro_batches(cfg: TrainConfig, world: int) -> None:
 
 def device_is_there(cfg: TrainConfig, world: int) -> None:
     check_device("train.device", cfg.train.device)
+
+
+def residual_is_of_bf16(cfg: TrainConfig, world: int) -> None:
+    t = cfg.train
+    if t.residual is Residual.fp32 and t.precision is not Precision.bf16:
+        raise UserError(
+            f"train.residual=fp32 is of train.precision=bf16, not of {t.precision.value}: set "
+            "train.residual=same, which is the activations' precision"
+        )
 
 
 def compiler_is_there(cfg: TrainConfig, world: int) -> None:
@@ -246,6 +262,7 @@ RULES = (
     *LAYOUT_RULES,
     global_batch_is_whole_micro_batches,
     device_is_there,
+    residual_is_of_bf16,
     compiler_is_there,
     compiler_is_right,
     attention_fits_device,

@@ -90,7 +90,8 @@ def lay_out(
         model = model.double()
     compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None
     model.compute_dtype = compute_dtype
-    model.residual_dtype = torch.float32 if cfg.train.residual is Residual.fp32 else None
+    if compute_dtype is not None and cfg.train.residual is Residual.fp32:
+        model.residual_dtype = torch.float32
     adjust(model)
     freeze(model, cfg.optim.frozen)
     counts = count_parameters(model)

@@ -5,7 +5,7 @@ Shapes: B sequences, S positions, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.schema import ModelConfig, ParallelConfig, QKNorm
+from moetrain.config.compose import compose_train
+from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, QKNorm
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.options import ExpertsConfig
@@ -23,6 +24,7 @@ from moetrain.parallel.distributed import rank, world
 from moetrain.parallel.mesh import Meshes, build_meshes
 from moetrain.parallel.precision import round_for_inference
 from moetrain.parallel.ranks import run_ranks
+from moetrain.train.assemble import assemble
 from moetrain.train.task import NextToken, TaskOutput, batch_arguments
 from moetrain.verify.batches import cut, mixed
 
@@ -210,3 +212,11 @@ def test_modules_with_ordinary_layers_need_no_casts_of_their_own():
     assert one.dtype is shards.dtype is WIDE
     # Each rank's gradient is rounded once more; what reaches it went through 20 roundings or so.
     assert (one - shards).norm() < 20 * 2**-9 * one.norm()
+
+
+@pytest.mark.parametrize(("precision", "residual"), [("bf16", WIDE), ("fp64", None)])
+def test_a_wide_stream_is_of_bf16_alone(precision, residual):
+    """The proof of a layout takes a bf16 config to fp64, where an fp32 stream would be a narrow one."""
+    cfg = compose_train(["model=tiny", "train.precision=bf16", "train.residual=fp32"])
+    cfg = replace(cfg, train=replace(cfg.train, precision=Precision(precision)))
+    assert assemble(cfg, V, "cpu", 1).task.model.residual_dtype is residual

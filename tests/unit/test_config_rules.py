@@ -16,6 +16,7 @@ from moetrain.config.schema import (
     ExpertDispatch,
     GenerateConfig,
     MuonConfig,
+    Residual,
     WandbTracker,
 )
 from moetrain.config.schema_balance import LossConfig, LossName, LossScope
@@ -204,6 +205,7 @@ REFUSED = [
     ({"train.eval_every": -1}, "train.eval_every=-1"),
     ({"train.seed": -1}, "train.seed=-1"),
     ({"train.spike_factor": 1.0}, "train.spike_factor=1.0 must be above 1"),
+    ({"train.residual": Residual.fp32}, "train.residual=fp32 is of train.precision=bf16, not of fp32"),
     ({"train.device": "gpu"}, "train.device=gpu is not known; known: auto, cpu, cuda"),
     ({"checkpoint.every": -1}, "checkpoint.every=-1"),
     ({"checkpoint.keep_last": 0}, "checkpoint.keep_last=0 must be 1 or more"),
