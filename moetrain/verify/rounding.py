@@ -92,6 +92,6 @@ def _vectors(kind: str, quantities: dict[str, Tensor]) -> Iterator[tuple[str, Te
     modules = dict.fromkeys(name.rpartition(".")[0] for name in of_kind)
     for module in modules:
         yield (
-            module or "embed_VD",
+            module or "embedding and head",
             torch.cat([v for name, v in of_kind.items() if name.rpartition(".")[0] == module]),
         )
