@@ -1,6 +1,6 @@
 """What a dense model's layers see and do on training text, for the methods that look at it.
 
-Shapes: T tokens, D model, P columns of a layer's first matrix, F hidden units.
+Shapes: T tokens, D model, F hidden units.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def calibrate(source: StoredModel, corpus: Corpus, rows: int) -> dict[int, Layer
     found = {}
     for i, layer in dense.items():
         inputs_TD = torch.cat(seen[i])
-        hidden_TF = activate(F.linear(inputs_TD, layer.w_gate_up_PD), layer.activation)
+        gate_TF = None if layer.w_gate_FD is None else F.linear(inputs_TD, layer.w_gate_FD)
+        hidden_TF = activate(gate_TF, F.linear(inputs_TD, layer.w_up_FD), layer.activation)
         found[i] = LayerCalibration(inputs_TD, hidden_TF)
     return found
 

@@ -1,7 +1,7 @@
-"""Grouped-query attention: joint projection, rotation, scaled dot products, output projection.
+"""Grouped-query attention: projections, rotation, scaled dot products, output projection.
 
-Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys,
-P = (Q + 2G) H columns of the joint projection: all queries, all keys, all values.
+Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys;
+in weights Q and G stand for all columns of these heads (heads times H).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter
-from moetrain.ops.linear import linear
+from moetrain.ops.linear import linear, linears
 from moetrain.ops.precision import product_dtype
 
 
@@ -85,16 +85,20 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = head_shape(cfg)
-        self.widths = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.w_qkv_PD = parameter((sum(self.widths), cfg.d_model), Normal(cfg.init_std))
-        self.w_qkv_PD.muon_splits = tuple(self.widths)  # type: ignore[attr-defined]  # three matrices in one
-        self.b_qkv_P = parameter((sum(self.widths),), Constant(0.0)) if cfg.qkv_bias else None
-        self.w_out_DQ = parameter((cfg.d_model, self.widths[0]), Normal(cfg.init_std))
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        initializer, zero, biased = Normal(cfg.init_std), Constant(0.0), cfg.qkv_bias
+        self.w_q_QD = parameter((queries, cfg.d_model), initializer)
+        self.w_k_GD = parameter((keys, cfg.d_model), initializer)
+        self.w_v_GD = parameter((keys, cfg.d_model), initializer)
+        self.b_q_Q = parameter((queries,), zero) if biased else None
+        self.b_k_G = parameter((keys,), zero) if biased else None
+        self.b_v_G = parameter((keys,), zero) if biased else None
+        self.w_out_DQ = parameter((cfg.d_model, queries), initializer)
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
             per_head = cfg.qk_norm is QKNorm.head
-            self.q_norm = RMSNorm(self.head_dim if per_head else self.widths[0], cfg.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim if per_head else self.widths[1], cfg.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim if per_head else queries, cfg.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if per_head else keys, cfg.norm_eps)
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         """``plan`` is :func:`attend`'s."""
@@ -106,7 +110,8 @@ class Attention(nn.Module):
         return linear(attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2), self.w_out_DQ)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
-        parts = list(linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1))
+        weights, biases = (self.w_q_QD, self.w_k_GD, self.w_v_GD), (self.b_q_Q, self.b_k_G, self.b_v_G)
+        parts = linears(x_BSD, weights, biases)
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -1,6 +1,6 @@
 """Adapters as experts around one shared network (PESC; Wu et al. 2024, arXiv:2401.02731).
 
-Shapes: B batch, S sequence, D model, F hidden units of the network, P = 2F (gated) or F.
+Shapes: B batch, S sequence, D model, F hidden units of the network.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class AdapterLayer(MoELayer):
             raise ValueError("adapters share the dense network: set model.num_shared_experts=0")
         super().__init__(d_model, d_adapter, num_experts, activation="gelu", **layer)
         self.activation = activation
-        width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_PD = parameter((width, d_model), Normal(d_model**-0.5))
+        up_shape, initializer = (d_ff, d_model), Normal(d_model**-0.5)
+        self.w_gate_FD = parameter(up_shape, initializer) if is_gated(activation) else None
+        self.w_up_FD = parameter(up_shape, initializer)
         self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
-        h_BSD = dense_mlp(x_BSD, self.w_gate_up_PD, self.w_down_DF, self.activation)
+        h_BSD = dense_mlp(x_BSD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, self.activation)
         y_BSD, routing = self.finish(self.start(h_BSD, ctx, router_input=x_BSD))
         return h_BSD + y_BSD.to(h_BSD.dtype), routing

@@ -1,6 +1,7 @@
 """Stacked experts: one tensor a projection, the global expert dimension first.
 
-Shapes: E experts, D model, F hidden, P = 2F (gated: gate columns, then up columns) or F, R rows.
+Shapes: E experts, D model, F hidden, R rows, C columns a hidden unit (2 for a gated
+activation: gate, up; 1 for a plain one).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from moetrain.ops.local_part import local_part
 class Experts(nn.Module):
     """E feed-forward networks of one width, computed together.
 
-    ``w_gate_up_EDF2`` is [E, D, 2F] for a gated activation and [E, D, F] for a plain one.
+    ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
+    is a cut of both.
     """
 
     def __init__(
@@ -29,8 +31,8 @@ class Experts(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(BACKENDS)}")
         self.activation, self.backend = activation, backend
-        width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_EDF2 = parameter((num_experts, d_model, width), Normal(d_model**-0.5))
+        columns = 2 if is_gated(activation) else 1
+        self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(d_model**-0.5))
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
 
     def forward(self, dispatched: Dispatched | Chunks) -> Tensor | list[Tensor]:
@@ -40,15 +42,15 @@ class Experts(nn.Module):
         sharded weights are gathered once.
         """
         if isinstance(dispatched, Dispatched):
-            return self._compute(dispatched, local_part(self.w_gate_up_EDF2), local_part(self.w_down_EFD))
+            return self._compute(dispatched, local_part(self.w_gate_up_EDCF), local_part(self.w_down_EFD))
         sizes = dispatched.sizes
-        ups, downs = _parts(self.w_gate_up_EDF2, sizes), _parts(self.w_down_EFD, sizes)
+        ups, downs = _parts(self.w_gate_up_EDCF, sizes), _parts(self.w_down_EFD, sizes)
         return [
             dispatched.give_back(self._compute(chunk, up, down), number)
             for number, (chunk, up, down) in enumerate(zip(dispatched.arrivals(), ups, downs, strict=True))
         ]
 
-    def _compute(self, dispatched: Dispatched, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor) -> Tensor:
+    def _compute(self, dispatched: Dispatched, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
         x_XD = dispatched.source_XD
         device = x_XD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
@@ -56,7 +58,7 @@ class Experts(nn.Module):
             x_XD,
             dispatched.rows,
             dispatched.weights_R,
-            w_gate_up_EDF2,
+            w_gate_up_EDCF.flatten(2),
             w_down_EFD,
             self.activation,
             self.backend,

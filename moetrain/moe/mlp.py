@@ -1,6 +1,6 @@
 """A plain feed-forward network: the dense layer, and the shared experts of an MoE layer.
 
-Shapes: D model, F hidden, P = 2F (gated) or F; leading dimensions are free.
+Shapes: D model, F hidden; leading dimensions are free.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from moetrain.ops.init import Normal, parameter
 
 
 class MLP(nn.Module):
-    """``act(x @ w_up) @ w_down``; for a gated activation the gate rows of ``w_gate_up_PD`` come first."""
+    """``(act(x @ w_gate) * (x @ w_up)) @ w_down``; without a gate ``act(x @ w_up) @ w_down``.
+
+    ``w_gate_FD`` is None for a plain activation.
+    """
 
     def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu") -> None:
         super().__init__()
         self.activation = activation
-        width = 2 * d_ff if is_gated(activation) else d_ff
-        self.w_gate_up_PD = parameter((width, d_model), Normal(d_model**-0.5))
+        up_shape, initializer = (d_ff, d_model), Normal(d_model**-0.5)
+        self.w_gate_FD = parameter(up_shape, initializer) if is_gated(activation) else None
+        self.w_up_FD = parameter(up_shape, initializer)
         self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dense_mlp(x, self.w_gate_up_PD, self.w_down_DF, self.activation)
+        return dense_mlp(x, self.w_gate_FD, self.w_up_FD, self.w_down_DF, self.activation)

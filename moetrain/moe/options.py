@@ -6,7 +6,7 @@ from typing import Optional
 
 
 class Activation(Enum):
-    """Gated ones take w_gate_up (2F columns), plain ones w_up (F columns)."""
+    """Gated ones multiply the activated gate by the up projection; plain ones have no gate."""
 
     swiglu = "swiglu"
     geglu = "geglu"

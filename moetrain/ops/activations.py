@@ -1,6 +1,7 @@
 """Expert activations: forward, and the backward written out so that only the pre-activation is kept.
 
-Shapes: n rows, F hidden, P = 2F (gated: gate columns, then up columns) or F.
+A gated activation has two pre-activations, gate and up; a plain one has ``up`` only and no gate.
+Shapes: n rows, F hidden, P = 2F (gate columns, then up columns) or F.
 """
 
 from __future__ import annotations
@@ -22,34 +23,44 @@ def is_gated(name: str) -> bool:
     return name in GATED
 
 
-def activate(z_nP: Tensor, name: str) -> Tensor:
-    """h [n, F] of the pre-activation; differentiable by autograd (the oracle's path)."""
-    if is_gated(name):
-        gate_nF, up_nF = z_nP.chunk(2, dim=-1)
-        return _unary(gate_nF, name) * up_nF
-    return _unary(z_nP, name)
-
-
-def activate_again(z_nP: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(h, the activated gate or h itself): what a backward pass computes anew and both uses of it share."""
+def gate_and_up(z_nP: Tensor, name: str) -> tuple[Tensor | None, Tensor]:
+    """Views of the gate columns (None where the activation has no gate) and the up columns."""
     if not is_gated(name):
-        h_nF = _unary(z_nP, name)
-        return h_nF, h_nF
+        return None, z_nP
     gate_nF, up_nF = z_nP.chunk(2, dim=-1)
+    return gate_nF, up_nF
+
+
+def activate(gate_nF: Tensor | None, up_nF: Tensor, name: str) -> Tensor:
+    """h [n, F] of the pre-activations; differentiable by autograd (the oracle's path)."""
+    return _unary(up_nF, name) if gate_nF is None else _unary(gate_nF, name) * up_nF
+
+
+def activate_again(gate_nF: Tensor | None, up_nF: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(h, the activated gate or h itself): what a backward pass computes anew and both uses of it share."""
+    if gate_nF is None:
+        h_nF = _unary(up_nF, name)
+        return h_nF, h_nF
     active_nF = _unary(gate_nF, name)
     return active_nF * up_nF, active_nF
 
 
-def activate_backward(dh_nF: Tensor, z_nP: Tensor, active_nF: Tensor, name: str, dz_nP: Tensor) -> None:
-    """Write d loss / d z into ``dz_nP``, given d loss / d h, which is used up.
+def activate_backward(
+    dh_nF: Tensor,
+    gate_nF: Tensor | None,
+    up_nF: Tensor,
+    active_nF: Tensor,
+    name: str,
+    dgate_nF: Tensor | None,
+    dup_nF: Tensor,
+) -> None:
+    """Write d loss / d gate into ``dgate_nF`` and d loss / d up into ``dup_nF``.
 
-    ``active_nF`` is of :func:`activate_again`.
+    ``dh_nF`` is d loss / d h, and is overwritten. ``active_nF`` is of :func:`activate_again`.
     """
-    if not is_gated(name):
-        _unary_backward(dh_nF, z_nP, name, dz_nP)
+    if gate_nF is None or dgate_nF is None:
+        _unary_backward(dh_nF, up_nF, name, dup_nF)
         return
-    gate_nF, up_nF = z_nP.chunk(2, dim=-1)
-    dgate_nF, dup_nF = dz_nP.chunk(2, dim=-1)
     torch.mul(dh_nF, active_nF, out=dup_nF)
     _unary_backward(dh_nF.mul_(up_nF), gate_nF, name, dgate_nF)
 

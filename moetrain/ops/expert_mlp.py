@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops import grouped, tiled
-from moetrain.ops.activations import activate
+from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm, refusal, say_once
 
@@ -84,7 +84,8 @@ def _oracle(
     dtype = source_XD.dtype
     x_RD = gather_rows(source_XD, rows.ids_R)
     z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), rows.aligned, "loop")
-    out_RD = grouped_mm(activate(z_RP, activation), w_down_EFD.to(dtype), rows.aligned, "loop")
+    h_RF = activate(*gate_and_up(z_RP, activation), activation)
+    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), rows.aligned, "loop")
     return (out_RD * weights_R[:, None]).to(dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.ops.activations import activate, activate_again, activate_backward
+from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import offsets
 
@@ -30,7 +30,7 @@ def forward(
     dtype = source_XD.dtype
     ends_E = offsets(aligned, source_XD.device)
     z_RP = F.grouped_mm(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), offs=ends_E)
-    h_RF = activate(z_RP, activation).mul_(weights_R.to(dtype)[:, None])
+    h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(weights_R.to(dtype)[:, None])
     return F.grouped_mm(h_RF, w_down_EFD.to(dtype), offs=ends_E), [z_RP]
 
 
@@ -51,12 +51,14 @@ def backward(
     (z_RP,) = kept
     ends_E = offsets(aligned, source_XD.device)
     scale_R1 = weights_R.to(dtype)[:, None]
-    h_RF, active_RF = activate_again(z_RP, activation)
+    gate_RF, up_RF = gate_and_up(z_RP, activation)
+    h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
     dh_RF = F.grouped_mm(dout_RD, w_down_EFD.to(dtype).transpose(1, 2), offs=ends_E)
     dweights_R = torch.linalg.vecdot(dh_RF.to(weights_R.dtype), h_RF.to(weights_R.dtype))
     dw_down_EFD = F.grouped_mm(h_RF.t(), dout_RD * scale_R1, offs=ends_E).to(w_down_EFD.dtype)
     dz_RP = torch.empty_like(z_RP)
-    activate_backward(dh_RF.mul_(scale_R1), z_RP, active_RF, activation, dz_RP)
+    dh_RF = dh_RF.mul_(scale_R1)
+    activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
     x_RD = gather_rows(source_XD, ids_R)
     dw_up_EDP = F.grouped_mm(x_RD.t(), dz_RP, offs=ends_E).to(w_up_EDP.dtype)
     dx_RD = F.grouped_mm(dz_RP, w_up_EDP.to(dtype).transpose(1, 2), offs=ends_E)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moetrain.ops.activations import activate, activate_again, activate_backward
+from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu_product import outer, product
 
 _HANDFUL = 32
@@ -78,7 +78,7 @@ def forward(
         x_nD = _gather(source_XD, ids_R, start, rows, width)
         z_nP = product(x_nD, w_ups[e].to(dtype))
         kept.append(z_nP)
-        h_nF = _weighted(activate(z_nP, activation), weights_R[start:stop])
+        h_nF = _weighted(activate(*gate_and_up(z_nP, activation), activation), weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
         if stop < end:
             out_RD[stop:end].zero_()
@@ -110,13 +110,16 @@ def backward(
     for z_nP, (e, start, rows, width, _) in zip(kept, _segments(useful, aligned, dtype), strict=True):
         stop = start + width
         dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
-        h_nF, active_nF = activate_again(z_nP, activation)
+        gate_nF, up_nF = gate_and_up(z_nP, activation)
+        h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
         outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
-        activate_backward(_weighted(dh_nF, weights_n), z_nP, active_nF, activation, dz_nP)
+        dh_nF = _weighted(dh_nF, weights_n)
+        dz_parts = gate_and_up(dz_nP, activation)
+        activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
         outer(_gather(source_XD, ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD

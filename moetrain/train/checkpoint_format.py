@@ -33,7 +33,7 @@ from moetrain.files import read_bytes
 from moetrain.train.checkpoint_blocks import BlockError, tiles
 
 FORMAT = "moetrain-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had gate and up, and queries, keys and values, in one matrix each
 METADATA, EXTRA, MANIFEST = "metadata.json", "extra.json", "manifest.json"
 FOLDER_NAME = re.compile(r"step_(\d{8,})")
 
@@ -190,6 +190,17 @@ def decode_manifest(data: bytes) -> Manifest:
     if encode_manifest(manifest) != data:
         _refuse("its own checksum differs")
     return manifest
+
+
+def other_version(folder: Path) -> int | None:
+    """The version of an intact manifest that another moetrain wrote; None for ours, or a damaged one."""
+    try:
+        document = _parse(read_file(folder, MANIFEST))
+        version, checksum = document["version"], document.pop("self")
+    except (FormatError, KeyError, TypeError, AttributeError):
+        return None
+    intact = document.get("format") == FORMAT and checksum == hashlib.sha256(_dump(document)).hexdigest()
+    return version if intact and type(version) is int and version != VERSION else None
 
 
 def read_manifest(folder: Path) -> Manifest:

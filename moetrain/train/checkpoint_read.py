@@ -27,9 +27,11 @@ from moetrain.train.checkpoint_format import (
     EXTRA,
     FOLDER_NAME,
     METADATA,
+    VERSION,
     FormatError,
     decode_metadata,
     dtype_name,
+    other_version,
     read_file,
     read_manifest,
     stored_blocks,
@@ -64,7 +66,16 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def problems_of(path: Path, peers: Peers) -> list[str]:
-    """What is wrong with the checkpoint at ``path``, one line per file, the same on every rank."""
+    """What is wrong with the checkpoint at ``path``, one line per file, the same on every rank.
+
+    Raises UserError for one that is of another version of the format.
+    """
+    version = peers.from_first(lambda: other_version(path))
+    if version is not None:
+        raise UserError(
+            f"checkpoint {path} is of format version {version}, and this moetrain reads version {VERSION}: "
+            "go on with the moetrain that wrote it, which environment.json in the run's folder names"
+        )
     found = [problem for share in peers.gather(verify(path, peers.rank, peers.world)) for problem in share]
     return list(dict.fromkeys(found))
 

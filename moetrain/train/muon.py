@@ -1,20 +1,20 @@
 """Muon for a whole model: orthogonalised momentum on hidden matrices, AdamW on the rest, one optimizer.
 
-Shapes: N matrices of one parameter, E experts, (I, O) the input and output widths of a matrix.
+Shapes: N matrices of one parameter, E experts, C matrices side by side (gate and up), (I, O) the input and
+output widths of a matrix.
 
 The rule per matrix is torch.optim.Muon's (Jordan et al. 2024): momentum, five Newton-Schulz iterations in
-bf16, decoupled weight decay. That class takes 2-D parameters only; here a stacked parameter [E, I, O] is E
-matrices, a fused one (gate and up, or q, k and v) as many as it fuses, and under FSDP each matrix is whole
-before it is orthogonalised: the result does not depend on the layout of the ranks beyond bf16 rounding.
+bf16, decoupled weight decay. That class takes 2-D parameters only; here a stacked parameter is as many
+matrices as it stacks, and under FSDP each matrix is whole before it is orthogonalised: the result does not
+depend on the layout of the ranks beyond bf16 rounding.
 
-A 2-D parameter is [O, I] as in nn.Linear, a stacked one [E, I, O].
+A 2-D parameter is [O, I] as in nn.Linear, a stacked one [E, I, O] or [E, I, C, O].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -28,15 +28,7 @@ from moetrain.parallel.journal import watched
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, the quintic torch.optim.Muon uses too
 _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens gets a zero update, not 0/0
 
-ADJUST_LR = ("original", "match_rms_adamw")
-
-
-@dataclass(frozen=True)
-class MuonParameter:
-    """A parameter, and the widths of the matrices fused along its output dimension (empty: not fused)."""
-
-    parameter: nn.Parameter
-    splits: tuple[int, ...] = ()
+MATRIX_DIMS = (2, 3, 4)
 
 
 class Muon(Optimizer):
@@ -45,44 +37,38 @@ class Muon(Optimizer):
     State, in the parameter's own shape, dtype and placement: ``momentum`` for a matrix parameter; AdamW's
     ``step``, ``exp_avg``, ``exp_avg_sq`` for the others.
 
-    adjust_lr   ``original``: lr * sqrt(max(1, O / I)) (Jordan et al. 2024). ``match_rms_adamw``:
-                lr * 0.2 * sqrt(max(O, I)), whose update has AdamW's usual size, so that AdamW's lr fits
-                (Liu et al. 2025, "Muon is scalable for LLM training", the Moonlight report).
-    name        of the matrices' group.
-
-    Raises ValueError for a parameter that is not 2-D or 3-D, splits that do not add up to the output
-    width, and an unknown ``adjust_lr``.
+    A matrix's update is multiplied by lr * sqrt(max(1, O / I)) (Jordan et al. 2024). ``name`` is that of the
+    matrices' group. Raises ValueError for a parameter of another number of dimensions.
     """
 
     def __init__(
         self,
-        matrices: Iterable[MuonParameter],
+        matrices: Iterable[nn.Parameter],
         adamw_groups: list[dict[str, Any]],
         lr: float = 0.02,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        adjust_lr: str = "original",
         adamw_options: dict[str, Any] | None = None,
         name: str = "muon",
     ) -> None:
-        if adjust_lr not in ADJUST_LR:
-            raise ValueError(f"adjust_lr={adjust_lr!r}; known: {', '.join(ADJUST_LR)}")
         matrices = list(matrices)
         for matrix in matrices:
-            _check_shape(matrix)
-        self._splits = {matrix.parameter: matrix.splits for matrix in matrices}
+            if matrix.ndim not in MATRIX_DIMS:
+                raise ValueError(
+                    "Muon takes matrices [O, I] and stacks [E, I, O] or [E, I, C, O], not shape "
+                    f"{tuple(matrix.shape)}"
+                )
         self._adamw = AdamW(adamw_groups, **(adamw_options or {})) if adamw_groups else None
         group = {
-            "params": [matrix.parameter for matrix in matrices],
+            "params": matrices,
             "name": name,
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_steps": ns_steps,
-            "adjust_lr": adjust_lr,
         }
         others = self._adamw.param_groups if self._adamw else []
         super().__init__([*([group] if matrices else []), *others], {})
@@ -121,10 +107,9 @@ class Muon(Optimizer):
         if group["lr"] == 0:
             return
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        splits = self._splits[parameter]
 
         def direction(whole: Tensor) -> Tensor:
-            return _direction(whole, splits, group["ns_steps"], group["adjust_lr"])
+            return _direction(whole, group["ns_steps"])
 
         local = local_part(parameter)
         local.mul_(1 - group["lr"] * group["weight_decay"])
@@ -149,23 +134,21 @@ def orthogonalize(x_NAB: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-def _direction(update: Tensor, splits: tuple[int, ...], steps: int, adjust_lr: str) -> Tensor:
-    """What the learning rate multiplies: same shape and dtype as ``update`` ([O, I] or [E, I, O])."""
-    dim = _output_dim(update)
-    parts = update.split(splits, dim) if splits else (update,)
-    done = []
-    for part in parts:
-        matrices = part if part.ndim == 3 else part[None]
-        result = orthogonalize(matrices, steps).view_as(part).to(update.dtype)
-        done.append(result * _lr_ratio(part, adjust_lr))
-    return torch.cat(done, dim) if len(done) > 1 else done[0]
+def matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """(O, I) of each of a parameter's matrices."""
+    outputs, inputs = (
+        parameter.shape[:2] if parameter.ndim == 2 else (parameter.shape[-1], parameter.shape[1])
+    )
+    return outputs, inputs
 
 
-def _lr_ratio(part: Tensor, adjust_lr: str) -> float:
-    outputs, inputs = (part.shape[0], part.shape[1]) if part.ndim == 2 else (part.shape[2], part.shape[1])
-    if adjust_lr == "original":
-        return math.sqrt(max(1.0, outputs / inputs))
-    return 0.2 * math.sqrt(max(outputs, inputs))
+def _direction(update: Tensor, steps: int) -> Tensor:
+    """What the learning rate multiplies: same shape and dtype as ``update``."""
+    outputs, inputs = matrix_shape(update)
+    stacked = update.movedim(1, 2) if update.ndim == 4 else update  # [E, C, I, O]
+    done_NAB = orthogonalize(stacked.reshape(-1, *stacked.shape[-2:]), steps)
+    done = done_NAB.view(stacked.shape).to(update.dtype) * math.sqrt(max(1.0, outputs / inputs))
+    return done.movedim(2, 1) if update.ndim == 4 else done
 
 
 def _on_whole_matrices(direction: Callable[[Tensor], Tensor], update: Tensor) -> Tensor:
@@ -176,7 +159,7 @@ def _on_whole_matrices(direction: Callable[[Tensor], Tensor], update: Tensor) ->
     """
     if not isinstance(update, DTensor):
         return direction(update)
-    by_expert = update.ndim == 3 and all(p.is_replicate() or p.is_shard(0) for p in update.placements)
+    by_expert = update.ndim > 2 and all(p.is_replicate() or p.is_shard(0) for p in update.placements)
     if by_expert:
         local = update.to_local()
         return direction(local) if local.numel() else local
@@ -186,18 +169,3 @@ def _on_whole_matrices(direction: Callable[[Tensor], Tensor], update: Tensor) ->
     whole = direction(gathered)
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=update.placements).to_local()
-
-
-def _output_dim(tensor: Tensor) -> int:
-    return 0 if tensor.ndim == 2 else 2
-
-
-def _check_shape(matrix: MuonParameter) -> None:
-    parameter, splits = matrix.parameter, matrix.splits
-    if parameter.ndim not in (2, 3):
-        raise ValueError(
-            f"Muon takes matrices [O, I] and stacks [E, I, O], not shape {tuple(parameter.shape)}"
-        )
-    width = parameter.shape[_output_dim(parameter)]
-    if splits and sum(splits) != width:
-        raise ValueError(f"muon_splits {splits} add up to {sum(splits)}, but the output width is {width}")

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from moetrain.config.schema import MuonConfig, OptimConfig
 from moetrain.errors import UserError
-from moetrain.train.muon import Muon, MuonParameter
+from moetrain.train.muon import MATRIX_DIMS, Muon, matrix_shape
 
 Named = tuple[str, nn.Parameter]
 MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     optimizer: Optimizer
     if isinstance(cfg, MuonConfig):
         optimizer = Muon(
-            [MuonParameter(p, splits_of(model, name)) for name, p in groups.get(MUON, [])],
+            [parameter for _, parameter in groups.get(MUON, [])],
             adamw_groups,
             lr=cfg.lr,
             weight_decay=cfg.weight_decay,
@@ -121,25 +121,6 @@ def check_groups(model: nn.Module, groups: dict[str, list[Named]]) -> None:
             raise ValueError(f"parameter {name} is in {len(where)} optimizer groups {where}, not in one")
 
 
-def splits_of(model: nn.Module, name: str) -> tuple[int, ...]:
-    """The output widths of the matrices that the parameter called ``name`` fuses; empty: a single one.
-
-    An attribute ``muon_splits`` of the parameter decides. Without it a gated ``w_gate_up*`` beside a
-    ``w_down*`` of half its width is two matrices.
-    """
-    parameter = model.get_parameter(name)
-    given = getattr(parameter, "muon_splits", None)
-    if given is not None:
-        return tuple(int(size) for size in given)
-    path, _, leaf = name.rpartition(".")
-    if not leaf.startswith("w_gate_up"):
-        return ()
-    siblings = model.get_submodule(path).named_parameters(recurse=False)
-    hidden = next((p.shape[1] for sibling, p in siblings if sibling.startswith("w_down")), None)
-    width = parameter.shape[0 if parameter.ndim == 2 else 2]
-    return (hidden, hidden) if hidden is not None and width == 2 * hidden else ()
-
-
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether torch's fused AdamW takes all of them: one kernel a group, and fp64 on a CPU too."""
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
@@ -174,4 +155,4 @@ def _is_matrix(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def _can_orthogonalize(parameter: nn.Parameter) -> bool:
-    return parameter.ndim in (2, 3) and min(parameter.shape[-2:]) > 1
+    return parameter.ndim in MATRIX_DIMS and min(matrix_shape(parameter)) > 1

@@ -55,7 +55,7 @@ class Method(Generic[Options]):
 
     def experts(self, networks: Networks, plan: Plan, job: Job, layer: int) -> Networks:
         """The experts of one layer."""
-        experts = take_experts(networks, plan, 2 if job.target.gated else 1)
+        experts = take_experts(networks, plan)
         self.redraw(experts, plan, job, layer)
         return experts
 

@@ -10,13 +10,13 @@ Shapes: E experts, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
-from moetrain.upcycle.names import EXPERTS, ROUTER, SHARED, prefix
+from moetrain.upcycle.names import EXPERTS, ROUTER, SHARED, dense_names, prefix
 from moetrain.upcycle.plan import Plan, clear_fresh, take_experts, take_shared
 from moetrain.upcycle.source import STEP, Source, optim_name
 
@@ -33,33 +33,51 @@ def layer_moments(
     UserError for state that is neither AdamW's nor Muon's, or that one of the matrices lacks.
     """
     start = prefix(layer)
-    up, down = (start + name for name in source.names)
-    if source.keys(up) != source.keys(down):
-        raise UserError(
-            f"{up} and {down} have different optimizer state: {source.keys(up)}, {source.keys(down)}"
-        )
+    first, *rest = (start + name for name in source.names)
+    for other in rest:
+        if source.keys(first) != source.keys(other):
+            raise UserError(
+                f"{first} and {other} have different optimizer state: {source.keys(first)}, "
+                f"{source.keys(other)}"
+            )
     names = [start + name for name in EXPERTS]
-    shared = [] if plan.shared_Q is None else [start + name for name in SHARED]
-    for key in source.keys(up):
+    shared = [] if plan.shared_Q is None else dense_names(source.gated, start + SHARED)
+    for key in source.keys(first):
         if key == STEP:
-            steps = [source.one(optim_name(old, key)) for old in (up, down)]
-            yield from zip((optim_name(name, key) for name in names + shared), steps + steps, strict=False)
+            yield from _steps(source, [first, *rest], names, shared)
             continue
         if key not in POWER:
-            raise UserError(f"optimizer state {key!r} of {up} is not known; known: step, {', '.join(POWER)}")
+            known = ", ".join(POWER)
+            raise UserError(f"optimizer state {key!r} of {first} is not known; known: step, {known}")
         networks = source.networks(layer, key)
-        experts = take_experts(networks, plan, source.columns, POWER[key])
+        experts = take_experts(networks, plan, POWER[key])
         if plan.fresh_EMF is not None:
             clear_fresh(experts, plan.fresh_EMF)
-        yield optim_name(names[0], key), experts.w_gate_up_SDP
+        yield optim_name(names[0], key), experts.w_gate_up_SDCF
         yield optim_name(names[1], key), experts.w_down_SFD
-        if (dense := take_shared(networks, plan, source.columns, POWER[key])) is not None:
-            yield optim_name(shared[0], key), dense.w_gate_up_PD
-            yield optim_name(shared[1], key), dense.w_down_DF
+        if (dense := take_shared(networks, plan, POWER[key])) is not None:
+            yield from zip((optim_name(name, key) for name in shared), dense.tensors, strict=True)
     if source.reads_moe:
         yield from _copied_router(source, plan, start + ROUTER[0])
     else:
         yield from from_zero(source, fresh)
+
+
+def _steps(
+    source: Source, olds: Sequence[str], experts: Sequence[str], shared: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The step counts: gate and up of an expert are one parameter, those of a dense network may be two.
+
+    UserError where these two have counted differently.
+    """
+    steps = [source.one(optim_name(old, STEP)) for old in olds]
+    if not torch.equal(steps[0], steps[-2]):
+        raise UserError(
+            f"{olds[0]} has made {steps[0].tolist()} steps and {olds[-2]} {steps[-2].tolist()}, but they "
+            "become one parameter: set method.carry_optimizer=false"
+        )
+    yield from zip((optim_name(name, STEP) for name in experts), (steps[0], steps[-1]), strict=True)
+    yield from zip((optim_name(name, STEP) for name in shared), steps, strict=False)
 
 
 def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:

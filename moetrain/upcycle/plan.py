@@ -1,7 +1,7 @@
 """A plan: where every hidden unit of every expert comes from. Weights and optimizer state follow the same.
 
 Shapes: S source networks, E experts, D model, N hidden units of a source, F of an expert, Q of the shared
-expert, M matrices (gate where there is one, up, down).
+expert, C columns a hidden unit (2 where gated, else 1), M matrices (gate where there is one, up, down).
 """
 
 from __future__ import annotations
@@ -43,38 +43,35 @@ def whole_networks(source_E: Tensor, d_ff: int) -> Plan:
     return Plan(source_E, torch.arange(d_ff).expand(len(source_E), -1))
 
 
-def take_experts(networks: Networks, plan: Plan, columns: int, power: int = 1) -> Networks:
-    """The experts [E, D, P], [E, F, D], in the sources' dtype. ``columns``: 2 where gated, else 1.
+def take_experts(networks: Networks, plan: Plan, power: int = 1) -> Networks:
+    """The experts [E, D, C, F], [E, F, D], in the sources' dtype.
 
     The scales are raised to ``power``. A weight w kept as w' = s w in a layer that computes the same has
     dL/dw' = (1 / s) dL/dw, so that first moments take power -1 and second ones -2.
     """
     num_experts, d_ff = plan.units_EF.shape
-    width, up_SDP, down_SFD = networks.w_down_SFD.shape[2], networks.w_gate_up_SDP, networks.w_down_SFD
-    split_SDCN = up_SDP.unflatten(-1, (columns, -1))
-    taken_up = up_SDP.new_empty(num_experts, width, columns, d_ff)
+    width, up_SDCN, down_SFD = networks.w_down_SFD.shape[2], networks.w_gate_up_SDCF, networks.w_down_SFD
+    taken_up = up_SDCN.new_empty(num_experts, width, networks.columns, d_ff)
     taken_down = down_SFD.new_empty(num_experts, d_ff, width)
     for e, source in enumerate(plan.source_E.tolist()):
         units_F = plan.units_EF[e]
-        taken_up[e] = scaled(split_SDCN[source].index_select(-1, units_F), plan.up_scale**power)
+        taken_up[e] = scaled(up_SDCN[source].index_select(-1, units_F), plan.up_scale**power)
         taken_down[e] = scaled(down_SFD[source].index_select(0, units_F), plan.down_scale**power)
-    return Networks(taken_up.flatten(-2), taken_down)
+    return Networks(taken_up, taken_down)
 
 
-def take_shared(networks: Networks, plan: Plan, columns: int, power: int = 1) -> DenseLayer | None:
+def take_shared(networks: Networks, plan: Plan, power: int = 1) -> DenseLayer | None:
     """The shared expert, of the first network's units, if the plan has one."""
     if plan.shared_Q is None:
         return None
-    split_CND = networks.w_gate_up_SDP[0].t().unflatten(0, (columns, -1))
-    up_PD = split_CND.index_select(1, plan.shared_Q).flatten(0, 1)
+    taken_CQD = networks.w_gate_up_SDCF[0].permute(1, 2, 0).index_select(1, plan.shared_Q)
     down_DQ = networks.w_down_SFD[0].index_select(0, plan.shared_Q).t().contiguous()
-    return DenseLayer(up_PD, scaled(down_DQ, plan.shared_scale**power))
+    return DenseLayer(taken_CQD.unbind(), scaled(down_DQ, plan.shared_scale**power))
 
 
 def clear_fresh(experts: Networks, fresh_EMF: Tensor) -> None:
     """Zero, in place, what is drawn anew: it has no history."""
-    columns = fresh_EMF.shape[1] - 1
-    for m, matrix_EFD in enumerate(experts.matrices(columns)):
+    for m, matrix_EFD in enumerate(experts.matrices()):
         matrix_EFD.masked_fill_(fresh_EMF[:, m, :, None], 0.0)
 
 

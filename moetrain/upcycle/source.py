@@ -1,6 +1,6 @@
 """Reading a source's feed-forward networks by layer: weights, or one key of the optimizer's state.
 
-Shapes: S networks of a layer, D model, P = 2F (gated) or F, F hidden.
+Shapes: S networks of a layer, D model, C columns a hidden unit (2 where gated, else 1), F hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.upcycle.draw import wide
-from moetrain.upcycle.names import DENSE, EXPERTS, OPTIM, prefix
+from moetrain.upcycle.names import EXPERTS, OPTIM, dense_names, prefix
 from moetrain.upcycle.networks import DenseLayer, Networks
 
 State = Mapping[str, Tensor]
@@ -26,24 +26,24 @@ class Source:
 
     states: Sequence[State]
     reads_moe: bool
-    columns: int  # 2 where the activation is gated, else 1
+    gated: bool
 
     @property
-    def names(self) -> tuple[str, str]:
-        return EXPERTS if self.reads_moe else DENSE
+    def names(self) -> tuple[str, ...]:
+        return EXPERTS if self.reads_moe else dense_names(self.gated)
 
     def networks(self, layer: int, key: str | None = None) -> Networks:
         """The layer's weights, or with ``key`` that state of theirs. UserError for a wrong shape."""
-        up, down = (optim_name(prefix(layer) + name, key) for name in self.names)
-        if self.reads_moe:
-            found = Networks(self.states[0][up], self.states[0][down])
-        else:
-            found = Networks.of([DenseLayer(state[up], state[down]) for state in self.states])
-        if found.w_gate_up_SDP.shape[-1] != self.columns * found.d_ff:
-            kind = "a gated activation" if self.columns == 2 else "a plain activation"
+        names = [optim_name(prefix(layer) + name, key) for name in self.names]
+        if not self.reads_moe:
+            matrices = [[state[name] for name in names] for state in self.states]
+            return Networks.of([DenseLayer(tuple(ups), down) for *ups, down in matrices])
+        found = Networks(*(self.states[0][name] for name in names))
+        if found.columns != (2 if self.gated else 1):
+            kind = "a gated activation" if self.gated else "a plain activation"
             raise UserError(
-                f"{up} makes {found.w_gate_up_SDP.shape[-1]} columns for {found.d_ff} hidden units, but "
-                f"{kind} wants {self.columns * found.d_ff}: set experts.activation to the source's"
+                f"{names[0]} has {found.columns} columns a hidden unit, but {kind} wants "
+                f"{2 if self.gated else 1}: set experts.activation to the source's"
             )
         return found
 

@@ -3,7 +3,7 @@
 A pure function of full tensors on the CPU. Each layer draws from generators of its own, so that neither the
 order of layers nor the number of ranks changes a bit. Names are those of ``models.decoder.Decoder``.
 
-Shapes: E experts, D model, P = 2F (gated) or F, F hidden.
+Shapes: E experts, D model, F hidden.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
 from moetrain.moe.options import ExpertKind, RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.ledger import Ledger, open_ledger
 from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
 from moetrain.upcycle.moments import from_zero, layer_moments
-from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, Ledger, open_ledger, prefix
+from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, dense_names, prefix
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, take_shared
@@ -112,7 +113,7 @@ class Upcycling:
         }
         if self.method.keeps_dense:
             experts = {prefix(layer) + name: new[name].shape for name in EXPERTS}
-            dense = prefix(layer) + self.source.names[1]
+            dense = prefix(layer) + self.source.names[-1]
             return [*named, *from_zero(self.source, fresh), *from_zero(self.source, experts, dense)]
         return named + list(layer_moments(self.source, plan, layer, fresh))
 
@@ -138,9 +139,9 @@ def upcycle_layer(
 ) -> dict[str, Tensor]:
     """The experts of one layer, and its shared one if the plan has it, by name within the layer."""
     experts = method.experts(networks, plan, job, layer)
-    made = dict(zip(EXPERTS, (experts.w_gate_up_SDP, experts.w_down_SFD), strict=True))
-    if (shared := take_shared(networks, plan, 2 if job.target.gated else 1)) is not None:
-        made |= zip(SHARED, (shared.w_gate_up_PD, shared.w_down_DF), strict=True)
+    made = dict(zip(EXPERTS, (experts.w_gate_up_SDCF, experts.w_down_SFD), strict=True))
+    if (shared := take_shared(networks, plan)) is not None:
+        made |= zip(dense_names(job.target.gated, SHARED), shared.tensors, strict=True)
         if job.target.model.shared_gate:
             made[SHARED_GATE] = shared.w_down_DF.new_zeros(1, job.target.model.d_model)
     return made
@@ -180,7 +181,7 @@ def prepare(
         raise UserError(f"the target model cannot be built: {error}") from error
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     ledger = open_ledger(list(state), list(shapes), target, method)
-    source = Source(states, method.reads_moe, 2 if target.gated else 1)
+    source = Source(states, method.reads_moe, target.gated)
     first = source.networks(target.layers[0])
     job = Job(target, seed, first.d_ff, first.count, source_router)
     method.check(job)

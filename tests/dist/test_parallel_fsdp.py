@@ -280,7 +280,7 @@ def test_a_parameter_that_one_rank_does_not_use_still_gets_the_others_gradient()
 
 def structure_of(rank: int, world: int) -> dict[str, Any]:
     net = model()
-    net.blocks[0].mix.weight.muon_splits = (4, 6)
+    net.blocks[0].mix.weight.of_mine = (4, 6)
     parallelize(net, build_meshes(ParallelConfig(), world))
     groups = {name: type(module).__name__ for name, module in net.named_modules()}
     before = [p.to_local().shape for p in net.parameters()]
@@ -288,14 +288,14 @@ def structure_of(rank: int, world: int) -> dict[str, Any]:
         net(step_data(0)[0][0])
     reshard(net)
     after = [p.to_local().shape for p in net.parameters()]
-    return {"groups": groups, "splits": net.blocks[0].mix.weight.muon_splits, "resharded": before == after}
+    return {"groups": groups, "attribute": net.blocks[0].mix.weight.of_mine, "resharded": before == after}
 
 
 def test_routers_blocks_and_root_are_groups_of_their_own_and_attributes_survive():
     for result in run_ranks(structure_of, 2):
         sharded = [name for name, kind in result["groups"].items() if kind.startswith("FSDP")]
         assert sharded == ["", "blocks.0", "blocks.0.router", "blocks.1", "blocks.1.router"]
-        assert result["splits"] == (4, 6)
+        assert result["attribute"] == (4, 6)
         assert result["resharded"]
 
 

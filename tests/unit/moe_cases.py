@@ -162,11 +162,18 @@ def inputs(case: Case) -> Inputs:
         x_BSD[..., 0] = 1.5
         router_ED *= 0.25  # noise far below the preference, which itself stays clear of saturation
         router_ED[list(case.hot), 0] += 2.0
+    up_EDP = normal(experts, width, columns * hidden, scale=width**-0.5)
+    down_EFD = normal(experts, hidden, width, scale=hidden**-0.5)
+    shared_gate, shared_up = None, None
+    if case.shared:
+        *gates, shared_up = normal(columns * case.shared * hidden, width, scale=width**-0.5).chunk(columns)
+        shared_gate = gates[0] if gates else None
     weights = oracle.Weights(
         router_ED,
-        normal(experts, width, columns * hidden, scale=width**-0.5),
-        normal(experts, hidden, width, scale=hidden**-0.5),
-        normal(columns * case.shared * hidden, width, scale=width**-0.5) if case.shared else None,
+        up_EDP.unflatten(2, (columns, hidden)),
+        down_EFD,
+        shared_gate,
+        shared_up,
         normal(width, case.shared * hidden, scale=hidden**-0.5) if case.shared else None,
         list(case.bias),
     )
@@ -194,7 +201,7 @@ def expected(case: Case) -> tuple[dict[str, Tensor], list[oracle.Choice]]:
     """The oracle's output and gradients by name, and its assignments sorted by (expert, token)."""
     data = inputs(case)
     x_BSD = data.x_BSD.clone().requires_grad_()
-    names = ("router_ED", "up_EDP", "down_EFD", "shared_up", "shared_down")
+    names = ("router_ED", "up_EDCF", "down_EFD", "shared_gate", "shared_up", "shared_down")
     given = {name: getattr(data.weights, name) for name in names}
     leaves = {name: t.clone().requires_grad_() for name, t in given.items() if t is not None}
     router_noise = drop_noise = None
@@ -240,11 +247,12 @@ def parameters(layer: MoELayer) -> dict[str, torch.nn.Parameter]:
     """The layer's parameters under the oracle's names."""
     found = {
         "router_ED": layer.router.weight_ED,
-        "up_EDP": layer.experts.w_gate_up_EDF2,
+        "up_EDCF": layer.experts.w_gate_up_EDCF,
         "down_EFD": layer.experts.w_down_EFD,
     }
     if layer.shared is not None:
-        found |= {"shared_up": layer.shared.w_gate_up_PD, "shared_down": layer.shared.w_down_DF}
+        found |= {"shared_up": layer.shared.w_up_FD, "shared_down": layer.shared.w_down_DF}
+        found |= {} if layer.shared.w_gate_FD is None else {"shared_gate": layer.shared.w_gate_FD}
     assert len(found) == len(list(layer.parameters()))
     return found
 

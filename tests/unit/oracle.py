@@ -40,11 +40,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Weights:
-    """fp64 leaves. The shared expert's matrices are [2Q or Q, D] and [D, Q], as linear layers store them."""
+    """fp64 leaves. The shared expert's matrices are [Q, D] and [D, Q], as linear layers store them."""
 
     router_ED: Tensor
-    up_EDP: Tensor
+    up_EDCF: Tensor
     down_EFD: Tensor
+    shared_gate: Tensor | None = None
     shared_up: Tensor | None = None
     shared_down: Tensor | None = None
     bias_E: list[float] = field(default_factory=list)
@@ -80,11 +81,12 @@ def layer(
     rows = [x_BSD.new_zeros(width) for _ in range(batch * seq)]
     for c in kept:
         y_D = feed_forward(
-            x_TD[c.token], weights.up_EDP[c.expert], weights.down_EFD[c.expert], spec.activation
+            x_TD[c.token], weights.up_EDCF[c.expert].flatten(1), weights.down_EFD[c.expert], spec.activation
         )
         rows[c.token] = rows[c.token] + c.weight * y_D
     if weights.shared_up is not None and weights.shared_down is not None:
-        up, down = weights.shared_up.t(), weights.shared_down.t()
+        gate = [] if weights.shared_gate is None else [weights.shared_gate]
+        up, down = torch.cat([*gate, weights.shared_up]).t(), weights.shared_down.t()
         rows = [y + feed_forward(x_TD[t], up, down, spec.activation) for t, y in enumerate(rows)]
     y_TD = torch.stack(rows) if rows else x_TD * 1.0
     return y_TD.reshape(batch, seq, width), kept

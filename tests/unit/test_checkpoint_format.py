@@ -81,8 +81,8 @@ def _chunk(document):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2; this moetrain reads"),
-        (lambda d: d.update(format="other"), "'other' version 1"),
+        (lambda d: d.update(version=1), "version 1; this moetrain reads"),
+        (lambda d: d.update(format="other"), "'other' version 2"),
         (lambda d: d.update(more=1), "metadata must have exactly the keys"),
         (lambda d: d.pop("tensors"), "metadata must have exactly the keys"),
         (lambda d: d.update(tensors=[]), "tensors is not an object"),

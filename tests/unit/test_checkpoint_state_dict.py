@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from moetrain.errors import UserError
-from moetrain.train.muon import Muon, MuonParameter
+from moetrain.train.muon import Muon
 from moetrain.train.state_dict import (
     model_tensors,
     optimizer_tensors,
@@ -52,7 +52,7 @@ def adamw(model: nn.Module, **options) -> torch.optim.Optimizer:
 
 def muon(model: nn.Module) -> torch.optim.Optimizer:
     others = [model.embed.weight, model.block.bias, model.unused]
-    return Muon([MuonParameter(model.block.weight)], [{"params": others, "lr": 0.01}], lr=0.02)
+    return Muon([model.block.weight], [{"params": others, "lr": 0.01}], lr=0.02)
 
 
 def test_model_tensors_are_the_live_ones_under_plain_names():

@@ -79,7 +79,7 @@ def pickled(folder: Path) -> None:
 
 
 def mixed(found: dict[str, Any]) -> None:
-    found[Q0] = found[Q0].half()
+    found[EXPERT] = found[EXPERT].half()
 
 
 CONVERT: dict[str, tuple[str, Edit, list[str]]] = {
@@ -177,7 +177,7 @@ CONVERT: dict[str, tuple[str, Edit, list[str]]] = {
         tensors(lambda found: found.update({"lm_head.weight": torch.ones(97, 66)})),
         ["tie_word_embeddings", "lm_head.weight differs"],
     ),
-    "several dtypes in one of ours": ("single", tensors(mixed), ["w_qkv_PD", "['float16', 'float32']"]),
+    "several dtypes in one of ours": ("single", tensors(mixed), ["w_down_EFD", "['float16', 'float32']"]),
     "a dtype that nobody trains": (
         "single",
         tensors(lambda found: found.update({Q0: found[Q0].to(torch.int8)})),

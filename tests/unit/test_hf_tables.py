@@ -114,7 +114,7 @@ def test_a_block_is_a_slice_of_the_whole(name: str, data: st.DataObject) -> None
 
 def test_a_wrong_table_is_found() -> None:
     ours = {"w": torch.zeros(4, 3)}
-    top, bottom = (Piece(name, (start, 0), (2, 3), (2, 3)) for name, start in (("a", 0), ("b", 2)))
+    top, bottom = (Piece(name, (start, 0), (2, 3), (2, 3), (0, 1)) for name, start in (("a", 0), ("b", 2)))
     check_table({"w": Tiled((4, 3), (top, bottom))}, ours)
     for pieces in ((top,), (top, top, bottom), (top, replace(bottom, offsets=(1, 0)))):
         with pytest.raises(ValueError, match="exactly once"):

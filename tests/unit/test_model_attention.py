@@ -31,9 +31,11 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
     """softmax over the keys that ``seen(row, query, key)`` allows, one query and head at a time."""
     q_heads, kv_heads, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    b_qkv_P = 0 if attention.b_qkv_P is None else attention.b_qkv_P
-    q, k, v = (x_BSD @ attention.w_qkv_PD.t() + b_qkv_P).split(
-        [q_heads * width, kv_heads * width, kv_heads * width], -1
+    weights = (attention.w_q_QD, attention.w_k_GD, attention.w_v_GD)
+    biases = (attention.b_q_Q, attention.b_k_G, attention.b_v_G)
+    q, k, v = (
+        x_BSD @ weight.t() + (0 if bias is None else bias)
+        for weight, bias in zip(weights, biases, strict=True)
     )
     if attention.qk_norm is QKNorm.full:
         q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)

@@ -189,7 +189,7 @@ def test_initialisation_follows_the_generator_and_the_config() -> None:
     scaled = 0.05 / math.sqrt(16)
     for name, parameter in first.items():
         if parameter.ndim == 1:
-            expected = 0.0 if name.endswith("attention.b_qkv_P") else 1.0
+            expected = 0.0 if ".attention.b_" in name else 1.0
             assert (parameter == expected).all(), name
         elif ".router." not in name:
             std = scaled if "w_out" in name or "w_down" in name else 0.05
@@ -229,7 +229,8 @@ def test_dense_layers_and_shared_experts_have_the_activation_of_the_experts(acti
     dense, moe = model.blocks[0].feed_forward, model.blocks[1].feed_forward
     assert [m.activation for m in (dense, moe.experts, moe.shared)] == [activation.value] * 3
     gated = activation.value.endswith("glu")
-    assert dense.w_gate_up_PD.shape == ((2 if gated else 1) * 29, 23)
+    assert dense.w_up_FD.shape == (29, 23)
+    assert (dense.w_gate_FD is not None) == gated
 
 
 def test_the_feed_forward_registry() -> None:

@@ -33,14 +33,16 @@ def by_hand(layer: AdapterLayer, x_BSD: Tensor) -> Tensor:
     """h + the sum of g_e A_e(h), token by token, from the reference's formulas."""
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     spec = oracle.Spec(top_k=layer.router.top_k, renormalize=False)
-    up_EDP, down_EFD = layer.experts.w_gate_up_EDF2, layer.experts.w_down_EFD
-    weights = oracle.Weights(layer.router.weight_ED, up_EDP, down_EFD)
+    up_EDCF, down_EFD = layer.experts.w_gate_up_EDCF, layer.experts.w_down_EFD
+    weights = oracle.Weights(layer.router.weight_ED, up_EDCF, down_EFD)
+    gate = [] if layer.w_gate_FD is None else [layer.w_gate_FD]
+    network_DP = torch.cat([*gate, layer.w_up_FD]).t()
     rows = []
     for x_D in x_TD:
-        h_D = oracle.feed_forward(x_D, layer.w_gate_up_PD.t(), layer.w_down_DF.t(), layer.activation)
+        h_D = oracle.feed_forward(x_D, network_DP, layer.w_down_DF.t(), layer.activation)
         y_D = h_D
         for e, g in oracle.route(x_D, weights, spec):
-            y_D = y_D + g * oracle.feed_forward(h_D, up_EDP[e], down_EFD[e], "gelu")
+            y_D = y_D + g * oracle.feed_forward(h_D, up_EDCF[e].flatten(1), down_EFD[e], "gelu")
         rows.append(y_D)
     return torch.stack(rows).view_as(x_BSD)
 
@@ -103,7 +105,7 @@ def test_upcycling_keeps_the_function_whatever_the_router(activation: str, route
     error, result = worst(goal, dense_state(activation), AdaptersOptions())
     assert error < 1e-12
     assert result.preserves
-    up_EDF = result.state["blocks.0.feed_forward.experts.w_gate_up_EDF2"]
+    up_EDF = result.state["blocks.0.feed_forward.experts.w_gate_up_EDCF"]
     assert up_EDF.shape == (8, 23, 5)
     assert len(up_EDF.unique(dim=0)) == 8
 
@@ -129,7 +131,7 @@ def test_adapters_start_without_moments_and_the_network_keeps_its_own() -> None:
     goal = target(**KIND)
     result = upcycle(state, goal, AdaptersOptions(carry_optimizer=True), SEED).state
     start = "optim.blocks.1.feed_forward."
-    for name in ("experts.w_gate_up_EDF2", "experts.w_down_EFD", "router.weight_ED"):
+    for name in ("experts.w_gate_up_EDCF", "experts.w_down_EFD", "router.weight_ED"):
         assert result[f"{start}{name}.exp_avg"].shape == result[f"blocks.1.feed_forward.{name}"].shape
         assert not result[f"{start}{name}.exp_avg"].any()
         assert result[f"{start}{name}.step"] == 0

@@ -39,7 +39,7 @@ def test_routing_is_fp32_under_autocast(backend: str) -> None:
         assert cast[name].dtype == torch.float32
         assert torch.equal(cast[name], plain[name])
     assert cast["y"].dtype == torch.bfloat16
-    for name in ("router.weight_ED", "experts.w_gate_up_EDF2", "experts.w_down_EFD", "x"):
+    for name in ("router.weight_ED", "experts.w_gate_up_EDCF", "experts.w_down_EFD", "x"):
         assert cast[name].dtype == torch.float32
 
 
@@ -61,7 +61,7 @@ def bound(layer: MoELayer, x_TD: Tensor) -> Tensor:
     and sums are fp32, so their own error is far below U.
     """
     layer = layer.double()
-    up, down = layer.experts.w_gate_up_EDF2.detach(), layer.experts.w_down_EFD.detach()
+    up, down = layer.experts.w_gate_up_EDCF.detach().flatten(2), layer.experts.w_down_EFD.detach()
     y_TD = torch.zeros_like(x_TD)
     error_TD = torch.zeros_like(x_TD)
     routing = layer(x_TD[None])[1]
@@ -89,7 +89,7 @@ def test_bf16_stays_within_its_own_arithmetic(backend: str) -> None:
     error_TD = (got["y"] - want["y"]).abs().view(-1, D)
     assert (error_TD <= 1.05 * limit_TD).all()  # 1.05: second-order terms
     # Roundings are independent, so norms lose about U; half a dozen of them in a row stay under 4 U.
-    for name in ("y", "x", "router.weight_ED", "experts.w_gate_up_EDF2", "experts.w_down_EFD"):
+    for name in ("y", "x", "router.weight_ED", "experts.w_gate_up_EDCF", "experts.w_down_EFD"):
         loss = (got[name] - want[name]).norm() / want[name].norm()
         assert loss < 4 * U, name
         assert loss > U / 64, f"{name}: this was not bf16"

@@ -35,7 +35,7 @@ def expected(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
         x_D, weight = x_TD[t], routing.weights_N[n]
         index = int(e) - FFN
         if index < 0:
-            gate, up = (x_D @ layer.experts.w_gate_up_EDF2[e]).chunk(2)
+            gate, up = (x_D @ layer.experts.w_gate_up_EDCF[e].flatten(1)).chunk(2)
             out_D = (torch.nn.functional.silu(gate) * up) @ layer.experts.w_down_EFD[e]
         elif index < kinds.zero:
             out_D = torch.zeros_like(x_D)

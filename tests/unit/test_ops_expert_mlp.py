@@ -18,7 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moetrain.moe.dispatch import layout
 from moetrain.moe.routing import Routing
 from moetrain.ops import Rows, expert_mlp, gather_sum
-from moetrain.ops.activations import ACTIVATIONS, activate, activate_again, activate_backward, is_gated
+from moetrain.ops.activations import (
+    ACTIVATIONS,
+    activate,
+    activate_again,
+    activate_backward,
+    gate_and_up,
+    is_gated,
+)
 from moetrain.ops.tiled import kept_rows
 
 
@@ -222,14 +229,15 @@ def test_activations_and_their_written_backward(name: str) -> None:
     torch.manual_seed(0)
     width = 14 if is_gated(name) else 7
     z = torch.cat([torch.randn(5, width), 8 * torch.randn(4, width)]).double().requires_grad_()
-    h, dh = activate(z, name), torch.randn(9, 7, dtype=torch.float64)
+    h, dh = activate(*gate_and_up(z, name), name), torch.randn(9, 7, dtype=torch.float64)
     identity = torch.eye(7, dtype=torch.float64)
     want = torch.stack([oracle.feed_forward(row, torch.eye(width).double(), identity, name) for row in z])
     torch.testing.assert_close(h, want, rtol=0, atol=1e-12)
     dz = torch.full_like(z, float("nan"))
-    again, active = activate_again(z.detach(), name)
+    again, active = activate_again(*gate_and_up(z.detach(), name), name)
     assert torch.equal(again, h)
-    activate_backward(dh.clone(), z.detach(), active, name, dz)
+    gate, up = gate_and_up(z.detach(), name)
+    activate_backward(dh.clone(), gate, up, active, name, *gate_and_up(dz, name))
     torch.testing.assert_close(dz, torch.autograd.grad((want * dh).sum(), z)[0], rtol=0, atol=1e-12)
 
 

@@ -9,14 +9,12 @@ from torch import nn
 
 from moetrain.config.schema import AdamWConfig, MuonConfig
 from moetrain.errors import UserError
-from moetrain.train.muon import Muon
 from moetrain.train.optim import (
     build_optimizer,
     check_groups,
     freeze,
     group_parameters,
     set_lr,
-    splits_of,
 )
 
 E, D, F, V = 3, 5, 7, 11
@@ -31,23 +29,23 @@ class Router(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, gated: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(D)
         self.query = nn.Linear(D, D)
         self.router = Router()
-        self.w_gate_up_EDF2 = nn.Parameter(torch.randn(E, D, 2 * F if gated else F))
+        self.w_gate_up_EDCF = nn.Parameter(torch.randn(E, D, 2, F))
         self.w_down_EFD = nn.Parameter(torch.randn(E, F, D))
         self.bias_ED = nn.Parameter(torch.zeros(E, D))
         self.shared_gate = nn.Linear(D, 1, bias=False)
 
 
 class Model(nn.Module):
-    def __init__(self, gated: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList([Block(gated)])
+        self.blocks = nn.ModuleList([Block()])
         self.norm = nn.RMSNorm(D)
         self.head = nn.Linear(D, V, bias=False)
         self.head.weight = self.embedding.weight
@@ -57,7 +55,7 @@ class Model(nn.Module):
 
 
 VECTORS = ["blocks.0.bias_ED", "blocks.0.norm.weight", "blocks.0.query.bias", "norm.weight"]
-HIDDEN = ["blocks.0.query.weight", "blocks.0.w_down_EFD", "blocks.0.w_gate_up_EDF2"]
+HIDDEN = ["blocks.0.query.weight", "blocks.0.w_down_EFD", "blocks.0.w_gate_up_EDCF"]
 OTHERS = ["blocks.0.router.weight_ED", "blocks.0.shared_gate.weight", "embedding.weight"]
 
 
@@ -79,7 +77,7 @@ def test_a_decoders_biases_do_not_decay_and_neither_they_nor_the_shared_gate_get
     model = decoder(qkv_bias=True, num_shared_experts=1, shared_gate=True)
     for muon in (False, True):
         groups = names(group_parameters(model, muon))
-        assert "blocks.0.attention.b_qkv_P" in groups["no_decay"]
+        assert {f"blocks.0.attention.b_{part}" for part in ("q_Q", "k_G", "v_G")} <= set(groups["no_decay"])
         assert "blocks.0.feed_forward.shared_gate_1D" in groups["decay"]
 
 
@@ -141,24 +139,6 @@ def test_adamw_is_fused_and_equals_the_plain_loop(dtype):
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def test_gate_and_up_are_two_matrices_a_plain_projection_is_one():
-    name = "blocks.0.w_gate_up_EDF2"
-    assert splits_of(Model(), name) == (F, F)
-    assert splits_of(Model(gated=False), name) == ()
-    assert splits_of(Model(), "blocks.0.query.weight") == ()
-
-
-def test_an_attribute_of_the_parameter_decides_its_splits():
-    model = Model()
-    model.blocks[0].query.weight.muon_splits = (3, 1, 1)
-    assert splits_of(model, "blocks.0.query.weight") == (3, 1, 1)
-    optimizer = build_optimizer(model, MuonConfig())
-    assert isinstance(optimizer, Muon)
-    model.blocks[0].query.weight.muon_splits = (3, 1)
-    with pytest.raises(ValueError, match="add up to 4, but the output width is 5"):
-        build_optimizer(model, MuonConfig())
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_sigma_with_every_expert_is_a_dense_network():
         layer.router.weight_ED.zero_()  # sigmoid(0) = 1/2 everywhere
     x_BSD = normal(9, 2, 5, 6)
     y_BSD, _ = layer(x_BSD)
-    up, down = layer.experts.w_gate_up_EDF2, layer.experts.w_down_EFD
+    up, down = layer.experts.w_gate_up_EDCF[:, :, 0], layer.experts.w_down_EFD
     wide = torch.relu(x_BSD @ up.transpose(0, 1).reshape(6, 12)) @ down.reshape(12, 6)
     torch.testing.assert_close(y_BSD, wide / 2, rtol=1e-12, atol=1e-12)
 

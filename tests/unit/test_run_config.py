@@ -52,7 +52,11 @@ def _set(run: Path, key: str, value: object) -> None:
         ("model.d_model", 20, "describes another model"),
         ("model.vocab_size", 2**40, "model.vocab_size="),
         ("model.num_experts", 10**9, "model.num_experts="),
-        ("model.num_experts", 7, r"w_gate_up_EDF2 is \[5, 16, 24\] there and \[7, 16, 24\] by the config"),
+        (
+            "model.num_experts",
+            7,
+            r"w_gate_up_EDCF is \[5, 16, 2, 12\] there and \[7, 16, 2, 12\] by the config",
+        ),
         ("model.num_heads", 3, "model.num_heads=3 does not divide"),
         ("router.top_k", 99, "router.top_k=99"),
         ("router.capacity_factor", float("nan"), "router.capacity_factor=nan"),

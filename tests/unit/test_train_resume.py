@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from moetrain.train import checkpoint_format
+
 pytestmark = pytest.mark.usefixtures("training")
 
 VARIANTS = {
@@ -156,7 +158,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(corpus, trained
         (["resume_changes=[optim.lrr]"], ["optim.lrr", "did you mean optim.lr?"]),
         (
             ["model.d_ff_expert=13", "resume_changes=[model.d_ff_expert]"],
-            ["of another model or optimizer", "w_gate_up_EDF2", "[5, 16, 24]", "[5, 16, 26]"],
+            ["of another model or optimizer", "w_gate_up_EDCF", "[5, 16, 2, 12]", "[5, 16, 2, 13]"],
         ),
         (["optim=muon"], ["optim.name=adamw", "optim.name=muon"]),
         (["optim=muon", "resume_changes=[optim]"], ["of another model or optimizer", "momentum"]),
@@ -175,6 +177,20 @@ def test_another_run_is_refused_and_nothing_is_touched(
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert not [fragment for fragment in fragments if fragment not in err], err
+    assert {name: (run / name).read_bytes() for name in tiny.files(run)} == before
+
+
+def test_a_run_of_another_format_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint_format, "VERSION", 1)
+        assert tiny.train(corpus, run, *tiny.TRAINED) == 0
+    before = {name: (run / name).read_bytes() for name in tiny.files(run)}
+    capsys.readouterr()
+    assert tiny.train(corpus, run, *tiny.TRAINED, "train.steps=20") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert "is of format version 1, and this moetrain reads version 2" in err
     assert {name: (run / name).read_bytes() for name in tiny.files(run)} == before
 
 

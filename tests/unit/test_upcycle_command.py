@@ -146,8 +146,7 @@ def test_a_broken_promise_leaves_nothing(
 
     def swapped(self: Any, networks: Any, plan: Plan, job: Any, layer: int) -> Any:
         made = whole(self, networks, plan, job, layer)
-        gate, up = made.w_gate_up_SDP.chunk(2, dim=-1)
-        return type(made)(torch.cat([up, gate], dim=-1), made.w_down_SFD)
+        return type(made)(made.w_gate_up_SDCF.flip(2), made.w_down_SFD)
 
     monkeypatch.setattr(Method, "experts", swapped)
     assert main(["upcycle", *of_run(dense_run), f"target={tmp_path / 'moe'}"]) == 1
@@ -173,9 +172,9 @@ def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, tra
     assert main(["upcycle", *of_run(dense_run), *said]) == 0
     before, after = open_model(run), open_model(moe)
     up = "optim.blocks.1.feed_forward.{}.exp_avg"
-    dense_PD = before[up.format("w_gate_up_PD")]
-    for expert_DP in after[up.format("experts.w_gate_up_EDF2")]:
-        assert torch.equal(expert_DP, dense_PD.T)
+    gate_FD, up_FD = before[up.format("w_gate_FD")], before[up.format("w_up_FD")]
+    for expert_DCF in after[up.format("experts.w_gate_up_EDCF")]:
+        assert torch.equal(expert_DCF, torch.stack([gate_FD.T, up_FD.T], 1))
     on = tmp_path / "on"
     text = [word for word in of_run(dense_run) if word.startswith("data")]
     start = [f"init_from={moe}", "init_optimizer=true", "train.steps=1", "train.global_batch_tokens=64"]

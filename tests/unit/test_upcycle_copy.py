@@ -105,7 +105,7 @@ def test_the_seed_decides_and_no_order_does() -> None:
     again = dict(pair for layer in (1, 0) for pair in backwards.layer(layer))
     assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
     other = upcycle(state, goal, options, SEED + 1).state
-    for name in ("router.weight_ED", "experts.w_down_EFD", "experts.w_gate_up_EDF2"):
+    for name in ("router.weight_ED", "experts.w_down_EFD", "experts.w_gate_up_EDCF"):
         here, there = (f"blocks.{layer}.feed_forward.{name}" for layer in (0, 1))
         assert not torch.equal(first[here], other[here])
         assert not torch.equal(first[here], first[there])

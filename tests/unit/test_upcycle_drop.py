@@ -81,8 +81,10 @@ def test_a_ratio_of_zero_keeps_the_function_and_any_other_does_not(activation: s
 def test_new_values_have_the_mean_and_deviation_of_those_they_replace(independent: bool) -> None:
     """Of each expert's own, by matrix: the dense units are given means of their own to tell them apart."""
     state = dense_state(d_ff=113, d_model=120, head_dim=8)
-    name = "blocks.0.feed_forward.w_gate_up_PD"
-    state[name] = state[name] + torch.linspace(-3, 3, 226, dtype=torch.float64)[:, None]
+    means_CF = torch.linspace(-3, 3, 226, dtype=torch.float64).view(2, 113)
+    for leaf, means_F in zip(("w_gate_FD", "w_up_FD"), means_CF, strict=True):
+        name = f"blocks.0.feed_forward.{leaf}"
+        state[name] = state[name] + means_F[:, None]
     goal = target(d_ff=113, d_ff_expert=113, d_model=120, head_dim=8, num_experts=5)
     options = DropOptions(drop_ratio=0.4, independent_sets=independent)
     result = upcycle(state, goal, options, SEED).state

@@ -102,7 +102,7 @@ def test_options_out_of_range() -> None:
 def test_donors() -> None:
     refused(CopyOptions(), "method=copy|2", donors=[dense_state()])
     refused(JoinOptions(), "num_experts=8|3", donors=[dense_state(), dense_state()])
-    refused(JoinOptions(), "[58, 23]|[26, 23]|donor 1", donors=[dense_state(d_ff=13)])
+    refused(JoinOptions(), "[29, 23]|[13, 23]|donor 1", donors=[dense_state(d_ff=13)])
     refused(JoinOptions(), "donor 1|blocks.2", donors=[dense_state(num_layers=3)])
     other = {**dense_state(), "embed_VD": torch.zeros(7, 23)}
     refused(JoinOptions(), "[41, 23]|[7, 23]|donor 1", donors=[other])
@@ -125,8 +125,8 @@ def test_layers_of_the_other_kind() -> None:
 def test_models_of_another_shape() -> None:
     refused(CopyOptions(), "2 layers|num_layers=3", num_layers=3)
     refused(CopyOptions(), "num_experts=0", num_experts=0)
-    refused(CopyOptions(), "columns|29|experts.activation", activation="gelu")
-    refused(CopyOptions(), "[23, 60]|[24, 60]", d_model=24)
+    refused(CopyOptions(), "w_gate_FD is in|gelu is plain|experts.activation", activation="gelu")
+    refused(CopyOptions(), "[20, 23]|[20, 24]", d_model=24)
     refused(CopyOptions(), "num_shared_experts=0, not 1", num_shared_experts=1)
     refused(CopyOptions(), "head_VD|nothing", tie_embeddings=False)
     refused(CopyOptions(), "head_VD|no place", state=dense_state(tie_embeddings=False))

@@ -98,10 +98,10 @@ def test_groups_hold_every_slice_and_share_a_router_row() -> None:
     rows = result[start + "router.weight_ED"]
     assert torch.equal(rows, rows[::3].repeat_interleave(3, 0))
     assert len(rows.unique(dim=0)) == 4
-    gate_dense, up_dense = state[start + "w_gate_up_PD"].chunk(2)
+    gate_dense, up_dense = (state[start + name] for name in ("w_gate_FD", "w_up_FD"))
     for e in range(12):
         units = slice(e % 3 * 13, e % 3 * 13 + 13)
-        gate, up = result[start + "experts.w_gate_up_EDF2"][e].chunk(2, -1)
+        gate, up = result[start + "experts.w_gate_up_EDCF"][e].unbind(1)
         assert torch.equal(gate, gate_dense[units].t())
         assert torch.equal(up, up_dense[units].t())
 

@@ -33,7 +33,7 @@ def test_experts_are_the_donors_networks_bit_for_bit(rest: Rest) -> None:
         for m, expert_EFD in enumerate(gate_up_down(result.state, layer, 2)):
             for e in range(6):
                 assert torch.equal(expert_EFD[e], own[e // 2][m])
-    for name in ("embed_VD", "blocks.1.attention.w_qkv_PD", "norm.weight_D"):
+    for name in ("embed_VD", "blocks.1.attention.w_q_QD", "norm.weight_D"):
         mean = torch.stack([state[name] for state in (first, *donors)]).mean(0)
         expected = mean if rest is Rest.mean else first[name]
         torch.testing.assert_close(result.state[name], expected, rtol=1e-15, atol=1e-15)
@@ -107,7 +107,7 @@ def test_copies_share_their_experts_weight(
     assert (error < 1e-12) is kept
     assert result.preserves is kept, result.reason
     last = "blocks.1.feed_forward."
-    for name in ("experts.w_gate_up_EDF2", "experts.w_down_EFD", "router.weight_ED", "shared.w_down_DF"):
+    for name in ("experts.w_gate_up_EDCF", "experts.w_down_EFD", "router.weight_ED", "shared.w_down_DF"):
         copies = 1 if "shared" in name else 3
         assert torch.equal(result.state[last + name], state[last + name].repeat_interleave(copies, 0))
 

@@ -120,7 +120,7 @@ def test_moments_of_scaled_weights_are_those_of_their_gradients(activation: str,
     model = build(goal.model, goal.router, activation)
     model.load_state_dict(weights)
     found = gradients(model.blocks[1].feed_forward, x_BSD)
-    for name in ("experts.w_gate_up_EDF2", "experts.w_down_EFD"):
+    for name in ("experts.w_gate_up_EDCF", "experts.w_down_EFD"):
         first, second = (moments(result, key)[FF + name] for key in ("exp_avg", "exp_avg_sq"))
         torch.testing.assert_close(first, found[name], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(second, found[name].square(), rtol=1e-10, atol=1e-10)
@@ -160,7 +160,7 @@ def test_a_shared_experts_moments_are_scaled_where_it_is(gated: bool) -> None:
             assert not new[FF + "shared_gate_1D"].any()
         rest = new[FF + "experts.w_down_EFD"].sum() * 5**power
         torch.testing.assert_close(rest + shared.sum(), old.sum())
-    assert moments(result, "step")[FF + "shared.w_gate_up_PD"] == 11
+    assert moments(result, "step")[FF + "shared.w_up_FD"] == 11
 
 
 def test_joined_models_bring_their_own() -> None:
@@ -184,7 +184,7 @@ def test_grown_experts_and_router_rows_bring_theirs() -> None:
     sizes = {"num_experts": 8, "d_ff_expert": 13}
     result = carried(GrowOptions(carry_optimizer=True), state, **sizes)
     for key in ("exp_avg", "exp_avg_sq"):
-        for name in ("experts.w_down_EFD", "experts.w_gate_up_EDF2", "router.weight_ED"):
+        for name in ("experts.w_down_EFD", "experts.w_gate_up_EDCF", "router.weight_ED"):
             old, new = moments(state, key)[FF + name], moments(result, key)[FF + name]
             assert torch.equal(new, old.repeat_interleave(2, 0))
     assert moments(result, "step")[FF + "router.weight_ED"] == 11
@@ -193,7 +193,7 @@ def test_grown_experts_and_router_rows_bring_theirs() -> None:
 def test_muons_momentum_goes_with_its_weights() -> None:
     state = dense_state()
     for layer in (0, 1):
-        for name in ("w_gate_up_PD", "w_down_DF"):
+        for name in ("w_gate_FD", "w_up_FD", "w_down_DF"):
             weight = f"blocks.{layer}.feed_forward.{name}"
             state[f"optim.{weight}.momentum"] = 3 * state[weight]
     state["optim.embed_VD.exp_avg"] = torch.ones_like(state["embed_VD"])

@@ -14,7 +14,7 @@ from upcycle_cases import SEED, dense_matrices, dense_state, gate_up_down, input
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import TopKOptions
-from moetrain.ops.activations import ACTIVATIONS, activate
+from moetrain.ops.activations import ACTIVATIONS, activate, is_gated
 from moetrain.upcycle import LayerCalibration, RouterStart, SplitBy, SplitOptions, upcycle
 from moetrain.upcycle.cluster import balanced_kmeans
 
@@ -29,8 +29,9 @@ def calibration(activation: str = "swiglu") -> dict[int, LayerCalibration]:
     state, x_TD = dense_state(activation, d_ff=35), inputs(23, seed=9).flatten(0, 1)
     found = {}
     for layer in (0, 1):
-        z_TP = x_TD @ state[f"blocks.{layer}.feed_forward.w_gate_up_PD"].t()
-        found[layer] = LayerCalibration(x_TD, activate(z_TP, activation))
+        *ups, _ = dense_matrices(state, layer, 2 if is_gated(activation) else 1)
+        *gate, up = (x_TD @ matrix_FD.t() for matrix_FD in ups)
+        found[layer] = LayerCalibration(x_TD, activate(gate[0] if gate else None, up, activation))
     return found
 
 
@@ -106,7 +107,7 @@ def test_every_unit_is_in_one_place(experts: int, width: int, shared: int, by: S
     result = upcycle(state, target(TopKOptions(top_k=1), **sizes), SplitOptions(by=by), SEED, given_).state
     units = units_of(result, state).flatten()
     if shared:
-        up_QD = result["blocks.0.feed_forward.shared.w_gate_up_PD"].chunk(2)[1]
+        up_QD = result["blocks.0.feed_forward.shared.w_up_FD"]
         same = (up_QD[:, None] == dense_matrices(state, 0, 2)[1]).all(-1)
         strongest = hidden.abs().mean(0).topk(shared * width).indices
         assert torch.equal(same.long().argmax(-1), strongest.sort().values)

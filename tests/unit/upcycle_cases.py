@@ -40,6 +40,7 @@ def dense_state(activation: str = "swiglu", seed: int = 0, **changes: Any) -> St
     torch.manual_seed(seed)
     cfg = config(**{**changes, "num_experts": 0})
     state = {name: t.clone() for name, t in build(cfg, TopKOptions()).state_dict().items()}
+    state = {name: t for name, t in state.items() if ".feed_forward." not in name}
     for layer in range(cfg.num_layers):
         for name, value in MLP(cfg.d_model, cfg.d_ff, activation).double().state_dict().items():
             state[f"blocks.{layer}.feed_forward.{name}"] = value
@@ -96,11 +97,13 @@ def logits(model: Decoder) -> Tensor:
 def gate_up_down(result: State, layer: int, columns: int) -> list[Tensor]:
     """The experts' matrices as [E, F, D] each: gate (where there is one), up, down."""
     start = f"blocks.{layer}.feed_forward.experts."
-    up = result[start + "w_gate_up_EDF2"].chunk(columns, dim=-1)
-    return [*(part.transpose(1, 2) for part in up), result[start + "w_down_EFD"]]
+    up_EDCF = result[start + "w_gate_up_EDCF"]
+    assert up_EDCF.shape[2] == columns
+    return [*up_EDCF.permute(2, 0, 3, 1), result[start + "w_down_EFD"]]
 
 
 def dense_matrices(state: State, layer: int, columns: int) -> list[Tensor]:
     """The dense layer's matrices as [F, D] each."""
     start = f"blocks.{layer}.feed_forward."
-    return [*state[start + "w_gate_up_PD"].chunk(columns), state[start + "w_down_DF"].t()]
+    ups = ["w_gate_FD", "w_up_FD"][-columns:]
+    return [*(state[start + name] for name in ups), state[start + "w_down_DF"].t()]

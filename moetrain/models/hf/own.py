@@ -35,6 +35,7 @@ _AUTO = {
     "AutoConfig": "configuration_moetrain.MoetrainConfig",
     "AutoModelForCausalLM": "modeling_moetrain.MoetrainForCausalLM",
 }
+_FORMAT = 2  # 1 had gate and up, and queries, keys and values, in one matrix each
 _OUTER = {"embed_VD": "embed_tokens.weight", "head_VD": "lm_head.weight"}
 
 Words = dict[str, Any]
@@ -112,6 +113,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     shared = m.num_shared_experts and (m.d_ff_shared or m.num_shared_experts * m.d_ff_expert)
     return written | _write_routing(spec) | {
         "auto_map": _AUTO,
+        "weights_format": _FORMAT,
         "activation": spec.experts.activation.name,
         "qk_norm": m.qk_norm.name,
         "qkv_bias": m.qkv_bias,
@@ -161,6 +163,8 @@ def _read(fields: Fields) -> ModelSpec:
     experts = ExpertsConfig(kind=kind, activation=activation)
     spec = ModelSpec(model, _read_router(fields, model.num_experts), experts)
     fields.must_be("auto_map", _AUTO)
+    if (found := fields.integer_or_none("weights_format") or 1) != _FORMAT:
+        raise fields.refuse(f"its weights are in format {found}, and this moetrain reads format {_FORMAT}")
     try:
         routing = _write_routing(spec)["routing"]
     except CannotExpressError as error:
@@ -205,7 +209,7 @@ class _Own(Family):
             model = Decoder(spec.model, spec.router, spec.experts, spec.vocab_size)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return {
-            name: Tiled(shape, (Piece(_their_name(name, shapes), (0,) * len(shape), shape, shape),))
+            name: Tiled(shape, (Piece.whole(_their_name(name, shapes), shape),))
             for name, shape in shapes.items()
         }
 

@@ -22,15 +22,20 @@ _LISTED = 8  # names in one message
 class Piece:
     """One tensor of theirs and the block of ours that it fills.
 
-    ``transposed``: their last two dimensions are ours the other way round. Leading dimensions of size 1 in
-    ours that theirs lacks (an expert's number) are left out of their shape: ``shape`` is theirs.
+    ``shape`` is theirs; ``dims`` are our dimensions in the order in which theirs has them. The block has size
+    1 in the others (an expert's number, gate or up).
     """
 
     theirs: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
-    transposed: bool = False
+    dims: tuple[int, ...]
+
+    @staticmethod
+    def whole(theirs: str, shape: tuple[int, ...]) -> Piece:
+        """A tensor that both have alike."""
+        return Piece(theirs, (0,) * len(shape), shape, shape, tuple(range(len(shape))))
 
     def part(self, starts: Sequence[int], stops: Sequence[int]) -> Part | None:
         """The part of theirs that fills ours from ``starts`` to ``stops``; None: the whole of it."""
@@ -40,22 +45,23 @@ class Piece:
         ours = tuple(
             slice(start - offset, stop - offset)
             for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
-        )[len(self.sizes) - len(self.shape) :]
-        return (*ours[:-2], ours[-1], ours[-2]) if self.transposed else ours
+        )
+        return tuple(ours[dim] for dim in self.dims)
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """Their tensor, or a part of it, as ours has it; a view."""
-        tensor = tensor.mT if self.transposed else tensor
-        return tensor.reshape((1,) * (len(self.sizes) - len(self.shape)) + tensor.shape)
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=self.dims.__getitem__))
+        for dim in sorted(set(range(len(self.sizes))) - set(self.dims)):
+            tensor = tensor.unsqueeze(dim)
+        return tensor
 
     def to_theirs(self, ours: Tensor) -> Tensor:
         """Their tensor, contiguous, cut out of the whole of ours."""
         block = ours
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             block = block.narrow(dim, start, size)
-        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
-        block = block.reshape(shape)
-        return (block.mT if self.transposed else block).contiguous()
+        alone = tuple(sorted(set(range(len(self.sizes))) - set(self.dims)))
+        return block.permute(*self.dims, *alone).reshape(self.shape).contiguous()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The tables of a decoder's parts, in the names that Hugging Face's Llama-like models share.
 
-Shapes: D model, P columns of the joint projection (all queries, keys, values), F hidden, E experts,
-V vocabulary.
+Shapes: D model, F hidden, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,16 +45,17 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
 def _attention(cfg: ModelConfig) -> Table:
     heads, kv_heads, head_dim = head_shape(cfg)
     widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-    weights = {f"self_attn.{part}_proj.weight": width for part, width in widths.items()}
     table = {
-        "attention.w_qkv_PD": _rows(weights, cfg.d_model),
         "attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"])),
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
-    if cfg.qkv_bias:
-        biases = {f"self_attn.{part}_proj.bias": width for part, width in widths.items()}
-        table["attention.b_qkv_P"] = _rows(biases, None)
+    for part, width in widths.items():
+        axis = "Q" if part == "q" else "G"
+        shape = (width, cfg.d_model)
+        table[f"attention.w_{part}_{axis}D"] = _whole(f"self_attn.{part}_proj.weight", shape)
+        if cfg.qkv_bias:
+            table[f"attention.b_{part}_{axis}"] = _whole(f"self_attn.{part}_proj.bias", (width,))
     if cfg.qk_norm is not QKNorm.none:
         per_head = cfg.qk_norm is QKNorm.head
         for part in ("q", "k"):
@@ -66,9 +66,9 @@ def _attention(cfg: ModelConfig) -> Table:
 
 def _dense(cfg: ModelConfig, ours: str = "feed_forward", theirs: str = "mlp", width: int = 0) -> Table:
     width = width or cfg.d_ff
-    halves = {f"{theirs}.gate_proj.weight": width, f"{theirs}.up_proj.weight": width}
     return {
-        f"{ours}.w_gate_up_PD": _rows(halves, cfg.d_model),
+        f"{ours}.w_gate_FD": _whole(f"{theirs}.gate_proj.weight", (width, cfg.d_model)),
+        f"{ours}.w_up_FD": _whole(f"{theirs}.up_proj.weight", (width, cfg.d_model)),
         f"{ours}.w_down_DF": _whole(f"{theirs}.down_proj.weight", (cfg.d_model, width)),
     }
 
@@ -78,15 +78,15 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     up: list[Piece] = []
     down: list[Piece] = []
     for e in range(cfg.num_experts):
-        for half, name in enumerate((names.gate, names.up)):
-            place = ((e, 0, half * width), (1, d_model, width))
-            up.append(Piece(name.format(e), *place, shape=(width, d_model), transposed=True))
-        place = ((e, 0, 0), (1, width, d_model))
-        down.append(Piece(names.down.format(e), *place, shape=(d_model, width), transposed=True))
+        for column, name in enumerate((names.gate, names.up)):
+            block = ((e, 0, column, 0), (1, d_model, 1, width))
+            up.append(Piece(name.format(e), *block, (width, d_model), dims=(3, 1)))
+        rows = ((e, 0, 0), (1, width, d_model))
+        down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
         "feed_forward.router.bias_E": Tiled((cfg.num_experts,)),
-        "feed_forward.experts.w_gate_up_EDF2": Tiled((cfg.num_experts, d_model, 2 * width), tuple(up)),
+        "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
     if cfg.num_shared_experts:
@@ -98,14 +98,4 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:
-    return Tiled(shape, (Piece(name, (0,) * len(shape), shape, shape),))
-
-
-def _rows(parts: dict[str, int], columns: int | None) -> Tiled:
-    """Tensors one below the other; ``columns`` None: of one dimension."""
-    pieces, start = [], 0
-    for name, count in parts.items():
-        shape = (count,) if columns is None else (count, columns)
-        pieces.append(Piece(name, (start, *(0 for _ in shape[1:])), shape, shape))
-        start += count
-    return Tiled((start,) if columns is None else (start, columns), tuple(pieces))
+    return Tiled(shape, (Piece.whole(name, shape),))

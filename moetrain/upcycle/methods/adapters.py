@@ -35,7 +35,9 @@ class Adapters(Method[AdaptersOptions]):
         cfg, dtype = job.target.model, networks.w_down_SFD.dtype
         shape = (cfg.num_experts, cfg.d_model, cfg.d_ff_expert)
         up_EDF = normal(shape, generator(job.seed, layer, "adapters"), dtype) * cfg.d_model**-0.5
-        return Networks(up_EDF.to(dtype), torch.zeros(shape, dtype=dtype).transpose(1, 2).contiguous())
+        return Networks(
+            up_EDF.to(dtype)[:, :, None], torch.zeros(shape, dtype=dtype).transpose(1, 2).contiguous()
+        )
 
     def promise(self, job: Job) -> Promise:
         return Promise(True, "the network is unchanged, and every adapter's down projection is zero")

@@ -43,7 +43,7 @@ class Copy(Method[CopyOptions]):
         if not self._noisy:
             return
         gen = generator(job.seed, layer, "noise")
-        for stack in (experts.w_gate_up_SDP, experts.w_down_SFD):
+        for stack in (experts.w_gate_up_SDCF, experts.w_down_SFD):
             for weight in stack:  # expert by expert: a draw is no larger than one
                 noise = normal(weight.shape, gen, weight.dtype) * self.options.noise_std
                 hit = torch.rand(weight.shape, generator=gen) < self.options.noise_fraction

@@ -50,7 +50,7 @@ class Drop(Method[DropOptions]):
         if plan.fresh_EMF is None:
             return
         gen = generator(job.seed, layer, "new units")
-        for m, matrix_EFD in enumerate(experts.matrices(plan.fresh_EMF.shape[1] - 1)):
+        for m, matrix_EFD in enumerate(experts.matrices()):
             for e, matrix_FD in enumerate(matrix_EFD):
                 fresh_F = plan.fresh_EMF[e, m]
                 old_nD = matrix_FD[fresh_F].to(wide(matrix_FD.dtype))

@@ -1,7 +1,8 @@
 """A decoder trained with moetrain, for transformers: the function that it computes in evaluation, dropless.
 
-Shapes: B batch, S new tokens, K keys, T = B S tokens, D model, H head width, E experts, F hidden, P joint
-columns (queries, keys, values; or gate, then up), k experts a token.
+Shapes: B batch, S new tokens, K keys, T = B S tokens, D model, H head width, E experts, F hidden,
+C columns a hidden unit (gate and up, or up alone), Q columns of all queries, G of all keys, k experts a
+token.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
 
 
-def activate(z: Tensor, name: str) -> Tensor:
-    gate, up = z.chunk(2, dim=-1)
-    return GATES[name](gate) * up if name in GATES else PLAIN[name](z)
+def activate(gate: Tensor | None, up: Tensor, name: str) -> Tensor:
+    return PLAIN[name](up) if gate is None else GATES[name](gate) * up
 
 
 def wide(x: Tensor) -> Tensor:
@@ -137,26 +137,29 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
-        self.activation, columns = activation, 2 * d_ff if activation in GATES else d_ff
-        self.w_gate_up_PD = nn.Parameter(torch.empty(columns, d_model))
+        self.activation = activation
+        self.w_gate_FD = nn.Parameter(torch.empty(d_ff, d_model)) if activation in GATES else None
+        self.w_up_FD = nn.Parameter(torch.empty(d_ff, d_model))
         self.w_down_DF = nn.Parameter(torch.empty(d_model, d_ff))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(activate(F.linear(x, self.w_gate_up_PD), self.activation), self.w_down_DF)
+        gate = None if self.w_gate_FD is None else F.linear(x, self.w_gate_FD)
+        return F.linear(activate(gate, F.linear(x, self.w_up_FD), self.activation), self.w_down_DF)
 
 
 class Experts(nn.Module):
     def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
-        self.activation, columns = activation, 2 * d_ff if activation in GATES else d_ff
-        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(num_experts, d_model, columns))
+        self.activation, columns = activation, 2 if activation in GATES else 1
+        self.w_gate_up_EDCF = nn.Parameter(torch.empty(num_experts, d_model, columns, d_ff))
         self.w_down_EFD = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
 
     def forward(self, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD)
         for e in weights_TE.any(0).nonzero().flatten().tolist():
             rows = weights_TE[:, e].nonzero().flatten()
-            hidden = activate(x_TD[rows] @ self.w_gate_up_EDF2[e], self.activation)
+            *gate, up = (x_TD[rows] @ w_DF for w_DF in self.w_gate_up_EDCF[e].unbind(1))
+            hidden = activate(gate[0] if gate else None, up, self.activation)
             hidden = (hidden * weights_TE[rows, e, None]).to(x_TD.dtype)
             y_TD.index_add_(0, rows, (hidden @ self.w_down_EFD[e]).to(y_TD.dtype))
         return y_TD
@@ -189,16 +192,21 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, cfg.sliding_window
         self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
-        self.widths = [n * cfg.head_dim for n in (cfg.num_attention_heads, *[cfg.num_key_value_heads] * 2)]
-        self.w_qkv_PD = nn.Parameter(torch.empty(sum(self.widths), cfg.hidden_size))
-        self.b_qkv_P = nn.Parameter(torch.zeros(sum(self.widths))) if cfg.qkv_bias else None
-        self.w_out_DQ = nn.Parameter(torch.empty(cfg.hidden_size, self.widths[0]))
+        queries, keys = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        self.w_q_QD = nn.Parameter(torch.empty(queries, cfg.hidden_size))
+        self.w_k_GD = nn.Parameter(torch.empty(keys, cfg.hidden_size))
+        self.w_v_GD = nn.Parameter(torch.empty(keys, cfg.hidden_size))
+        self.b_q_Q = nn.Parameter(torch.zeros(queries)) if cfg.qkv_bias else None
+        self.b_k_G = nn.Parameter(torch.zeros(keys)) if cfg.qkv_bias else None
+        self.b_v_G = nn.Parameter(torch.zeros(keys)) if cfg.qkv_bias else None
+        self.w_out_DQ = nn.Parameter(torch.empty(cfg.hidden_size, queries))
         if cfg.qk_norm != "none":
-            widths = self.widths if cfg.qk_norm == "full" else [cfg.head_dim] * 2
-            self.q_norm, self.k_norm = (RMSNorm(width, cfg.rms_norm_eps) for width in widths[:2])
+            widths = (queries, keys) if cfg.qk_norm == "full" else [cfg.head_dim] * 2
+            self.q_norm, self.k_norm = (RMSNorm(width, cfg.rms_norm_eps) for width in widths)
 
     def forward(self, x_BSD: Tensor, rope: Any, real_BK: Any, past: int, cache: Any) -> Tensor:
-        q, k, v = F.linear(x_BSD, self.w_qkv_PD, self.b_qkv_P).split(self.widths, dim=-1)
+        q = F.linear(x_BSD, self.w_q_QD, self.b_q_Q)
+        k, v = F.linear(x_BSD, self.w_k_GD, self.b_k_G), F.linear(x_BSD, self.w_v_GD, self.b_v_G)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
