@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain.errors import UserError
 from moetrain.moe import MoELayer
-from moetrain.moe.all_to_all import AllToAllDispatcher
-from moetrain.moe.exchange import Exchange
-from moetrain.moe.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
+from moetrain.moe.dispatch.collectives import Exchange
+from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.clip import clip_
@@ -88,7 +88,7 @@ def _told(exchange: Exchange, tables: tuple[Counts, ...]) -> _Told:
 
 def _straight(dispatcher: AllToAllDispatcher, counts_E: list[int]) -> tuple[Counts, Counts]:
     """What AllToAllDispatcher reads: assignments sent and received, and the stamp."""
-    exchange, here, stamp = dispatcher.exchange, dispatcher.num_local, [0]
+    exchange, here, stamp = dispatcher.exchange, dispatcher.placement.per_rank, [0]
     sent = [[*counts_E[p * here : (p + 1) * here], *stamp] for p in range(exchange.size)]
     return sent, [sent[exchange.group.rank()]] * exchange.size
 
@@ -99,8 +99,10 @@ def _two_levels(
     """What HierarchicalDispatcher reads: own counts, the nodes' for this one, the node's for this rank."""
     nodes, node = dispatcher.nodes, dispatcher.node
     ids_TK = torch.arange(tokens * top_k).view(-1, top_k) % num_experts
-    chosen_TE = F.one_hot(ids_TK, num_experts).sum(1)[:, : nodes.size * node.size * dispatcher.num_local]
-    chosen_TMLe = chosen_TE.unflatten(1, (nodes.size, node.size, dispatcher.num_local))
+    chosen_TE = F.one_hot(ids_TK, num_experts).sum(1)[
+        :, : nodes.size * node.size * dispatcher.placement.per_rank
+    ]
+    chosen_TMLe = chosen_TE.unflatten(1, (nodes.size, node.size, dispatcher.placement.per_rank))
     rows_ML, rows_M = chosen_TMLe.any(3).sum(0), chosen_TMLe.flatten(2).any(2).sum(0)
     cells_MLC = torch.cat([rows_ML[..., None], chosen_TMLe.sum(0)], 2)
     own_MW = F.pad(torch.cat([rows_M[:, None], cells_MLC.flatten(1)], 1), (0, 1))

@@ -36,7 +36,14 @@ class AdapterLayer(MoELayer):
         self.w_up_FD = parameter(up_shape, initializer)
         self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
 
-    def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: RouterContext | None = None,
+        router_input: Tensor | None = None,
+        shared_input: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
         h_BSD = dense_mlp(x_BSD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, self.activation)
-        y_BSD, routing = self.finish(self.start(h_BSD, ctx, router_input=x_BSD))
+        seen_BSD = x_BSD if router_input is None else router_input
+        y_BSD, routing = super().forward(h_BSD, ctx, seen_BSD, shared_input)
         return h_BSD + y_BSD.to(h_BSD.dtype), routing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.dispatch import Chunks, Dispatched
+from moetrain.moe.dispatch.base import ExpertRows, Work
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.expert_mlp import BACKENDS
@@ -30,34 +30,31 @@ class Experts(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(BACKENDS)}")
-        self.activation, self.backend = activation, backend
+        self.num_experts, self.activation, self.backend = num_experts, activation, backend
         columns = 2 if is_gated(activation) else 1
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(d_model**-0.5))
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
 
-    def forward(self, dispatched: Dispatched | Chunks) -> Tensor | list[Tensor]:
-        """out [R, D], each row times its routing weight, in the autocast dtype where one is on.
+    def forward(self, work: Work) -> list[Tensor]:
+        """Compute each chunk's rows, times their routing weights, and give them to ``work.done``.
 
-        Of chunks of experts, what their ``give_back`` makes of each one's out. One call for all, so that
-        sharded weights are gathered once.
+        Returns what ``work.combine`` wants. Results are in the autocast dtype where one is on. One call for
+        all chunks, so that sharded weights are gathered once.
         """
-        if isinstance(dispatched, Dispatched):
-            return self._compute(dispatched, local_part(self.w_gate_up_EDCF), local_part(self.w_down_EFD))
-        sizes = dispatched.sizes
-        ups, downs = _parts(self.w_gate_up_EDCF, sizes), _parts(self.w_down_EFD, sizes)
+        ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
         return [
-            dispatched.give_back(self._compute(chunk, up, down), number)
-            for number, (chunk, up, down) in enumerate(zip(dispatched.arrivals(), ups, downs, strict=True))
+            work.done(self._compute(rows, up, down), chunk)
+            for chunk, (rows, up, down) in enumerate(zip(work.arrivals(), ups, downs, strict=True))
         ]
 
-    def _compute(self, dispatched: Dispatched, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
-        x_XD = dispatched.source_XD
+    def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
+        x_XD = rows.source_XD
         device = x_XD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
         return expert_mlp(
             x_XD,
-            dispatched.rows,
-            dispatched.weights_R,
+            rows.rows,
+            rows.weights_R,
             w_gate_up_EDCF.flatten(2),
             w_down_EFD,
             self.activation,

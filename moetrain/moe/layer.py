@@ -1,40 +1,26 @@
 """MoELayer: route, dispatch, compute, combine.
 
-Shapes: B batch, S sequence, T = B S tokens, D model, R computed rows.
+Shapes: B batch, S sequence, T = B S tokens, D model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
+from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import RouterConfig
-from moetrain.moe.rounds import in_rounds, round_starts
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
-
-
-@dataclass(frozen=True)
-class Started:
-    """A layer between routing and computing; ``x_BSD`` is what the shared experts see by default.
-
-    Rows that are too many at once are not ``dispatched`` yet: they go by ``rounds`` when the layer finishes.
-    """
-
-    x_BSD: Tensor
-    routing: Routing
-    dispatched: Any  # the dispatcher's own
-    rounds: list[int]
 
 
 class MoELayer(nn.Module):
@@ -81,47 +67,48 @@ class MoELayer(nn.Module):
         self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
         self.dispatcher: Dispatcher = LocalDispatcher(block)
 
-    def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, Routing]:
-        return self.finish(self.start(x_BSD, ctx))
+    def forward(
+        self,
+        x_BSD: Tensor,
+        ctx: RouterContext | None = None,
+        router_input: Tensor | None = None,
+        shared_input: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """y in the dtype of the experts' products, and the routing.
 
-    def start(
-        self, x_BSD: Tensor, ctx: RouterContext | None = None, router_input: Tensor | None = None
-    ) -> Started:
-        """Route (on ``router_input`` if given, same shape as x) and send rows on their way."""
+        ``router_input`` and ``shared_input``, of x's shape, are what the router and the shared experts read;
+        None: x. Raises ValueError where ``ctx`` is of another number of tokens.
+        """
         batch, seq, width = x_BSD.shape
         if ctx is None:
             ctx = RouterContext.default(batch, seq, x_BSD.device)
         if (ctx.batch, ctx.seq) != (batch, seq):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
-        seen = x_BSD if router_input is None else router_input
-        routing: Routing = self.router(seen.reshape(-1, width), ctx)
-        rounds = self._rounds(routing, batch * seq)
-        if len(rounds) > 1:
-            return Started(x_BSD, routing, None, rounds)
-        return Started(x_BSD, routing, self.dispatcher.dispatch(x_BSD.reshape(-1, width), routing), rounds)
-
-    def finish(self, started: Started, shared_input: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Compute and combine; returns y in the dtype of the experts' products, and the routing.
-
-        Zero-computation and shared experts compute while rows travel.
-        """
-        x_BSD = started.x_BSD
-        beside = partial(
-            self._beside, x_BSD, started.routing, x_BSD if shared_input is None else shared_input
-        )
-        if started.dispatched is None:
-            x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-            y_TD, others = in_rounds(x_TD, started.routing, started.rounds, self._one_round), beside()
+        x_TD = x_BSD.reshape(-1, width)
+        seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
+        shared_BSD = x_BSD if shared_input is None else shared_input
+        routing: Routing = self.router(seen_TD, ctx)
+        assignment = routing.assignment
+        starts = self._round_starts(assignment, batch * seq)
+        if len(starts) > 1:
+            y_TD = in_rounds(x_TD, assignment, starts, self._one_round)
+            beside = self._beside(x_BSD, assignment, shared_BSD)
         else:
-            y_TD, others = self.dispatcher.compute(started.dispatched, self.experts, beside)
+            work = self.dispatcher.dispatch(x_TD, assignment)
+            beside = self._beside(x_BSD, assignment, shared_BSD)  # while rows travel
+            y_TD = self.dispatcher.combine(self.experts(work), work)
         y_BSD = y_TD.view_as(x_BSD)
-        for other_BSD in others:
+        for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
-        return y_BSD, started.routing
+        return y_BSD, routing
 
-    def _beside(self, x_BSD: Tensor, routing: Routing, shared_BSD: Tensor) -> list[Tensor]:
-        """What is added to the dispatched experts' sum."""
-        parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, routing)]
+    def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        work = self.dispatcher.dispatch(x_TD, assignment)
+        return self.dispatcher.combine(self.experts(work), work)
+
+    def _beside(self, x_BSD: Tensor, assignment: Assignment, shared_BSD: Tensor) -> list[Tensor]:
+        """What zero-computation and shared experts add to the dispatched experts' sum."""
+        parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, assignment)]
         return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
 
     def _shared(self, x_BSD: Tensor) -> Tensor:
@@ -131,16 +118,12 @@ class MoELayer(nn.Module):
             y_BSD if self.shared_gate_1D is None else y_BSD * F.linear(x_BSD, self.shared_gate_1D).sigmoid()
         )
 
-    def _one_round(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        dispatched = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.compute(dispatched, self.experts, lambda: None)[0]
-
-    def _rounds(self, routing: Routing, tokens: int) -> list[int]:
+    def _round_starts(self, assignment: Assignment, tokens: int) -> list[int]:
         """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""
         usual = self.router.usual_rows_per_token
         bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
         given = [bound for bound in bounds if bound is not None]
         if not given:
             return [0]
-        starts = round_starts(routing, tokens, min(given))
+        starts = round_starts(assignment, tokens, min(given))
         return starts + [tokens] * (self.dispatcher.agree(len(starts)) - len(starts))

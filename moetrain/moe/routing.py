@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moetrain.moe.assignment import Assignment
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -59,6 +61,19 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.counts_E.shape[0]
+
+    @property
+    def assignment(self) -> Assignment:
+        """What dispatchers read."""
+        return Assignment(
+            self.token_ids_N,
+            self.weights_N,
+            self.counts_E,
+            self.forward_scale_N,
+            self.choice_N,
+            self.num_ffn_experts,
+            self.host_counts,
+        )
 
     @property
     def demand_E(self) -> Tensor:

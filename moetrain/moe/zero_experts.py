@@ -1,6 +1,6 @@
 """Experts without a feed-forward network: zero, copy and constant (MoE++; Jin et al. 2024, arXiv:2410.07348).
 
-They are the last experts of a Routing and act where the token is: no layout sends anything to them.
+They are the last experts of an assignment and act where the token is: no layout sends anything to them.
 
 Shapes: T tokens, D model, Z zero-computation experts (zero, then copy, then constant), C constant ones.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.routing import Routing
+from moetrain.moe.assignment import Assignment
 from moetrain.ops.init import Normal, parameter
 
 
@@ -40,12 +40,12 @@ class ZeroExperts(nn.Module):
             self.mix_weight_KD = parameter((2 * kinds.constant, d_model), Normal(d_model**-0.5))
             self.constant_CD = parameter((kinds.constant, d_model), Normal(d_model**-0.5))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """The weighted sum of each token's zero-computation experts; of x's shape, fp32 at least."""
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             x_TD = x.reshape(-1, x.shape[-1]).to(wide)
-            weights_TZ = self._weights(routing, x_TD)
+            weights_TZ = self._weights(assignment, x_TD)
             first = self.kinds.zero + self.kinds.copy
             scale_T1 = weights_TZ[:, self.kinds.zero : first].sum(-1, keepdim=True)
             y_TD = scale_T1 * x_TD
@@ -60,11 +60,11 @@ class ZeroExperts(nn.Module):
         y_TD: Tensor = scale_T1 * x_TD + (weights_TC * mix_TC2[..., 1]) @ constant_CD
         return y_TD
 
-    def _weights(self, routing: Routing, x_TD: Tensor) -> Tensor:
+    def _weights(self, assignment: Assignment, x_TD: Tensor) -> Tensor:
         """[T, Z]; a pair occurs once at most, so nothing is summed. No host synchronisation."""
-        first = routing.num_experts - self.kinds.total
-        column_N = (routing.expert_ids_N() - first + 1).clamp(min=0)  # 0: the others', cut off
+        first = assignment.num_experts - self.kinds.total
+        column_N = (assignment.expert_ids_N() - first + 1).clamp(min=0)  # 0: the others', cut off
         room_TZ = x_TD.new_zeros(x_TD.shape[0], self.kinds.total + 1)
-        weights_N = routing.weights_N.to(x_TD.dtype)
-        weights_TZ: Tensor = room_TZ.index_put((routing.token_ids_N, column_N), weights_N)
+        weights_N = assignment.weights_N.to(x_TD.dtype)
+        weights_TZ: Tensor = room_TZ.index_put((assignment.token_ids_N, column_N), weights_N)
         return weights_TZ[:, 1:]

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.compat import reduce_unused_gradients
 from moetrain.moe import MoELayer
-from moetrain.moe.exchange import Calls, Exchange, Observer, unobserved
+from moetrain.moe.dispatch.collectives import Calls, Exchange, Observer, unobserved
+from moetrain.moe.dispatch.placement import Placement
 from moetrain.ops.cheap import dropping_cheap
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.dispatchers import build_dispatcher
@@ -93,16 +94,17 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     calls = Calls(list(layers))
     holders: list[nn.Module] = []
     for layer_name, layer in layers.items():
+        placement = Placement.contiguous(layer.experts.num_experts, mesh.size())
+        here = placement.of_rank(mesh.get_local_rank())
         for name, parameter in list(layer.experts.named_parameters()):
-            local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            local = parameter.detach().narrow(0, here[0], len(here)).clone()
             placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
             fresh = nn.Parameter(placed, parameter.requires_grad)
             vars(fresh).update(vars(parameter))
             setattr(layer.experts, name, fresh)
-        weight = layer.experts.w_down_EFD
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         device = torch.device(mesh.device_type)  # the weights may lie on the meta device still
-        layer.dispatcher = build_dispatcher(meshes, exchange, weight.shape[0], device, layer.dispatcher.block)
+        layer.dispatcher = build_dispatcher(meshes, exchange, placement, device, layer.dispatcher.block)
         holders.append(layer.experts)
     return holders
 

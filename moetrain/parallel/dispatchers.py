@@ -6,16 +6,17 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config.schema import ExpertDispatch
-from moetrain.moe.all_gather import AllGatherDispatcher
-from moetrain.moe.all_to_all import AllToAllDispatcher
 from moetrain.moe.dispatch import Dispatcher
-from moetrain.moe.exchange import Exchange
-from moetrain.moe.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.all_gather import AllGatherDispatcher
+from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
+from moetrain.moe.dispatch.collectives import Exchange
+from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.placement import Placement
 from moetrain.parallel.mesh import NODE, PLACE, Meshes
 
 
 def build_dispatcher(
-    meshes: Meshes, exchange: Exchange, num_experts: int, device: torch.device, block: int | None
+    meshes: Meshes, exchange: Exchange, placement: Placement, device: torch.device, block: int | None
 ) -> Dispatcher:
     """As ``meshes.cfg`` says, over the ranks of ``exchange``, which are an ep group.
 
@@ -23,10 +24,10 @@ def build_dispatcher(
     """
     cfg, everyone = meshes.cfg, dist.group.WORLD
     if cfg.dispatcher is ExpertDispatch.all_gather:
-        return AllGatherDispatcher(exchange, num_experts, device, block, everyone)
+        return AllGatherDispatcher(exchange, placement, device, block, everyone)
     if cfg.dispatcher is ExpertDispatch.all_to_all:
-        return AllToAllDispatcher(exchange, num_experts, device, block, everyone, cfg.overlap)
+        return AllToAllDispatcher(exchange, placement, device, block, everyone, cfg.overlap)
     assert meshes.levels is not None
     assert everyone is not None
     nodes, node = (exchange.over(meshes.levels[name].get_group()) for name in (NODE, PLACE))
-    return HierarchicalDispatcher(nodes, node, everyone, num_experts, device, block, cfg.node_sums)
+    return HierarchicalDispatcher(nodes, node, everyone, placement, device, block, cfg.node_sums)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moetrain.compat import all_gather_single, reduce_scatter_single
-from moetrain.moe.exchange import Collective, Observer
+from moetrain.moe.dispatch.collectives import Collective, Observer
 
 
 def observe_fsdp(

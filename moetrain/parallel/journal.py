@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from moetrain.moe.exchange import Collective
+from moetrain.moe.dispatch.collectives import Collective
 from moetrain.parallel.position import Place, Position
 
 
@@ -125,7 +125,7 @@ def keep(journal: Journal | None) -> None:
 
 
 def observe(collective: Collective) -> AbstractContextManager[object]:
-    """An :data:`moetrain.moe.exchange.Observer` that notes."""
+    """An :data:`moetrain.moe.dispatch.collectives.Observer` that notes."""
     return nullcontext() if _journal is None else Entry(_journal, collective)
 
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moetrain.errors import write_error_file
-from moetrain.moe.exchange import OutOfStepError
+from moetrain.moe.dispatch.collectives import OutOfStepError
 from moetrain.parallel.distributed import agent_serves, rank, run_store, start_prefix, world
 from moetrain.parallel.heartbeat import Heartbeat
 from moetrain.parallel.journal import Clock, Entry, Journal, keep, members

@@ -13,7 +13,7 @@ from typing import Any
 import moetrain.parallel.apply as apply
 import moetrain.train.run as run
 import moetrain.train.step as step
-from moetrain.moe.exchange import Exchange
+from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.ops.local_part import local_part
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.metrics import RoutingStats

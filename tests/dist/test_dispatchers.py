@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ExpertDispatch, ParallelConfig
 from moetrain.moe import MoELayer, RouterContext
-from moetrain.moe.all_gather import AllGatherDispatcher
-from moetrain.moe.all_to_all import AllToAllDispatcher
-from moetrain.moe.exchange import Collective, Exchange, Observer, unobserved
-from moetrain.moe.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.all_gather import AllGatherDispatcher
+from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
+from moetrain.moe.dispatch.collectives import Collective, Exchange, Observer, unobserved
+from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.placement import Placement
 from moetrain.parallel.mesh import Meshes, build_meshes
 from moetrain.parallel.ranks import run_ranks
 
@@ -61,6 +62,8 @@ CASES = {
 FLAT = "flat"
 SAME_BITS = ("overlap 2", "overlap 3", "two nodes, unsummed", "one node, unsummed", "four nodes, unsummed")
 CLOSE = ("two nodes", "one node", "four nodes", "all-gather")
+PLACED = ("placed, overlap 2", "placed, two nodes", "placed, all-gather")  # experts lie elsewhere
+ELSEWHERE = Placement(P, (5, 0, 11, 7, 2, 9, 4, 1, 8, 10, 3, 6))
 
 
 def layer_of(case: Case) -> MoELayer:
@@ -100,25 +103,30 @@ def outcome(layer: MoELayer, case: Case, rank: int) -> dict[str, Tensor]:
     return {"y": y_BSD.detach(), "x": x_BSD.grad, **grads}
 
 
-def spread(layer: MoELayer, rank: int) -> None:
+def spread(layer: MoELayer, rank: int, placement: Placement) -> None:
     """Leave the experts of this rank."""
     for name, parameter in list(layer.experts.named_parameters()):
-        setattr(layer.experts, name, nn.Parameter(parameter.detach().chunk(P)[rank].clone()))
+        setattr(layer.experts, name, nn.Parameter(parameter.detach()[list(placement.of_rank(rank))]))
 
 
 def dispatchers(rank: int, observer: Observer = unobserved) -> dict[str, Any]:
     whole = Exchange(dist.group.WORLD, observer=observer)
-    made: dict[str, Any] = {FLAT: AllToAllDispatcher(whole, E, DEVICE, BLOCK)}
+    contiguous = Placement.contiguous(E, P)
+    made: dict[str, Any] = {FLAT: AllToAllDispatcher(whole, contiguous, DEVICE, BLOCK)}
     for chunks in (2, 3):
-        made[f"overlap {chunks}"] = AllToAllDispatcher(whole, E, DEVICE, BLOCK, overlap=chunks)
+        made[f"overlap {chunks}"] = AllToAllDispatcher(whole, contiguous, DEVICE, BLOCK, overlap=chunks)
     for name, places in (("two nodes", 2), ("one node", 4), ("four nodes", 1)):
         nodes = [dist.new_group(list(range(place, P, places))) for place in range(places)]
         node = [dist.new_group(list(range(n, n + places))) for n in range(0, P, places)]
         levels = whole.over(nodes[rank % places]), whole.over(node[rank // places])
         world = dist.group.WORLD
-        made[name] = HierarchicalDispatcher(*levels, world, E, DEVICE, BLOCK)
-        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, world, E, DEVICE, BLOCK, False)
-    made["all-gather"] = AllGatherDispatcher(whole, E, DEVICE, BLOCK)
+        made[name] = HierarchicalDispatcher(*levels, world, contiguous, DEVICE, BLOCK)
+        made[f"{name}, unsummed"] = HierarchicalDispatcher(*levels, world, contiguous, DEVICE, BLOCK, False)
+        if name == "two nodes":
+            made[f"placed, {name}"] = HierarchicalDispatcher(*levels, world, ELSEWHERE, DEVICE, BLOCK)
+    made["all-gather"] = AllGatherDispatcher(whole, contiguous, DEVICE, BLOCK)
+    made["placed, all-gather"] = AllGatherDispatcher(whole, ELSEWHERE, DEVICE, BLOCK)
+    made["placed, overlap 2"] = AllToAllDispatcher(whole, ELSEWHERE, DEVICE, BLOCK, overlap=2)
     return made
 
 
@@ -127,7 +135,7 @@ def every_outcome(rank: int, world: int) -> dict[tuple[str, str], dict[str, Tens
     for variant, dispatcher in dispatchers(rank).items():
         for name, case in CASES.items():
             layer = layer_of(case)
-            spread(layer, rank)
+            spread(layer, rank, dispatcher.placement)
             layer.dispatcher = dispatcher
             found[name, variant] = outcome(layer, case, rank)
     return found
@@ -147,7 +155,7 @@ def test_the_same_bits_as_the_flat_one(variant, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("variant", (FLAT, *CLOSE))
+@pytest.mark.parametrize("variant", (FLAT, *CLOSE, *PLACED))
 def test_as_on_one_process(variant, name):
     """Each rank's tokens by themselves, through all experts; gradients of weights add up over the ranks."""
     case = CASES[name]
@@ -157,6 +165,7 @@ def test_as_on_one_process(variant, name):
     for key in alone[0]:
         if key.startswith("experts."):
             expected, there = sum(one[key] for one in alone), torch.cat([one[key] for one in found])
+            expected = expected[list(ELSEWHERE.experts)] if variant in PLACED else expected
             assert expected.any() or not sum(case.tokens)
             torch.testing.assert_close(there, expected, **close)
         else:
@@ -183,7 +192,7 @@ def events_of(rank: int, world: int) -> dict[str, list[tuple[str, Collective | s
     case = Case(options={"top_k": 8}, shared=1)
     for variant, dispatcher in dispatchers(rank, observer).items():
         layer = layer_of(case)
-        spread(layer, rank)
+        spread(layer, rank, dispatcher.placement)
         layer.dispatcher = dispatcher
 
         def shared_computed(_: nn.Module, __: Any, y: Tensor) -> None:
@@ -204,7 +213,7 @@ def events() -> list[dict[str, Any]]:
     return run_ranks(events_of, P, timeout=120)
 
 
-@pytest.mark.parametrize("variant", (FLAT, *SAME_BITS, *CLOSE))
+@pytest.mark.parametrize("variant", (FLAT, *SAME_BITS, *CLOSE, *PLACED))
 def test_one_host_synchronisation_and_others_compute_while_rows_travel(variant):
     levels = 2 if "node" in variant else 1
     for found in events():
@@ -287,6 +296,11 @@ def test_chunks_that_cannot_be_are_refused():
             return 2
 
     with pytest.raises(ValueError, match="overlap=7, but there are 6 experts a rank"):
-        AllToAllDispatcher(Exchange(Two()), E, DEVICE, overlap=7)
+        AllToAllDispatcher(Exchange(Two()), Placement.contiguous(E, 2), DEVICE, overlap=7)
+
+
+def test_placements_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="2 ranks do not divide 13 experts"):
-        AllToAllDispatcher(Exchange(Two()), 13, DEVICE)
+        Placement.contiguous(13, 2)
+    with pytest.raises(ValueError, match=r"names each of its experts once, not \(0, 2, 2, 3\)"):
+        Placement(2, (0, 2, 2, 3))

@@ -11,7 +11,7 @@ from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.schema import ParallelConfig
 from moetrain.models.decoder import Decoder
-from moetrain.moe.exchange import Collective
+from moetrain.moe.dispatch.collectives import Collective
 from moetrain.moe.options import ExpertsConfig
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lives import Lives
 from moetrain.parallel.ranks import run_ranks
 
-from moetrain.moe.exchange import Calls, Exchange, OutOfStepError
+from moetrain.moe.dispatch.collectives import Calls, Exchange, OutOfStepError
 from moetrain.parallel.journal import patiently, watched
 from moetrain.parallel.watchdog import watching
 from moetrain.train.run_lock import FolderLock

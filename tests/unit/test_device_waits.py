@@ -52,7 +52,7 @@ def test_the_list():
     counted = found()
     assert counted.passes == 2 * MICRO_BATCHES
     assert places(counted) == {
-        ("moe/routing.py", "counts_on_host"): counted.passes,
+        ("moe/assignment.py", "counts_on_host"): counted.passes,
         ("train/step.py", "_on_host"): 1,
         ("train/step.py", "_broken_weights"): 1,
     }

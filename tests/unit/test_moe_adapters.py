@@ -105,9 +105,9 @@ def test_upcycling_keeps_the_function_whatever_the_router(activation: str, route
     error, result = worst(goal, dense_state(activation), AdaptersOptions())
     assert error < 1e-12
     assert result.preserves
-    up_EDF = result.state["blocks.0.feed_forward.experts.w_gate_up_EDCF"]
-    assert up_EDF.shape == (8, 23, 5)
-    assert len(up_EDF.unique(dim=0)) == 8
+    up_EDCF = result.state["blocks.0.feed_forward.experts.w_gate_up_EDCF"]
+    assert up_EDCF.shape == (8, 23, 1, 5)
+    assert len(up_EDCF.unique(dim=0)) == 8
 
 
 def test_the_decoder_as_a_whole() -> None:

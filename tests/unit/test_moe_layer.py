@@ -139,7 +139,7 @@ def test_equal_experts_are_one_dense_network(backend: str, options: dict[str, An
     with torch.no_grad():
         for weight in layer.experts.parameters():
             weight.copy_(weight[:1].expand_as(weight).clone())
-    up_DP, down_FD = (w[0].detach() for w in layer.experts.parameters())
+    up_DP, down_FD = layer.experts.w_gate_up_EDCF[0].detach().flatten(1), layer.experts.w_down_EFD[0].detach()
     x_BSD = torch.randn(2, 3, 5, dtype=torch.float64)
     want = torch.stack([oracle.feed_forward(x, up_DP, down_FD, "swiglu") for x in x_BSD.view(-1, 5)])
     torch.testing.assert_close(layer(x_BSD)[0], want.view(2, 3, 5), rtol=0, atol=1e-12)
@@ -160,8 +160,8 @@ def test_forward_scale_multiplies_values_and_leaves_gradients_alone(backend: str
     def run(scale_N: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Routing]:
         x = x_TD.clone().requires_grad_()
         routing = replace(layer.router(x, RouterContext.default(1, 13)), forward_scale_N=scale_N)
-        dispatched = layer.dispatcher.dispatch(x, routing)
-        y = layer.dispatcher.combine(layer.experts(dispatched), dispatched.plan)
+        work = layer.dispatcher.dispatch(x, routing.assignment)
+        y = layer.dispatcher.combine(layer.experts(work), work)
         return y.detach(), grads_of(layer, (y * g_TD).sum(), x), routing
 
     _, plain_grads, routing = run(None)
@@ -173,20 +173,19 @@ def test_forward_scale_multiplies_values_and_leaves_gradients_alone(backend: str
     for t, e, w, s in zip(
         routing.token_ids_N, routing.expert_ids_N(), routing.weights_N, scale_N, strict=True
     ):
-        want[t] += s * w.detach() * oracle.feed_forward(x_TD[t], up[e], down[e], "swiglu")
+        want[t] += s * w.detach() * oracle.feed_forward(x_TD[t], up[e].flatten(1), down[e], "swiglu")
     torch.testing.assert_close(y_TD, want, rtol=0, atol=1e-12)
 
 
-def test_start_and_finish_take_other_inputs_for_router_and_shared_experts() -> None:
+def test_router_and_shared_experts_may_read_other_inputs() -> None:
     layer = make(num_shared_experts=1)
     x, seen, shared = torch.randn(3, 2, 3, 5, dtype=torch.float64).unbind()
-    y, routing = layer.finish(layer.start(x, router_input=seen), shared_input=shared)
+    y, routing = layer(x, router_input=seen, shared_input=shared)
     _, of_seen = layer(seen)
     assert torch.equal(routing.weights_N, of_seen.weights_N)
     assert torch.equal(routing.token_ids_N, of_seen.token_ids_N)
-    own_routed = layer.finish(layer.start(x, router_input=seen))[0] - layer.shared(x)
+    own_routed = layer(x, router_input=seen)[0] - layer.shared(x)
     torch.testing.assert_close(y - layer.shared(shared), own_routed, rtol=0, atol=1e-12)
-    assert torch.equal(layer(x)[0], layer.finish(layer.start(x))[0])
 
 
 def test_forward_leaves_no_trace_in_the_layer() -> None:

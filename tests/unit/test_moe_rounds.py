@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.moe import MoELayer, RouterContext
-from moetrain.moe.rounds import round_starts, split
+from moetrain.moe.dispatch.rounds import round_starts, split
 
 D, E = 7, 5
 
@@ -62,8 +62,8 @@ def test_a_split_keeps_every_assignment_within_the_bound(seq, bound, padded):
         ctx = replace(ctx, valid_T=torch.rand(2 * seq, generator=torch.Generator().manual_seed(seq)) < 0.6)
     layer = layer_of("relu", None)
     routing = layer.router(torch.randn(2 * seq, D, dtype=torch.float64), ctx)
-    pairs, ends = [], [0]
-    for tokens, part in split(routing, 2 * seq, round_starts(routing, 2 * seq, bound)):
+    assignment, pairs, ends = routing.assignment, [], [0]
+    for tokens, part in split(assignment, 2 * seq, round_starts(assignment, 2 * seq, bound)):
         assert tokens.start == ends[-1]
         ends.append(tokens.stop)
         assert part.token_ids_N.shape[0] <= bound or tokens.stop - tokens.start == 1
@@ -104,14 +104,21 @@ def test_rounds_keep_no_pre_activation():
     assert free - bounded > 0.9 * pre_activations
 
 
+def rounds_of(layer: MoELayer, x_BSD: Tensor) -> int:
+    calls = []
+    with layer.experts.register_forward_pre_hook(lambda *_: calls.append(None)):
+        layer(x_BSD)
+    return len(calls)
+
+
 def test_relu_goes_by_rounds_while_far_more_than_usual_are_active():
     torch.manual_seed(0)
     layer = MoELayer(D, 11, 16, router="relu", router_options={"top_k": 2})
     x_BSD = torch.randn(2, 29, D)
-    assert layer.start(x_BSD).dispatched is None  # about 8 of 16 a token
+    assert rounds_of(layer, x_BSD) > 1  # about 8 of 16 a token
     with torch.no_grad():
         layer.router.weight_ED[4:] = 0
-    assert layer.start(x_BSD).dispatched is not None
+    assert rounds_of(layer, x_BSD) == 1
 
 
 def test_a_bound_below_one_is_refused():

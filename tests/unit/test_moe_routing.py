@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moetrain.moe import RouterContext, Routing, build_router
 from moetrain.moe.assign import count, from_token_choice, stable_order
-from moetrain.moe.dispatch import layout
+from moetrain.moe.dispatch.plan import layout
 
 
 def routing() -> Routing:

@@ -83,11 +83,12 @@ def test_the_layer_equals_a_loop_over_assignments(kinds, batch, seq, padded, cap
 def test_only_feed_forward_assignments_get_rows():
     layer = layer_of()
     x_BSD = torch.randn(2, 31, D, dtype=torch.float64)
-    started = layer.start(x_BSD)
-    counts = started.routing.counts_E
+    assignment = layer.router(x_BSD.view(-1, D), RouterContext.default(2, 31)).assignment
+    counts = assignment.counts_E
     assert counts[FFN:].sum() > 0
-    assert started.dispatched.counts_e == counts[:FFN].tolist()
-    assert int((started.dispatched.rows.ids_R >= 0).sum()) == int(counts[:FFN].sum())
+    (chunk,) = layer.dispatcher.dispatch(x_BSD.view(-1, D), assignment).arrivals()
+    assert list(chunk.rows.useful) == counts[:FFN].tolist()
+    assert int((chunk.rows.ids_R >= 0).sum()) == int(counts[:FFN].sum())
 
 
 def test_a_token_of_zero_and_copy_is_scaled():

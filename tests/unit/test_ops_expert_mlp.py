@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moetrain.moe.dispatch import layout
+from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.routing import Routing
 from moetrain.ops import Rows, expert_mlp, gather_sum
 from moetrain.ops.activations import (

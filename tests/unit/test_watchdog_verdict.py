@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moetrain.moe.exchange import Collective
+from moetrain.moe.dispatch.collectives import Collective
 from moetrain.parallel import journal as journals
 from moetrain.parallel.journal import Clock, Journal
 from moetrain.parallel.position import Place, Position

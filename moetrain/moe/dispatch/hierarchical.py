@@ -19,14 +19,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.moe.all_to_all import experts_per_rank
 from moetrain.moe.assign import stable_order
-from moetrain.moe.dispatch import block_of, place
-from moetrain.moe.exchange import Exchange, Link
-from moetrain.moe.journey import Picked
-from moetrain.moe.remote import Placed, RemoteDispatcher, pack, travelled, unpack
-from moetrain.moe.routing import Routing
-from moetrain.moe.two_levels import Level, Summed, Unsummed
+from moetrain.moe.assignment import Assignment
+from moetrain.moe.dispatch.collectives import Exchange, SplitSizes
+from moetrain.moe.dispatch.placement import Placement
+from moetrain.moe.dispatch.plan import Plan, block_of, place
+from moetrain.moe.dispatch.remote import RemoteDispatcher, pack, unpack, with_gradient_to
+from moetrain.moe.dispatch.row_index import RowIndex
+from moetrain.moe.dispatch.two_levels import Level, Summed, Unsummed
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class _Counts:
     near_MLC: Tensor
     far_LMC: Tensor
     useful: list[int]  # rows of each expert here
-    nodes: tuple[Link, Link]  # of distinct rows, of one row an assignment
-    node: tuple[Link, Link]
+    nodes: tuple[SplitSizes, SplitSizes]  # of distinct rows, of one row an assignment
+    node: tuple[SplitSizes, SplitSizes]
 
 
 class HierarchicalDispatcher(RemoteDispatcher):
     """``nodes``: the ranks of this place in every node; ``node``: the ranks of this node, both in rank order;
     ``company``: the ranks that must make equally many rounds, those of all these nodes at least.
 
-    Experts lie in contiguous blocks over the ranks, node by node. ``node_sums``: results and gradients of a
+    The placement's ranks are all of these, node by node. ``node_sums``: results and gradients of a
     token are summed in the node before they go back; False: they go back one row an assignment, are summed as
     :class:`AllToAllDispatcher` does, and the layer's result is its, bit for bit: rows are computed in the
     same order. One node, or nodes of one rank, are ordinary input: that level then sends to itself.
@@ -59,26 +59,24 @@ class HierarchicalDispatcher(RemoteDispatcher):
         nodes: Exchange,
         node: Exchange,
         company: dist.ProcessGroup,
-        num_experts: int,
+        placement: Placement,
         device: torch.device,
         block: int | None = None,
         node_sums: bool = True,
     ) -> None:
-        num_local = experts_per_rank(num_experts, nodes.size * node.size)
-        super().__init__(nodes.over(company), num_local, device, block)
+        super().__init__(nodes.over(company), placement, device, block)
         self.nodes, self.node, self.node_sums = nodes, node, node_sums
 
-    def plan(self, x_TD: Tensor, routing: Routing) -> tuple[Summed | Unsummed, list[Placed]]:
-        here_PT = self._destinations(x_TD.shape[0], routing)
-        counts = self._exchange_counts(here_PT, routing)
-        size = sum(counts.nodes[1].sent)
-        tokens_n, weights_n = routing.token_ids_N[:size], routing.weights_N[:size]
-        scale_n = None if routing.forward_scale_N is None else routing.forward_scale_N[:size]
+    def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[Summed | Unsummed, list[Plan]]:
+        here_PT = self._destinations(x_TD.shape[0], by_slot)
+        counts = self._exchange_counts(here_PT, by_slot)
+        leaving = by_slot.to_ffn(sum(counts.nodes[1].sent))
+        tokens_n, weights_n, scale_n = leaving.token_ids_N, leaving.weights_N, leaving.forward_scale_N
         values = [weights_n] if scale_n is None or not self.node_sums else [weights_n, scale_n]
 
-        node_n = routing.expert_ids_N()[:size] // (self.num_local * self.node.size)
+        node_n = self.placement.rank_of(leaving.expert_ids_N()) // self.node.size
         here_MT = here_PT.unflatten(0, (self.nodes.size, self.node.size)).any(1)
-        picked_u, numbers_n = _distinct(here_MT, node_n, tokens_n, sum(counts.nodes[0].sent))
+        index_u, numbers_n = _distinct(here_MT, node_n, tokens_n, sum(counts.nodes[0].sent))
         arrived_mW = counts.nodes[1].out("assignments", pack(numbers_n, values)).wait()
         spread, leaving_mW = self._spread(counts, arrived_mW)
         arrived_xW = counts.node[1].out("assignments", leaving_mW).wait()
@@ -86,25 +84,26 @@ class HierarchicalDispatcher(RemoteDispatcher):
         numbers_x, (weights_x, *scales) = unpack(arrived_xW, weights_n.dtype)
         far_L = counts.far_LMC[..., 1:].sum((1, 2))
         rows_x = numbers_x + _starts(counts.far_LMC[..., 0].sum(1), far_L, len(numbers_x))
-        weights_x = travelled(weights_n, weights_x, [(counts.nodes[1], None), (spread.each, spread.order_n)])
-        placed = self._placed(counts, rows_x, weights_x, scales, block_of(x_TD, self.block))
-        level = Level(*counts.nodes, picked_u)
+        hops = [(counts.nodes[1], None), (spread.each, spread.order_n)]
+        weights_x = with_gradient_to(weights_n, weights_x, hops)
+        plan = self._plan(counts, rows_x, weights_x, scales, block_of(x_TD, self.block))
+        level = Level(*counts.nodes, index_u)
         if self.node_sums:
-            return Summed(level, spread), [placed]
-        return Unsummed(level, spread, rows_x, Picked.of(tokens_n, x_TD.shape[0]), scale_n), [placed]
+            return Summed(level, spread), [plan]
+        return Unsummed(level, spread, rows_x, RowIndex.of(tokens_n, x_TD.shape[0]), scale_n), [plan]
 
-    def _destinations(self, tokens: int, routing: Routing) -> Tensor:
+    def _destinations(self, tokens: int, by_slot: Assignment) -> Tensor:
         """bool [P, T]: whether a token has an expert on a rank."""
         ranks = self.nodes.size * self.node.size
-        rank_N = (routing.expert_ids_N() // self.num_local).clamp(max=ranks)  # experts without rows: cut off
+        rank_N = self.placement.rank_of(by_slot.expert_ids_N())  # P: experts without rows, cut off
         here_PT = rank_N.new_zeros(ranks + 1, tokens, dtype=torch.bool)
-        here_PT[rank_N, routing.token_ids_N] = True
+        here_PT[rank_N, by_slot.token_ids_N] = True
         return here_PT[:ranks]
 
-    def _exchange_counts(self, here_PT: Tensor, routing: Routing) -> _Counts:
+    def _exchange_counts(self, here_PT: Tensor, by_slot: Assignment) -> _Counts:
         """Column 0: distinct rows; the others: assignments of each expert."""
-        places, width = self.node.size, 1 + self.num_local
-        counts_Pe = routing.counts_E[: routing.num_ffn_experts].view(-1, self.num_local)
+        places, width = self.node.size, 1 + self.placement.per_rank
+        counts_Pe = self.placement.counts_Pe(by_slot)
         own_MLC = torch.cat([here_PT.sum(1)[:, None], counts_Pe], 1).view(-1, places, width)
         distinct_M1 = here_PT.unflatten(0, (self.nodes.size, places)).any(1).sum(1)[:, None]
         stamp = self.nodes.calls.next(self.nodes.layer)
@@ -114,27 +113,27 @@ class HierarchicalDispatcher(RemoteDispatcher):
         leaving_LW = F.pad(near_MLC.transpose(0, 1).flatten(1), (0, 1), value=stamp)
         far_LW = self.node.all_to_all("counts", leaving_LW)
         far_LMC = far_LW[:, :-1].reshape(places, -1, width)
-        nodes, node, useful = self._links(*self.node.on_host("counts", own_MW, near_MW, far_LW))
+        nodes, node, useful = self._split_sizes(*self.node.on_host("counts", own_MW, near_MW, far_LW))
         return _Counts(near_MW[:, 0], near_MLC, far_LMC, useful, nodes, node)
 
-    def _links(
+    def _split_sizes(
         self, own: list[list[int]], near: list[list[int]], far: list[list[int]]
-    ) -> tuple[tuple[Link, Link], tuple[Link, Link], list[int]]:
-        """Of the counts on the host: links between nodes, inside this one, and rows of each expert here."""
+    ) -> tuple[tuple[SplitSizes, SplitSizes], tuple[SplitSizes, SplitSizes], list[int]]:
+        """Split sizes between nodes and inside this one, and rows of each expert here."""
         for exchange, theirs in ((self.nodes, near), (self.node, far)):
             exchange.check(own[0][-1], [row[-1] for row in theirs])
-        width = 1 + self.num_local
+        width = 1 + self.placement.per_rank
         own_ML, near_ML, far_LM = _cells(own, 1, width), _cells(near, 1, width), _cells(far, 0, width)
         near_LM = list(zip(*near_ML, strict=True))
         nodes = (
-            Link(self.nodes, [row[0] for row in own], [row[0] for row in near]),
-            Link(self.nodes, [_assignments(row) for row in own_ML], [_assignments(row) for row in near_ML]),
+            SplitSizes(self.nodes, [row[0] for row in own], [row[0] for row in near]),
+            SplitSizes(self.nodes, [*map(_assignments, own_ML)], [*map(_assignments, near_ML)]),
         )
         node = (
-            Link(self.node, [_rows(row) for row in near_LM], [_rows(row) for row in far_LM]),
-            Link(self.node, [_assignments(row) for row in near_LM], [_assignments(row) for row in far_LM]),
+            SplitSizes(self.node, [_rows(row) for row in near_LM], [_rows(row) for row in far_LM]),
+            SplitSizes(self.node, [*map(_assignments, near_LM)], [*map(_assignments, far_LM)]),
         )
-        useful = [sum(cell[1 + e] for row in far_LM for cell in row) for e in range(self.num_local)]
+        useful = [sum(cell[1 + e] for row in far_LM for cell in row) for e in range(self.placement.per_rank)]
         return nodes, node, useful
 
     def _spread(self, counts: _Counts, arrived_mW: Tensor) -> tuple[Level, Tensor]:
@@ -149,31 +148,28 @@ class HierarchicalDispatcher(RemoteDispatcher):
         num_rows = sum(counts.nodes[0].received)
         here_LR = rank_m.new_zeros(self.node.size, num_rows, dtype=torch.bool)
         here_LR[rank_m, rows_m] = True
-        picked_v, numbers_m = _distinct(here_LR, rank_m, rows_m, sum(counts.node[0].sent))
+        index_v, numbers_m = _distinct(here_LR, rank_m, rows_m, sum(counts.node[0].sent))
         order_m = stable_order(rank_m, self.node.size)
         leaving_mW = torch.cat([numbers_m[:, None].to(arrived_mW.dtype), arrived_mW[:, 1:]], 1)
-        return Level(*counts.node, picked_v, order_m), leaving_mW[order_m]
+        return Level(*counts.node, index_v, order_m), leaving_mW[order_m]
 
-    def _placed(
+    def _plan(
         self, counts: _Counts, rows_x: Tensor, weights_x: Tensor, scales: list[Tensor], block: int
-    ) -> Placed:
+    ) -> Plan:
         """Assignments come by (place, node, expert) of their senders; experts want (expert, node, place)."""
         places, nodes, ranks = self.node.size, self.nodes.size, self.nodes.size * self.node.size
         place_L, node_M, expert_e = (
-            torch.arange(n, device=rows_x.device) for n in (places, nodes, self.num_local)
+            torch.arange(n, device=rows_x.device) for n in (places, nodes, self.placement.per_rank)
         )
         key_LMe = place_L[:, None, None] + places * node_M[:, None] + ranks * expert_e
         counts_LMe = counts.far_LMC[:, :, 1:]
         key_x = torch.repeat_interleave(key_LMe.view(-1), counts_LMe.reshape(-1), output_size=rows_x.shape[0])
-        order_x = stable_order(key_x, ranks * self.num_local)
+        order_x = stable_order(key_x, ranks * self.placement.per_rank)
         sources_x = rows_x[order_x] if self.node_sums else order_x
         num_source = sum(counts.node[0].received) if self.node_sums else rows_x.shape[0]
         scale_x = scales[0][order_x] if scales else None
-        counts_e = counts_LMe.sum((0, 1))
-        plan, weights_R = place(
-            sources_x, weights_x[order_x], scale_x, counts_e, counts.useful, num_source, block
-        )
-        return Placed(plan, weights_R)
+        here = Assignment(sources_x, weights_x[order_x], counts_LMe.sum((0, 1)), scale_x)
+        return place(here, counts.useful, num_source, block)
 
 
 def _cells(table: list[list[int]], first: int, width: int) -> list[list[list[int]]]:
@@ -189,12 +185,12 @@ def _assignments(cells: Sequence[list[int]]) -> int:
     return sum(sum(cell[1:]) for cell in cells)
 
 
-def _distinct(here_GS: Tensor, groups_n: Tensor, sources_n: Tensor, size: int) -> tuple[Picked, Tensor]:
+def _distinct(here_GS: Tensor, groups_n: Tensor, sources_n: Tensor, size: int) -> tuple[RowIndex, Tensor]:
     """The ``size`` (group, source) pairs that are True, in that order, and each one's number in its group."""
     places_n = (here_GS.view(-1).cumsum(0) - 1)[groups_n * here_GS.shape[1] + sources_n]
     ids_u = places_n.new_empty(size).scatter_(0, places_n, sources_n)
     sizes_G = here_GS.sum(1)
-    return Picked.of(ids_u, here_GS.shape[1]), places_n - (sizes_G.cumsum(0) - sizes_G)[groups_n]
+    return RowIndex.of(ids_u, here_GS.shape[1]), places_n - (sizes_G.cumsum(0) - sizes_G)[groups_n]
 
 
 def _starts(rows_G: Tensor, assignments_G: Tensor, size: int) -> Tensor:

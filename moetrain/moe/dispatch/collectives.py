@@ -51,7 +51,7 @@ class OutOfStepError(RuntimeError):
 
 @dataclass
 class Calls:
-    """Numbers a model's dispatches on this rank, also the recomputed. ``layers`` are its layers' names."""
+    """Counts the dispatches that this rank makes, recomputed ones included. ``layers``: the layers' names."""
 
     layers: Sequence[str] = ()
     made: int = 0
@@ -68,8 +68,8 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Flight:
-    """Rows on their way; ``given`` is what they are read from meanwhile."""
+class PendingCollective:
+    """A collective that was started; ``given`` is what it reads from meanwhile."""
 
     given: Tensor
     rows: Tensor
@@ -106,7 +106,7 @@ class Exchange:
 
     def start_all_to_all(
         self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
-    ) -> Flight:
+    ) -> PendingCollective:
         """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets one."""
         rows = rows.contiguous()
         watched = self._observed(name, "all_to_all", rows, sent, received)
@@ -114,29 +114,31 @@ class Exchange:
         work = dist.all_to_all_single(
             out, rows, list(received) or None, list(sent) or None, group=self.group, async_op=True
         )
-        return Flight(rows, out, work, watched)
+        return PendingCollective(rows, out, work, watched)
 
     def all_to_all(
         self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
     ) -> Tensor:
         return self.start_all_to_all(name, rows, sent, received).wait()
 
-    def start_all_gather(self, name: str, rows: Tensor) -> Flight:
+    def start_all_gather(self, name: str, rows: Tensor) -> PendingCollective:
         """The rows [size n, ...] of all ranks, in rank order; every rank has n."""
         rows = rows.contiguous()
         each = [rows.shape[0]] * self.size
         watched = self._observed(name, "all_gather", rows, each, each)
         out = rows.new_empty(sum(each), *rows.shape[1:])
-        return Flight(rows, out, all_gather_single(out, rows, group=self.group, async_op=True), watched)
+        return PendingCollective(
+            rows, out, all_gather_single(out, rows, group=self.group, async_op=True), watched
+        )
 
-    def start_reduce_scatter(self, name: str, rows: Tensor) -> Flight:
+    def start_reduce_scatter(self, name: str, rows: Tensor) -> PendingCollective:
         """This rank's n rows of [size n, ...], summed over all ranks."""
         rows = rows.contiguous()
         each = [rows.shape[0] // self.size] * self.size
         watched = self._observed(name, "reduce_scatter", rows, each, each)
         out = rows.new_empty(each[0], *rows.shape[1:])
         work = reduce_scatter_single(out, rows, group=self.group, async_op=True)
-        return Flight(rows, out, work, watched)
+        return PendingCollective(rows, out, work, watched)
 
     def largest(self, name: str, value: int, device: torch.device) -> int:
         """The most of any rank; a host synchronisation."""
@@ -188,16 +190,16 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Rows out in fixed numbers, one for each rank of ``exchange``, and back in the same numbers."""
+class SplitSizes:
+    """How many rows go to and come from each rank of ``exchange``; results return in the same numbers."""
 
     exchange: Exchange
     sent: list[int]
     received: list[int]
 
-    def out(self, name: str, rows: Tensor) -> Flight:
+    def out(self, name: str, rows: Tensor) -> PendingCollective:
         """``sum(sent)`` rows, by receiver; those that arrive are by sender."""
         return self.exchange.start_all_to_all(name, rows, self.sent, self.received)
 
-    def back(self, name: str, rows: Tensor) -> Flight:
+    def back(self, name: str, rows: Tensor) -> PendingCollective:
         return self.exchange.start_all_to_all(name, rows, self.received, self.sent)

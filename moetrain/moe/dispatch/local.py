@@ -1,0 +1,50 @@
+"""All experts on this process: the source is x itself, and nothing travels.
+
+Shapes: T tokens, D model, R computed rows, block-aligned by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moetrain.moe.assignment import Assignment
+from moetrain.moe.dispatch.base import Dispatcher, ExpertRows, Work
+from moetrain.moe.dispatch.plan import Plan, block_of, place, sum_by_source
+
+
+@dataclass(frozen=True)
+class LocalWork(Work):
+    """One chunk, of all experts."""
+
+    x_TD: Tensor
+    plan: Plan
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(self.plan.rows.useful)]
+
+    def arrivals(self) -> Iterator[ExpertRows]:
+        yield ExpertRows(self.x_TD, self.plan.rows, self.plan.weights_R)
+
+    def done(self, out_RD: Tensor, chunk: int) -> Tensor:
+        return out_RD
+
+    def combine(self, done: Sequence[Tensor]) -> Tensor:
+        (out_RD,) = done
+        return sum_by_source(out_RD, self.plan)
+
+
+class LocalDispatcher(Dispatcher):
+    """One host synchronisation a call: the counts, from which the rows follow, unless they are known."""
+
+    def dispatch(self, x_TD: Tensor, assignment: Assignment) -> LocalWork:
+        useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
+        dispatched = assignment.to_ffn(sum(useful))
+        plan = place(dispatched, useful, x_TD.shape[0], block_of(x_TD, self.block))
+        return LocalWork(x_TD, plan)
+
+    def agree(self, rounds: int) -> int:
+        return rounds

@@ -1,0 +1,123 @@
+"""What all dispatchers over ranks share: rows in flight, chunks of experts, and weights that travel along.
+
+Shapes: T tokens, D model, n assignments of this rank's tokens, X source rows, R computed rows, block-aligned.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moetrain.moe.assignment import Assignment
+from moetrain.moe.dispatch.base import Dispatcher, ExpertRows, Work
+from moetrain.moe.dispatch.collectives import Exchange, SplitSizes
+from moetrain.moe.dispatch.in_flight import (
+    InFlight,
+    Route,
+    combine_start,
+    combine_wait,
+    dispatch_start,
+    dispatch_wait,
+)
+from moetrain.moe.dispatch.placement import Placement
+from moetrain.moe.dispatch.plan import Plan, sum_by_source
+
+
+@dataclass(frozen=True)
+class RemoteWork(Work):
+    """``plans`` are of the chunks' rows, which are in flight; ``tickets`` carry the autograd graph."""
+
+    in_flight: InFlight
+    tickets: tuple[Tensor, ...]
+    plans: list[Plan]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(plan.rows.useful) for plan in self.plans]
+
+    def arrivals(self) -> Iterator[ExpertRows]:
+        for chunk, (plan, ticket) in enumerate(zip(self.plans, self.tickets, strict=True)):
+            yield ExpertRows(dispatch_wait(ticket, self.in_flight, chunk), plan.rows, plan.weights_R)
+
+    def done(self, out_RD: Tensor, chunk: int) -> Tensor:
+        return combine_start(sum_by_source(out_RD, self.plans[chunk]), self.in_flight, chunk)
+
+    def combine(self, done: Sequence[Tensor]) -> Tensor:
+        return combine_wait(done, self.in_flight)
+
+
+class RemoteDispatcher(Dispatcher):
+    """``placement``: which rank holds which expert. ``company``: the ranks that must make equally many rounds
+    as this one, because they gather sharded experts together.
+    """
+
+    def __init__(
+        self, company: Exchange, placement: Placement, device: torch.device, block: int | None = None
+    ) -> None:
+        super().__init__(block)
+        self.company, self.placement, self.device = company, placement, device
+
+    @abstractmethod
+    def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[Route, list[Plan]]:
+        """Agree with the other ranks on what goes where, by messages much smaller than rows.
+
+        ``by_slot``: the assignment whose experts are the placement's slots.
+        """
+
+    def dispatch(self, x_TD: Tensor, assignment: Assignment) -> RemoteWork:
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # what the experts would make of it
+        route, plans = self.plan(x_TD, self.placement.by_slot(assignment))
+        in_flight = InFlight(route)
+        return RemoteWork(in_flight, dispatch_start(x_TD, in_flight), plans)
+
+    def agree(self, rounds: int) -> int:
+        """One small all-reduce and a host synchronisation, for layers with a bound on rows only."""
+        return self.company.largest("rounds", rounds, self.device)
+
+
+def pack(numbers_n: Tensor, values: list[Tensor]) -> Tensor:
+    """int32 [n, w]: of each assignment a row's number and fp32 or fp64 values, for one message."""
+    bits_nW = torch.stack([value.detach() for value in values], 1).view(torch.int32)
+    return torch.cat([numbers_n.to(torch.int32)[:, None], bits_nW], 1)
+
+
+def unpack(packed_nW: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """What :func:`pack` was given: the numbers as int64, and values of ``dtype``."""
+    bits_nW = packed_nW[:, 1:].clone(memory_format=torch.contiguous_format)  # aligned as dtype wants it
+    return packed_nW[:, 0].long(), list(bits_nW.view(dtype).unbind(1))
+
+
+def with_gradient_to(
+    weights_n: Tensor, received_X: Tensor, hops: list[tuple[SplitSizes, Tensor | None]]
+) -> Tensor:
+    """``received_X``, the received copies of ``weights_n``, with an autograd edge back to the weights.
+
+    ``hops``: the exchanges that brought them, each with the permutation applied before it (None: none was).
+    The backward pass sends gradients along the hops in reverse.
+    """
+    weights: Tensor = _Received.apply(weights_n, received_X, hops)  # type: ignore[no-untyped-call]
+    return weights
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights_n: Tensor, received_X: Tensor, hops: list[Any]) -> Tensor:
+        ctx.hops = hops
+        return received_X.view_as(received_X)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights_X: Tensor) -> tuple[Tensor, None, None]:
+        for splits, order_n in reversed(ctx.hops):
+            dweights_X = splits.back("weights' gradients", dweights_X).wait()
+            if order_n is not None:
+                dweights_X = torch.empty_like(dweights_X).index_copy_(0, order_n, dweights_X)
+        return dweights_X, None, None
