@@ -36,6 +36,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # torch first, by itself: the constraint picks the build that every later requirement then finds.
 $(VENV)/.installed-plot: pyproject.toml constraints.txt

@@ -30,6 +30,7 @@ from pathlib import Path
 from kill_resume import LIMIT, Training, command, count_rows, descendants, newest, write_text
 from timing import machine, write_json
 
+from moetrain.errors import STOPPED
 from moetrain.train.checkpoint_format import verify
 
 STEPS = 30
@@ -84,7 +85,7 @@ def beside_a_running_one(place: Place, name: str, draw: random.Random) -> Outcom
     went_on = first.wait_until(lambda: count_rows(run) > rows)
     first.popen.send_signal(signal.SIGTERM)
     stopped = code_of(first)
-    if (code, went_on, stopped) != (IN_USE, True, 0):
+    if (code, went_on, stopped) != (IN_USE, True, STOPPED):
         return Outcome(f"exit codes {stopped} and {code}")
     return Outcome(in_one_line(place, name, second=True) or damage(run, 1))
 

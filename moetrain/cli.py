@@ -1,8 +1,9 @@
 """The ``moetrain`` command: subcommands, exit codes, and one line for every error that the user can mend.
 
 Exit codes: 0 done, 1 a failure (of the machine in one line, of the program with its traceback), 2 a mistake
-in the command or its input, 3 a run folder that another process uses, 130 Ctrl-C. Of several ranks only
-rank 0 prints errors; torchrun shows those of the others from its error file.
+in the command or its input, 3 a run folder that another process uses, 75 asked to stop before the last step
+and saved, 130 Ctrl-C before the first step. Of several ranks only rank 0 prints errors; torchrun shows those
+of the others from its error file.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ moetrain: train Mixture-of-Experts language models
 
 Also: moetrain router list | moetrain router check NAME
       moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
+
+Exit codes: 0 done, 1 a failure, 2 a mistake in the command or its input, 3 a run folder in use, 75 asked to
+stop before the last step and saved: the same command goes on; 128 and more: ended by the signal less 128
 """
 
 

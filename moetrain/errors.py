@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+STOPPED = 75  # EX_TEMPFAIL: asked to stop before the last step, and saved; the same command goes on
+
 
 class UserError(Exception):
     """One line: what was wrong, where (config key, file, rank), both numbers, and what to do."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from moetrain.config.compose import compose_app, compose_arms, compose_train
 from moetrain.config.flags import parse_flags
-from moetrain.config.launch import is_rank_0, world_size
+from moetrain.config.launch import is_rank_0, stopped, world_size
 from moetrain.config.overrides import refuse_hydra
 from moetrain.config.pages import print_page
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
@@ -49,8 +49,8 @@ def train_command(argv: list[str]) -> int:
     from moetrain.verify.certificate import certificate_line
 
     world = world_size()
-    train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
-    return 0
+    finished = train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
+    return 0 if finished else stopped()
 
 
 def verify_command(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from moetrain.errors import UserError
+from moetrain.errors import STOPPED, UserError
 
 
 def world_size() -> int:
@@ -27,3 +27,13 @@ def local_ranks() -> int:
 def is_rank_0() -> bool:
     """Whether this process speaks for all; true without torchrun."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def stopped() -> int:
+    """The exit code of a run that was asked to stop and has saved.
+
+    0 where torchrun has restarts left: any other code is a failure to it, and it would begin the run again.
+    """
+    most, done = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    again = most.isdecimal() and done.isdecimal() and int(most) > int(done)
+    return 0 if again else STOPPED

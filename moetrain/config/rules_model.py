@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 
-from moetrain.config.rules import above_zero, at_least, within
+from moetrain.arithmetic import divisor_near
+from moetrain.config.rules import above_zero, at_least
+from moetrain.config.rules_router import (
+    router_accepts_its_options,
+    router_follows_controllers,
+    router_has_what_losses_need,
+)
 from moetrain.config.schema import ModelConfig, TrainConfig
-from moetrain.config.schema_balance import LossName
 from moetrain.config.schema_data import TokenizerKind
 from moetrain.errors import UserError
 from moetrain.moe.options import Repair
@@ -29,7 +33,7 @@ def heads_divide_width(cfg: TrainConfig, world: int) -> None:
     if m.head_dim is None and m.d_model % m.num_heads:
         raise UserError(
             f"model.num_heads={m.num_heads} does not divide model.d_model={m.d_model}: "
-            f"take {_divisor_near(m.d_model, m.num_heads)} heads, or set model.head_dim"
+            f"take {divisor_near(m.d_model, m.num_heads)} heads, or set model.head_dim"
         )
 
 
@@ -49,7 +53,7 @@ def kv_heads_divide_heads(cfg: TrainConfig, world: int) -> None:
     if m.num_kv_heads is not None and m.num_heads % m.num_kv_heads:
         raise UserError(
             f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}: "
-            f"take {_divisor_near(m.num_heads, m.num_kv_heads)}"
+            f"take {divisor_near(m.num_heads, m.num_kv_heads)}"
         )
 
 
@@ -92,55 +96,10 @@ def vocabulary_is_large_enough(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def top_k_fits(cfg: TrainConfig, world: int) -> None:
-    top_k, experts = getattr(cfg.router, "top_k", None), cfg.model.num_experts
-    if experts and top_k is not None and not 1 <= top_k <= experts:
-        raise UserError(
-            f"router.top_k={top_k} must lie between 1 and model.num_experts={experts}: "
-            "lower router.top_k or raise model.num_experts"
-        )
-
-
-def expert_groups_fit(cfg: TrainConfig, world: int) -> None:
-    experts, groups = cfg.model.num_experts, getattr(cfg.router, "num_groups", 1)
-    if groups is None:  # the router chooses
-        return
-    chosen = getattr(cfg.router, "top_groups", None)
-    if groups < 1 or experts % groups:
-        raise UserError(
-            f"router.num_groups={groups} does not divide model.num_experts={experts}: "
-            f"take {_divisor_near(experts, groups)}"
-        )
-    if chosen is not None and not 1 <= chosen <= groups:
-        raise UserError(f"router.top_groups={chosen} must lie between 1 and router.num_groups={groups}")
-
-
 def router_numbers(cfg: TrainConfig, world: int) -> None:
     router = cfg.router
     above_zero("router", router, "capacity_factor", "eval_capacity_factor")
     at_least("router", router, 0, "min_capacity")
-    if hasattr(router, "jitter"):
-        within("router.jitter", router.jitter, 0, 1, open_low=False, open_high=True)
-
-
-def router_accepts_its_options(cfg: TrainConfig, world: int) -> None:
-    """Whatever else the router itself refuses; it is built without memory. A plugin's rules live there."""
-    if not cfg.model.num_experts:
-        return
-    import torch
-
-    from moetrain.moe.routers import build_router
-
-    try:
-        with torch.device("meta"):
-            build_router(
-                cfg.router.name,
-                d_model=cfg.model.d_model,
-                num_experts=cfg.model.num_experts,
-                options=cfg.router,
-            )
-    except ValueError as e:
-        raise UserError(f"router={cfg.router.name}: {e}") from e
 
 
 def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
@@ -161,26 +120,15 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
     if micro % int(group):
         raise UserError(
             f"router.group={group} does not divide train.micro_batch_size={micro}: "
-            f"a routing group lies in one micro-batch; take {_divisor_near(micro, int(group))}"
+            f"a routing group lies in one micro-batch; take {divisor_near(micro, int(group))}"
         )
 
 
 def balance_numbers(cfg: TrainConfig, world: int) -> None:
-    from moetrain.moe.routers import ROUTERS
-
-    spec = ROUTERS[cfg.router.name]
-    if cfg.model.num_experts and not spec.scores and cfg.balance.losses:
-        raise UserError(
-            f"router={cfg.router.name} returns no scores, so it has no balance loss: take balance=none"
-        )
     for i, loss in enumerate(cfg.balance.losses):
         at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
         at_least(f"balance.losses.{i}", loss, 1, "chunk_length")
         above_zero(f"balance.losses.{i}", loss, "steepness", "alpha")
-        if loss.name is LossName.penalty and cfg.model.num_experts and not spec.penalty:
-            raise UserError(
-                f"router={cfg.router.name} has no loss of its own: take balance.losses.{i}.name=penalty out"
-            )
     at_least("balance", cfg.balance, 0, "bias_rate", "sparsity_rate")
     if 0 < cfg.balance.sparsity_rate <= 1:
         raise UserError(
@@ -234,18 +182,11 @@ def _moe_layers(m: ModelConfig) -> int:
     return max(0, m.num_layers // m.moe_every - m.first_dense // m.moe_every)
 
 
-def _divisor_near(number: int, wanted: int) -> int:
-    """The divisor of ``number``, 1 to 2^31, nearest to ``wanted`` (in ratio). Tries up to its square root."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
-    return min(divisors, key=lambda d: abs(math.log(d / max(wanted, 1))))
-
-
 def router_is_causal(cfg: TrainConfig) -> str | None:
     """A warning: what a router that looks ahead means for the losses that are printed."""
     from moetrain.moe.routers import ROUTERS
 
-    if ROUTERS[cfg.router.name].causal or not cfg.model.num_experts:
+    if ROUTERS[cfg.router.name].cls.causal or not cfg.model.num_experts:
         return None
     return (
         f"router={cfg.router.name} is not causal: in training a token's experts depend on later tokens, so "
@@ -276,11 +217,11 @@ RULES = (
     shared_experts_exist,
     vocabulary_is_large_enough,
     router_numbers,
-    top_k_fits,
-    expert_groups_fit,
     router_accepts_its_options,
     routing_group_divides_micro_batch,
     balance_numbers,
+    router_has_what_losses_need,
+    router_follows_controllers,
     balance_scopes,
     balance_options_are_used,
 )
@@ -291,8 +232,6 @@ STORED_RULES = (  # of a model that was made before, whatever it was made for
     kv_heads_divide_heads,
     first_dense_fits,
     router_numbers,
-    top_k_fits,
-    expert_groups_fit,
     router_accepts_its_options,
 )
 WARNINGS = (router_is_causal, repair_looks_ahead)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from moetrain.config.compose import compose_train, from_node, prepare
 from moetrain.config.explain import explain
 from moetrain.config.init_from import source_overrides
-from moetrain.config.launch import is_rank_0, world_size
+from moetrain.config.launch import is_rank_0, stopped, world_size
 from moetrain.config.overrides import is_sweep
 from moetrain.config.pages import hydra_main
 from moetrain.config.resume import check_start, keys_of
@@ -57,7 +57,7 @@ def sweep(flags: argparse.Namespace) -> int:
     except SweepStoppedError as e:
         if is_rank_0():
             tell(f"moetrain: {e}")
-        return 0
+        return stopped()
 
 
 def train_job(node: DictConfig) -> int:

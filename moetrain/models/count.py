@@ -100,12 +100,13 @@ def count_parameters(model: Decoder) -> Counts:
 
 
 def experts_per_token(layer: MoELayer) -> int:
-    """K: the router's ``top_k``, E at most. A router that fixes no such number counts as using every expert.
+    """K: the router's ``top_k``, E at most. A router that names no such number counts as using every expert.
 
     Where some of the K may be experts without a network, this is what a token uses at most.
     """
     num_experts = layer.experts.w_down_EFD.shape[0]
-    return min(int(getattr(layer.router, "top_k", num_experts)), num_experts)
+    top_k = layer.router.top_k
+    return num_experts if top_k is None else min(top_k, num_experts)
 
 
 def flops_breakdown(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
+from moetrain.moe.evaluation import Words
+
 
 class Activation(Enum):
     """Gated ones multiply the activated gate by the up projection; plain ones have no gate."""
@@ -88,3 +90,14 @@ class RouterConfig:
     min_capacity: int = 4
     drop_order: DropOrder = DropOrder.position
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
+
+    def evaluation_rule(self, num_experts: int) -> Optional[Words]:
+        """What the router does in evaluation over E experts, in words of ``evaluation.py``, or None.
+
+        It does not pass to a subclass, whose router may do otherwise (``RouterSpec.exported``).
+        """
+        return None
+
+    def expert_groups(self) -> int:
+        """A number that must divide the experts, because the router forms as many groups of them."""
+        return 1

@@ -184,6 +184,39 @@ def follows_the_step(name: str) -> None:
             )
 
 
+def says_what_it_is(name: str) -> None:
+    """what its class says of it holds: scores, logits, penalty, the bias, the most experts of a token"""
+    ctx = _context(3, 17, padded=False)
+    for training in (False, True):
+        router = _build(name, 7, training)
+        routing = router(_input(ctx), ctx)
+        for field, said, value in (
+            ("scores", router.has_scores, routing.scores_TE),
+            ("logits", router.has_logits, routing.logits_TE),
+            ("penalty", router.has_penalty, routing.penalty),
+        ):
+            if said is not (value is not None):
+                raise _BrokenError(f"has_{field}={said}, but its Routing has {'none' if said else 'some'}")
+        most = int(torch.bincount(routing.token_ids_N, minlength=1).max()) if len(routing.token_ids_N) else 0
+        if router.top_k is not None and most > router.top_k:
+            raise _BrokenError(f"top_k={router.top_k}, but a token takes {most} experts")
+    if router.reads_bias is not (moved := _bias_moves_it(router, ctx)):
+        what = "moves" if moved else "moves no"
+        raise _BrokenError(f"reads_bias={router.reads_bias}, but bias_E {what} choices")
+
+
+@torch.no_grad()
+def _bias_moves_it(router: Router, ctx: RouterContext) -> bool:
+    """Whether any bias that puts one expert first changes a choice."""
+    before = router(_input(ctx), ctx)
+    for expert in range(router.num_experts):
+        router.bias_E.zero_()[expert] = 10.0
+        after = router(_input(ctx), ctx)
+        if not torch.equal(before.demand_BE, after.demand_BE):
+            return True
+    return False
+
+
 def _same(one: Routing, other: Routing, when: str) -> None:
     for field in ("token_ids_N", "weights_N", "counts_E", "demand_BE", "num_tokens_B"):
         if not torch.equal(getattr(one, field), getattr(other, field)):
@@ -192,5 +225,5 @@ def _same(one: Routing, other: Routing, when: str) -> None:
 
 CHECKS: tuple[Callable[[str], None], ...] = (
     builds, keeps_invariants, ignores_padding, follows_the_sequence, repeats_itself, changes_no_state,
-    gradients_are_finite, follows_the_step,
+    gradients_are_finite, follows_the_step, says_what_it_is,
 )  # fmt: skip

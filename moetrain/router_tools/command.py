@@ -45,7 +45,7 @@ def _list() -> int:
     for column in ("router", "assigns", "state", "causal", "source"):
         table.add_column(column, no_wrap=column == "router")
     for name, spec in sorted(ROUTERS.items()):
-        table.add_row(name, spec.returns, _state(name), "yes" if spec.causal else "no", spec.paper)
+        table.add_row(name, spec.returns, _state(name), "yes" if spec.cls.causal else "no", spec.paper)
     console().print(table)
     return 0
 

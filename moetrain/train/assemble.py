@@ -133,7 +133,8 @@ def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
     if routers and cfg.balance.bias_rate:
         controllers.append(BiasController(routers, cfg.balance.bias_rate))
     if routers and cfg.balance.sparsity_rate:
-        target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
+        target_k = routers[0].target_k
+        assert target_k is not None  # the config's rules refuse any other router
         controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
     if routers and cfg.balance.chunk_max_factor:
         controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moetrain.config.launch import stopped
 from moetrain.config.resume import check_start, keys_of
 from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
@@ -56,7 +57,7 @@ def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig], folder: Path) -> in
                 continue
             if not train(_one(arm, seed, run_dir)):
                 _say(f"comparison stopped in {run_dir}; the same command with run.dir={folder} goes on")
-                return 0
+                return stopped()
     if is_main():
         _write(folder, runs)
     return 0

@@ -22,6 +22,7 @@ from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import val_batches
+from moetrain.errors import write_error_file
 from moetrain.parallel.allocator import keep_freed_memory
 from moetrain.parallel.cores import threads_per_rank
 from moetrain.parallel.distributed import (
@@ -189,12 +190,14 @@ def _close(
 
     state = built.state
     if not finished:
+        named = cfg.run.dir is not None or cfg.run.name is not None
+        again = "the same command" if named else f"the same command with run.dir={run_dir.path}"
+        saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
+        line = f"{saved}; {again} goes on from there"
+        write_error_file(line)  # an exit code that is not 0 is a failure to torchrun, whose report shows this
         if is_main():
             _write_summary(run_dir, built, seconds, {"finished": False, "reason": reason})
-            named = cfg.run.dir is not None or cfg.run.name is not None
-            again = "the same command" if named else f"the same command with run.dir={run_dir.path}"
-            saved = f"stopped after step {state.step} ({reason}); saved {run_dir.checkpoints}"
-            tell(f"{saved}; {again} goes on from there")
+            tell(line)
         return
     at("the sample at the end")
     text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)

@@ -2,7 +2,7 @@
 
 How a trainer tells the three ways of ending apart:
 
-* :meth:`StopFlag.agree` returns True on every rank at the same step: save, say so, exit 0.
+* :meth:`StopFlag.agree` returns True on every rank at the same step: save, say so, exit 75.
 * a second signal: the process is gone (exit code 128 + its number), nothing is saved.
 * :class:`PeerLostError`, raised by :meth:`StopFlag.agree` and by the checkpointer, or any exception for which
   :func:`moetrain.parallel.lost.peer_lost` is true: a rank is dead or unreachable. Call no collective and save

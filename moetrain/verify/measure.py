@@ -84,7 +84,7 @@ def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
 
 
 def _cases(twin: Twin) -> list[Scenario]:
-    alone = ROUTERS[twin.cfg.router.name].causal
+    alone = ROUTERS[twin.cfg.router.name].cls.causal
     return scenarios(twin.sequences, SEQ, VOCAB, twin.world, alone)
 
 

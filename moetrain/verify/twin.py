@@ -134,7 +134,7 @@ def _with_experts_sharded_alike(
     )
     if cfg.parallel.ep == 1 or local % ways == 0:
         return m
-    groups = getattr(cfg.router, "num_groups", None) or 1
+    groups = cfg.router.expert_groups()
     fitting = (
         experts
         for experts in range(m.num_experts, 0, -small.ep)

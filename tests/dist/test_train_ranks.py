@@ -22,6 +22,7 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema_data import DataConfig
 from moetrain.data import Corpus
 from moetrain.data import prepare as data_prepare
+from moetrain.errors import STOPPED
 from moetrain.train import start as train_start
 
 ONE_EACH = "train.micro_batch_size=1"
@@ -34,10 +35,10 @@ def live(corpus: Path, folder: Path, *overrides: str, world: int = 2) -> Lives:
     return Lives([tiny.command(corpus, folder, *overrides)] * world, folder.parent, **FAULTY_PATH)
 
 
-def finish(corpus: Path, run: Path, *overrides: str, world: int = 2) -> str:
-    """Run to the end; what rank 0 printed."""
+def finish(corpus: Path, run: Path, *overrides: str, world: int = 2, code: int = 0) -> str:
+    """Run until all ranks end with ``code``; what rank 0 printed."""
     with live(corpus, run, *overrides, world=world) as lives:
-        assert lives.codes() == [0] * world, [lives.output(rank) for rank in range(world)]
+        assert lives.codes() == [code] * world, [lives.output(rank) for rank in range(world)]
         return lives.output(0)
 
 
@@ -122,7 +123,7 @@ def test_one_rank_continues_what_two_began(corpus, pair, tmp_path):
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, corpus, pair, tmp_path):
     run = tmp_path / "run"
     options = [*tiny.TRAINED, *FAULTY, f"router.signal={int(signal.SIGTERM)}", "router.at_step=3"]
-    said = finish(corpus, run, *options, f"router.rank={asked}")
+    said = finish(corpus, run, *options, f"router.rank={asked}", code=STOPPED)
     assert "stopped after step 4 (" in said
     assert ("another rank was asked to stop" in said) == (asked == 1)
     assert tiny.checkpoints(run) == [4]

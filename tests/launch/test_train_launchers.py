@@ -28,6 +28,37 @@ def test_a_second_ctrl_c_leaves_at_once(corpus, tmp_path):
     assert tiny.checkpoints(run) == [1, 2]
 
 
+def test_sigterm_is_a_code_to_start_it_again_by(corpus, trained, tmp_path):
+    """What the script of a batch system sees: 75, the same command, 0."""
+    run = tmp_path / "run"
+    fault = ["plugins=[faulty_router]", "router=faulty", f"router.signal={int(signal.SIGTERM)}"]
+    options = [*tiny.TRAINED, *fault, "router.at_step=6"]
+    with tiny.started(corpus, run, *options) as process:
+        assert process.wait() == 75, process.output()
+    assert tiny.checkpoints(run) == [5, 7]
+    assert "stopped after step 7 (SIGTERM); saved" in process.output()
+    with tiny.started(corpus, run, *options) as process:
+        assert process.wait() == 0, process.output()
+    assert tiny.steps(run) == tiny.steps(trained)
+    tiny.assert_same_state(tiny.checkpoint(run, tiny.STEPS), tiny.checkpoint(trained, tiny.STEPS))
+
+
+@pytest.mark.parametrize(("restarts", "code"), [(0, 1), (1, 0)])
+def test_torchrun_has_one_code_for_every_failure(restarts, code, corpus, tmp_path):
+    """The summary tells a stop from a failure; a stop is none where torchrun would begin again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, f"--max-restarts={restarts}", "-m", "moetrain"]
+    with tiny.Process([*command, *tiny.command(corpus, run, *tiny.TRAINED)], tmp_path / "log") as process:
+        assert process.wait() == code, process.output()
+    assert tiny.checkpoints(run) == [1]
+    assert tiny.summary(run)["finished"] is False
+    assert ("exitcode  : 75" in process.output()) is (code == 1)
+    assert process.output().count("stopped after step 1 ") == (1 if code == 0 else 3)
+
+
 def test_ctrl_c_before_the_first_step_ends_it(corpus, tmp_path):
     """While the text is being read there is nothing to save yet."""
     run = tmp_path / "run"

@@ -21,7 +21,7 @@ from moetrain.convert.model_folder import write_model_folder
 from moetrain.data import load_tokenizer
 from moetrain.models import Decoder
 from moetrain.models.hf import ModelSpec
-from moetrain.models.hf.own import ROUTING
+from moetrain.models.hf.own import exported_routers
 from moetrain.models.hf.source import TensorInfo
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
@@ -62,7 +62,7 @@ def activated(activation: Activation) -> ModelSpec:
 
 GROUPS = TopKOptions(top_k=3, num_groups=4, top_groups=2)
 CASES = {
-    **{name: routed(name) for name in ROUTING},
+    **{name: routed(name) for name in exported_routers()},
     "default_options": ModelSpec(TINY, RouterConfig("sigma")),
     "topk_raw": routed("topk", top_k=3, renormalize=False, route_scale=2.5),
     "topk_one": routed("topk", top_k=1),

@@ -78,7 +78,7 @@ BAD = [
     ("train train.device=tpu", "train.device=tpu", "cuda"),
     ("generate checkpoint=nowhere prompt=x", "checkpoint=nowhere"),
     # sweeps are checked before their first job
-    ("train -m router.top_k=1,9", "router.top_k=9", "model.num_experts=8"),
+    ("train -m router.top_k=1,9", "router.top_k=9", " num_experts=8"),
     ("train -m router=topk,tokp", "router=tokp", "did you mean topk?"),
     ("train -m model.d_model", "cannot read 'model.d_model'"),
     ("train -m hydra/sweeper=nothing train.seed=1", "hydra/sweeper=nothing"),

@@ -23,7 +23,7 @@ from moetrain.cli import HELP, main
 from moetrain.config.compose import compose_train, load_yaml
 from moetrain.config.help import group_options
 from moetrain.config.validate import validate
-from moetrain.errors import UserError
+from moetrain.errors import STOPPED, UserError
 
 TINY = [
     "model.d_model=16",
@@ -88,7 +88,7 @@ def test_a_launchers_option_before_the_subcommand_is_ignored(launcher, trained):
 
 def test_a_run_that_is_asked_to_stop_ends_well(trained):
     trained.outcome = lambda cfg: False
-    assert main(["train"]) == 0
+    assert main(["train"]) == STOPPED
 
 
 def full_disk():
@@ -202,7 +202,7 @@ def test_a_failed_job_does_not_keep_the_others_from_running(trained, capsys):
 @pytest.mark.real
 def test_a_job_that_is_asked_to_stop_is_the_last(trained, capsys):
     trained.outcome = lambda cfg: cfg.train.seed != 1
-    assert main(["train", "-m", "run.name=s", "train.seed=0,1,2"]) == 0
+    assert main(["train", "-m", "run.name=s", "train.seed=0,1,2"]) == STOPPED
     assert [c.train.seed for c in trained.configs] == [0, 1]
     assert "the sweep stopped in job 1; the same command with run.name=s goes on" in capsys.readouterr().out
 
@@ -367,7 +367,7 @@ def test_a_sweep_that_is_asked_to_stop_begins_no_further_job(faulty, corpus, tmp
     sweep = ["train", "-m", *tiny.command(corpus, folder)[1:], "router.top_k=1,2", "train.steps=4"]
     sweep += [*faulty, "checkpoint.every=2"]
     with tiny.alone():
-        assert main([*sweep, "router.at_step=1", f"router.signal={int(signal.SIGINT)}"]) == 0
+        assert main([*sweep, "router.at_step=1", f"router.signal={int(signal.SIGINT)}"]) == STOPPED
     said = capsys.readouterr().out
     assert f"the sweep stopped in job 0; the same command with run.dir={folder} goes on" in said
     assert not (folder / "job1").exists()

@@ -26,6 +26,7 @@ NEEDS = {
     ("router", "olmoe"): ["model.num_experts=64"],
     ("router", "qwen3"): ["model.num_experts=128"],
     ("balance", "dynmoe"): ["router=dynmoe"],
+    ("balance", "remoe"): ["router=relu"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "hub"): ["data.path=owner/name"],
     ("data", "mixture"): ["data.parts.here.kind=stdlib", "data.parts.there.kind=domains"],

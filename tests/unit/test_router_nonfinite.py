@@ -44,7 +44,7 @@ def spoilt(where: str, value: float) -> Tensor:
 def layers(name: str) -> list[tuple[dict[str, object], MoELayer]]:
     found = []
     for options in [*OPTIONS, *OF_ONE.get(name, [])]:
-        if options.get("repair", "none") != "none" and not ROUTERS[name].scores:
+        if options.get("repair", "none") != "none" and not ROUTERS[name].cls.has_scores:
             continue
         torch.manual_seed(1)
         layer = MoELayer(D, E, 4, router=name, router_options=options)
@@ -75,7 +75,7 @@ def test_an_input_that_is_not_finite_reaches_the_output(name):
                     assert not routing.logits_TE[SPOILT].isfinite().all(), told
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if ROUTERS[n].scores])
+@pytest.mark.parametrize("name", [n for n in NAMES if ROUTERS[n].cls.has_scores])
 def test_a_weight_of_the_router_that_is_not_finite(name):
     for value, training in itertools.product(BAD, (True, False)):
         router = build_router(name, d_model=D, num_experts=E).train(training)

@@ -21,7 +21,7 @@ from moetrain.moe.repair import repair_overflow
 from moetrain.train.metrics import RoutingStats
 
 RULES = ["next_expert", "local", "fill_in"]
-SCORED = sorted(name for name, spec in ROUTERS.items() if spec.scores)
+SCORED = sorted(name for name, spec in ROUTERS.items() if spec.cls.has_scores)
 LIMITS = (0.5, 0, DropOrder.position, "sequence")
 
 

@@ -59,7 +59,13 @@ class Broken(TopKRouter):
             self.bias_E += 1e-3
         if self.fault == "needs an even number" and self.num_experts % 2:
             raise RuntimeError("an even number of experts, please")
+        if self.fault == "no bias":
+            self.bias_E = torch.zeros_like(self.bias_E)
         routing = super().route(x_TD, ctx)
+        if self.fault == "no scores":
+            return replace(routing, scores_TE=None)
+        if self.fault == "more experts":
+            self.top_k = 1
         if self.fault == "unsorted":
             return replace(routing, token_ids_N=routing.token_ids_N.flip(0))
         if self.fault == "infinite gradient":
@@ -79,6 +85,9 @@ class Broken(TopKRouter):
         ("needs an even number", 0, "E=1, 1 x 1 tokens"),
         ("unsorted", 1, "not sorted by"),
         ("infinite gradient", 6, "is not finite"),
+        ("no scores", 8, "has_scores=True, but its Routing has none"),
+        ("no bias", 8, "reads_bias=True, but bias_E moves no choices"),
+        ("more experts", 8, "top_k=1, but a token takes 2 experts"),
     ],
 )
 def test_a_broken_router_is_told_what_it_breaks(fault, check, message, monkeypatch, capsys):
@@ -100,7 +109,7 @@ def test_the_example_of_the_page_works(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     try:
         assert main(["router", "check", "top_p", "plugins=[page_router]"]) == 0
-        assert "8 of 8 checks hold" in capsys.readouterr().out
+        assert "9 of 9 checks hold" in capsys.readouterr().out
     finally:
         ROUTERS.pop("top_p", None)
         sys.modules.pop("page_router", None)

@@ -31,7 +31,7 @@ def test_trains_resumes_bit_for_bit_evaluates_and_generates(name, corpus, tmp_pa
     options = [f"router={name}", *THREE]
     assert tiny.train(corpus, run, *options) == 0
     said = capsys.readouterr().out
-    assert ("is not causal" in said) == (not ROUTERS[name].causal)
+    assert ("is not causal" in said) == (not ROUTERS[name].cls.causal)
     shutil.copytree(run, copy)
     for step in (2, 3):
         shutil.rmtree(tiny.checkpoint(copy, step))

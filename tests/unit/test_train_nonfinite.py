@@ -13,6 +13,8 @@ import pytest
 import tiny
 import torch
 
+from moetrain.errors import STOPPED
+
 SAVED = ["checkpoint.every=3", "checkpoint.keep_last=9", "train.eval_every=2"]
 LOST = "last good checkpoint: none yet"
 
@@ -36,7 +38,7 @@ def test_stop_names_the_step_the_parameter_the_samples_and_the_checkpoint(faulty
     run = tmp_path / "run"
     options = ["train.steps=12", *SAVED, *faulty]
     asked = [f"router.signal={int(signal.SIGTERM)}", "router.at_step=1"]
-    assert tiny.train(corpus, run, *options, *asked) == 0
+    assert tiny.train(corpus, run, *options, *asked) == STOPPED
     assert (run / "summary.json").exists()
     capsys.readouterr()
     assert tiny.train(corpus, run, *options, *bad(17)) == 1

@@ -12,6 +12,8 @@ import pytest
 import tiny
 
 from moetrain.cli import main
+from moetrain.config.launch import stopped
+from moetrain.errors import STOPPED
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(
 ):
     run = tmp_path / "run"
     options = [*tiny.TRAINED, *faulty, f"router.signal={number}", f"router.at_step={at_step}", override]
-    assert tiny.train(corpus, run, *options) == 0
+    assert tiny.train(corpus, run, *options) == STOPPED
     said = capfd.readouterr()
     stopped = (
         f"stopped after step {at_step + 1} ({number.name}); saved {run}/checkpoints; the same command goes on"
@@ -56,7 +58,7 @@ def test_the_stop_file_is_obeyed_once(training, corpus, trained, tmp_path, capsy
     for done in (1, 2):
         run.mkdir(exist_ok=True)
         (run / "STOP").touch()
-        assert tiny.train(corpus, run, *tiny.TRAINED) == 0
+        assert tiny.train(corpus, run, *tiny.TRAINED) == STOPPED
         assert f"stopped after step {done} ({run}/STOP exists)" in capsys.readouterr().out
         assert not (run / "STOP").exists()
         assert tiny.checkpoints(run)[-1] == done
@@ -82,6 +84,19 @@ def test_a_run_without_a_name_is_told_where_it_lies(faulty, corpus, tmp_path, ca
     """The same command would begin another run, in a folder of its own."""
     options = [*faulty, f"router.signal={int(signal.SIGTERM)}", "router.at_step=1"]
     arguments = [o for o in tiny.command(corpus, tmp_path, *options) if not o.startswith("run.dir=")]
-    assert main([*arguments, f"run.root={tmp_path}/runs"]) == 0
+    assert main([*arguments, f"run.root={tmp_path}/runs"]) == STOPPED
     (run,) = (tmp_path / "runs").iterdir()
     assert f"the same command with run.dir={run} goes on from there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("most", "done", "code"),
+    [(None, None, 75), ("0", "0", 75), ("3", "1", 0), ("3", "3", 75), ("many", "0", 75)],
+)
+def test_torchrun_with_restarts_left_is_told_nothing(most, done, code, monkeypatch):
+    """It would begin the run again, which was asked to stop."""
+    for name, value in (("MAX_RESTARTS", most), ("RESTART_COUNT", done)):
+        monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert stopped() == code

@@ -45,12 +45,13 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     top_k, renormalized = write_topk(spec)
     if not renormalized:
         raise CannotExpressError("router.renormalize=false, and its weights sum to 1")
+    assert isinstance(spec.router, TopKOptions)  # write_topk refuses any other
     as_dense = replace(spec, model=replace(spec.model, d_ff=spec.model.d_ff_expert))
     return write_decoder(as_dense) | {
         "num_local_experts": spec.model.num_experts,
         "num_experts_per_tok": top_k,
         "sliding_window": spec.model.sliding_window,
-        "router_jitter_noise": getattr(spec.router, "jitter", 0.0),
+        "router_jitter_noise": spec.router.jitter,
     }
 
 

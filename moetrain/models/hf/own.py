@@ -1,13 +1,13 @@
 """The family ``moetrain``: any model, by code of its own that is written beside the weights (``remote/``).
 
-transformers runs that code only with ``trust_remote_code=True``. What a router does in evaluation is written
-in the words of ``remote/modeling_moetrain.py``; ``ROUTING`` says which routers have such words.
+transformers runs that code only with ``trust_remote_code=True``. What a router does in evaluation its options
+say, in words that ``remote/modeling_moetrain.py`` acts on (``RouterConfig.evaluation_rule``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from enum import Enum
@@ -25,8 +25,8 @@ from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.hf.translate import read_decoder, require, window, write_decoder
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
-from moetrain.moe.routers import ROUTERS, build_router, resolve_top_k
-from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
+from moetrain.moe.routers import ROUTERS, build_router, full_options
+from moetrain.moe.routers.topk import TopKOptions
 
 _CODE = tuple(
     Path(__file__).parent / "remote" / name for name in ("configuration_moetrain.py", "modeling_moetrain.py")
@@ -38,70 +38,10 @@ _AUTO = {
 _FORMAT = 2  # 1 had gate and up, and queries, keys and values, in one matrix each
 _OUTER = {"embed_VD": "embed_tokens.weight", "head_VD": "lm_head.weight"}
 
-Words = dict[str, Any]
 
-
-def _choice(top_k: int, **words: Any) -> Words:
-    """The softmax top-k router whose weights stay as they are, but for ``words``."""
-    common = {"rule": "choice", "top_k": top_k, "score": "softmax", "select": "biased_scores"}
-    groups = {"num_groups": 1, "top_groups": None, "group_best": None, "per_group": None}
-    return common | {"weights": "raw", "route_scale": 1.0, "margin": None, "threshold": None} | groups | words
-
-
-def _topk(o: Any, num_experts: int) -> Words:
-    k = resolve_top_k(o.top_k, num_experts)
-    words: Words = {"route_scale": o.route_scale}
-    if o.score is Score.sigmoid:
-        words["score"] = "sigmoid"
-    if o.score is Score.softmax_after:
-        words["weights"] = "softmax"
-    elif o.renormalize:
-        words["weights"] = "equal" if k == 1 else "sum_to_1"
-    if o.top_groups not in (None, o.num_groups):
-        words |= {"num_groups": o.num_groups, "top_groups": o.top_groups}
-        words["group_best"] = 2 if o.group_score is GroupScore.top2 else 1
-    return _choice(k, **words)
-
-
-def _plain(o: Any, num_experts: int) -> Words:
-    return _choice(resolve_top_k(o.top_k, num_experts))
-
-
-def _cosine(o: Any, num_experts: int) -> Words:
-    return _plain(o, num_experts) | {"width": max(2, num_experts // 2) if o.width is None else o.width}
-
-
-def _grouped(o: Any, num_experts: int) -> Words:
-    k = resolve_top_k(o.top_k, num_experts)
-    groups = o.num_groups if o.num_groups is not None else k if num_experts % k == 0 else 1
-    return _choice(k, num_groups=groups, per_group=k // groups)
-
-
-def _sinkhorn(o: Any, num_experts: int) -> Words:
-    k = resolve_top_k(o.top_k, num_experts)
-    return _choice(k, select="logits", score="sigmoid" if k == 1 else "softmax")
-
-
-# by the name of a router: what it does in evaluation, of its options and the number of experts
-ROUTING: dict[str, Callable[[Any, int], Words]] = {
-    "topk": _topk,
-    "switch": _topk,
-    "sigmoid": _topk,
-    "cosine": _cosine,
-    "grouped": _grouped,
-    "sinkhorn": _sinkhorn,
-    "sigma": lambda o, e: _plain(o, e) | {"score": "sigmoid"},
-    "straight_through": lambda o, e: _plain(o, e) | {"weights": "equal"},
-    "noisy_topk": lambda o, e: _plain(o, e) | {"select": "logits", "weights": "softmax"},
-    "dense": lambda o, e: _choice(resolve_top_k(o.eval_top_k, e), select="scores"),
-    "base": lambda o, e: _choice(1, select="logits", score="sigmoid"),
-    "gshard": lambda o, e: _choice(min(2, e), select="logits", weights="sum_to_1"),
-    "adaptive": lambda o, e: _choice(min(2, e), margin=o.margin),
-    "threshold": lambda o, e: _choice(e, select="scores", threshold=o.threshold),
-    "relu": lambda o, e: {"rule": "relu"},
-    "blockffn": lambda o, e: {"rule": "blockffn", "eps": o.eps},
-    "expert_choice": lambda o, e: {"rule": "expert_choice"},
-}
+def exported_routers() -> list[str]:
+    """The routers that say what they do in evaluation."""
+    return [name for name, spec in ROUTERS.items() if spec.exported]
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
@@ -134,13 +74,14 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
     if not spec.model.num_experts:
         return {"router": None, "routing": None}
     options = spec.router
-    if options.name not in ROUTING:
-        raise CannotExpressError(f"router={options.name} is not among the exported: {', '.join(ROUTING)}")
+    if not ROUTERS[options.name].exported:
+        raise CannotExpressError(
+            f"router={options.name} is not among the exported: {', '.join(exported_routers())}"
+        )
     require("router.eval_capacity_factor", options.eval_capacity_factor, None)
-    if type(options) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
-        options = ROUTERS[options.name].options(**asdict(options))
+    options = full_options(options)
     plain = {key: v.name if isinstance(v, Enum) else v for key, v in asdict(options).items()}
-    return {"router": plain, "routing": ROUTING[options.name](options, spec.model.num_experts)}
+    return {"router": plain, "routing": options.evaluation_rule(spec.model.num_experts)}
 
 
 def _read(fields: Fields) -> ModelSpec:
@@ -180,8 +121,8 @@ def _read_router(fields: Fields, num_experts: int) -> RouterConfig:
         return TopKOptions()
     fields.check_plain("router", given)
     name = given.get("name") if isinstance(given, dict) else None
-    if not isinstance(name, str) or name not in ROUTING:
-        raise fields.refuse(f"router={quoted(given)} is not among {', '.join(ROUTING)}")
+    if not isinstance(name, str) or name not in exported_routers():
+        raise fields.refuse(f"router={quoted(given)} is not among {', '.join(exported_routers())}")
     options = ROUTERS[name].options
     if unknown := sorted(given.keys() - {field.name for field in dataclass_fields(options)}):
         raise fields.refuse(f"router: {name} has no option {unknown[0]}")

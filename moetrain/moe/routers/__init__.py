@@ -27,10 +27,12 @@ from moetrain.moe.routers.base import (
     Router,
     RouterSpec,
     build_router,
+    full_options,
     register,
     resolve_top_k,
 )  # fmt: skip
 
 __all__ = [
-    "ROUTERS", "LinearRouter", "Router", "RouterSpec", "build_router", "register", "resolve_top_k",
+    "ROUTERS", "LinearRouter", "Router", "RouterSpec", "build_router", "full_options", "register",
+    "resolve_top_k",
 ]  # fmt: skip

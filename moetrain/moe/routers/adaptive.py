@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
@@ -22,10 +23,16 @@ class AdaptiveOptions(RouterConfig):
     name: str = "adaptive"
     margin: float = 0.1  # two experts where the best two probabilities differ by at most this
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(min(2, num_experts), margin=self.margin)
+
 
 @register("adaptive", AdaptiveOptions, "Li et al. 2023, arXiv:2310.07188", "one or two experts a token")
 class AdaptiveRouter(LinearRouter):
     """Softmax over all experts; the raw probabilities are the weights."""
+
+    top_k = 2
+    reads_bias = True
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

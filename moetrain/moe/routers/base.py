@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
-from moetrain.moe.options import Repair, RouterConfig
+from moetrain.moe.options import DropOrder, Repair, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
@@ -27,6 +27,9 @@ from moetrain.ops.linear import wide_linear
 class Router(nn.Module):
     """Maps tokens to a Routing. Subclasses write ``route``; capacity and repair are applied to what it gives.
 
+    What a router is, it says itself: the attributes below are all that trainer, config and reports ask.
+    ``moetrain router check`` compares them with what its Routings hold.
+
     ``bias_E`` is added to the scores for selection only (Wang et al. 2024, "Auxiliary-loss-free load
     balancing"); a controller moves it, autograd never does. It stays fp32 through every cast.
     """
@@ -35,6 +38,13 @@ class Router(nn.Module):
     keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
+    top_k: int | None = None  # the most experts of a token; None: it may take all of them
+    target_k: int | None = None  # the mean number a token that balance.sparsity_rate aims at; None: no target
+    causal = True  # in training, a token's routing is free of later tokens and of other sequences
+    reads_bias = False  # whether bias_E takes part in the selection, for balance.bias_rate
+    has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
+    has_logits = True  # likewise logits_TE
+    has_penalty = False  # likewise penalty, a loss of the router's own parameters
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
     _fp32_buffers: tuple[str, ...] = ("bias_E",)
@@ -86,7 +96,10 @@ def resolve_top_k(top_k: int | None, num_experts: int) -> int:
     """``top_k``, or 2 where it is None (1 where there is one expert). ValueError outside 1 to E."""
     top_k = min(2, num_experts) if top_k is None else top_k
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"router.top_k={top_k} must lie between 1 and num_experts={num_experts}")
+        raise ValueError(
+            f"router.top_k={top_k} must lie between 1 and num_experts={num_experts}: "
+            "lower router.top_k or raise num_experts"
+        )
     return top_k
 
 
@@ -109,6 +122,20 @@ def _check_capacity(options: RouterConfig) -> None:
         )
 
 
+def _check_scores(name: str, options: RouterConfig) -> None:
+    """Of a router without scores: what ranks by them is refused."""
+    if options.repair is not Repair.none:
+        raise ValueError(
+            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
+            "set router.repair=none"
+        )
+    if options.drop_order is DropOrder.batch_prioritized:
+        raise ValueError(
+            f"router.drop_order=batch_prioritized ranks tokens by scores, and router={name} returns none: "
+            "take another order"
+        )
+
+
 class LinearRouter(Router):
     """A router whose logits are one linear map of the token, computed in fp32 at least."""
 
@@ -125,9 +152,7 @@ class LinearRouter(Router):
 class RouterSpec:
     """What the registry knows of a router.
 
-    ``paper`` names its source, ``returns`` says in a few words what it assigns. ``causal``: whether a token's
-    routing is free of later tokens and of other sequences, in training. ``scores``: whether its Routings
-    carry any, for balance losses. ``penalty``: whether they carry a loss of the router's own parameters.
+    ``paper`` names its source, ``returns`` says in a few words what it assigns.
     """
 
     name: str
@@ -135,30 +160,24 @@ class RouterSpec:
     options: type[RouterConfig]
     paper: str = ""
     returns: str = ""
-    causal: bool = True
-    scores: bool = True
-    penalty: bool = False
+
+    @property
+    def exported(self) -> bool:
+        """Whether the options' own class says in ``evaluation_rule`` what the router does in evaluation."""
+        return "evaluation_rule" in vars(self.options)
 
 
 ROUTERS: dict[str, RouterSpec] = {}
 R = TypeVar("R", bound=type[Router])
 
 
-def register(
-    name: str,
-    options: type[RouterConfig],
-    paper: str = "",
-    returns: str = "",
-    causal: bool = True,
-    scores: bool = True,
-    penalty: bool = False,
-) -> Callable[[R], R]:
+def register(name: str, options: type[RouterConfig], paper: str = "", returns: str = "") -> Callable[[R], R]:
     """Class decorator: make a router known as ``router=name``. A second use of a name is an error."""
 
     def add(cls: R) -> R:
         if name in ROUTERS and ROUTERS[name].cls is not cls:
             raise ValueError(f"router {name!r} is registered already, by {ROUTERS[name].cls.__qualname__}")
-        ROUTERS[name] = RouterSpec(name, cls, options, paper, returns, causal, scores, penalty)
+        ROUTERS[name] = RouterSpec(name, cls, options, paper, returns)
         return cls
 
     return add
@@ -179,15 +198,19 @@ def build_router(
     if options is None:
         options = spec.options(name=name)
     options = _with_overrides(options, overrides)
-    if options.repair is not Repair.none and not spec.scores:
-        raise ValueError(
-            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
-            "set router.repair=none"
-        )
+    if not spec.cls.has_scores:
+        _check_scores(name, options)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes
         router: Router = spec.cls(d_model, num_experts, options)
     drop_overwritten_initializers(router)
     return router
+
+
+def full_options(options: RouterConfig) -> RouterConfig:
+    """The router's own options, also where only what all routers share was given."""
+    if type(options) is not RouterConfig:
+        return options
+    return ROUTERS[options.name].options(**{f.name: getattr(options, f.name) for f in fields(options)})
 
 
 def _with_overrides(options: RouterConfig, overrides: dict[str, Any]) -> RouterConfig:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
@@ -39,15 +40,21 @@ class BaseOptions(RouterConfig):
     solver: Solver = Solver.exact
     eps: float = 0.02  # of the auction: the share of the scores' range that a token may lose
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(1, select="logits", score="sigmoid")
+
 
 @register(
-    "base", BaseOptions, "Lewis et al. 2021, arXiv:2103.16716",
-    "one expert a token, equal counts in training", causal=False,
-)  # fmt: skip
+    "base",
+    BaseOptions,
+    "Lewis et al. 2021, arXiv:2103.16716",
+    "one expert a token, equal counts in training",
+)
 class BaseRouter(LinearRouter):
     """Weights are sigmoid(x . w_e); no gradient through the assignment. Counts differ by one at most."""
 
     top_k = 1
+    causal = False
 
     def __init__(self, d_model: int, num_experts: int, options: BaseOptions) -> None:
         super().__init__(d_model, num_experts, options)

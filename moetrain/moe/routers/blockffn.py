@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
@@ -23,6 +24,9 @@ class BlockFFNOptions(RouterConfig):
     name: str = "blockffn"
     eps: float = 1.0e-6
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return {"rule": "blockffn", "eps": self.eps}
+
 
 @register("blockffn", BlockFFNOptions, "Song et al. 2025, arXiv:2507.08771", "any number of experts a token")
 class BlockFFNRouter(LinearRouter):
@@ -30,6 +34,8 @@ class BlockFFNRouter(LinearRouter):
 
     NaN is active, so that the step's loss tells of it.
     """
+
+    target_k = 1  # where ReMoE's loss and controller stand in for its own
 
     def __init__(self, d_model: int, num_experts: int, options: BlockFFNOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -31,15 +32,25 @@ class CosineOptions(RouterConfig):
     width: Optional[int] = None  # of the routing space; null: half the experts, at least 2
     temperature: float = 0.07  # where the learnt one starts
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        top_k = resolve_top_k(self.top_k, num_experts)
+        return token_choice(top_k) | {"width": self.routing_width(num_experts)}
+
+    def routing_width(self, num_experts: int) -> int:
+        return max(2, num_experts // 2) if self.width is None else self.width
+
 
 @register("cosine", CosineOptions, "Chi et al. 2022, arXiv:2204.09179", "k experts a token")
 class CosineRouter(Router):
     """logits = cos(W x, c_e) / temperature, both sides normalised; softmax over all experts."""
 
+    top_k: int
+    reads_bias = True
+
     def __init__(self, d_model: int, num_experts: int, options: CosineOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        width = max(2, num_experts // 2) if options.width is None else options.width
+        width = options.routing_width(num_experts)
         if width < 1:
             raise ValueError(f"router.width={width} must be at least 1")
         if not options.temperature >= 0.01:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_mask, from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -23,6 +24,9 @@ from moetrain.moe.select import softmax, top_ids
 class DenseOptions(RouterConfig):
     name: str = "dense"
     eval_top_k: Optional[int] = None  # null: 2, or 1 where there is one expert
+
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(resolve_top_k(self.eval_top_k, num_experts), select="scores")
 
 
 @register("dense", DenseOptions, "Pan et al. 2024, arXiv:2404.05567", "every expert; k in evaluation")

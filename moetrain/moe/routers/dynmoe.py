@@ -40,7 +40,6 @@ class DynMoEOptions(RouterConfig):
     DynMoEOptions,
     "Guo et al. 2024, arXiv:2405.14297",
     "any number of experts a token",
-    penalty=True,
 )
 class DynMoERouter(Router):
     """Score s = sigmoid(tau cos(x, w_e)), threshold sigmoid(tau g_e); active experts weigh 1 / their number.
@@ -52,6 +51,7 @@ class DynMoERouter(Router):
     """
 
     options: DynMoEOptions
+    has_penalty = True
     awake_E: Tensor
     taken_E: Tensor
     missed_1: Tensor

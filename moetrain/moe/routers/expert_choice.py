@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words
 from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
@@ -32,11 +33,16 @@ class ExpertChoiceOptions(RouterConfig):
     max_experts: Optional[int] = None  # of one token; null: no cap
     threshold_decay: float = 0.95
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return {"rule": "expert_choice"}
+
 
 @register(
-    "expert_choice", ExpertChoiceOptions, "Zhou et al. 2022, arXiv:2202.09368",
-    "the same number of tokens for every expert", causal=False,
-)  # fmt: skip
+    "expert_choice",
+    ExpertChoiceOptions,
+    "Zhou et al. 2022, arXiv:2202.09368",
+    "the same number of tokens for every expert",
+)
 class ExpertChoiceRouter(LinearRouter):
     """Every expert takes ceil(group's tokens * experts_per_token / E) tokens; weights are softmax scores.
 
@@ -44,6 +50,7 @@ class ExpertChoiceRouter(LinearRouter):
     the experts of its highest scores, and a refused expert proposes to its next (deferred acceptance).
     """
 
+    causal = False
     eval_modes = ("threshold", "group")
     _fp32_buffers = ("bias_E", "threshold_E")
     threshold_E: Tensor

@@ -11,8 +11,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from moetrain.arithmetic import divisor_near
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -25,19 +27,37 @@ class GroupedOptions(RouterConfig):
     top_k: Optional[int] = None
     num_groups: Optional[int] = None  # null: top_k where it divides the experts, else 1
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        top_k, groups = resolve_top_k(self.top_k, num_experts), self.groups_of(num_experts)
+        return token_choice(top_k, num_groups=groups, per_group=top_k // groups)
+
+    def expert_groups(self) -> int:
+        return self.num_groups or 1
+
+    def groups_of(self, num_experts: int) -> int:
+        """M, which may divide neither the experts nor K."""
+        top_k = resolve_top_k(self.top_k, num_experts)
+        default = top_k if num_experts % top_k == 0 else 1
+        return default if self.num_groups is None else self.num_groups
+
 
 @register("grouped", GroupedOptions, "Tang et al. 2025, arXiv:2505.21411", "k / M experts of each group")
 class GroupedRouter(LinearRouter):
     """Softmax over all experts; each of M groups gives its K / M best. Weights are not renormalised."""
 
+    top_k: int
+    reads_bias = True
+
     def __init__(self, d_model: int, num_experts: int, options: GroupedOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        default = self.top_k if num_experts % self.top_k == 0 else 1
-        self.num_groups = default if options.num_groups is None else options.num_groups
+        self.num_groups = options.groups_of(num_experts)
         for key, value in (("top_k", self.top_k), ("model.num_experts", num_experts)):
             if self.num_groups < 1 or value % self.num_groups:
-                raise ValueError(f"router.num_groups={self.num_groups} must divide {key}={value}")
+                raise ValueError(
+                    f"router.num_groups={self.num_groups} must divide {key}={value}: "
+                    f"take {divisor_near(value, self.num_groups)}"
+                )
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

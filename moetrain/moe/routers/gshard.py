@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import DropOrder, RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
@@ -35,6 +36,9 @@ class GShardOptions(RouterConfig):
     name: str = "gshard"
     second: Second = Second.random
     drop_order: DropOrder = DropOrder.choice
+
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(min(2, num_experts), select="logits", weights="sum_to_1")
 
 
 @register("gshard", GShardOptions, "Lepikhin et al. 2020, arXiv:2006.16668", "one or two experts a token")

@@ -35,9 +35,7 @@ class HashOptions(RouterConfig):
     frequencies: Optional[str] = None  # a JSON file {token id: count}; null: ids alike; needs top_k 1
 
 
-@register(
-    "hash", HashOptions, "Roller et al. 2021, arXiv:2106.04426", "k experts of a token id", scores=False
-)
+@register("hash", HashOptions, "Roller et al. 2021, arXiv:2106.04426", "k experts of a token id")
 class HashRouter(Router):
     """A pseudo-random table, computed and not stored; with ``frequencies`` a balanced one.
 
@@ -50,6 +48,8 @@ class HashRouter(Router):
     """
 
     options: HashOptions
+    top_k: int
+    has_scores = has_logits = False
     table_V: Tensor
 
     def __init__(self, d_model: int, num_experts: int, options: HashOptions) -> None:

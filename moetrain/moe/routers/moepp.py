@@ -48,6 +48,8 @@ class MoEPPRouter(LinearRouter):
     """
 
     options: MoEPPOptions
+    top_k: int
+    reads_bias = True
 
     def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
         for key in ("num_zero", "num_copy", "num_constant"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -29,6 +30,9 @@ class NoisyTopKOptions(RouterConfig):
     top_k: Optional[int] = None
     noise_floor: float = 0.01  # added to the learnt standard deviation
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(resolve_top_k(self.top_k, num_experts), select="logits", weights="softmax")
+
 
 @register("noisy_topk", NoisyTopKOptions, "Shazeer et al. 2017, arXiv:1701.06538", "k experts a token")
 class NoisyTopKRouter(LinearRouter):
@@ -37,6 +41,8 @@ class NoisyTopKRouter(LinearRouter):
     ``load_TE`` is the probability that the expert is chosen again if its own noise alone is drawn anew; in
     evaluation, where there is no noise, there is none.
     """
+
+    top_k: int
 
     def __init__(self, d_model: int, num_experts: int, options: NoisyTopKOptions) -> None:
         super().__init__(d_model, num_experts, options)

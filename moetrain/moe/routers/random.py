@@ -37,9 +37,12 @@ class RandomOptions(RouterConfig):
     zipf: float = 0.0  # expert e is drawn in proportion to 1 / (e + 1)^zipf; 0: all alike
 
 
-@register("random", RandomOptions, "a baseline", "k experts a token, by chance", scores=False)
+@register("random", RandomOptions, "a baseline", "k experts a token, by chance")
 class RandomRouter(Router):
     """Weights 1 / k. The draw follows (seed, step, layer, sample, position); no parameters, no scores."""
+
+    top_k: int
+    has_scores = has_logits = False
 
     def __init__(self, d_model: int, num_experts: int, options: RandomOptions) -> None:
         super().__init__(d_model, num_experts, options)

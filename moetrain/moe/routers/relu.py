@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -26,10 +27,15 @@ class ReLUOptions(RouterConfig):
     name: str = "relu"
     top_k: Optional[int] = None  # the mean number of experts a token that the controller aims at
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return {"rule": "relu"}
+
 
 @register("relu", ReLUOptions, "Wang et al. 2024, arXiv:2412.14711", "any number of experts a token")
 class ReLURouter(LinearRouter):
     """Weights are relu(W x), not normalised. NaN is active, so that the step's loss tells of it."""
+
+    target_k: int
 
     def __init__(self, d_model: int, num_experts: int, options: ReLUOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -26,6 +27,9 @@ class SigmaOptions(RouterConfig):
     top_k: Optional[int] = None
     expert_dropout: float = 0.0  # training only: probability that an expert is left out of a sequence
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(resolve_top_k(self.top_k, num_experts), score="sigmoid")
+
 
 @register("sigma", SigmaOptions, "Csordas et al. 2023, arXiv:2310.10837", "k experts a token")
 class SigmaRouter(LinearRouter):
@@ -34,6 +38,9 @@ class SigmaRouter(LinearRouter):
     Dropout leaves an expert out of whole sequences, drawn per sample, so that no layout or micro-batch
     changes it; a token always keeps k experts to choose from.
     """
+
+    top_k: int
+    reads_bias = True
 
     def __init__(self, d_model: int, num_experts: int, options: SigmaOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -12,6 +12,7 @@ from moetrain.moe.routers.topk import Score, TopKOptions, TopKRouter
 class SigmoidOptions(TopKOptions):
     name: str = "sigmoid"
     score: Score = Score.sigmoid
+    evaluation_rule = TopKOptions.evaluation_rule
 
 
 @register("sigmoid", SigmoidOptions, "DeepSeek-AI 2024, arXiv:2412.19437", "k experts a token")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
@@ -29,12 +30,17 @@ class SinkhornOptions(RouterConfig):
     top_k: Optional[int] = None
     tolerance: float = 1.0e-3  # relative, of every expert's share of the plan
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        top_k = resolve_top_k(self.top_k, num_experts)
+        return token_choice(top_k, select="logits", score="sigmoid" if top_k == 1 else "softmax")
 
-@register(
-    "sinkhorn", SinkhornOptions, "Clark et al. 2022, arXiv:2202.01169", "k experts a token", causal=False
-)
+
+@register("sinkhorn", SinkhornOptions, "Clark et al. 2022, arXiv:2202.01169", "k experts a token")
 class SinkhornRouter(LinearRouter):
     """Weights are sigmoid(logit) for k = 1, else the softmax over all experts; the plan has no gradient."""
+
+    top_k: int
+    causal = False
 
     def __init__(self, d_model: int, num_experts: int, options: SinkhornOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -97,6 +98,8 @@ class SparseMixer2Router(LinearRouter):
     softmax(z / 2). s is 1 for the best expert or where the coin falls so, else 1/3.
     """
 
+    top_k: int
+
     def __init__(self, d_model: int, num_experts: int, options: SparseMixer2Options) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
@@ -143,12 +146,18 @@ class StraightThroughOptions(RouterConfig):
     name: str = "straight_through"
     top_k: Optional[int] = None
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(resolve_top_k(self.top_k, num_experts), weights="equal")
+
 
 @register(
     "straight_through", StraightThroughOptions, "Bengio et al. 2013, arXiv:1308.3432", "k experts a token"
 )
 class StraightThroughRouter(LinearRouter):
     """Weights are 1 / k forward; backward they are the experts' probabilities."""
+
+    top_k: int
+    reads_bias = True
 
     def __init__(self, d_model: int, num_experts: int, options: StraightThroughOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -14,6 +14,7 @@ class SwitchOptions(TopKOptions):
     name: str = "switch"
     top_k: Optional[int] = 1
     renormalize: bool = False  # a normalised weight of one expert is the constant 1: no gradient
+    evaluation_rule = TopKOptions.evaluation_rule
 
 
 @register("switch", SwitchOptions, "Fedus et al. 2021, arXiv:2101.03961", "one expert a token")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
@@ -22,6 +23,9 @@ from moetrain.moe.select import softmax, top_ids
 class ThresholdOptions(RouterConfig):
     name: str = "threshold"
     threshold: float = 0.9
+
+    def evaluation_rule(self, num_experts: int) -> Words:
+        return token_choice(num_experts, select="scores", threshold=self.threshold)
 
 
 @register("threshold", ThresholdOptions, "Yang et al. 2024, arXiv:2403.18926", "one or more experts a token")

@@ -14,8 +14,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from moetrain.arithmetic import divisor_near
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
+from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
@@ -51,6 +53,23 @@ class TopKOptions(RouterConfig):
     top_groups: Optional[int] = None  # groups a token may choose from; null: all
     group_score: GroupScore = GroupScore.top2
 
+    def evaluation_rule(self, num_experts: int) -> Words:
+        top_k = resolve_top_k(self.top_k, num_experts)
+        words: Words = {"route_scale": self.route_scale}
+        if self.score is Score.sigmoid:
+            words["score"] = "sigmoid"
+        if self.score is Score.softmax_after:
+            words["weights"] = "softmax"
+        elif self.renormalize:
+            words["weights"] = "equal" if top_k == 1 else "sum_to_1"
+        if self.top_groups not in (None, self.num_groups):
+            words |= {"num_groups": self.num_groups, "top_groups": self.top_groups}
+            words["group_best"] = 2 if self.group_score is GroupScore.top2 else 1
+        return token_choice(top_k, **words)
+
+    def expert_groups(self) -> int:
+        return self.num_groups
+
 
 @register("topk", TopKOptions, "Shazeer et al. 2017, arXiv:1701.06538", "k experts a token")
 class TopKRouter(LinearRouter):
@@ -60,6 +79,8 @@ class TopKRouter(LinearRouter):
     """
 
     options: TopKOptions
+    top_k: int
+    reads_bias = True
 
     def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -114,7 +135,10 @@ def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:
     if not 0 <= options.jitter < 1:
         raise ValueError(f"router.jitter={options.jitter} must lie in [0, 1)")
     if options.num_groups < 1 or num_experts % options.num_groups:
-        raise ValueError(f"router.num_groups={options.num_groups} must divide num_experts={num_experts}")
+        raise ValueError(
+            f"router.num_groups={options.num_groups} must divide num_experts={num_experts}: "
+            f"take {divisor_near(num_experts, options.num_groups)}"
+        )
     groups = options.num_groups if options.top_groups is None else options.top_groups
     if not 1 <= groups <= options.num_groups:
         raise ValueError(f"router.top_groups={groups} must lie between 1 and num_groups={options.num_groups}")
