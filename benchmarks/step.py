@@ -57,8 +57,8 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
     def loss(ids_BS: Tensor) -> Tensor:
         labels_BS = torch.cat([ids_BS[:, 1:], torch.full_like(ids_BS[:, :1], -100)], dim=1)
         out = task(ids_BS, labels_BS)
-        demand_LE = torch.stack([r.demand_E for r in out.records])
-        extra, _ = total_loss(out.records, terms, StepTotals(ids_BS.numel(), demand_LE))
+        demand = {layer: r.demand_E for layer, r in out.records.items()}
+        extra, _ = total_loss(out.records, terms, StepTotals(ids_BS.numel(), demand))
         return out.nll_sum / (labels_BS != -100).sum() + extra
 
     return task, loss

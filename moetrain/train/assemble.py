@@ -128,15 +128,16 @@ def _current(device: str) -> torch.device:
 
 
 def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
-    routers = [layer.router for layer in model.moe_layers().values()]
+    routers = model.routers()
+    experts = {layer: router.num_experts for layer, router in routers.items()}
     controllers: list[Controller] = []
     if routers and cfg.balance.bias_rate:
         controllers.append(BiasController(routers, cfg.balance.bias_rate))
     if routers and cfg.balance.sparsity_rate:
-        target_k = int(getattr(routers[0], "target_k", getattr(routers[0], "top_k", 1)))
-        controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
+        target_k = {n: int(getattr(r, "target_k", getattr(r, "top_k", 1))) for n, r in routers.items()}
+        controllers.append(SparsityController(experts, target_k, cfg.balance.sparsity_rate))
     if routers and cfg.balance.chunk_max_factor:
-        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
+        controllers.append(LossFollower("chunk_sparsity", routers, cfg.balance.chunk_max_factor))
     if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
-        controllers.append(RunningLoad(len(routers), routers[0].num_experts))
+        controllers.append(RunningLoad(experts))
     return controllers

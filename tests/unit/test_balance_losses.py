@@ -51,7 +51,7 @@ def totals_of(routings: list[Routing], running_E: Tensor | None = None) -> StepT
     first_E = sum(first_choices_BE(r).sum(0) for r in routings)
     demand_E = sum(r.demand_E for r in routings)
     tokens = float(sum(int(r.num_tokens) for r in routings))
-    return StepTotals(tokens, demand_E[None], first_E[None], None if running_E is None else running_E[None])
+    return StepTotals(tokens, {0: demand_E}, {0: first_E}, None if running_E is None else {0: running_E})
 
 
 def by_hand(
@@ -241,13 +241,13 @@ def test_total_loss_adds_terms_and_layers_with_their_coefficients() -> None:
     torch.manual_seed(0)
     layers = [routed(torch.randn(12, 5, dtype=torch.float64, requires_grad=True), 2) for _ in range(3)]
     demand_LE = torch.stack([r.demand_E for r in layers])
-    totals = StepTotals(12.0, demand_LE)
+    totals = StepTotals(12.0, dict(enumerate(demand_LE)))
     terms = [
         LossTerm("switch", 0.5, "global_batch"),
         LossTerm("z", 0.25, "micro"),
         LossTerm("sum_over_k", 2.0, "sequence"),
     ]
-    total, raw = total_loss(layers, terms, totals)
+    total, raw = total_loss(dict(enumerate(layers)), terms, totals)
     assert list(raw) == ["switch_global_batch", "z", "sum_over_k_sequence"]
     assert all(v.shape == (3,) and not v.requires_grad for v in raw.values())
     want = (
@@ -257,8 +257,8 @@ def test_total_loss_adds_terms_and_layers_with_their_coefficients() -> None:
     for layer, r in enumerate(layers):  # each layer is held against its own row of the totals
         alone = balance_loss(r, "switch", "micro", StepTotals(12.0))
         torch.testing.assert_close(raw["switch_global_batch"][layer], alone.detach())
-    assert total_loss([], terms, totals) == (None, {})
-    assert total_loss(layers, [], totals) == (None, {})
+    assert total_loss({}, terms, totals) == (None, {})
+    assert total_loss(dict(enumerate(layers)), [], totals) == (None, {})
 
 
 def test_terms_come_from_the_configuration() -> None:
@@ -285,7 +285,7 @@ def test_what_is_missing_is_named() -> None:
         balance_loss(routing, "swich", "micro", totals)
     with pytest.raises(ValueError, match="scope='batch'"):
         balance_loss(routing, "switch", "batch", totals)
-    with pytest.raises(ValueError, match=r"running scope needs totals\.running_LE"):
+    with pytest.raises(ValueError, match=r"running scope needs totals\.running"):
         balance_loss(routing, "switch", "running", totals)
     for form in FORMS:
         with pytest.raises(ValueError, match="global_batch scope needs"):
@@ -299,7 +299,7 @@ def test_what_is_missing_is_named() -> None:
 def test_a_running_load_starts_without_gradient() -> None:
     logits_TE = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     routing = routed(logits_TE, 2, score="sigmoid")
-    totals = StepTotals(12.0, running_LE=RunningLoad(2, 5).share_LE)
+    totals = StepTotals(12.0, running=RunningLoad({0: 5, 1: 5}).shares)
     loss = balance_loss(routing, "switch", "running", totals, layer=1)
     loss.backward()
     assert number(loss) == pytest.approx(1, abs=1e-7)  # the state is fp32

@@ -141,7 +141,7 @@ def test_micro_does_depend_on_the_micro_batch() -> None:
 def test_a_follower_sees_the_loss_of_the_whole_step(micro: int) -> None:
     task = build(False, Meshes(), ReLUOptions())
     recorder = Recorder(list(task.parameters()))
-    follower = LossFollower("chunk_sparsity", 9.0, every=1, hold=0)
+    follower = LossFollower("chunk_sparsity", task.model.routers(), 9.0, every=1, hold=0)
     step = TrainStep(task, recorder, [TERMS["chunk_sparsity"]], [follower], LossMonitor(), None, seed=2)
     whole = gradients([TERMS["chunk_sparsity"]], B, router=ReLUOptions()).figures
     want = sum(value for key, value in whole.items() if key.startswith("chunk_sparsity/"))
@@ -150,7 +150,7 @@ def test_a_follower_sees_the_loss_of_the_whole_step(micro: int) -> None:
     follower.mean.mul_(0.5)  # so that the next step, of the same loss, doubles the coefficient
     before = recorder.gradients
     step.run(3, cut(batch(), micro))
-    assert follower.factors() == {"chunk_sparsity": pytest.approx(2.0)}
+    assert follower.factors() == {"chunk_sparsity": {1: pytest.approx(2.0), 2: pytest.approx(2.0)}}
     assert all(torch.equal(x, y) for x, y in zip(before, recorder.gradients, strict=True))
     step.run(3, cut(batch(), micro))
     apart = [float((x - y).abs().max()) for x, y in zip(before, recorder.gradients, strict=True)]
@@ -328,7 +328,7 @@ def test_options_come_from_the_configuration() -> None:
         (100.0, 64, 0.5),
         (100.0, 64, 1.0),
     ]
-    _, raw = total_loss([routing_of(draw(6, 3))], terms, StepTotals(6.0))
+    _, raw = total_loss({0: routing_of(draw(6, 3))}, terms, StepTotals(6.0))
     assert list(raw) == ["locality", "chunk_sparsity", "dirichlet_sequence", "dirichlet_micro"]
 
 

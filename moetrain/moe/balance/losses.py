@@ -33,26 +33,30 @@ FORMS = ("switch", "gshard_first", "sum_over_k", "l1")
 SCOPES = ("micro", "sequence", "global_batch", "running")
 UNSCOPED = ("z", "penalty", "locality", "chunk_sparsity")  # alike at every scope
 
+ByLayer = Mapping[int, Tensor]
+
 
 @dataclass(frozen=True)
 class StepTotals:
     """Figures of the whole optimizer step that a micro-batch's losses need.
 
     num_tokens   valid tokens of the global batch (all ranks, all micro-batches).
-    demand_LE    assignments wanted, of the global batch; None where no loss is ``global_batch``.
-    first_LE     first choices, likewise, for ``gshard_first``.
-    running_LE   load shares (rows sum to 1) for the ``running`` scope.
-    moments      name -> sums [L, E] of ``moment_BE`` over the global batch, for the losses of ``moments.py``.
-    factors      name -> what a controller multiplies that loss's coefficient with.
+    demand       assignments wanted, of the global batch; None where no loss is ``global_batch``.
+    first        first choices, likewise, for ``gshard_first``.
+    running      load shares (of sum 1) for the ``running`` scope.
+    moments      name -> sums of ``moment_BE`` over the global batch, for the losses of ``moments.py``.
+    factors      name -> what controllers multiply that loss's coefficient with, a layer.
     step         the optimizer step, from 0, for coefficients that change.
+
+    Each of the first four has one tensor [E] a layer, by its place in the decoder.
     """
 
     num_tokens: float
-    demand_LE: Tensor | None = None
-    first_LE: Tensor | None = None
-    running_LE: Tensor | None = None
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
-    factors: Mapping[str, float] = field(default_factory=dict)
+    demand: ByLayer | None = None
+    first: ByLayer | None = None
+    running: ByLayer | None = None
+    moments: Mapping[str, ByLayer] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     step: int = 0
 
 
@@ -86,7 +90,7 @@ def first_choices_BE(routing: Routing) -> Tensor:
 def balance_loss(routing: Routing, form: str, scope: str, totals: StepTotals, layer: int = 0) -> Tensor:
     """This micro-batch's contribution to the balance loss of one layer, a scalar without coefficient.
 
-    ``layer`` is the row of the totals' matrices. The sum over micro-batches and ranks is 1 (``switch``,
+    ``layer`` is the place of the totals' tensors. The sum over micro-batches and ranks is 1 (``switch``,
     ``gshard_first``), k (``sum_over_k``) or k times the mean sum of a token's scores (``l1``) at perfect
     balance. Raises ValueError for an unknown form or
     scope, or where the totals lack what the scope needs.
@@ -106,16 +110,16 @@ def _share(routing: Routing, form: str, scope: str, totals: StepTotals, layer: i
     """f, float64, [B, E] or [1, E]: the load share that each sequence's tokens see."""
     first = form == "gshard_first"
     if scope == "running":
-        if totals.running_LE is None:
-            raise ValueError("the running scope needs totals.running_LE")
-        share = totals.running_LE[layer : layer + 1].to(routing.demand_BE.device, torch.float64)
+        if totals.running is None:
+            raise ValueError("the running scope needs totals.running")
+        share = totals.running[layer][None].to(routing.demand_BE.device, torch.float64)
         per_token = routing.demand_E.sum() / routing.num_tokens.clamp(min=1)
     else:
         if scope == "global_batch":
-            counts_LE = totals.first_LE if first else totals.demand_LE
-            if counts_LE is None:
+            counts = totals.first if first else totals.demand
+            if counts is None:
                 raise ValueError("the global_batch scope needs the step's counts in totals")
-            load = counts_LE[layer : layer + 1].to(routing.demand_BE.device, torch.float64)
+            load = counts[layer][None].to(routing.demand_BE.device, torch.float64)
             tokens = load.new_full((), totals.num_tokens)
         else:
             load = (first_choices_BE(routing) if first else routing.demand_BE).double()
@@ -182,8 +186,8 @@ class LossTerm:
             p_TE = probabilities(routing)
             return dirichlet_loss(routing, p_TE, self.scope, self.alpha, totals.num_tokens)
         if self.name in MOMENTS:
-            moment_LE = totals.moments.get(self.name)
-            moment_E = None if moment_LE is None else moment_LE[layer]
+            moments = totals.moments.get(self.name)
+            moment_E = None if moments is None else moments[layer]
             p_TE = probabilities(routing)
             return moment_loss(routing, self.name, self.scope, p_TE, totals.num_tokens, moment_E)
         return balance_loss(routing, self.name, self.scope, totals, layer)
@@ -240,17 +244,32 @@ def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
 
 
 def total_loss(
-    routings: Sequence[Routing], terms: Sequence[LossTerm], totals: StepTotals
+    records: Mapping[int, Routing], terms: Sequence[LossTerm], totals: StepTotals
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(coefficient-weighted sum over layers and terms, raw values per term [L], detached for logging)."""
+    """(coefficient-weighted sum over layers and terms, raw values per term [L], detached for logging).
+
+    ``records``: a layer's place in the decoder -> its Routing; L are the layers in this order. Raises
+    ValueError that names the layer where a record lacks what a loss needs.
+    """
     total: Tensor | None = None
     raw: dict[str, Tensor] = {}
+    if not records:
+        return None, {}
     for term in terms:
-        values = [term.value(routing, totals, layer) for layer, routing in enumerate(routings)]
-        if not values:
-            continue
-        raw[term.key] = torch.stack([v.detach() for v in values])
-        coef = term.coef_at(totals.step) * totals.factors.get(term.name, 1.0)
-        weighted = coef * torch.stack(values).sum()
+        values_L = torch.stack([_value(term, routing, totals, layer) for layer, routing in records.items()])
+        raw[term.key] = values_L.detach()
+        factors = totals.factors.get(term.name, {})
+        coefs = [term.coef_at(totals.step) * factors.get(layer, 1.0) for layer in records]
+        if len(set(coefs)) == 1:
+            weighted = coefs[0] * values_L.sum()
+        else:
+            weighted = torch.stack([c * v for c, v in zip(coefs, values_L.unbind(), strict=True)]).sum()
         total = weighted if total is None else total + weighted
     return total, raw
+
+
+def _value(term: LossTerm, routing: Routing, totals: StepTotals, layer: int) -> Tensor:
+    try:
+        return term.value(routing, totals, layer)
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from None
