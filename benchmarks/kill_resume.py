@@ -67,7 +67,7 @@ def command(folder: Path, run: Path, steps: int, ranks: int) -> list[str]:
         f"data.cache_dir={folder}/cache", "data.tokenizer.kind=bytes", f"data.seq_len={SEQ}",
         "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "model.d_ff_expert=12",
         "model.num_experts=5",
-        "balance=running", "balance.bias_rate=0.01", "router.capacity_factor=1.2", "router.jitter=0.01",
+        "balance=running", "balance.controllers.bias.rate=0.01", "router.capacity_factor=1.2", "router.jitter=0.01",
         "train.deterministic=true", "train.threads=1", f"train.micro_batch_size={GLOBAL // 2 // ranks}",
         f"train.global_batch_tokens={GLOBAL * SEQ}", "train.eval_every=10", "train.eval_samples=8",
         "train.sample_tokens=4", f"train.steps={steps}", f"checkpoint.every={EVERY}", "schedule.horizon=100",

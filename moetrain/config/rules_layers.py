@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetrain.config.names import nearest
+from moetrain.config.rules_balance import refuse_losses
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 
@@ -27,7 +28,7 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
 
     from moetrain.models.decoder import is_moe_layer
     from moetrain.models.feed_forward import build_feed_forward
-    from moetrain.moe import MoELayer
+    from moetrain.moe import ROUTERS, MoELayer
 
     m, ep = cfg.model, cfg.parallel.ep
     for place in range(m.num_layers):
@@ -39,6 +40,9 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
+        kinds = [type(module) for module in made.modules()]
+        for spec in (spec for spec in ROUTERS.values() if spec.cls in kinds):
+            refuse_losses(cfg, spec, f"{where}: ")
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
             experts = next(layer.experts.parameters()).shape[0]
             if experts % ep:

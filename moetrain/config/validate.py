@@ -6,6 +6,7 @@ One function per rule. Each raises UserError with the key, both numbers and what
 from __future__ import annotations
 
 from moetrain.config import (
+    rules_balance,
     rules_data,
     rules_dispatch,
     rules_eval,
@@ -26,7 +27,10 @@ from moetrain.errors import UserError
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
     numbers_fit(cfg)
-    for rules in (rules_model, rules_layers, rules_rope, rules_data, rules_train, rules_dispatch):
+    for rules in (
+        *(rules_model, rules_balance, rules_layers, rules_rope),
+        *(rules_data, rules_train, rules_dispatch),
+    ):
         for rule in rules.RULES:
             rule(cfg, world)
     warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)
@@ -43,7 +47,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
-    rules = (*rules_model.RULES, *rules_layers.RULES, *rules_rope.RULES)
+    rules = (*rules_model.RULES, *rules_balance.RULES, *rules_layers.RULES, *rules_rope.RULES)
     for rule in (*rules, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
 
@@ -54,7 +58,8 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
     for name in ("proof_tokens", "calibration_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
-    for rule in (*rules_layers.UPCYCLE_RULES, *rules_model.RULES, *rules_data.RULES):
+    models = (*rules_layers.UPCYCLE_RULES, *rules_model.RULES, *rules_balance.RULES)
+    for rule in (*models, *rules_data.RULES):
         rule(cfg, 1)
 
 

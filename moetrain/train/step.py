@@ -8,10 +8,10 @@ are summed over micro-batches and ranks. Nothing is averaged, so no layout chang
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,7 @@ from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
 from moetrain.moe import Routing
-from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import first_choices_BE, probabilities
-from moetrain.moe.balance.moments import MOMENTS, moment_BE
+from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
 from moetrain.parallel.apply import sync_gradients
@@ -33,6 +31,8 @@ from moetrain.parallel.journal import watched
 from moetrain.train.metrics import RoutingStats, RoutingSummary
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
+
+_Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,8 @@ class TrainStep:
         self.stats = RoutingStats(self.device)
         self._routers = task.model.routers()
         self._router_stats: dict[int, Tensor] = {}
-        counted = {t.name for t in terms if t.counts_ahead}
-        self._counted = (
-            counted if has_moe_layers(task.model.cfg) else set()
-        )  # losses that need the step's counts
-        self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
-        self._shares: dict[int, Tensor] | None = None  # its shares on the device, as the step begins
+        self._has_moe_layers = has_moe_layers(task.model.cfg)
+        self._told: _Counts = {}  # what controllers tell losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
@@ -91,9 +87,10 @@ class TrainStep:
                 "its sequences hold nothing but ends of documents"
             )
         batches = [batch.to_train(self.device) for batch in batches]
-        if self._running is not None:
-            self._shares = _to_device(self._running.shares, self.device)
-        counts = self._count_ahead(step, batches) if self._counted and len(batches) > 1 else None
+        told = {name: tensors for c in self.controllers for name, tensors in c.tells().items()}
+        self._told = _to_device(told, self.device)
+        ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
+        counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
         self._router_stats = {}
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
@@ -162,53 +159,27 @@ class TrainStep:
                     self._routers[layer].after_step(of_layer)
 
     def _balance(
-        self,
-        step: int,
-        tokens: int,
-        records: Mapping[int, Routing],
-        counts: dict[str, dict[int, Tensor]] | None,
+        self, step: int, tokens: int, records: Mapping[int, Routing], counts: _Counts | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What :func:`total_loss` gives; UserError where a layer's router cannot have a loss."""
-        try:
-            return total_loss(records, self.terms, self._totals(step, tokens, records, counts))
-        except ValueError as error:
-            raise UserError(f"balance.losses: {error}") from None
-
-    def _totals(
-        self,
-        step: int,
-        tokens: int,
-        records: Mapping[int, Routing],
-        counts: dict[str, dict[int, Tensor]] | None,
-    ) -> StepTotals:
-        if self._counted and counts is None:  # one micro-batch: its own forward has the counts
-            counts = self._summed([records])
-        counts = counts or {}
-        return StepTotals(
-            max(tokens, 1),
-            counts.get("demand"),
-            counts.get("gshard_first"),
-            self._shares,
-            {name: counts[name] for name in MOMENTS if name in counts},
-            {name: f for controller in self.controllers for name, f in controller.factors().items()},
-            step,
-        )
+        with _as_user_error():
+            if counts is None:  # one micro-batch: its own forward has the counts
+                counts = self._summed([records])
+            factors = all_factors(self.controllers)
+            totals = StepTotals(max(tokens, 1), counts, self._told, factors, step)
+            return total_loss(records, self.terms, totals)
 
     @torch.no_grad()
-    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, dict[int, Tensor]]:
+    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> _Counts:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        return self._summed(
-            [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
-        )
+        records = [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
+        with _as_user_error():
+            return self._summed(records)
 
     @torch.no_grad()
-    def _summed(self, records: Sequence[Mapping[int, Routing]]) -> dict[str, dict[int, Tensor]]:
-        """A layer's sums [E] over the global batch: the demand, and what losses in ``_counted`` add."""
-        counts = {"demand": _sums(records, lambda r: r.demand_E)}
-        if "gshard_first" in self._counted:
-            counts["gshard_first"] = _sums(records, lambda r: first_choices_BE(r).sum(0))
-        for name in sorted(self._counted & MOMENTS.keys()):
-            counts[name] = _sums(records, partial(_moment_E, name))
+    def _summed(self, records: Sequence[Mapping[int, Routing]]) -> _Counts:
+        """What the losses count ahead, over the global batch."""
+        counts = count_ahead(records, self.terms)
         of_layers = [tensor for by_layer in counts.values() for tensor in by_layer.values()]
         all_reduce_sum_(*of_layers, name="the experts' load", group=self.group)
         return counts
@@ -235,22 +206,25 @@ class TrainStep:
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
 
 
-def _moment_E(name: str, routing: Routing) -> Tensor:
-    return moment_BE(routing, name, probabilities(routing)).sum(0)
-
-
-def _sums(batches: Sequence[Mapping[int, Routing]], count: Callable[[Routing], Tensor]) -> dict[int, Tensor]:
-    """The sum over micro-batches of what is counted in each layer."""
-    layers = batches[0] if batches else ()
-    return {layer: torch.stack([count(records[layer]) for records in batches]).sum(0) for layer in layers}
-
-
-def _to_device(host: Mapping[int, Tensor], device: torch.device) -> dict[int, Tensor]:
-    """Each layer's tensor [E] on ``device``, all of them in one copy."""
-    if not host:
+def _to_device(host: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
+    """The same tensors on ``device``, all of them in one copy."""
+    tensors = [tensor for by_layer in host.values() for tensor in by_layer.values()]
+    if not tensors:
         return {}
-    flat = to_device(torch.cat(list(host.values())), device)
-    return dict(zip(host, flat.split([len(tensor_E) for tensor_E in host.values()]), strict=True))
+    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+    return {
+        name: {layer: next(parts).view(tensor.shape) for layer, tensor in by_layer.items()}
+        for name, by_layer in host.items()
+    }
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"balance.losses: {error}") from None
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

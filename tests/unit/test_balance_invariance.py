@@ -12,12 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from balance_cases import FORMS, step_totals
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer, RouterContext, Routing
-from moetrain.moe.balance import LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import FORMS, SCOPES, first_choices_BE
+from moetrain.moe.balance import LossTerm, RunningLoad, total_loss
+from moetrain.moe.balance.base import SCOPES
+from moetrain.moe.balance.load_share import first_choices_BE
 
 B, S, D, E = 8, 5, 3, 7
 LENGTHS = torch.tensor([5, 1, 4, 2, 0, 5, 3, 5])
@@ -89,7 +91,7 @@ def step(
     first_LE = torch.stack([sum(first_choices_BE(r[i]).sum(0) for r in counted) for i in range(num_layers)])
     running = RunningLoad(dict.fromkeys(range(num_layers), E))
     running.update(dict(enumerate(torch.arange(num_layers * E).view(num_layers, E) % 5)))
-    totals = StepTotals(
+    totals = step_totals(
         float(LENGTHS.sum()), dict(enumerate(demand_LE)), dict(enumerate(first_LE)), running.shares
     )
     grads: dict[str, Tensor] = {}

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from balance_cases import balance_loss
 from hf_families import BATCH, FAMILIES, SEQ, transformers
 from torch import Tensor
 
 from moetrain.moe import RouterContext, Routing, build_router
-from moetrain.moe.balance.losses import StepTotals, balance_loss
+from moetrain.moe.balance import StepTotals
 
 
 def our_balance(records: dict[int, Routing]) -> list[Tensor]:

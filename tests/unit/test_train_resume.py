@@ -15,7 +15,7 @@ import tiny
 pytestmark = pytest.mark.usefixtures("training")
 
 VARIANTS = {
-    "bias": ["balance=aux_free", "balance.bias_rate=0.05", "router.score=sigmoid"],
+    "bias": ["balance=aux_free", "balance.controllers.bias.rate=0.05", "router.score=sigmoid"],
     "running": ["balance=running"],
     "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],
