@@ -186,7 +186,7 @@ REFUSED = [
     ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
     (
         {"model.feed_forward": "mo"},
-        "model.feed_forward=mo is not known; known: dense, moe",
+        "model.feed_forward=mo is not known; known:",
         "plugins=[package]",
     ),
     ({"data.seq_len": 1}, "data.seq_len=1 must be 2 or more"),
