@@ -60,7 +60,9 @@ def _typed(key: str, hint: Any, value: object) -> object:
                 return kind[value]
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        elif kind not in _KINDS or type(value) is kind:  # what is not plain the options check themselves
+        elif (kind not in _KINDS and kind is not NoneType) or type(
+            value
+        ) is kind:  # what is not plain the options check themselves
             return value
     if value is None:
         raise ValueError(f"{key} cannot be null")
