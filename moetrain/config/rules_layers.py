@@ -47,6 +47,11 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
             experts = next(layer.experts.parameters()).shape[0]
             if experts % ep:
                 raise UserError(f"{where} has {experts} experts, which parallel.ep={ep} does not divide")
+            if cfg.parallel.overlap > experts // ep:
+                raise UserError(
+                    f"{where} has {experts} experts, {experts // ep} a rank, fewer than the chunks of "
+                    f"parallel.overlap={cfg.parallel.overlap}: lower it"
+                )
 
 
 def feed_forward_is_own(cfg: TrainConfig, world: int) -> None:

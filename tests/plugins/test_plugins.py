@@ -81,7 +81,9 @@ def test_a_plugin_trains_and_resumes_bit_for_bit(name: str, corpus: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("training")
-def test_layers_that_differ_are_told_apart(corpus: Path, tmp_path: Path) -> None:
+def test_layers_that_differ_are_told_apart(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides, _ = PLUGINS["uneven"]
     assert tiny.train(corpus, tmp_path / "run", *overrides, "train.steps=2", "checkpoint.every=2") == 0
     loads = [json.loads(line) for line in (tmp_path / "run" / "load.jsonl").read_text().splitlines()]
@@ -90,8 +92,11 @@ def test_layers_that_differ_are_told_apart(corpus: Path, tmp_path: Path) -> None
     shares = {name: len(tensor) for name, tensor in tensors.items() if "running_load" in name}
     assert shares == {"controller.running_load.0": 4, "controller.running_load.1": 6}
     assert not any(key.startswith("moe/2/") for key in tiny.steps(tmp_path / "run")[0])
-    command = ["plugins=[uneven]", f"checkpoint={tmp_path / 'run'}", "prompt=ab", "max_new_tokens=3"]
-    assert main(["generate", *command]) == 0
+    command = ["plugins=[uneven]", f"checkpoint={tmp_path / 'run'}"]
+    assert main(["generate", *command, "prompt=ab", "max_new_tokens=3"]) == 0
+    assert main(["export", *command, f"target={tmp_path / 'out'}"]) == 2
+    assert "model.feed_forward=uneven is a plug-in's: no family has such layers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,30 @@ def test_a_plugin_is_the_same_on_two_ranks(
     (certificate,) = (tmp_path / "runs" / "certificates").iterdir()
     proved = {check["scenario"] for check in json.loads(certificate.read_text())["checks"]}
     assert ("loss overload_global_batch alone" in proved) is ("own_loss" in names)
+
+
+@pytest.mark.usefixtures("training")
+def test_layers_may_have_other_routers(corpus: Path, tmp_path: Path) -> None:
+    """One that moves by its own statistics, one with a second way of evaluating, one with neither."""
+    routers = (("topk", 5), ("dynmoe", 7), ("expert_choice", 3))
+
+    @register_feed_forward("mixed", on_meta=True)
+    def build(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
+        name, number = routers[layer]
+        return MoELayer(cfg.d_model, cfg.d_ff_expert, number, name)
+
+    mixed = ["model.feed_forward=mixed", "model.num_layers=3", "balance=aux_free"]
+    assert tiny.train(corpus, tmp_path, *mixed, "train.steps=2", "checkpoint.every=1") == 0
+    states = [tiny.contents(tiny.checkpoint(tmp_path, step))[0] for step in (1, 2)]
+    router = "model.blocks.{}.feed_forward.router"
+    for name in (
+        f"{router.format(1)}.steps",
+        f"{router.format(2)}.threshold_E",
+        f"{router.format(0)}.bias_E",
+    ):
+        assert not states[0][name].equal(states[1][name]), name
+    assert all("val/loss_group" in row for row in tiny.evaluations(tmp_path))
+    assert {key.split("/")[1] for key in tiny.steps(tmp_path)[0] if key.startswith("moe/")} == {"0", "1", "2"}
 
 
 def test_a_loss_that_one_layers_router_cannot_have() -> None:
