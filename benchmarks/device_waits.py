@@ -81,7 +81,7 @@ def count(cfg: TrainConfig, adjust: Callable[[Assembled], None] = lambda made: N
     with pretended_device() as pretence:
         made = assemble(cfg, VOCAB, str(DEVICE), 1)
         adjust(made)
-        for layer in made.task.model.moe_layers().values():
+        for (layer,) in made.task.model.moe_layers().values():
             layer.register_forward_pre_hook(passed)
         for step in range(STEPS):
             passes = 0

@@ -78,7 +78,7 @@ def build(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> Assemble
     with fake or nullcontext():
         allocate(task, "cpu")
         made = with_step(cfg, task, counts, data, partial(Rehearsal, world=world))
-    for layer in task.model.moe_layers().values():
+    for (layer,) in task.model.moe_layers().values():
         deal_in_turn(layer)
         if fake is not None:
             tell_counts(layer, micro_batch(cfg, world).input_ids_BS.numel())

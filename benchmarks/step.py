@@ -37,7 +37,7 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
     from moetrain.config.schema import ModelConfig
     from moetrain.config.schema_balance import LossConfig
     from moetrain.models.decoder import Decoder
-    from moetrain.moe.balance import StepTotals, make_terms, total_loss
+    from moetrain.moe.balance import StepTotals, count_ahead, make_terms, total_loss
     from moetrain.moe.options import ExpertsConfig
     from moetrain.moe.routers.topk import TopKOptions
     from moetrain.parallel.apply import parallelize
@@ -57,8 +57,8 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
     def loss(ids_BS: Tensor) -> Tensor:
         labels_BS = torch.cat([ids_BS[:, 1:], torch.full_like(ids_BS[:, :1], -100)], dim=1)
         out = task(ids_BS, labels_BS)
-        demand_LE = torch.stack([r.demand_E for r in out.records])
-        extra, _ = total_loss(out.records, terms, StepTotals(ids_BS.numel(), demand_LE))
+        totals = StepTotals(ids_BS.numel(), count_ahead([out.records], terms))
+        extra, _ = total_loss(out.records, terms, totals)
         return out.nll_sum / (labels_BS != -100).sum() + extra
 
     return task, loss

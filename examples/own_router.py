@@ -30,7 +30,7 @@ class TopShareRouter(LinearRouter):
     """Every expert whose biased probability reaches a share of the token's best."""
 
     options: TopShareOptions
-    reads_bias = True  # so that balance.bias_rate may move it
+    reads_bias = True  # so that the controller bias may move it
 
     def __init__(self, d_model: int, num_experts: int, options: TopShareOptions) -> None:
         super().__init__(d_model, num_experts, options)

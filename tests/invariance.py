@@ -90,8 +90,9 @@ def gradients(
     """One step on ``batch()`` or ``whole``, the last of ``repeat``; every rank returns the same."""
     task = build(recompute, meshes or Meshes(), router)
     recorder = Recorder(list(task.parameters()))
-    running = RunningLoad(MODEL.num_layers - 1, E)
-    running.update(torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5)
+    running = RunningLoad(dict.fromkeys(range(1, MODEL.num_layers), E))
+    loads = torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5
+    running.update(dict(zip(running.shares, loads, strict=True)))
     controllers = [running] if any(term.scope == "running" for term in losses) else []
     step = TrainStep(task, recorder, losses, controllers, LossMonitor(), clip_norm=None, seed=2)
     for _ in range(repeat):

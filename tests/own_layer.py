@@ -27,7 +27,7 @@ class OwnLayer(nn.Module):
         return y_BSD * self.declared_D, None
 
 
-def build(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+def build(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     return OwnLayer(cfg.d_model)
 
 

@@ -102,7 +102,21 @@ def app_help(command: str, config_dir: str | None = None) -> str:
     if command in ("train", "verify", "upcycle"):
         groups = "\n".join(f"  {g:<12}{', '.join(names)}" for g, names in group_options(config_dir).items())
         text += f"\nGroups and their options:\n{groups}\n"
+        names = "\n".join(f"  {key:<21}{', '.join(known)}" for key, known in registered().items())
+        text += f"\nKeys that hold names, which plugins may add to:\n{names}\n"
     return f"{text}\nKeys and their values:\n"
+
+
+def registered() -> dict[str, list[str]]:
+    """Key -> the names that it may hold, of plugins too."""
+    from moetrain.models.feed_forward import FEED_FORWARDS
+    from moetrain.moe.balance import CONTROLLERS, LOSSES
+
+    return {
+        "balance.losses": sorted(LOSSES),
+        "balance.controllers": sorted(CONTROLLERS),
+        "model.feed_forward": sorted(FEED_FORWARDS),
+    }
 
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:

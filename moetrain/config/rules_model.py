@@ -1,4 +1,4 @@
-"""Rules about the model, the router, the experts and the balance losses."""
+"""Rules about the model, the router and the experts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import re
 
 from moetrain.arithmetic import divisor_near
 from moetrain.config.rules import above_zero, at_least
-from moetrain.config.rules_router import (
-    router_accepts_its_options,
-    router_follows_controllers,
-    router_has_what_losses_need,
-)
+from moetrain.config.rules_router import router_accepts_its_options
 from moetrain.config.schema import ModelConfig, TrainConfig
 from moetrain.config.schema_data import TokenizerKind
 from moetrain.errors import UserError
@@ -124,59 +120,6 @@ def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def balance_numbers(cfg: TrainConfig, world: int) -> None:
-    for i, loss in enumerate(cfg.balance.losses):
-        at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
-        at_least(f"balance.losses.{i}", loss, 1, "chunk_length")
-        above_zero(f"balance.losses.{i}", loss, "steepness", "alpha")
-    at_least("balance", cfg.balance, 0, "bias_rate", "sparsity_rate")
-    if 0 < cfg.balance.sparsity_rate <= 1:
-        raise UserError(
-            f"balance.sparsity_rate={cfg.balance.sparsity_rate} must be above 1 (a factor), or 0 for none"
-        )
-    at_least("balance", cfg.balance, 0, "chunk_max_factor")
-    if 0 < cfg.balance.chunk_max_factor < 1:
-        raise UserError(
-            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} must be 1 or more, or 0 for none"
-        )
-
-
-def balance_scopes(cfg: TrainConfig, world: int) -> None:
-    """Whether a loss can be formed at its scope."""
-    from moetrain.moe.balance.moments import MOMENTS
-    from moetrain.moe.balance.shaping import DIRICHLET_SCOPES
-
-    offered = dict.fromkeys(MOMENTS, ("sequence", "global_batch", "micro")) | {"dirichlet": DIRICHLET_SCOPES}
-    for i, loss in enumerate(cfg.balance.losses):
-        name, scope = loss.name.value, loss.scope.value
-        *others, last = offered.get(name, (scope,))
-        if scope not in (*others, last):
-            raise UserError(
-                f"balance.losses.{i}.scope={scope} is not offered for {name}: "
-                f"take {', '.join(others)} or {last}"
-            )
-
-
-def balance_options_are_used(cfg: TrainConfig, world: int) -> None:
-    """A value that no loss reads would seem to have an effect."""
-    from moetrain.moe.balance.shaping import OPTIONS
-
-    for i, loss in enumerate(cfg.balance.losses):
-        for owner, option in OPTIONS.items():
-            value = getattr(loss, option)
-            if value is not None and loss.name.value != owner:
-                raise UserError(
-                    f"balance.losses.{i}.{option}={value} is not used by balance.losses.{i}.name="
-                    f"{loss.name.value}: leave it out, or take name={owner}"
-                )
-    names = [loss.name.value for loss in cfg.balance.losses]
-    if cfg.balance.chunk_max_factor and "chunk_sparsity" not in names:
-        raise UserError(
-            f"balance.chunk_max_factor={cfg.balance.chunk_max_factor} is not used by balance.losses="
-            f"{names}: leave it out, or add chunk_sparsity to them"
-        )
-
-
 def _moe_layers(m: ModelConfig) -> int:
     """How many there are of the layers l from first_dense on with (l + 1) % moe_every == 0."""
     return max(0, m.num_layers // m.moe_every - m.first_dense // m.moe_every)
@@ -219,11 +162,6 @@ RULES = (
     router_numbers,
     router_accepts_its_options,
     routing_group_divides_micro_batch,
-    balance_numbers,
-    router_has_what_losses_need,
-    router_follows_controllers,
-    balance_scopes,
-    balance_options_are_used,
 )
 STORED_RULES = (  # of a model that was made before, whatever it was made for
     sizes,

@@ -104,6 +104,7 @@ class ModelConfig:
     shared_gate: bool = False  # shared experts' output times sigmoid(x @ gate), one number a token
     moe_every: int = 1  # every n-th layer is MoE: the layers l with (l + 1) % n == 0
     first_dense: int = 0  # the first m layers are dense
+    feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     sliding_window: Optional[int] = None  # in tokens, the query's own included

@@ -114,7 +114,7 @@ def _register(routers: tuple[str, ...]) -> None:
 
 
 def import_plugins(names: list[str]) -> None:
-    """Import the named packages, which register their routers. UserError where one cannot be imported."""
+    """Import the named packages, which register what they bring. UserError where one cannot be imported."""
     for name in names:
         try:
             importlib.import_module(name)

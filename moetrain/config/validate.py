@@ -5,7 +5,16 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
-from moetrain.config import rules_data, rules_dispatch, rules_eval, rules_model, rules_rope, rules_train
+from moetrain.config import (
+    rules_balance,
+    rules_data,
+    rules_dispatch,
+    rules_eval,
+    rules_layers,
+    rules_model,
+    rules_rope,
+    rules_train,
+)
 from moetrain.config.rules import above_zero, at_least
 from moetrain.config.rules_numbers import numbers_fit
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
@@ -18,7 +27,10 @@ from moetrain.errors import UserError
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
     numbers_fit(cfg)
-    for rules in (rules_model, rules_rope, rules_data, rules_train, rules_dispatch):
+    for rules in (
+        *(rules_model, rules_balance, rules_layers, rules_rope),
+        *(rules_data, rules_train, rules_dispatch),
+    ):
         for rule in rules.RULES:
             rule(cfg, world)
     warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)
@@ -35,7 +47,8 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
-    for rule in (*rules_model.RULES, *rules_rope.RULES, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
+    rules = (*rules_model.RULES, *rules_balance.RULES, *rules_layers.RULES, *rules_rope.RULES)
+    for rule in (*rules, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
 
 
@@ -45,14 +58,16 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
     for name in ("proof_tokens", "calibration_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
-    for rule in (*rules_model.RULES, *rules_data.RULES):
+    models = (*rules_layers.UPCYCLE_RULES, *rules_model.RULES, *rules_balance.RULES)
+    for rule in (*models, *rules_data.RULES):
         rule(cfg, 1)
 
 
 def validate_stored(cfg: TrainConfig, where: str) -> None:
     """Check what a stored config says of its model and its text; ``where`` names the file."""
     try:
-        for rule in (*rules_model.STORED_RULES, *rules_rope.RULES, rules_data.data_sizes):
+        rules = (*rules_model.STORED_RULES, *rules_layers.RULES, *rules_rope.RULES)
+        for rule in (*rules, rules_data.data_sizes):
             rule(cfg, 1)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None

@@ -42,6 +42,10 @@ def export(cfg: ExportConfig) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
     model = open_model(Path(cfg.checkpoint).expanduser())
     before = _config_before(model)
+    if (layers := model.spec.model.feed_forward) != "moe":
+        raise UserError(
+            f"{cfg.checkpoint}: model.feed_forward={layers} is a plug-in's: no family has such layers"
+        )
     family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)

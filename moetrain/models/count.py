@@ -88,14 +88,16 @@ def abstract_decoder(
 
 def count_parameters(model: Decoder) -> Counts:
     """Exact counts of a model on any device; sharded parameters count in their global shape."""
-    layers = model.moe_layers()
+    layers = [layer for found in model.moe_layers().values() for layer in found]
+    holders = {id(p): layer for layer in layers for p in layer.experts.parameters()}
     counts = dict.fromkeys(Counts.__dataclass_fields__, 0)
     for name, parameter in model.named_parameters():
         kind = _kind(name, parameter.ndim)
         counts[kind] += parameter.numel()
         if kind == "experts":
-            layer = layers[int(name.split(".")[1])]
-            counts["experts_active"] += parameter.numel() // parameter.shape[0] * experts_per_token(layer)
+            layer = holders.get(id(parameter))
+            used = parameter.shape[0] if layer is None else experts_per_token(layer)  # None: a plug-in's own
+            counts["experts_active"] += parameter.numel() // parameter.shape[0] * used
     return Counts(**counts)
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T = B S tokens, D model, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,29 @@ from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, rope_table
-from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe import MoELayer, Router, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.attention import Plan, seen_keys
 from moetrain.ops.embedding import embedding
 from moetrain.ops.init import Constant, Normal, parameter, set_initializer
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class DecoderOutput(NamedTuple):
-    """A pytree, as FSDP2 wants of a module's output. ``records`` has one entry per MoE layer, in order."""
+    """A pytree, as FSDP2 wants of a module's output. ``records``: a block's place -> what its layer told."""
 
     hidden_BSD: Tensor
-    records: list[Routing]
+    records: dict[int, Routing]
 
 
 def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
     """Whether layer ``layer`` (from 0) is MoE."""
     return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
+
+
+def has_moe_layers(cfg: ModelConfig) -> bool:
+    return any(is_moe_layer(cfg, layer) for layer in range(cfg.num_layers))
 
 
 class Block(nn.Module):
@@ -46,8 +52,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        kind = "moe" if is_moe_layer(cfg, layer) else "dense"
-        self.feed_forward = build_feed_forward(kind, cfg, router, experts)
+        kind = cfg.feed_forward if is_moe_layer(cfg, layer) else "dense"
+        self.feed_forward = build_feed_forward(kind, cfg, router, experts, layer)
 
     def forward(
         self,
@@ -65,7 +71,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
 
-    Raises UserError where widths and heads do not fit, ValueError where the router's options do not.
+    Raises UserError where widths and heads do not fit, ValueError for a feed-forward layer that is not known
+    or refuses its options.
     It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
 
     ``compute_dtype`` is that of products and activations, None the parameters' own; whoever sets it lets
@@ -107,7 +114,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         documents: int | None = None,
     ) -> DecoderOutput:
-        """Hidden states after the last norm, and the MoE layers' routings.
+        """Hidden states after the last norm, and what layers told of their routing.
 
         ``doc_ids_BS``: attention stays within tokens of one id; None is plainly causal. ``positions_BS``:
         None counts from 0, or from the end of ``cache``, which the new tokens then join. ``documents``: no
@@ -130,23 +137,27 @@ class Decoder(nn.Module):
         seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
         plan = plan_of(self.cfg, x_BSD, seen, None if cache is None else cached)
         x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
-        records: list[Routing] = []
+        records: dict[int, Routing] = {}
+        previous: Routing | None = None
         for layer, block in enumerate(self.blocks):
-            layer_ctx = ctx.at_layer(layer, records[-1] if records else None)
+            layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]
             x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
             if record is not None:
-                records.append(record)
+                records[layer] = previous = record
         return DecoderOutput(self.norm(x_BSD, compute_dtype), records)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products."""
         return F.linear(hidden_BSD, self.head_weight.to(hidden_BSD.dtype))
 
-    def moe_layers(self) -> dict[int, MoELayer]:
-        """The MoE layers by their place in the decoder."""
-        layers = {i: block.feed_forward for i, block in enumerate(self.blocks)}
-        return {i: layer for i, layer in layers.items() if isinstance(layer, MoELayer)}
+    def moe_layers(self) -> dict[int, list[MoELayer]]:
+        """The MoELayers in each block that has any, by its place: its feed-forward layer, or parts of it."""
+        return _found(self.blocks, MoELayer)
+
+    def routers(self) -> dict[int, Router]:
+        """The router behind each block's record, by its place: the first one in it."""
+        return {place: routers[0] for place, routers in _found(self.blocks, Router).items()}
 
     def reset_parameters(self) -> None:
         """Initialise all weights as normal(init_std), less for what adds to the residual.
@@ -171,3 +182,8 @@ class Decoder(nn.Module):
         head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]
         wide = torch.promote_types(dtype, torch.float32)
         return rope_table(positions_BS, head_dim, self.cfg.rope_theta, wide, self.cfg.rope_scaling)
+
+
+def _found(blocks: nn.ModuleList, kind: type[M]) -> dict[int, list[M]]:
+    found = {place: [m for m in block.modules() if isinstance(m, kind)] for place, block in enumerate(blocks)}
+    return {place: modules for place, modules in found.items() if modules}

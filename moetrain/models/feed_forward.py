@@ -1,6 +1,8 @@
 """The feed-forward half of a block: a registry of modules ``forward(x_BSD, ctx) -> (y_BSD, record or None)``.
 
-Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: a Routing for an MoE layer.
+Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: the Routing of the first
+router in it, or None. Losses, controllers and metrics see what is told, and that router's state follows it.
+``model.feed_forward`` names the builder of the MoE layers; ``dense`` builds the others.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.ops.init import drop_overwritten_initializers, in_memory
 
-Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig], nn.Module]
+Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
 FEED_FORWARDS: dict[str, Builder] = {}
 _ON_META: set[Builder] = set()
 
 
 def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder], Builder]:
-    """Decorator: make a builder known by name. A second use of a name is an error.
+    """Decorator: make a builder ``(cfg, router, experts, layer)`` known by name, ``layer`` its place from 0.
+
+    A second use of a name is an error. What the builder refuses it says by ValueError, in one line.
 
     A layer's initial values are its own: what it makes or writes itself (``nn.Linear``, ``nn.init``) is
     drawn whole on every rank, from torch's generator. ``on_meta``: all its parameters come from
@@ -43,19 +47,19 @@ def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder
 
 
 def build_feed_forward(
-    name: str, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig
+    name: str, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int
 ) -> nn.Module:
     """Raises ValueError for an unknown name."""
     if name not in FEED_FORWARDS:
         raise ValueError(f"unknown feed-forward {name!r}; known: {', '.join(sorted(FEED_FORWARDS))}")
     builder = FEED_FORWARDS[name]
     if builder in _ON_META:
-        return builder(cfg, router, experts)
+        return builder(cfg, router, experts, layer)
     with in_memory():
-        layer = builder(cfg, router, experts)
-    drop_overwritten_initializers(layer)
-    layer.keeps_own_init = True  # type: ignore[assignment]
-    return layer
+        made = builder(cfg, router, experts, layer)
+    drop_overwritten_initializers(made)
+    made.keeps_own_init = True  # type: ignore[assignment]
+    return made
 
 
 class DenseFeedForward(MLP):
@@ -68,12 +72,12 @@ class DenseFeedForward(MLP):
 
 
 @register_feed_forward("dense", on_meta=True)
-def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
 @register_feed_forward("moe", on_meta=True)
-def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> nn.Module:
+def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     options: RouterConfig | dict[str, Any] = router
     if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
         options = {f.name: getattr(router, f.name) for f in fields(router) if f.name != "name"}

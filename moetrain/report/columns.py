@@ -25,17 +25,16 @@ HUGE = 1e100  # larger numbers are infinite here: nothing that is measured is, a
 
 @dataclass(frozen=True)
 class Loads:
-    """Expert shares over time: ``share_PLE`` has P recorded steps, L MoE layers, E experts."""
+    """Expert shares over time: one array [P, E] an MoE layer, of P recorded steps and its own E experts."""
 
     steps: Array
     layers: tuple[int, ...]
-    share_PLE: Array
+    shares: tuple[Array, ...]
 
     @property
-    def relative_PLE(self) -> Array:
+    def relative(self) -> tuple[Array, ...]:
         """Times the uniform share: 1 is perfect balance, 0 a dead expert."""
-        relative_PLE: Array = self.share_PLE * self.share_PLE.shape[2]
-        return relative_PLE
+        return tuple(share_PE * share_PE.shape[1] for share_PE in self.shares)
 
 
 def number(value: Any) -> float:
@@ -73,27 +72,28 @@ def read_loads(path: Path, notes: list[str]) -> Loads | None:
     """The rows of load.jsonl that have the newest one's shape, thinned out where they are too many."""
     if not path.exists():  # a dense model has none
         return None
-    found: dict[int, Array] = {}
+    found: dict[int, list[Array]] = {}
     layers: list[int] = []
     broken = size = 0
     for row in _rows(path, notes):
-        share_LE = _share(row) if row is not None else None
+        shares = _shares(row) if row is not None else None
         if row is None:
             broken += 1
-        elif share_LE is not None:
-            size += share_LE.size - (found[row["step"]].size if row["step"] in found else 0)
-            found[row["step"]] = share_LE
+        elif shares is not None:
+            size += _size(shares) - (_size(found[row["step"]]) if row["step"] in found else 0)
+            found[row["step"]] = shares
             layers = _layers(row) or layers
         while size > MAX_LOADS:
             found = dict(list(found.items())[::-2][::-1])
-            size = sum(share.size for share in found.values())
+            size = sum(map(_size, found.values()))
     _note_broken(path, broken, notes)
     if not found:
         return None
-    shape = found[max(found)].shape  # rows of another model, if any, are left out
-    steps = sorted(step for step, share_LE in found.items() if share_LE.shape == shape)
-    names = tuple(layers) if len(layers) == shape[0] else tuple(range(shape[0]))
-    return Loads(np.array(steps, dtype=np.float64), names, np.stack([found[step] for step in steps]))
+    sizes = [len(share_E) for share_E in found[max(found)]]  # rows of another model, if any, are left out
+    steps = sorted(step for step, shares in found.items() if [len(share_E) for share_E in shares] == sizes)
+    names = tuple(layers) if len(layers) == len(sizes) else tuple(range(len(sizes)))
+    by_layer = zip(*(found[step] for step in steps), strict=True)
+    return Loads(np.array(steps, dtype=np.float64), names, tuple(np.stack(rows) for rows in by_layer))
 
 
 def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any] | None]:
@@ -123,17 +123,22 @@ def _by_step(steps: Array, values: Array) -> tuple[Array, Array]:
     return steps[last], values[last]
 
 
-def _share(row: dict[str, Any]) -> Array | None:
-    """The shares of a row; None where they are none: not a table, or not between 0 and 1."""
+def _shares(row: dict[str, Any]) -> list[Array] | None:
+    """The shares of a row, an array a layer; None where they are none: no lists, or not between 0 and 1."""
     if "step" not in row:
         return None
     try:
-        share_LE = np.array(row["load"], dtype=np.float64)
+        shares = [np.array(share, dtype=np.float64) for share in row["load"]]
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    if share_LE.ndim != 2 or not 0 < share_LE.size <= MAX_LOADS:
+    if not shares or any(share_E.ndim != 1 or not share_E.size for share_E in shares):
         return None
-    return share_LE if bool(((share_LE >= 0) & (share_LE <= 1.001)).all()) else None
+    fitting = all(bool(((share_E >= 0) & (share_E <= 1.001)).all()) for share_E in shares)
+    return shares if fitting and _size(shares) <= MAX_LOADS else None
+
+
+def _size(shares: list[Array]) -> int:
+    return sum(share_E.size for share_E in shares)
 
 
 def _layers(row: dict[str, Any]) -> list[int]:

@@ -155,9 +155,10 @@ def layer_plot(runs: Sequence[RunData], what: LayerFigure) -> Plot | None:
             _layers_together(axes, curves, label(run.name), run_style(i))
         seen += [y for _, y in curves.values()]
     caption = f"{what.note} Running mean over a fortieth of the run."
-    experts = {run.loads.share_PLE.shape[2] for _, run in runs_with if run.loads is not None}
+    loads = [run.loads for _, run in runs_with if run.loads is not None]
+    experts = {share_PE.shape[1] for of_run in loads for share_PE in of_run.shares}
     if what.name == "entropy" and experts:
-        caption += " The dotted line is a uniform router."
+        caption += f" The dotted line{'s are' if len(experts) > 1 else ' is'} a uniform router."
         for count in experts:
             axes.axhline(math.log(count), color="#777777", linestyle=":", linewidth=1, gid=GUIDE)
     none_dropped = what.name == "drop_rate" and not any(np.nansum(y) for y in seen)

@@ -12,14 +12,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import require_backend
 from moetrain.models.count import Counts, count_parameters
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import (
-    BiasController,
-    Controller,
-    LossFollower,
-    RunningLoad,
-    SparsityController,
-    make_terms,
-)
+from moetrain.moe.balance import Controller, build_controllers, make_terms
 from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.journal import observe, watched
@@ -113,9 +106,9 @@ def with_step(
 ) -> Assembled:
     """Optimizer, losses, controllers and a step of a task in memory; ``make_step`` is called as TrainStep."""
     optimizer = build_optimizer(task, cfg.optim)
-    controllers = _controllers(cfg, task.model)
-    monitor = LossMonitor(cfg.train.spike_factor)
     terms = make_terms(cfg.balance.losses)
+    controllers = build_controllers(cfg.balance.controllers, terms, task.model.routers())
+    monitor = LossMonitor(cfg.train.spike_factor)
     step = make_step(
         task, optimizer, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed, data.loss
     )
@@ -125,19 +118,3 @@ def with_step(
 def _current(device: str) -> torch.device:
     """This rank's, by its number as tensors on it have it."""
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
-def _controllers(cfg: TrainConfig, model: Decoder) -> list[Controller]:
-    routers = [layer.router for layer in model.moe_layers().values()]
-    controllers: list[Controller] = []
-    if routers and cfg.balance.bias_rate:
-        controllers.append(BiasController(routers, cfg.balance.bias_rate))
-    if routers and cfg.balance.sparsity_rate:
-        target_k = routers[0].target_k
-        assert target_k is not None  # the config's rules refuse any other router
-        controllers.append(SparsityController(routers[0].num_experts, target_k, cfg.balance.sparsity_rate))
-    if routers and cfg.balance.chunk_max_factor:
-        controllers.append(LossFollower("chunk_sparsity", cfg.balance.chunk_max_factor))
-    if routers and any(term.scope == "running" for term in make_terms(cfg.balance.losses)):
-        controllers.append(RunningLoad(len(routers), routers[0].num_experts))
-    return controllers

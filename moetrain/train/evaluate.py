@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
+from moetrain.moe import Router
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.train.metrics import EvalSums
@@ -67,14 +68,14 @@ def evaluate(
 
 def other_modes(model: Decoder) -> tuple[str, ...]:
     """The ways of routing in evaluation that are not the default one."""
-    routers = [layer.router for layer in model.moe_layers().values()]
-    return routers[0].eval_modes[1:] if routers else ()
+    modes = (mode for router in _routers(model) for mode in router.eval_modes[1:])
+    return tuple(dict.fromkeys(modes))
 
 
 @contextlib.contextmanager
 def routing_by(model: Decoder, mode: str) -> Iterator[None]:
-    """Evaluate by ``mode`` while it lasts."""
-    routers = [layer.router for layer in model.moe_layers().values()]
+    """Evaluate by ``mode`` while it lasts; routers that have no such way keep theirs."""
+    routers = [router for router in _routers(model) if mode in router.eval_modes]
     before = [router.eval_mode for router in routers]
     for router in routers:
         router.eval_mode = mode
@@ -83,3 +84,7 @@ def routing_by(model: Decoder, mode: str) -> Iterator[None]:
     finally:
         for router, mode_before in zip(routers, before, strict=True):
             router.eval_mode = mode_before
+
+
+def _routers(model: Decoder) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]

@@ -2,8 +2,8 @@
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
-Shapes: T tokens, E experts, L MoE layers, C = 2E + 4 columns of sums (kept_E, demand_E, granted, entropy,
-tokens with scores, tokens).
+Shapes: T tokens, E experts of one layer, C = 2E + 4 sums of one layer (kept_E, demand_E, granted, entropy,
+tokens with scores, tokens), F the C of all layers, one layer's after another's.
 """
 
 from __future__ import annotations
@@ -29,37 +29,45 @@ OTHER_DOMAINS = "other"
 class RoutingStats:
     """Sums of one step's routing decisions, per MoE layer, over any number of micro-batches.
 
-    ``layers`` are the MoE layers' indices in the decoder. The sums live on ``device`` and nothing waits for
-    it before a :class:`RoutingSummary` is read. Counts come only from the records handed to :meth:`add`, so
-    a forward pass that runs twice (activation recompute) counts once.
+    The layers are those that records come from, each with experts of its own number. The sums live on
+    ``device`` and nothing waits for it before a :class:`RoutingSummary` is read. Counts come only from the
+    records handed to :meth:`add`, so a forward pass that runs twice (activation recompute) counts once.
     """
 
-    def __init__(self, layers: Sequence[int], num_experts: int, device: torch.device | str = "cpu") -> None:
-        self.layers = tuple(layers)
-        self.num_experts = num_experts
-        self._sums_LC = torch.zeros(len(self.layers), 2 * num_experts + 4, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._experts: dict[int, int] = {}
+        self._sums_F: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, records: Sequence[Routing]) -> None:
-        """Count one micro-batch: one record per MoE layer, in the order of ``layers``."""
-        if len(records) != len(self.layers):
-            raise ValueError(f"{len(records)} routing records for {len(self.layers)} MoE layers")
-        if any(r.num_experts != self.num_experts for r in records):
-            raise ValueError(f"{[r.num_experts for r in records]} experts a layer, not {self.num_experts}")
-        if records:
-            self._sums_LC += torch.stack([_sums_C(r) for r in records]).to(self._sums_LC.device)
+    def add(self, records: Mapping[int, Routing]) -> None:
+        """Count one micro-batch: a layer's place in the decoder -> its record.
+
+        Raises ValueError where another micro-batch of the step had other layers, or other experts in them.
+        """
+        experts = {layer: r.num_experts for layer, r in records.items()}
+        if self._sums_F is not None and experts != self._experts:
+            raise ValueError(
+                f"a step's records are of layers with {self._experts} and with {experts} experts"
+            )
+        self._experts = experts
+        sums = [_sums_C(r) for r in records.values()]
+        sums_F = torch.cat([torch.zeros(0, dtype=torch.float64, device=self.device), *sums])
+        self._sums_F = sums_F if self._sums_F is None else self._sums_F + sums_F
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> RoutingSummary:
         """The sums over ``group`` (None: this process alone) since the last call; starts again from zero.
 
         One all-reduce for all layers, and none for a model without MoE layers.
         """
-        sums_LC = self._sums_LC.clone()
-        self._sums_LC.zero_()
-        if group is not None and self.layers:
+        experts, sums_F = self._experts, self._sums_F
+        self._experts, self._sums_F = {}, None
+        if sums_F is None:
+            sums_F = torch.zeros(0, dtype=torch.float64, device=self.device)
+        if group is not None and experts:
             with watched("the routing metrics", group=group):
-                dist.all_reduce(sums_LC, group=group)
-        return RoutingSummary(self.layers, self.num_experts, sums_LC)
+                dist.all_reduce(sums_F, group=group)
+        return RoutingSummary(experts, sums_F)
 
 
 def _sums_C(r: Routing) -> Tensor:
@@ -86,45 +94,53 @@ def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """One step's sums, on the device that summed them, or on the host where the step has read them."""
+    """One step's sums, on the device that summed them, or on the host where the step has read them.
 
-    layers: tuple[int, ...]
-    num_experts: int
-    sums_LC: Tensor
+    ``experts``: a layer's place in the decoder -> the number of its experts; all below goes by that place.
+    """
 
-    @property
-    def counts_LE(self) -> Tensor:
-        """Assignments computed per layer and expert, int64: what a bias controller needs."""
-        return self.sums_LC[:, : self.num_experts].long()
+    experts: Mapping[int, int]
+    sums_F: Tensor
 
     @property
-    def demand_LE(self) -> Tensor:
-        """Assignments wanted before any capacity, int64."""
-        return self.sums_LC[:, self.num_experts : 2 * self.num_experts].long()
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.experts)
 
     @property
-    def num_tokens(self) -> float:
-        """Valid tokens that passed each MoE layer."""
-        return float(self.sums_LC[:1, -1].sum())
+    def counts(self) -> dict[int, Tensor]:
+        """Assignments computed per expert, int64 [E] a layer."""
+        return {layer: sums_C[: self.experts[layer]].long() for layer, sums_C in self._by_layer().items()}
+
+    @property
+    def demand(self) -> dict[int, Tensor]:
+        """Assignments wanted before any capacity, int64 [E] a layer: what controllers need."""
+        rows = self._by_layer().items()
+        return {layer: sums_C[self.experts[layer] : 2 * self.experts[layer]].long() for layer, sums_C in rows}
 
     def metrics(self) -> dict[str, float]:
         """``moe/<layer>/<name>`` -> value, six or fewer per layer. See ``docs/metrics.md``."""
         row: dict[str, float] = {}
-        for layer, sums in zip(self.layers, self.sums_LC.tolist(), strict=True):
-            row |= {f"moe/{layer}/{k}": v for k, v in _layer_metrics(sums, self.num_experts).items()}
+        for layer, sums_C in self._by_layer().items():
+            figures = _layer_metrics(sums_C.tolist(), self.experts[layer])
+            row |= {f"moe/{layer}/{k}": v for k, v in figures.items()}
         return row
 
-    def load_LE(self) -> list[list[float]]:
+    def load(self) -> list[list[float]]:
         """Each expert's share of its layer's assignments, four digits; all 0 where nothing was routed."""
         rows = []
-        for sums in self.sums_LC.tolist():
-            total = sum(sums[: self.num_experts])
-            rows.append([float(f"{n / total:.4g}") if total else 0.0 for n in sums[: self.num_experts]])
+        for kept_E in self.counts.values():
+            kept = kept_E.tolist()
+            total = sum(kept)
+            rows.append([float(f"{n / total:.4g}") if total else 0.0 for n in kept])
         return rows
 
     def load_row(self, step: int) -> dict[str, Any]:
         """A row of ``load.jsonl``."""
-        return {"step": step, "layers": list(self.layers), "load": self.load_LE()}
+        return {"step": step, "layers": list(self.layers), "load": self.load()}
+
+    def _by_layer(self) -> dict[int, Tensor]:
+        sizes = [2 * experts + 4 for experts in self.experts.values()]
+        return dict(zip(self.experts, self.sums_F.split(sizes), strict=True)) if sizes else {}
 
 
 def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches, balance losses, one gradient rule, clip, update, controllers.
 
-Shapes: L MoE layers, E experts.
+Shapes: L MoE layers, E experts of one layer. What is a mapping goes by a layer's place in the decoder.
 
 The gradient rule: every loss is divided by the step's global count before its backward pass, and gradients
 are summed over micro-batches and ranks. Nothing is averaged, so no layout changes what a step does.
@@ -8,8 +8,9 @@ are summed over micro-batches and ranks. Nothing is averaged, so no layout chang
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.data import Batch
-from moetrain.errors import TrainingError
+from moetrain.errors import TrainingError, UserError
+from moetrain.models.decoder import has_moe_layers
 from moetrain.moe import Routing
-from moetrain.moe.balance import Controller, LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import first_choices_BE, probabilities
-from moetrain.moe.balance.moments import MOMENTS, moment_BE
+from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
 from moetrain.parallel.apply import sync_gradients
@@ -31,6 +31,8 @@ from moetrain.parallel.journal import watched
 from moetrain.train.metrics import RoutingStats, RoutingSummary
 from moetrain.train.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
+
+_Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,12 @@ class TrainStep:
         self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
         self.group = group or (dist.group.WORLD if dist.is_initialized() else None)
         self.needs_targets = True  # a proof about balance losses alone has none
-        layers = task.model.moe_layers()
         self.device = next(task.parameters()).device
-        num_experts = next(iter(layers.values())).router.num_experts if layers else 0
-        self.stats = RoutingStats(list(layers), num_experts, self.device)
-        self._routers = [layer.router for layer in layers.values()]
-        self._router_stats: list[Tensor] = []
-        counted = {t.name for t in terms if t.counts_ahead}
-        self._counted = counted if layers else set()  # losses that need the step's counts
-        self._running = next((c for c in controllers if isinstance(c, RunningLoad)), None)
-        self._running_LE: Tensor | None = None  # its shares on the device, as the step begins
+        self.stats = RoutingStats(self.device)
+        self._routers = task.model.routers()
+        self._router_stats: dict[int, Tensor] = {}
+        self._has_moe_layers = has_moe_layers(task.model.cfg)
+        self._told: _Counts = {}  # what controllers tell losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
@@ -89,21 +87,21 @@ class TrainStep:
                 "its sequences hold nothing but ends of documents"
             )
         batches = [batch.to_train(self.device) for batch in batches]
-        if self._running is not None:
-            self._running_LE = to_device(self._running.share_LE, self.device)
-        counts = self._count_ahead(step, batches) if self._counted and len(batches) > 1 else None
-        self._router_stats = []
+        told = {name: tensors for c in self.controllers for name, tensors in c.tells().items()}
+        self._told = _to_device(told, self.device)
+        ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
+        counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
+        self._router_stats = {}
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             sync_gradients(self.task, last=index == len(batches) - 1)
             output = self.task(**batch_arguments(batch, self.seed, step, self.group))
-            totals = self._totals(step, tokens, output.records, counts)
-            extra, raw = total_loss(output.records, self.terms, totals)
+            extra, raw = self._balance(step, tokens, output.records, counts)
             loss = output.nll_sum / max(targets, 1)
             (loss if extra is None else loss + extra).backward()
             nll_sum += output.nll_sum.detach()
-            self.stats.add([record.detach() for record in output.records])
+            self.stats.add({layer: record.detach() for layer, record in output.records.items()})
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
@@ -115,15 +113,15 @@ class TrainStep:
         parameters = list(self.task.parameters())
         norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
         # The first of two waits: whether to update at all. What else is read of the step comes along.
-        nll, norm, sums_LC, *aux_L = _on_host([nll_sum, norm, routing.sums_LC, *aux_sums.values()])
-        routing, aux_sums = replace(routing, sums_LC=sums_LC), dict(zip(aux_sums, aux_L, strict=True))
+        nll, norm, sums_F, *aux_L = _on_host([nll_sum, norm, routing.sums_F, *aux_sums.values()])
+        routing, aux_sums = replace(routing, sums_F=sums_F), dict(zip(aux_sums, aux_L, strict=True))
         loss, grad_norm = float(nll) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:
             self.optimizer.step()
             for controller in self.controllers:
-                controller.update(routing.demand_LE, routing.num_tokens, aux_sums)
+                controller.update(routing.demand, float(tokens), aux_sums)
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):
@@ -143,55 +141,47 @@ class TrainStep:
         all_reduce_sum_(counts, name="the step's tokens", group=self.group)
         return int(counts[0]), int(counts[1])
 
-    def _add_router_stats(self, records: list[Routing]) -> None:
-        """Sum what the routers want of the whole step: the layers' statistics, or none of any layer."""
-        stats = [record.stats for record in records if record.stats is not None]
-        before = self._router_stats or [torch.zeros_like(s) for s in stats]
-        self._router_stats = [b + s for b, s in zip(before, stats, strict=True)]
+    def _add_router_stats(self, records: Mapping[int, Routing]) -> None:
+        """Sum what routers want of the whole step, where they want anything."""
+        for layer, record in records.items():
+            if record.stats is not None:
+                before = self._router_stats.get(layer)
+                self._router_stats[layer] = record.stats.clone() if before is None else before + record.stats
 
     def _update_routers(self) -> None:
         if self._router_stats:
-            all_reduce_sum_(*self._router_stats, name="the routers' statistics", group=self.group)
+            stats = self._router_stats.values()
+            all_reduce_sum_(*stats, name="the routers' statistics", group=self.group)
             with watched(
                 "the routers' update", "all_gather"
             ):  # of those that put sharded parameters together
-                for router, stats in zip(self._routers, self._router_stats, strict=True):
-                    router.after_step(stats)
+                for layer, of_layer in self._router_stats.items():
+                    self._routers[layer].after_step(of_layer)
 
-    def _totals(
-        self, step: int, tokens: int, records: list[Routing], counts: dict[str, Tensor] | None
-    ) -> StepTotals:
-        if self._counted and counts is None:  # one micro-batch: its own forward has the counts
-            counts = self._summed([records])
-        counts = counts or {}
-        return StepTotals(
-            max(tokens, 1),
-            counts.get("demand"),
-            counts.get("gshard_first"),
-            self._running_LE,
-            {name: counts[name] for name in MOMENTS if name in counts},
-            {name: f for controller in self.controllers for name, f in controller.factors().items()},
-            step,
-        )
+    def _balance(
+        self, step: int, tokens: int, records: Mapping[int, Routing], counts: _Counts | None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What :func:`total_loss` gives; UserError where a layer's router cannot have a loss."""
+        with _as_user_error():
+            if counts is None:  # one micro-batch: its own forward has the counts
+                counts = self._summed([records])
+            factors = all_factors(self.controllers)
+            totals = StepTotals(max(tokens, 1), counts, self._told, factors, step)
+            return total_loss(records, self.terms, totals)
 
     @torch.no_grad()
-    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> _Counts:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        return self._summed(
-            [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
-        )
+        records = [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
+        with _as_user_error():
+            return self._summed(records)
 
     @torch.no_grad()
-    def _summed(self, records: list[list[Routing]]) -> dict[str, Tensor]:
-        """[L, E] sums over the global batch: the demand, and what the losses in ``_counted`` add to it."""
-        counts = {"demand": _stack([[r.demand_E for r in routings] for routings in records])}
-        if "gshard_first" in self._counted:
-            counts["gshard_first"] = _stack([[first_choices_BE(r).sum(0) for r in rs] for rs in records])
-        for name in sorted(self._counted & MOMENTS.keys()):
-            counts[name] = _stack(
-                [[moment_BE(r, name, probabilities(r)).sum(0) for r in rs] for rs in records]
-            )
-        all_reduce_sum_(*counts.values(), name="the experts' load", group=self.group)
+    def _summed(self, records: Sequence[Mapping[int, Routing]]) -> _Counts:
+        """What the losses count ahead, over the global batch."""
+        counts = count_ahead(records, self.terms)
+        of_layers = [tensor for by_layer in counts.values() for tensor in by_layer.values()]
+        all_reduce_sum_(*of_layers, name="the experts' load", group=self.group)
         return counts
 
     @torch.no_grad()
@@ -216,9 +206,25 @@ class TrainStep:
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
 
 
-def _stack(of_each_batch: list[list[Tensor]]) -> Tensor:
-    """[L, E]: the sum over micro-batches of one row per layer."""
-    return torch.stack([torch.stack(rows) for rows in of_each_batch]).sum(0)
+def _to_device(host: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
+    """The same tensors on ``device``, all of them in one copy."""
+    tensors = [tensor for by_layer in host.values() for tensor in by_layer.values()]
+    if not tensors:
+        return {}
+    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+    return {
+        name: {layer: next(parts).view(tensor.shape) for layer, tensor in by_layer.items()}
+        for name, by_layer in host.items()
+    }
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"balance.losses: {error}") from None
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

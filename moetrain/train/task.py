@@ -23,7 +23,7 @@ class TaskOutput(NamedTuple):
     nll_sum: Tensor | None
     nll_BS: Tensor | None
     logits_BSV: Tensor | None
-    records: list[Routing]
+    records: dict[int, Routing]  # a block's place -> what its layer told
 
 
 class NextToken(nn.Module):

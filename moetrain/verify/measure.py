@@ -178,7 +178,8 @@ def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
     step.optimizer, step.clip_norm = recorder, None
     result = step.run(0, batches)
     step.optimizer, step.clip_norm = optimizer, clip
-    return _figures(result) | recorder.found | {DEMAND: result.routing.demand_LE.cpu()}
+    demand = list(result.routing.demand.values())
+    return _figures(result) | recorder.found | {DEMAND: torch.cat(demand) if demand else torch.zeros(0)}
 
 
 def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Tensor]:
@@ -201,7 +202,8 @@ def _figures(result: StepResult) -> dict[str, Tensor]:
     """Losses as of the whole step, and both norms."""
     figures = {"loss: nats": result.loss, "norm: L2": result.grad_norm, "loss: tokens": float(result.tokens)}
     for key, values_L in result.aux.items():
-        figures |= {f"loss: {key} in layer {layer}": value for layer, value in enumerate(values_L)}
+        values = zip(result.routing.layers, values_L, strict=True)
+        figures |= {f"loss: {key} in layer {layer}": value for layer, value in values}
     figures |= {f"state: {key}": value for key, value in result.routing.metrics().items()}
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 

@@ -70,8 +70,12 @@ def dp_shard(parallel: ParallelConfig, world: int) -> int:
 
 
 def _model(m: ModelConfig) -> ModelConfig:
-    """Two MoE layers where there are as many; all experts, since routers' options refer to their number."""
-    every, dense = min(m.moe_every, 2), min(m.first_dense, 1)
+    """Two MoE layers where there are as many; all experts, since routers' options refer to their number.
+
+    A plug-in's layers may go by their places, and all of them stay where they are.
+    """
+    alike = m.feed_forward == "moe"
+    every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
     length = m.rope_scaling.original_max_positions
@@ -79,7 +83,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         m,
         vocab_size=VOCAB,
         d_model=13,
-        num_layers=min(m.num_layers, dense + 2 * every),
+        num_layers=min(m.num_layers, dense + 2 * every) if alike else m.num_layers,
         first_dense=dense,
         moe_every=every,
         num_heads=kv_heads * min(m.num_heads // kv, 3),

@@ -37,13 +37,23 @@ def step_of(meshes: Meshes, name: str) -> tuple[Outcome, tuple[float, int], dict
     """What a step does, the loss of an evaluation, and the routers' state after the step."""
     router = ROUTERS[name]
     task = build(False, meshes, *([router] if router else []))
-    recorder, running = Recorder(list(task.parameters())), RunningLoad(MODEL.num_layers - 1, E)
+    recorder, running = (
+        Recorder(list(task.parameters())),
+        RunningLoad(dict.fromkeys(range(1, MODEL.num_layers), E)),
+    )
     step = TrainStep(
-        task, recorder, terms("sum_over_k", "global_batch"), [running], LossMonitor(), None, 2, meshes.data.loss
+        task,
+        recorder,
+        terms("sum_over_k", "global_batch"),
+        [running],
+        LossMonitor(),
+        None,
+        2,
+        meshes.data.loss,
     )
     share = cut(batch(), B // 4, rank(meshes.data.batch), world(meshes.data.batch))
     result = step.run(3, share)
-    assert result.routing.num_tokens == result.tokens
+    assert result.routing.sums_F[-1] == result.tokens  # of the last layer
     names = [name for name, _ in task.named_parameters()]
     found = {n: g for n, g in zip(names, recorder.gradients, strict=True) if g is not None}
     total, _ = evaluate(task, share, [], seed=0, group=meshes.data.loss)

@@ -219,7 +219,9 @@ def test_one_host_synchronisation_and_others_compute_while_rows_travel(variant):
     for found in events():
         seen = [(what, told[0]) for what, told in found[variant]]
         assert [told[1] for what, told in found[variant] if what == "made"].count("host") == 1
-        assert seen.index(("made", "rows")) < seen.index(("computed", "shared")) < seen.index(("waits", "rows"))
+        assert (
+            seen.index(("made", "rows")) < seen.index(("computed", "shared")) < seen.index(("waits", "rows"))
+        )
         last = {event: place for place, event in enumerate(seen)}
         gradients = "rows' gradients"
         shared = last["computed", "shared, backward"]
@@ -236,7 +238,9 @@ def test_chunks_travel_while_others_compute_forward_and_backward(chunks):
     for found in events():
         seen = [(what, told[0]) for what, told in found[f"overlap {chunks}"]]
         for there, back in (("rows", "results"), ("results' gradients", "rows' gradients")):
-            order = [x for x in seen if x in {("made", there), ("waits", there), ("made", back), ("waits", back)}]
+            order = [
+                x for x in seen if x in {("made", there), ("waits", there), ("made", back), ("waits", back)}
+            ]
             expected = [("made", there)] * chunks + [("waits", there), ("made", back)] * chunks
             assert order == expected + [("waits", back)] * chunks
 
@@ -265,7 +269,9 @@ def test_a_row_crosses_to_a_node_once_and_comes_back_once():
 
 LAYOUTS = {
     "ep 4, two nodes": ParallelConfig(ep=4, dispatcher=ExpertDispatch.hierarchical, ranks_per_node=2),
-    "ep 2 x efsdp 2, two nodes": ParallelConfig(ep=2, dispatcher=ExpertDispatch.hierarchical, ranks_per_node=1),
+    "ep 2 x efsdp 2, two nodes": ParallelConfig(
+        ep=2, dispatcher=ExpertDispatch.hierarchical, ranks_per_node=1
+    ),
     "ep 2 x efsdp 2, overlap 3": ParallelConfig(ep=2, overlap=3),
     "hsdp 2 x ep 2, all-gather": ParallelConfig(2, ep=2, dispatcher=ExpertDispatch.all_gather),
 }

@@ -55,7 +55,9 @@ def tensors(rank: int, world: int, names: list[str], precision: str) -> dict[str
             if "plug-in" in router:
                 patch.setitem(FEED_FORWARDS, "dense", own_layer.build)
             held = model_tensors(assemble(cfg, VOCAB, "cpu", world).task.model)
-        whole = {k: t.detach().full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in held.items()}
+        whole = {
+            k: t.detach().full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in held.items()
+        }
         found[name] = whole if rank == 0 else {}
     return found
 

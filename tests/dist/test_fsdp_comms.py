@@ -19,7 +19,11 @@ from moetrain.train.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 
-GATHER, REDUCE, SUM = "weights (all_gather)", "gradients (reduce_scatter)", "gradients of the replicas (all_reduce)"
+GATHER, REDUCE, SUM = (
+    "weights (all_gather)",
+    "gradients (reduce_scatter)",
+    "gradients of the replicas (all_reduce)",
+)
 
 
 def told(rank: int, world: int, layout: ParallelConfig) -> tuple[dict[str, list[str]], int]:

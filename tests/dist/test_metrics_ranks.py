@@ -8,15 +8,15 @@ import torch.distributed as dist
 from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.routing import Routing
-from moetrain.train.metrics import RoutingStats
+from moetrain.train.metrics import RoutingStats, RoutingSummary
 
-EXPERTS = 3
+EXPERTS = {1: 3, 4: 5}  # a layer's place -> its experts
 
 
-def _routing(token_expert_T: list[int], scale: float) -> Routing:
+def _routing(token_expert_T: list[int], experts: int, scale: float) -> Routing:
     order = sorted((e, t) for t, e in enumerate(token_expert_T))
-    counts_E = torch.bincount(torch.tensor(token_expert_T), minlength=EXPERTS)
-    scores_TE = torch.rand(len(order), EXPERTS, generator=torch.Generator().manual_seed(5)) * scale
+    counts_E = torch.bincount(torch.tensor(token_expert_T), minlength=experts)
+    scores_TE = torch.rand(len(order), experts, generator=torch.Generator().manual_seed(5)) * scale
     return Routing(
         token_ids_N=torch.tensor([t for _, t in order]),
         weights_N=torch.ones(len(order)),
@@ -27,38 +27,47 @@ def _routing(token_expert_T: list[int], scale: float) -> Routing:
     )
 
 
+def _records(choice: list[int]) -> dict[int, Routing]:
+    first, second = EXPERTS.items()
+    return {first[0]: _routing(choice, first[1], 1.0), second[0]: _routing(choice[::-1], second[1], 3.0)}
+
+
+def _lists(summary: RoutingSummary) -> dict[int, list[int]]:
+    return {layer: counts_E.tolist() for layer, counts_E in summary.counts.items()}
+
+
 def _choices(rank: int) -> list[list[int]]:
     """What the tokens of ``rank`` choose in its two micro-batches; ranks hold different numbers of tokens."""
     return [[0, 1, 1][: rank + 1], [2, 0, 0, 0, 1][: 2 * rank + 1]]
 
 
-def _stats(rank: int, world_size: int) -> tuple[dict[str, float], list[list[int]], int]:
-    stats = RoutingStats([1, 4], EXPERTS)
+def _stats(rank: int, world_size: int) -> tuple[dict[str, float], dict[int, list[int]], int]:
+    stats = RoutingStats()
     for choice in _choices(rank):
-        stats.add([_routing(choice, 1.0), _routing(choice[::-1], 3.0)])
+        stats.add(_records(choice))
     calls = []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), all_reduce(*args, **kwargs))[1]
     summary = stats.reduce(dist.group.WORLD)
-    return summary.metrics(), summary.counts_LE.tolist(), len(calls)
+    return summary.metrics(), _lists(summary), len(calls)
 
 
 def _dense(rank: int, world_size: int) -> dict[str, float]:
-    stats = RoutingStats([], 0)
-    stats.add([])
+    stats = RoutingStats()
+    stats.add({})
     return stats.reduce(dist.group.WORLD).metrics()
 
 
 def test_every_rank_gets_the_figures_of_all_tokens() -> None:
     results = run_ranks(_stats, 2)
-    alone = RoutingStats([1, 4], EXPERTS)
+    alone = RoutingStats()
     for rank in range(2):
         for choice in _choices(rank):
-            alone.add([_routing(choice, 1.0), _routing(choice[::-1], 3.0)])
+            alone.add(_records(choice))
     summary = alone.reduce()
     for metrics, counts, calls in results:
         assert metrics == pytest.approx(summary.metrics(), rel=1e-12)
-        assert counts == summary.counts_LE.tolist()
+        assert counts == _lists(summary)
         assert calls == 1
 
 

@@ -79,8 +79,12 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
     output = forward(task, batches()[0])
-    (output.nll_sum + sum(r.logits_TE.square().mean() for r in output.records)).backward()
-    records = {getattr(r, name).dtype for r in output.records for name in ("logits_TE", "scores_TE", "weights_N")}
+    (output.nll_sum + sum(r.logits_TE.square().mean() for r in output.records.values())).backward()
+    records = {
+        getattr(r, name).dtype
+        for r in output.records.values()
+        for name in ("logits_TE", "scores_TE", "weights_N")
+    }
     left = {p.dtype for p in task.parameters()} | {p.grad.dtype for p in task.parameters()}
     return {"seen": seen, "records": records, "after": left, "loss": output.nll_sum.dtype}
 
@@ -88,7 +92,9 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_products_and_activations_are_bf16_and_routers_losses_gradients_and_weights_fp32(layout, recompute):
-    for found in run_ranks(dtypes_seen, 1 if layout is None else 2, layout, recompute, init=layout is not None):
+    for found in run_ranks(
+        dtypes_seen, 1 if layout is None else 2, layout, recompute, init=layout is not None
+    ):
         seen = found["seen"]
         for name in ("Block", "Attention", "RMSNorm", "DenseFeedForward", "MoELayer", "MLP", "Experts"):
             assert seen[name] <= {NARROW}, name
@@ -117,7 +123,9 @@ def test_recompute_and_compile_round_alike(how):
         assert torch.equal(gradient, other[name]), name
 
 
-def sums(number: int, ranks: int, layout: ParallelConfig | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def sums(
+    number: int, ranks: int, layout: ParallelConfig | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the gradients of two micro-batches together, the sum of those of each by itself)."""
     together, apart = build(layout), build(layout)
     parts = batches(B // 2 // ranks)
@@ -163,7 +171,9 @@ def test_the_residual_stream(residual):
     stream, inside = set(), set()
     for block in task.model.blocks:
         block.register_forward_hook(lambda module, args, out: stream.update({args[0].dtype, out[0].dtype}))
-        block.attention.register_forward_hook(lambda module, args, out: inside.update({args[0].dtype, out.dtype}))
+        block.attention.register_forward_hook(
+            lambda module, args, out: inside.update({args[0].dtype, out.dtype})
+        )
     hidden = forward(task, batches()[0]).nll_sum
     hidden.backward()
     assert stream == {residual or NARROW}

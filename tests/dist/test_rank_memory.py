@@ -40,7 +40,12 @@ CASES = {
     "hsdp, fp32, muon": ["parallel.dp_replicate=2", "optim=muon"],
     "hierarchical, two nodes of one rank": [*HIERARCHICAL, "parallel.ranks_per_node=1"],
     "hierarchical, two nodes of two ranks": [*HIERARCHICAL, "parallel.ranks_per_node=2", *FOUR],
-    "hierarchical, no node sums": [*HIERARCHICAL, "parallel.ranks_per_node=2", *FOUR, "parallel.node_sums=false"],
+    "hierarchical, no node sums": [
+        *HIERARCHICAL,
+        "parallel.ranks_per_node=2",
+        *FOUR,
+        "parallel.node_sums=false",
+    ],
 }
 EVEN = [
     "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=6", "model.head_dim=4",

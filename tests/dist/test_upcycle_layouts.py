@@ -67,7 +67,12 @@ def logits(folder: str, world: int, layout: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "layout", ["ep 2", pytest.param("ep 2 x efsdp 2", marks=pytest.mark.real), pytest.param("hsdp 2 x ep 2", marks=pytest.mark.slow)]
+    "layout",
+    [
+        "ep 2",
+        pytest.param("ep 2 x efsdp 2", marks=pytest.mark.real),
+        pytest.param("hsdp 2 x ep 2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_function_is_kept(models: tuple[Path, dict[str, Path]], layout: str) -> None:
     dense, made = models

@@ -61,11 +61,14 @@ def test_bf16_is_compared_too(said):
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=[pytest.mark.real] * (number % 2)) for number, fault in enumerate(FAULTS)]
+    "fault",
+    [pytest.param(fault, marks=[pytest.mark.real] * (number % 2)) for number, fault in enumerate(FAULTS)],
 )
 def test_a_broken_trainer_is_told_where(fault, said, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", fault)
-    code, text = said("verify", *SMALL, "balance=switch", "balance.bias_rate=0.01", "plugins=[faults]")
+    code, text = said(
+        "verify", *SMALL, "balance=switch", "balance.controllers.bias.rate=0.01", "plugins=[faults]"
+    )
     assert code == 1
     assert re.search(f"NOT equal to one process: .*{FAULTS[fault]}", text), text
     assert "Traceback" not in text

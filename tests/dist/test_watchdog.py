@@ -42,17 +42,22 @@ def report(lives: Lives, rank: int) -> str:
 
 
 def test_a_rank_is_killed_in_a_layer(corpus, tmp_path):
-    with live(corpus, tmp_path, *FAULTY, f"router.signal={int(signal.SIGKILL)}", "router.at_layer=1") as lives:
+    with live(
+        corpus, tmp_path, *FAULTY, f"router.signal={int(signal.SIGKILL)}", "router.at_layer=1"
+    ) as lives:
         assert lives.codes(SLACK) == [1, -signal.SIGKILL]
         said = report(lives, 0)
-    assert said.startswith("moetrain: error: rank 0: step 4, blocks.1.feed_forward, counts (all_to_all, forward):")
+    assert said.startswith(
+        "moetrain: error: rank 0: step 4, blocks.1.feed_forward, counts (all_to_all, forward):"
+    )
     assert "onnection" in said.splitlines()[0], said  # what gloo said, in one line
     assert "splits by rank 0, 1: sends and expects equally many rows of 32 bytes" in said
     assert "rank 1: lost (killed, stopped or cut off), last heard of" in said
 
 
 @pytest.mark.parametrize(
-    "fault", [f"router.signal={int(signal.SIGSTOP)}", pytest.param("router.hold=true", marks=pytest.mark.slow)]
+    "fault",
+    [f"router.signal={int(signal.SIGSTOP)}", pytest.param("router.hold=true", marks=pytest.mark.slow)],
 )
 def test_a_rank_is_stopped_or_keeps_its_threads_from_running(fault, corpus, tmp_path):
     with live(corpus, tmp_path, *FAULTY, fault, "router.sleep=1000") as lives:
@@ -138,7 +143,9 @@ def test_a_folder_in_use_ends_all_ranks_with_its_own_code(corpus, tmp_path):
     lock.acquire()
     with live(corpus, tmp_path) as lives:
         assert lives.codes(2 * SLACK) == [3, 3]
-        assert lives.output(0).startswith(f"moetrain: error: the run folder {tmp_path}/run is in use by process ")
+        assert lives.output(0).startswith(
+            f"moetrain: error: the run folder {tmp_path}/run is in use by process "
+        )
         assert (lives.output(0).count("\n"), lives.output(1)) == (1, "")
     lock.release()
     assert tiny.files(tmp_path / "run") == []
@@ -148,7 +155,9 @@ def _out_of_step(rank: int, world: int) -> tuple[str, list[int]]:
     exchange = Exchange(dist.group.WORLD, "a", calls=Calls(["a", "b"]))
     _, _, received = exchange.counts(torch.tensor([[rank, 0], [3, 4]]))
     try:
-        Exchange(dist.group.WORLD, "ab"[rank], calls=exchange.calls).counts(torch.zeros(2, 2, dtype=torch.int64))
+        Exchange(dist.group.WORLD, "ab"[rank], calls=exchange.calls).counts(
+            torch.zeros(2, 2, dtype=torch.int64)
+        )
     except OutOfStepError as error:
         return str(error), received[1]
     return "no error", []

@@ -12,12 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from balance_cases import FORMS, step_totals
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe import MoELayer, RouterContext, Routing
-from moetrain.moe.balance import LossTerm, RunningLoad, StepTotals, total_loss
-from moetrain.moe.balance.losses import FORMS, SCOPES, first_choices_BE
+from moetrain.moe.balance import LossTerm, RunningLoad, total_loss
+from moetrain.moe.balance.base import SCOPES
+from moetrain.moe.balance.load_share import first_choices_BE
 
 B, S, D, E = 8, 5, 3, 7
 LENGTHS = torch.tensor([5, 1, 4, 2, 0, 5, 3, 5])
@@ -87,9 +89,11 @@ def step(
         counted = [forward(rows, False)[1] for rows in everything]
     demand_LE = torch.stack([sum(r[i].demand_E for r in counted) for i in range(num_layers)])
     first_LE = torch.stack([sum(first_choices_BE(r[i]).sum(0) for r in counted) for i in range(num_layers)])
-    running = RunningLoad(num_layers, E)
-    running.update(torch.arange(num_layers * E).view(num_layers, E) % 5)
-    totals = StepTotals(float(LENGTHS.sum()), demand_LE, first_LE, running.share_LE)
+    running = RunningLoad(dict.fromkeys(range(num_layers), E))
+    running.update(dict(enumerate(torch.arange(num_layers * E).view(num_layers, E) % 5)))
+    totals = step_totals(
+        float(LENGTHS.sum()), dict(enumerate(demand_LE)), dict(enumerate(first_LE)), running.shares
+    )
     grads: dict[str, Tensor] = {}
     raw: dict[str, Tensor] = {}
     kept: list[Routing] = []
@@ -97,7 +101,7 @@ def step(
         model.zero_grad()
         for rows in rank:
             loss, routings = forward(rows, recompute)
-            balance, values = total_loss(routings, terms, totals)
+            balance, values = total_loss(dict(enumerate(routings)), terms, totals)
             (loss / totals.num_tokens + balance).backward()
             raw = {key: raw.get(key, 0) + value for key, value in values.items()}
             kept += [r.detach() for r in routings]

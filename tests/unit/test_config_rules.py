@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from moetrain.config import rules_data, rules_model, rules_rope, rules_train
+from moetrain.config import rules_balance, rules_data, rules_layers, rules_model, rules_rope, rules_train
 from moetrain.config import validate as validate_module
 from moetrain.config.compose import compose_train
 from moetrain.config.rules import is_installed
@@ -19,7 +19,7 @@ from moetrain.config.schema import (
     Residual,
     WandbTracker,
 )
-from moetrain.config.schema_balance import LossConfig, LossName, LossScope
+from moetrain.config.schema_balance import LossConfig, LossScope
 from moetrain.config.schema_data import (
     DomainsData,
     HubData,
@@ -67,7 +67,12 @@ def base():
 NAN, INF = float("nan"), float("inf")
 LOSS = LossConfig()
 LLAMA3, YARN = (RopeScaling(kind, 8.0, 64) for kind in (RopeKind.llama3, RopeKind.yarn))
-LOCALITY, DIRICHLET = LossConfig(LossName.locality), LossConfig(LossName.dirichlet, scope=LossScope.sequence)
+LOCALITY, DIRICHLET = LossConfig("locality"), LossConfig("dirichlet", scope=LossScope.sequence)
+
+
+def with_options(loss, **options):
+    return dataclasses.replace(loss, options=options)
+
 
 ON_CPU = {"train.device": "cpu"}
 
@@ -140,28 +145,52 @@ REFUSED = [
         "balance.losses.1.scope=global_batch is not offered for dirichlet: take sequence or micro",
     ),
     (
-        {"balance.losses": [LossConfig(LossName.mi, scope=LossScope.running)]},
+        {"balance.losses": [LossConfig("mi", scope=LossScope.running)]},
         "balance.losses.0.scope=running is not offered for mi: take sequence, global_batch or micro",
     ),
     (
-        {"balance.losses": [LOSS, dataclasses.replace(LOCALITY, alpha=0.5)]},
-        "balance.losses.1.alpha=0.5 is not used by balance.losses.1.name=locality: leave it out",
-        "name=dirichlet",
+        {"balance.losses": [LossConfig("lokality")]},
+        "balance.losses.0.name=lokality is not known; known: chunk_sparsity, dirichlet",
+        "did you mean locality?",
     ),
-    ({"balance.losses": [dataclasses.replace(LOSS, steepness=1.0)]}, "balance.losses.0.steepness=1.0 is not"),
-    ({"balance.losses": [dataclasses.replace(LOCALITY, steepness=0.0)]}, "balance.losses.0.steepness=0.0"),
-    ({"balance.losses": [dataclasses.replace(DIRICHLET, alpha=INF)]}, "balance.losses.0.alpha=inf must be"),
+    ({"balance.losses": [LOSS, LOSS]}, "balance.losses names a loss twice"),
     (
-        {"balance.losses": [LossConfig(LossName.chunk_sparsity, chunk_length=0)]},
-        "balance.losses.0.chunk_length=0 must be 1 or more",
+        {"balance.losses": [LOSS, with_options(LOCALITY, stepness=0.5)]},
+        "balance.losses.1.options.stepness is not an option; known: steepness (did you mean steepness?)",
     ),
-    ({"balance.bias_rate": -0.1}, "balance.bias_rate=-0.1"),
-    ({"balance.sparsity_rate": 1.2}, "balance.sparsity_rate=1.2 aims at", "router=topk does not have"),
-    ({"balance.chunk_max_factor": 0.5}, "balance.chunk_max_factor=0.5 must be 1 or more, or 0 for none"),
-    ({"balance.chunk_max_factor": INF}, "balance.chunk_max_factor=inf"),
+    ({"balance.losses": [with_options(LOSS, alpha=1.0)]}, "losses.0.options.alpha", "there are none"),
+    ({"balance.losses": [with_options(LOCALITY, steepness=0.0)]}, "options.steepness=0.0 must be above 0"),
     (
-        {"balance.chunk_max_factor": 2.0, "balance.losses": [LOSS]},
-        "balance.chunk_max_factor=2.0 is not used by balance.losses=['switch']",
+        {"balance.losses": [with_options(LOCALITY, steepness="x")]},
+        "balance.losses.0.options.steepness is a number, not 'x'",
+    ),
+    ({"balance.losses": [with_options(DIRICHLET, alpha=True)]}, "options.alpha is a number, not True"),
+    ({"balance.losses": [with_options(DIRICHLET, alpha=INF)]}, "losses.0.options.alpha=inf must be a finite"),
+    (
+        {"balance.losses": [LossConfig("chunk_sparsity", options={"chunk_length": 0})]},
+        "balance.losses.0.options.chunk_length=0 must be 1 or more",
+    ),
+    (
+        {"balance.losses": [LossConfig("penalty")]},
+        "router=topk has no loss of its own: take balance.losses.0.name=penalty out",
+    ),
+    ({"balance.controllers": {"bas": {}}}, "balance.controllers.bas is not known", "did you mean bias?"),
+    ({"balance.controllers": {"bias": {"rate": -0.1}}}, "controllers.bias.rate=-0.1 must be above 0"),
+    ({"balance.controllers": {"bias": {"rat": 0.1}}}, "balance.controllers.bias.rat is not an option"),
+    ({"balance.controllers": {"sparsity": {"rate": 1.0}}}, "controllers.sparsity.rate=1.0 must be above 1"),
+    (
+        {"balance.controllers": {"chunk_sparsity": {"max_factor": 0.5}}},
+        "balance.controllers.chunk_sparsity.max_factor=0.5 must be 1 or more",
+    ),
+    (
+        {"balance.controllers": {"chunk_sparsity": {"max_factor": 2.0}}, "balance.losses": [LOSS]},
+        "controllers.chunk_sparsity.max_factor=2.0 is not used by balance.losses=['switch']",
+    ),
+    ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
+    (
+        {"model.feed_forward": "mo"},
+        "model.feed_forward=mo is not known; known:",
+        "plugins=[package]",
     ),
     ({"data.seq_len": 1}, "data.seq_len=1 must be 2 or more"),
     ({"data.val_fraction": 0.0}, "data.val_fraction=0.0 must lie in (0, 1)"),
@@ -285,11 +314,12 @@ ACCEPTED = [
     {"router.group": "3"},
     {"router.jitter": 0.0},
     {"balance.losses": []},
-    {"balance.losses": [LOCALITY, dataclasses.replace(DIRICHLET, alpha=0.1)]},
+    {"balance.losses": [LOCALITY, with_options(DIRICHLET, alpha=0.1)]},
     {
-        "balance.losses": [LossConfig(LossName.chunk_sparsity, chunk_length=1)],
-        "balance.chunk_max_factor": 1.0,
+        "balance.losses": [LossConfig("chunk_sparsity", options={"chunk_length": 1})],
+        "balance.controllers": {"chunk_sparsity": {"max_factor": 1}},
     },
+    {"balance.losses": [LossConfig(scope=LossScope.running)], "balance.controllers": {"running_load": {}}},
     {"balance.losses": [dataclasses.replace(DIRICHLET, scope=LossScope.micro)]},
     {"schedule.warmup_steps": 100},
     {"schedule.decay_fraction": 1.0, "schedule.min_ratio": 1.0},
@@ -317,8 +347,10 @@ def test_accepted(base, changes):
 def test_every_rule_refuses_something(base):
     """Each rule function, called alone, raises for at least one of the cases above."""
     base = change(base, {"data.tokenizer.vocab_size": 512})
-    rules = [*rules_model.RULES, *rules_rope.RULES, *rules_data.RULES, *rules_train.RULES]
+    rules = [*rules_model.RULES, *rules_balance.RULES, *rules_layers.RULES, *rules_rope.RULES]
+    rules += [*rules_data.RULES, *rules_train.RULES]
     own_tests = {
+        rules_layers.layers_accept_their_options,
         rules_train.compiler_is_there,
         rules_train.compiler_is_right,
         rules_train.tracker_is_installed,

@@ -97,7 +97,7 @@ def test_the_default_is_as_documented():
             assert value.__dataclass_params__.frozen, field.name
     assert (cfg.router.name, cfg.data.source, cfg.optim.name) == ("topk", "stdlib", "adamw")
     assert (cfg.engine.name, cfg.tracker.name) == ("native", "jsonl")
-    assert [(x.name.name, x.coef, x.scope.name) for x in cfg.balance.losses] == [
+    assert [(x.name, x.coef, x.scope.name) for x in cfg.balance.losses] == [
         ("switch", 0.01, "global_batch"),
         ("z", 0.001, "global_batch"),
     ]
@@ -130,7 +130,7 @@ def test_what_the_presets_mean():
     switch = composed("router", "switch").router
     assert (switch.top_k, switch.capacity_factor, switch.eval_capacity_factor) == (1, 1.25, 2.0)
     aux_free = composed("balance", "aux_free").balance
-    assert aux_free.bias_rate == 0.001
+    assert aux_free.controllers == {"bias": {"rate": 0.001}}
     assert [(x.coef, x.scope.name) for x in aux_free.losses] == [(0.0001, "sequence")]
     assert composed("balance", "none").balance.losses == []
     for scope in ("sequence", "micro", "running"):

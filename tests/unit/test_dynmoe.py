@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from balance_cases import balance_loss
 from torch import Tensor
 
 from moetrain.moe import Router, RouterContext, Routing, build_router
-from moetrain.moe.balance.losses import StepTotals, penalty_loss
+from moetrain.moe.balance import StepTotals
 
 D, E = 7, 5
 
@@ -77,7 +78,7 @@ def test_the_penalty_is_of_experts_awake_and_adds_up_over_micro_batches():
     u = w / w.norm(dim=-1, keepdim=True)
     value = (u @ u.t() - torch.eye(3, dtype=torch.float64)).norm() + w.norm(dim=-1).mean()
     parts = [route(router, torch.randn(n, D, dtype=torch.float64)) for n in (3, 11)]
-    total = sum(penalty_loss(part, StepTotals(14)) for part in parts)
+    total = sum(balance_loss(part, "penalty", "micro", StepTotals(14)) for part in parts)
     torch.testing.assert_close(total, value, rtol=0, atol=1e-9)
     total.backward()
     assert not router.weight_ED.grad[3:].any()

@@ -26,7 +26,7 @@ from moetrain.train.metrics import (
 )
 from moetrain.train.monitor import LossMonitor, ThroughputMeter
 
-CONTROLLERS = (SparsityController(4, 2), LossFollower("chunk_sparsity", 4.0))
+CONTROLLERS = (SparsityController({0: 4}, {0: 2}), LossFollower("chunk_sparsity", [0], 4.0))
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -47,7 +47,9 @@ def make_routing(
         weights_N=torch.ones(len(kept)),
         counts_E=torch.bincount(torch.tensor([e for e, _ in kept], dtype=torch.int64), minlength=experts),
         num_tokens_B=torch.tensor([tokens]),
-        demand_BE=torch.bincount(torch.tensor([e for e, _ in wanted]), minlength=experts)[None],
+        demand_BE=torch.bincount(torch.tensor([e for e, _ in wanted], dtype=torch.int64), minlength=experts)[
+            None
+        ],
         scores_TE=scores_TE,
         valid_T=valid_T,
     )
@@ -58,8 +60,8 @@ def make_routing(
 def test_figures_of_a_worked_example() -> None:
     # 5 tokens, 3 experts; expert 0 is wanted by all and refuses token 4, expert 2 is dead.
     routing = make_routing([[0, 1], [0], [0], [0], [0]], 3, dropped={(4, 0)})
-    stats = RoutingStats([7], 3)
-    stats.add([routing])
+    stats = RoutingStats()
+    stats.add({7: routing})
     summary = stats.reduce()
     row = summary.metrics()
     mean = 5 / 3
@@ -73,8 +75,8 @@ def test_figures_of_a_worked_example() -> None:
             "moe/7/experts_per_token": 5 / 5,
         }
     )
-    assert summary.counts_LE.tolist() == [[4, 1, 0]]
-    assert summary.demand_LE.tolist() == [[5, 1, 0]]
+    assert {n: c_E.tolist() for n, c_E in summary.counts.items()} == {7: [4, 1, 0]}
+    assert {n: d_E.tolist() for n, d_E in summary.demand.items()} == {7: [5, 1, 0]}
     assert summary.load_row(11) == {"step": 11, "layers": [7], "load": [[0.8, 0.2, 0.0]]}
 
 
@@ -83,8 +85,8 @@ def test_entropy_is_of_normalised_scores_and_valid_tokens_only() -> None:
     scores_TE = torch.tensor([[0.2, 0.2, 0.4], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0], [math.nan] * 3])
     valid_T = torch.tensor([True, True, True, False])
     routing = make_routing([[2], [0], [1], []], 3, scores_TE=scores_TE, valid_T=valid_T)
-    stats = RoutingStats([0], 3)
-    stats.add([routing])
+    stats = RoutingStats()
+    stats.add({0: routing})
     assert stats.reduce().metrics()["moe/0/entropy"] == pytest.approx(1.5 * math.log(2) / 3)
 
 
@@ -99,10 +101,10 @@ def test_micro_batches_sum_to_the_whole_batch(data: st.DataObject) -> None:
     )
     cut = data.draw(st.integers(1, tokens - 1))
     scores_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(cut))
-    whole, parts = RoutingStats([2], experts), RoutingStats([2], experts)
-    whole.add([make_routing(choices, experts, scores_TE=scores_TE)])
-    parts.add([make_routing(choices[:cut], experts, scores_TE=scores_TE[:cut])])
-    parts.add([make_routing(choices[cut:], experts, scores_TE=scores_TE[cut:])])
+    whole, parts = RoutingStats(), RoutingStats()
+    whole.add({2: make_routing(choices, experts, scores_TE=scores_TE)})
+    parts.add({2: make_routing(choices[:cut], experts, scores_TE=scores_TE[:cut])})
+    parts.add({2: make_routing(choices[cut:], experts, scores_TE=scores_TE[cut:])})
     assert parts.reduce().metrics() == pytest.approx(whole.reduce().metrics(), rel=1e-6)
 
 
@@ -117,10 +119,10 @@ def test_recompute_counts_once() -> None:
     def metrics(recompute: bool) -> dict[str, float]:
         x_TE = torch.arange(6.0).reshape(3, 2).requires_grad_()
         run = checkpoint(forward, x_TE, use_reentrant=False) if recompute else forward(x_TE)
-        stats = RoutingStats([0], 2)
-        stats.add([run[1]])
+        stats = RoutingStats()
+        stats.add({0: run[1]})
         run[0].backward()
-        return stats.reduce().metrics() | {"tokens": float(stats.reduce().counts_LE.sum())}
+        return stats.reduce().metrics()
 
     plain = metrics(recompute=False)
     calls.clear()
@@ -130,30 +132,47 @@ def test_recompute_counts_once() -> None:
 
 def test_nothing_is_kept_from_autograd_and_reduce_starts_again() -> None:
     scores_TE = torch.rand(2, 2, requires_grad=True)
-    stats = RoutingStats([0], 2)
-    stats.add([make_routing([[0], [1]], 2, scores_TE=scores_TE)])
-    assert not stats.reduce().sums_LC.requires_grad
-    assert stats.reduce().counts_LE.tolist() == [[0, 0]]
+    stats = RoutingStats()
+    stats.add({0: make_routing([[0], [1]], 2, scores_TE=scores_TE)})
+    assert not stats.reduce().sums_F.requires_grad
+    assert stats.reduce().counts == {}
+    stats.add({4: make_routing([[1], [1], [0]], 3)})
+    assert stats.reduce().counts[4].tolist() == [1, 2, 0]
 
 
 def test_a_step_without_any_assignment_has_finite_figures() -> None:
-    row = RoutingStats([0], 5).reduce().metrics()
+    stats = RoutingStats()
+    stats.add({0: make_routing([[]], 5)})
+    row = stats.reduce().metrics()
     assert all(math.isfinite(value) for value in row.values())
     assert row["moe/0/dead_experts"] == 5
 
 
 def test_a_dense_model_has_no_routing_figures() -> None:
-    stats = RoutingStats([], 0)
-    stats.add([])
+    stats = RoutingStats()
+    stats.add({})
     assert stats.reduce().metrics() == {}
 
 
 def test_records_that_do_not_fit_are_refused() -> None:
-    stats = RoutingStats([0, 1], 3)
-    with pytest.raises(ValueError, match="1 routing records for 2"):
-        stats.add([make_routing([[0]], 3)])
-    with pytest.raises(ValueError, match="experts a layer"):
-        stats.add([make_routing([[0]], 3), make_routing([[0]], 5)])
+    stats = RoutingStats()
+    stats.add({0: make_routing([[0]], 3), 2: make_routing([[1]], 3)})
+    with pytest.raises(ValueError, match=r"with \{0: 3, 2: 3\} and with \{0: 3\} experts"):
+        stats.add({0: make_routing([[0]], 3)})
+    with pytest.raises(ValueError, match=r"and with \{0: 3, 2: 5\} experts"):
+        stats.add({0: make_routing([[0]], 3), 2: make_routing([[0]], 5)})
+
+
+def test_layers_have_experts_of_their_own_number() -> None:
+    stats = RoutingStats()
+    for _ in range(2):
+        stats.add({1: make_routing([[0], [0], [1]], 2), 5: make_routing([[4], [2], [2]], 5)})
+    summary = stats.reduce()
+    assert summary.layers == (1, 5)
+    assert summary.load_row(3)["load"] == [[0.6667, 0.3333], [0.0, 0.0, 0.6667, 0.0, 0.3333]]
+    row = summary.metrics()
+    assert (row["moe/1/dead_experts"], row["moe/5/dead_experts"]) == (0, 3)
+    assert (row["moe/1/max_load"], row["moe/5/max_load"]) == pytest.approx((4 / 3, 4 / (6 / 5)))
 
 
 def documented_keys() -> set[str]:
@@ -163,8 +182,8 @@ def documented_keys() -> set[str]:
 
 
 def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str, float]]:
-    stats = RoutingStats(range(layers), 2)
-    stats.add([make_routing([[0], [1]], 2, scores_TE=torch.ones(2, 2)) for _ in range(layers)])
+    stats = RoutingStats()
+    stats.add({n: make_routing([[0], [1]], 2, scores_TE=torch.ones(2, 2)) for n in range(layers)})
     step = step_row(
         step=1,
         tokens=2,

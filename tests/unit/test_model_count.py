@@ -82,7 +82,7 @@ def test_operations_equal_those_that_a_counter_sees(changes: dict[str, Any]) -> 
     torch.manual_seed(0)
     cfg, batch, seq = replace(TINY, **changes), 2, 7
     model = decoder(torch.float32, top_k=3, **changes)
-    for layer in model.moe_layers().values():
+    for (layer,) in model.moe_layers().values():
         layer.dispatcher.block = 1
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():

@@ -46,8 +46,8 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 def test_which_layers_are_moe(changes: dict[str, int], expected: list[int]) -> None:
     model = decoder(num_layers=5, **changes)
     assert list(model.moe_layers()) == expected
-    assert all(isinstance(layer, MoELayer) for layer in model.moe_layers().values())
-    assert len(model(tokens(2, 3)).records) == len(expected)
+    assert all(isinstance(layer, MoELayer) for (layer,) in model.moe_layers().values())
+    assert list(model(tokens(2, 3)).records) == expected
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": QKNorm.head}, {"sliding_window": 3}, {"first_dense": 1}])
@@ -84,7 +84,7 @@ def test_scores_depend_on_distances_only() -> None:
 def loss_and_gradients(model: Decoder, ids: Tensor, docs: Tensor | None = None) -> list[Tensor]:
     out = model(ids, doc_ids_BS=docs)
     total, count = cross_entropy_sum(out.hidden_BSD[:, :-1], model.head_weight, ids[:, 1:])
-    aux = sum((r.scores_TE.square().sum() for r in out.records), torch.zeros(()))
+    aux = sum((r.scores_TE.square().sum() for r in out.records.values()), torch.zeros(()))
     loss = total / count + 0.1 * aux
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
@@ -127,12 +127,12 @@ def test_the_output_is_a_pytree_so_that_wrappers_find_its_tensors() -> None:
 
 def test_each_moe_layer_sees_its_place_the_tokens_and_the_layer_before() -> None:
     model, ids, seen = decoder(num_layers=4, first_dense=1), tokens(2, 5), []
-    for layer in model.moe_layers().values():
+    for (layer,) in model.moe_layers().values():
         layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     ctx = RouterContext(2, 5, torch.tensor([8, 3]), seed=5, step=6)
     records = model(ids, ctx).records
     assert [c.layer for c in seen] == [1, 2, 3]
-    assert [c.prev for c in seen] == [None, records[0], records[1]]
+    assert [c.prev for c in seen] == [None, records[1], records[2]]
     assert all((c.seed, c.step) == (5, 6) and torch.equal(c.sample_ids_B, ctx.sample_ids_B) for c in seen)
     assert all(torch.equal(c.token_ids_T, ids.reshape(-1)) for c in seen)
     assert ctx.token_ids_T is None
@@ -161,7 +161,7 @@ def test_autocast_runs_products_in_bf16_and_keeps_residual_norms_and_router_in_f
     assert dtypes["attention"] == {torch.float32, torch.bfloat16}
     assert out.hidden_BSD.dtype is torch.float32
     assert logits.dtype is torch.bfloat16
-    assert all(r.logits_TE.dtype is r.weights_N.dtype is torch.float32 for r in out.records)
+    assert all(r.logits_TE.dtype is r.weights_N.dtype is torch.float32 for r in out.records.values())
     exact = model(ids, doc_ids_BS=(torch.arange(7) > 2).long().expand(2, 7)).hidden_BSD
     assert (out.hidden_BSD - exact).norm() < 0.1 * exact.norm()
 
@@ -235,13 +235,13 @@ def test_dense_layers_and_shared_experts_have_the_activation_of_the_experts(acti
 
 def test_the_feed_forward_registry() -> None:
     assert {"moe", "dense"} <= set(FEED_FORWARDS)
-    y, record = build_feed_forward("dense", TINY, RouterConfig(), ExpertsConfig())(torch.randn(2, 3, 23))
+    y, record = build_feed_forward("dense", TINY, RouterConfig(), ExpertsConfig(), 0)(torch.randn(2, 3, 23))
     assert y.shape == (2, 3, 23)
     assert record is None
     with pytest.raises(ValueError, match="unknown feed-forward 'dens'"):
-        build_feed_forward("dens", TINY, RouterConfig(), ExpertsConfig())
+        build_feed_forward("dens", TINY, RouterConfig(), ExpertsConfig(), 0)
     with pytest.raises(ValueError, match="registered already"):
-        register_feed_forward("moe")(lambda cfg, router, experts: nn.Identity())
+        register_feed_forward("moe")(lambda cfg, router, experts, layer: nn.Identity())
 
 
 def test_a_plugins_layer_keeps_the_values_that_it_writes_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from balance_cases import balance_loss
 from hf_families import BATCH, FAMILIES, SEQ, transformers
 from torch import Tensor
 
 from moetrain.moe import RouterContext, Routing, build_router
-from moetrain.moe.balance.losses import StepTotals, balance_loss
+from moetrain.moe.balance import StepTotals
 
 
-def our_balance(records: list[Routing]) -> list[Tensor]:
+def our_balance(records: dict[int, Routing]) -> list[Tensor]:
     totals = StepTotals(num_tokens=BATCH * SEQ)
-    return [balance_loss(r, "sum_over_k", "micro", totals, layer) for layer, r in enumerate(records)]
+    return [balance_loss(r, "sum_over_k", "micro", totals, layer) for layer, r in records.items()]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
@@ -40,7 +41,7 @@ def test_balance_loss_and_its_gradient_are_theirs_with_one_moe_layer(name: str) 
     loss.backward()
     gate = theirs.model.layers[0].mlp.gate.weight.grad
     assert gate.abs().max() > 1e-3
-    torch.testing.assert_close(ours.moe_layers()[0].router.weight_ED.grad, gate, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.routers()[0].weight_ED.grad, gate, rtol=1e-5, atol=1e-5)
 
 
 def routing_of(logits_TE: Tensor, top_k: int) -> Routing:
@@ -81,7 +82,7 @@ def test_on_a_real_model_their_pooled_value_is_another_number() -> None:
     records = ours(ids).records
     reference = theirs(ids, labels=ids, output_router_logits=True).aux_loss
     mean_of_layers = torch.stack(our_balance(records)).mean()
-    load = torch.stack([r.counts_E.float() for r in records]).mean(0) / (BATCH * SEQ)
-    probability = torch.stack([r.scores_TE.mean(0) for r in records]).mean(0)
+    load = torch.stack([r.counts_E.float() for r in records.values()]).mean(0) / (BATCH * SEQ)
+    probability = torch.stack([r.scores_TE.mean(0) for r in records.values()]).mean(0)
     torch.testing.assert_close(reference, 11 * (load * probability).sum(), rtol=1e-5, atol=1e-5)
     assert abs(reference - mean_of_layers) > 0.01

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from balance_cases import balance_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity
-from moetrain.moe.balance.losses import StepTotals, balance_loss
+from moetrain.moe.balance import StepTotals
 from moetrain.moe.options import DropOrder
 
 D, FFN = 7, 5

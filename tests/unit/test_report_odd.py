@@ -64,7 +64,8 @@ def test_shares_that_are_none_are_left_out(tmp_path: Path) -> None:
     _edit(tmp_path / "load.jsonl", {line: {"load": load, "layers": 1} for line, load in enumerate(odd)})
     loads = read_run(tmp_path).loads
     assert loads is not None
-    assert (loads.steps.tolist(), loads.share_PLE.tolist(), loads.layers) == ([5], [[[0.25, 0.75]]], (0,))
+    assert (loads.steps.tolist(), loads.layers) == ([5], (0,))
+    assert [share_PE.tolist() for share_PE in loads.shares] == [[[0.25, 0.75]]]
 
 
 def test_loads_beyond_the_bound_are_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ def test_loads_beyond_the_bound_are_thinned_out(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(columns, "MAX_LOADS", 40)
     loads = read_run(tmp_path).loads
     assert loads is not None
-    assert loads.share_PLE.size <= 40
+    assert sum(share_PE.size for share_PE in loads.shares) <= 40
     assert loads.steps[-1] == 40
     assert len(loads.steps) >= 5
 

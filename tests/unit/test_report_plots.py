@@ -65,8 +65,9 @@ def test_names_are_safe_in_a_legend() -> None:
 
 
 def loads(steps: int, layers: int, experts: int) -> Loads:
-    share_PLE = np.random.default_rng(0).dirichlet(np.ones(experts), size=(steps, layers))
-    return Loads(np.arange(1.0, steps + 1), tuple(range(layers)), share_PLE)
+    draw = np.random.default_rng(0)
+    shares = tuple(draw.dirichlet(np.ones(experts), size=steps) for _ in range(layers))
+    return Loads(np.arange(1.0, steps + 1), tuple(range(layers)), shares)
 
 
 def test_load_maps_stay_readable_for_many_layers_and_experts() -> None:
@@ -82,6 +83,16 @@ def test_load_maps_of_a_small_model_show_everything() -> None:
     assert "shown" not in plot.caption
     assert "averaged" not in plot.caption
     assert "Recorded at step 1" in heatmap.final_map(loads(1, 2, 5), "small").caption
+
+
+def test_load_maps_of_layers_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map has no number where a layer has no expert."""
+    written: list[tuple[int, int]] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **style: written.append((y, x)))
+    shares = tuple(loads(2, 1, experts).shares[0] for experts in (3, 5))
+    assert heatmap.over_time(Loads(np.arange(1.0, 3.0), (1, 4), shares), "x").image.startswith("<img")
+    heatmap.final_map(Loads(np.arange(1.0, 3.0), (1, 4), shares), "x")
+    assert written == [(0, 0), (0, 1), (0, 2), *((1, expert) for expert in range(5))]
 
 
 def test_idlest_and_busiest_experts_are_kept() -> None:

@@ -117,7 +117,7 @@ def test_loads_keep_the_rows_of_the_newest_shape(tmp_path: Path) -> None:
         {"step": 1, "load": [[0.5, 0.5]]},
         {"step": 3, "load": [[0.2, 0.3, 0.5], [1, 0, 0]], "layers": [2, 5]},
         {"step": 2, "load": [[0.1, 0.1, 0.8], [0, 0, 1]]},
-        {"step": 4, "load": [[0.1], [0.2, 0.3]]},
+        {"step": 4, "load": [[0.1], [[0.2, 0.3]]]},
         {"step": 5},
     ]
     _write_lines(tmp_path / "load.jsonl", rows)
@@ -125,7 +125,17 @@ def test_loads_keep_the_rows_of_the_newest_shape(tmp_path: Path) -> None:
     assert loads is not None
     assert loads.steps.tolist() == [2, 3]
     assert loads.layers == (2, 5)
-    np.testing.assert_allclose(loads.relative_PLE[1, 0], [0.6, 0.9, 1.5])
+    np.testing.assert_allclose(loads.relative[0][1], [0.6, 0.9, 1.5])
+
+
+def test_loads_of_layers_that_differ(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    rows = [{"step": n, "load": [[0.5, 0.5], [0.1, 0.2, 0.7]], "layers": [1, 3]} for n in (1, 2)]
+    _write_lines(tmp_path / "load.jsonl", rows)
+    loads = read_run(tmp_path).loads
+    assert loads is not None
+    assert [share_PE.shape for share_PE in loads.shares] == [(2, 2), (2, 3)]
+    np.testing.assert_allclose(loads.relative[1][0], [0.3, 0.6, 2.1])
 
 
 def test_samples_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

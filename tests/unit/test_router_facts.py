@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 from moetrain.config.compose import compose_train
 from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_balance import BalanceConfig, LossConfig, LossName
+from moetrain.config.schema_balance import BalanceConfig, LossConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.models.count import experts_per_token
@@ -45,9 +46,9 @@ def base() -> TrainConfig:
     return compose_train([])
 
 
-def refusal(base: TrainConfig, name: str, *losses: str, **rates: float) -> str:
+def refusal(base: TrainConfig, name: str, *losses: str, **controllers: dict[str, Any]) -> str:
     """The one line that refuses a router's balance, or an empty one."""
-    balance = BalanceConfig([LossConfig(LossName[loss]) for loss in losses], **rates)
+    balance = BalanceConfig([LossConfig(loss) for loss in losses], controllers)
     try:
         validate(replace(base, router=ROUTERS[name].options(), balance=balance))
     except UserError as error:
@@ -56,34 +57,33 @@ def refusal(base: TrainConfig, name: str, *losses: str, **rates: float) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bias_rate_is_read_or_refused(base: TrainConfig, name: str) -> None:
+def test_a_moved_bias_is_read_or_refused(base: TrainConfig, name: str) -> None:
     router = drawn(name)
     before = routed(router)
     router.bias_E[2] = 10.0
     moved = not torch.equal(routed(router).demand_BE, before.demand_BE)
-    said = refusal(base, name, bias_rate=0.01)
+    said = refusal(base, name, bias={"rate": 0.01})
     assert moved is (said == "")
     if said:
-        assert said.startswith(f"balance.bias_rate=0.01 moves a bias that router={name} never reads: set ")
-        assert ": adaptive, cosine," in said
+        assert said.startswith(f"router={name} never reads the selection bias (adaptive, cosine,")
+        assert said.endswith("take balance.controllers.bias out")
         assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sparsity_rate_needs_a_target(base: TrainConfig, name: str) -> None:
-    said = refusal(base, name, "l1", sparsity_rate=1.2)
+def test_the_sparsity_controller_needs_a_target(base: TrainConfig, name: str) -> None:
+    said = refusal(base, name, "l1", sparsity={"rate": 1.2})
     if drawn(name).target_k is not None:
         assert said == ""
     elif ROUTERS[name].cls.has_scores:
-        assert said.startswith("balance.sparsity_rate=1.2 aims at a mean number of experts a token, which ")
-        assert f"router={name} does not have" in said
+        assert said.startswith(f"router={name} has no mean number of experts a token to aim at: take ")
     else:
         assert "returns no scores" in said
 
 
-def test_a_sparsity_rate_needs_its_loss(base: TrainConfig) -> None:
-    said = refusal(base, "relu", "switch", "z", sparsity_rate=1.2)
-    assert "balance.sparsity_rate=1.2 is not used by balance.losses=['switch', 'z']" in said
+def test_the_sparsity_controller_needs_its_loss(base: TrainConfig) -> None:
+    said = refusal(base, "relu", "switch", "z", sparsity={"rate": 1.2})
+    assert "controllers.sparsity.rate=1.2 is not used by balance.losses=['switch', 'z']" in said
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from balance_cases import balance_loss, step_totals
 from torch import Tensor
 
 from moetrain.config.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity, from_token_choice
-from moetrain.moe.balance.losses import StepTotals, balance_loss
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.repair import repair_overflow
 from moetrain.train.metrics import RoutingStats
@@ -242,7 +242,7 @@ def test_ranks_and_forward_scales_follow(rule: str) -> None:
 def test_balance_losses_see_the_routers_own_wish(rule: str) -> None:
     ctx = RouterContext.default(2, 7)
     wanted = top_two(skewed(3, 14, 5), ctx)
-    found, totals = repaired(wanted, ctx, rule), StepTotals(14.0, wanted.demand_E[None])
+    found, totals = repaired(wanted, ctx, rule), step_totals(14.0, {0: wanted.demand_E})
     for form in ("switch", "gshard_first", "sum_over_k"):
         for scope in ("micro", "sequence"):
             one, other = (balance_loss(r, form, scope, totals) for r in (wanted, found))
@@ -255,8 +255,8 @@ def test_the_drop_rate_is_what_capacity_refused(rule: str) -> None:
     ctx = RouterContext.default(2, 7)
     wanted = top_two(skewed(3, 14, 5), ctx)
     kept, found = apply_capacity(wanted, ctx, *LIMITS), repaired(wanted, ctx, rule)
-    stats = RoutingStats([0], 5)
-    stats.add([found])
+    stats = RoutingStats()
+    stats.add({0: found})
     row = stats.reduce().metrics()
     lost = 28 - len(kept.token_ids_N)
     assert lost > 0

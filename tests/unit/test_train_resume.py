@@ -17,7 +17,7 @@ from moetrain.train import checkpoint_format
 pytestmark = pytest.mark.usefixtures("training")
 
 VARIANTS = {
-    "bias": ["balance=aux_free", "balance.bias_rate=0.05", "router.score=sigmoid"],
+    "bias": ["balance=aux_free", "balance.controllers.bias.rate=0.05", "router.score=sigmoid"],
     "running": ["balance=running"],
     "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],
@@ -69,7 +69,9 @@ def test_every_kind_of_state_continues_bit_for_bit(variant, corpus, tmp_path):
     run = tmp_path / "run"
     if variant in ("bias", "running"):  # state that a fresh run lacks must matter
         tensors, _ = tiny.contents(tiny.checkpoint(whole, 5))
-        name = "model.blocks.1.feed_forward.router.bias_E" if variant == "bias" else "controller.running_load"
+        name = (
+            "model.blocks.1.feed_forward.router.bias_E" if variant == "bias" else "controller.running_load.1"
+        )
         assert len(set(tensors[name].flatten().tolist())) > 1
     interrupted(whole, run, 5) if (whole / "load.jsonl").exists() else _dense(whole, run)
     assert tiny.train(corpus, run, *options) == 0

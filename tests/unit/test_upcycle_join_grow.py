@@ -71,7 +71,7 @@ SOURCE = {"num_experts": 4, "d_ff_expert": 13, "num_shared_experts": 1}
 def moe_source(router: RouterConfig, **changes: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model = build(config(**{**SOURCE, **changes}), router)
-    for layer in model.moe_layers().values():
+    for (layer,) in model.moe_layers().values():
         layer.router.bias_E.copy_(0.1 * torch.randn_like(layer.router.bias_E))
     return model.state_dict()
 

@@ -15,10 +15,13 @@ ModuleFormer (mutual information).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moetrain.moe.balance.base import Seen, probabilities, register_loss
+from moetrain.moe.balance.options import NoOptions
 from moetrain.moe.routing import Routing
 
 
@@ -35,55 +38,87 @@ def _negative_entropy(m_XE: Tensor) -> Tensor:
     return value_X
 
 
-MOMENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "importance": _cv_squared,
-    "load": _cv_squared,
-    "entropy": _negative_entropy,
-    "mi": _negative_entropy,
-}
-
-
-def moment_BE(routing: Routing, name: str, p_TE: Tensor) -> Tensor:
-    """Sums over each sequence's valid tokens of the vector that ``name`` takes the mean of, differentiable.
-
-    importance: combine weights; load: the router's probability of choosing, or the choices where it has no
-    noise; entropy, mi: ``p_TE``, the scores normalised to sum 1 and zero where padded.
-    """
+def _by_sequence(x_TE: Tensor, routing: Routing) -> Tensor:
+    """Sums over each sequence's tokens, [B, E]."""
     batch, num_experts = routing.demand_BE.shape
-    if name == "importance":
-        seq = p_TE.shape[0] // max(batch, 1)
-        cell_N = routing.token_ids_N // max(seq, 1) * num_experts + routing.expert_ids_N()
-        sums = routing.weights_N.new_zeros(batch * num_experts).index_add(0, cell_N, routing.weights_N)
-        return sums.view(batch, num_experts)
-    if name == "load":
-        if routing.load_TE is None:
-            return routing.demand_BE.to(p_TE.dtype)
-        p_TE = routing.load_TE
-        p_TE = p_TE if routing.valid_T is None else p_TE * routing.valid_T[:, None]
-    return p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
+    return x_TE.reshape(batch, x_TE.shape[0] // max(batch, 1), num_experts).sum(1)
 
 
-def moment_loss(
-    routing: Routing, name: str, scope: str, p_TE: Tensor, num_tokens: float, moment_E: Tensor | None
-) -> Tensor:
-    """This micro-batch's contribution, a scalar without coefficient.
+def _weights_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+    """Combine weights."""
+    batch, num_experts = routing.demand_BE.shape
+    seq = p_TE.shape[0] // max(batch, 1)
+    cell_N = routing.token_ids_N // max(seq, 1) * num_experts + routing.expert_ids_N()
+    sums = routing.weights_N.new_zeros(batch * num_experts).index_add(0, cell_N, routing.weights_N)
+    return sums.view(batch, num_experts)
 
-    ``num_tokens`` of the whole step; ``moment_E`` its sums of :func:`moment_BE`, for ``global_batch`` only.
-    """
-    value = MOMENTS[name]
-    sums_BE = moment_BE(routing, name, p_TE)
-    tokens_B = routing.num_tokens_B.to(sums_BE.dtype)
-    if scope == "micro":
-        sums_BE, tokens_B = sums_BE.sum(0, keepdim=True), tokens_B.sum(0, keepdim=True)
-    if scope == "global_batch":
-        if moment_E is None:
-            raise ValueError("the global_batch scope needs the step's counts in totals")
-        total = _linearised(value, sums_BE.sum(0), tokens_B.sum(), moment_E, num_tokens)
-    else:
-        total = (value(sums_BE / tokens_B.clamp(min=1)[:, None]) * tokens_B).sum() / num_tokens
-    if name == "mi":  # - (H(mean p) - mean H(p))
-        total = total - _negative_entropy(p_TE).sum() / num_tokens
-    return total
+
+def _choices_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+    """The router's probability of choosing, or the choices where it has no noise."""
+    if routing.load_TE is None:
+        return routing.demand_BE.to(p_TE.dtype)
+    load_TE = routing.load_TE
+    load_TE = load_TE if routing.valid_T is None else load_TE * routing.valid_T[:, None]
+    return _by_sequence(load_TE, routing)
+
+
+def _scores_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+    """The scores normalised to sum 1 and zero where padded."""
+    return _by_sequence(p_TE, routing)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A loss ``F(mean of v)``: sums over each sequence's valid tokens of v, differentiable, and F."""
+
+    sums_BE: Callable[[Routing, Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]
+
+    def ahead_E(self, routing: Routing, options: NoOptions) -> Tensor:
+        return self.sums_BE(routing, probabilities(routing)).sum(0)
+
+    def loss(self, routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+        return self.of(routing, seen, probabilities(routing))
+
+    def of(self, routing: Routing, seen: Seen[NoOptions], p_TE: Tensor) -> Tensor:
+        sums_BE = self.sums_BE(routing, p_TE)
+        tokens_B = routing.num_tokens_B.to(sums_BE.dtype)
+        if seen.scope == "micro":
+            sums_BE, tokens_B = sums_BE.sum(0, keepdim=True), tokens_B.sum(0, keepdim=True)
+        if seen.scope == "global_batch":
+            moment_E = seen.counted()
+            return _linearised(self.value, sums_BE.sum(0), tokens_B.sum(), moment_E, seen.num_tokens)
+        means = sums_BE / tokens_B.clamp(min=1)[:, None]
+        return (self.value(means) * tokens_B).sum() / seen.num_tokens
+
+
+_SCORES = _Moment(_scores_BE, _negative_entropy)
+
+
+def _mutual_information(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    """- (H(mean p) - mean H(p))."""
+    p_TE = probabilities(routing)
+    return _SCORES.of(routing, seen, p_TE) - _negative_entropy(p_TE).sum() / seen.num_tokens
+
+
+def _register(
+    name: str,
+    moment: _Moment,
+    at_balance: str,
+    what: str,
+    loss: Callable[[Routing, Seen[NoOptions]], Tensor] | None = None,
+) -> None:
+    scopes = ("sequence", "global_batch", "micro")
+    register = register_loss(name, scopes=scopes, ahead=moment.ahead_E, at_balance=at_balance, what=what)
+    register(loss or moment.loss)
+
+
+_register("importance", _Moment(_weights_BE, _cv_squared), "0", "squared variation of the weights' sums")
+_register(
+    "load", _Moment(_choices_BE, _cv_squared), "0", "squared variation of the probabilities of being chosen"
+)
+_register("entropy", _SCORES, "-log E", "minus the entropy of the mean scores")
+_register("mi", _SCORES, "-log E", "minus the mutual information of tokens and experts", _mutual_information)
 
 
 def _linearised(

@@ -14,22 +14,35 @@ Sources: Song et al. 2025, BlockFFN, arXiv:2507.08771 (locality, chunk_sparsity)
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.moe.balance.base import Seen, probabilities, register_loss, without_logits
+from moetrain.moe.balance.options import above_zero
 from moetrain.moe.routing import Routing
-
-# Each loss, and the one option of a configured loss that it uses.
-OPTIONS = {"locality": "steepness", "chunk_sparsity": "chunk_length", "dirichlet": "alpha"}
-DIRICHLET_SCOPES = ("sequence", "micro")
 
 _EPS = 1e-5  # keeps the logarithm of 1 - p finite at p = 1, as in the released code
 _MAX_TERMS = 1000  # of the continued fraction, which converges in O(sqrt(max(a, b)))
 
 
-def locality_loss(routing: Routing, steepness: float, num_tokens: float) -> Tensor:
+@dataclass(frozen=True)
+class LocalityOptions:
+    steepness: float = 100.0  # of the sigmoid that stands for "active"
+
+    def __post_init__(self) -> None:
+        above_zero(self, "steepness")
+
+
+@register_loss(
+    "locality",
+    refuses=without_logits,
+    options=LocalityOptions,
+    what="BlockFFN's: cross entropy of the experts that neighbouring tokens use",
+)
+def locality(routing: Routing, seen: Seen[LocalityOptions]) -> Tensor:
     """Activation locality: neighbouring tokens should use the same experts. A scalar without coefficient.
 
     The mean over experts of the binary cross entropy between ``sigmoid(steepness z_{t-1})`` and the target
@@ -41,52 +54,79 @@ def locality_loss(routing: Routing, steepness: float, num_tokens: float) -> Tens
     """
     if routing.logits_TE is None:
         raise ValueError("this router returns no logits, so it has no locality loss")
-    z_BSE = steepness * _by_sequence(routing.logits_TE, routing)
+    z_BSE = seen.options.steepness * _by_sequence(routing.logits_TE, routing)
     pair_BS = F.binary_cross_entropy_with_logits(
         z_BSE[:, :-1], z_BSE[:, 1:].sigmoid(), reduction="none"
     ).mean(-1)
     valid_BS = _valid(routing, z_BSE.shape[1])
-    return torch.where(valid_BS[:, :-1] & valid_BS[:, 1:], pair_BS, 0).sum() / num_tokens
+    return torch.where(valid_BS[:, :-1] & valid_BS[:, 1:], pair_BS, 0).sum() / seen.num_tokens
 
 
-def chunk_sparsity_loss(routing: Routing, p_TE: Tensor, chunk_length: int, num_tokens: float) -> Tensor:
+@dataclass(frozen=True)
+class ChunkOptions:
+    chunk_length: int = 64  # tokens
+
+    def __post_init__(self) -> None:
+        if self.chunk_length < 1:
+            raise ValueError(f"chunk_length={self.chunk_length} must be 1 or more")
+
+
+@register_loss(
+    "chunk_sparsity",
+    options=ChunkOptions,
+    what="BlockFFN's: mean share of the experts that a run of tokens uses, softly counted",
+)
+def chunk_sparsity(routing: Routing, seen: Seen[ChunkOptions]) -> Tensor:
     """Chunk sparsification: few experts in a run of tokens. A scalar in [0, 1] over the step, no coefficient.
 
     ``1 - prod_t (1 - p_te)`` of an expert and a chunk (``chunk_length`` neighbours of one sequence, of which
     the last may be short) is the probability that the expert is active in it; 0 only where it never is. The
     loss is the mean over experts and, each weighing by its valid tokens over ``num_tokens``, over chunks:
     the step's tokens are known before its first backward, its chunks are not, and whole chunks weigh alike.
-    ``p_TE``: scores of sum 1 a token, 0 where padded, so that padding multiplies by exactly 1. For that, p
+    p: scores of sum 1 a token, 0 where padded, so that padding multiplies by exactly 1. For that, p
     shrinks by 1e-5 where the released code adds 1e-5 to 1 - p, which makes idle chunks negative.
     """
-    log_BSE = torch.log1p((_EPS - 1) * _by_sequence(p_TE, routing))
+    chunk_length = seen.options.chunk_length
+    log_BSE = torch.log1p((_EPS - 1) * _by_sequence(probabilities(routing), routing))
     batch, seq, num_experts = log_BSE.shape
     missing, chunks = -seq % chunk_length, -(-seq // chunk_length)
     log_BCE = F.pad(log_BSE, (0, 0, 0, missing)).view(batch, chunks, chunk_length, num_experts).sum(2)
     tokens_BC = F.pad(_valid(routing, seq), (0, missing)).view(batch, chunks, chunk_length).sum(2)
-    return -(torch.expm1(log_BCE).mean(-1) * tokens_BC).sum() / num_tokens
+    return -(torch.expm1(log_BCE).mean(-1) * tokens_BC).sum() / seen.num_tokens
 
 
-def dirichlet_loss(routing: Routing, p_TE: Tensor, scope: str, alpha: float, num_tokens: float) -> Tensor:
+@dataclass(frozen=True)
+class DirichletOptions:
+    alpha: float = 1.0  # each expert's concentration in the prior
+
+    def __post_init__(self) -> None:
+        above_zero(self, "alpha")
+
+
+@register_loss(
+    "dirichlet",
+    options=DirichletOptions,
+    scopes=("sequence", "micro"),
+    at_balance="0",
+    what="squared distance of the scores' distribution from a symmetric Dirichlet prior's",
+)
+def dirichlet(routing: Routing, seen: Seen[DirichletOptions]) -> Tensor:
     """Distance of the scores from draws of a symmetric Dirichlet prior. A scalar without coefficient.
 
     Under Dirichlet(alpha, ..., alpha) each expert's p is Beta(alpha, (E - 1) alpha) distributed. Of n tokens'
     p in ascending order, the i-th should lie at the quantile i / (n + 1): the loss is the mean over tokens
     and experts of ``(i / (n + 1) - F(p_(i)))^2``, F the Beta distribution's CDF; about 1 / (6 n) for draws of
     the prior. The order is of each sequence's tokens (``sequence``: weighed by its valid tokens over
-    ``num_tokens``) or of the micro-batch's (``micro``). One expert has no distribution: 0, without gradient.
-
-    ``p_TE``: scores of sum 1 a token. Raises ValueError for another scope, whose order no part of the batch
-    knows.
+    ``num_tokens``) or of the micro-batch's (``micro``); that of another scope no part of the batch knows. One
+    expert has no distribution: 0, without gradient.
     """
-    if scope not in DIRICHLET_SCOPES:
-        raise ValueError(f"scope={scope!r} is not offered for dirichlet (known: {DIRICHLET_SCOPES})")
+    p_TE, alpha = probabilities(routing), seen.options.alpha
     num_experts = p_TE.shape[-1]
     if num_experts == 1:
         return p_TE.sum() * 0
     p_BSE = _by_sequence(p_TE, routing)
     valid_BS = _valid(routing, p_BSE.shape[1])
-    if scope == "micro":
+    if seen.scope == "micro":
         p_BSE, valid_BS = p_BSE.reshape(1, -1, num_experts), valid_BS.reshape(1, -1)
     p_BSE = torch.where(valid_BS[..., None], p_BSE, 2).sort(dim=1, stable=True).values  # padding comes last
     rank_S = torch.arange(1, p_BSE.shape[1] + 1, device=p_BSE.device, dtype=p_BSE.dtype)
@@ -94,7 +134,7 @@ def dirichlet_loss(routing: Routing, p_TE: Tensor, scope: str, alpha: float, num
     quantile_BS = rank_S / (tokens_B1 + 1)
     cdf_BSE = beta_cdf(p_BSE, alpha, (num_experts - 1) * alpha)
     square_BS = (quantile_BS[..., None] - cdf_BSE).square().mean(-1)
-    return torch.where(rank_S <= tokens_B1, square_BS, 0).sum() / num_tokens
+    return torch.where(rank_S <= tokens_B1, square_BS, 0).sum() / seen.num_tokens
 
 
 def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:

@@ -39,9 +39,9 @@ class Router(nn.Module):
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
-    target_k: int | None = None  # the mean number a token that balance.sparsity_rate aims at; None: no target
+    target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
-    reads_bias = False  # whether bias_E takes part in the selection, for balance.bias_rate
+    reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters

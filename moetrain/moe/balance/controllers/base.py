@@ -1,0 +1,172 @@
+"""Controllers: small states that follow the whole batch's load, or a loss, once after each optimizer step.
+
+Shapes: L MoE layers, E experts of one layer. Layers go by their places in the decoder, each with experts of
+its own number. Counts and losses are global (summed over ranks and micro-batches), so every rank makes the
+same update. They come on the host, where the step reads its figures anyway. State is part of the checkpoint
+and no cast of the model touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from moetrain.moe.balance.options import Opts, nearest, read_options
+from moetrain.moe.balance.terms import LossTerm
+from moetrain.moe.routers import Router
+
+
+class Controller:
+    """Updated after the step. A subclass writes :meth:`update`, and what else it has of the rest."""
+
+    def update(self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor]) -> None:
+        """Follow one step.
+
+        ``demand``: a layer's place -> the assignments [E] that its router wanted. ``num_tokens``: the step's
+        valid tokens. ``losses``: a term's key -> its values [L], of the layers in ``demand``, without
+        coefficient.
+        """
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides the model's buffers; a load fills them in place."""
+        return {}
+
+    def tells(self) -> dict[str, dict[int, Tensor]]:
+        """What losses may read in the next step, as ``Seen.told``: name -> a tensor a layer, fp32."""
+        return {}
+
+    def factors(self) -> dict[str, dict[int, float]]:
+        """A loss's name -> a layer's place -> what its coefficient is multiplied with in the next step."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Name -> a figure to log after the step, as ``balance/<name>``."""
+        return {}
+
+    def news(self) -> str | None:
+        """A line for the user, once, or None."""
+        return None
+
+
+Terms = Sequence[LossTerm]
+Build = Callable[[Opts, Mapping[int, Router]], Controller]
+B = TypeVar("B", bound=Callable[..., Controller])
+
+
+def never(terms: Terms) -> bool:
+    return False
+
+
+def anything(options: object, terms: Terms) -> None:
+    pass
+
+
+def any_router(router: Router) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class ControllerSpec(Generic[Opts]):
+    """What the registry knows of a controller.
+
+    ``build`` makes it of its options and of each layer's router, by the layer's place. It is on where
+    ``balance.controllers`` names it, or where ``needed`` says that the losses cannot do without. ``check``
+    raises ValueError, which begins with an option's name, where the losses do not fit. ``refuses``: why a
+    router cannot have it, as a phrase; None where it can. ``what``: for tables.
+    """
+
+    name: str
+    build: Build[Opts]
+    options: type[Opts]
+    needed: Callable[[Terms], bool]
+    check: Callable[[Opts, Terms], None]
+    refuses: Callable[[Router], str | None]
+    what: str
+
+
+CONTROLLERS: dict[str, ControllerSpec[Any]] = {}
+
+
+def register_controller(
+    name: str,
+    options: type[Any],
+    *,
+    needed: Callable[[Terms], bool] = never,
+    check: Callable[[Any, Terms], None] = anything,
+    refuses: Callable[[Router], str | None] = any_router,
+    what: str = "",
+) -> Callable[[B], B]:
+    """Decorator of ``build(options, routers)``: make a controller known by name; see :class:`ControllerSpec`.
+
+    Raises ValueError for a second use of a name.
+    """
+
+    def add(build: B) -> B:
+        if name in CONTROLLERS and CONTROLLERS[name].build is not build:
+            raise ValueError(f"controller {name!r} is registered already")
+        CONTROLLERS[name] = ControllerSpec(name, build, options, needed, check, refuses, what)
+        return build
+
+    return add
+
+
+def chosen_controllers(
+    given: Mapping[str, Mapping[str, object]], terms: Terms
+) -> list[tuple[ControllerSpec[Any], object]]:
+    """The controllers of a config and their options: those that it names and those that its losses need.
+
+    Raises ValueError, in one line that begins with the key below ``balance``, for what a controller refuses.
+    """
+    for name in given:
+        if name not in CONTROLLERS:
+            raise ValueError(f"controllers.{name} is not known{nearest(name, CONTROLLERS)}")
+    chosen = []
+    for name, spec in CONTROLLERS.items():
+        if name not in given and not spec.needed(terms):
+            continue
+        try:
+            options = read_options(spec.options, given.get(name) or {})
+            spec.check(options, terms)
+        except ValueError as error:
+            raise ValueError(f"controllers.{name}.{error}") from None
+        chosen.append((spec, options))
+    return chosen
+
+
+def build_controllers(
+    given: Mapping[str, Mapping[str, object]], terms: Terms, routers: Mapping[int, Router]
+) -> list[Controller]:
+    """The live controllers of a model with these routers, by place; none of a model without.
+
+    Raises ValueError as :func:`chosen_controllers` does, and where two would save a tensor by one name.
+    """
+    chosen = chosen_controllers(given, terms)
+    made = [spec.build(options, routers) for spec, options in chosen] if routers else []
+    names = [name for controller in made for name in controller.tensors()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"controllers: two of them save a tensor as {twice}")
+    return made
+
+
+def all_factors(controllers: Sequence[Controller]) -> dict[str, dict[int, float]]:
+    """What all of them together multiply coefficients with."""
+    product: dict[str, dict[int, float]] = {}
+    for controller in controllers:
+        for name, by_layer in controller.factors().items():
+            before = product.setdefault(name, {})
+            for layer, factor in by_layer.items():
+                before[layer] = before[layer] * factor if layer in before else factor
+    return product
+
+
+def controller_table() -> str:
+    """The table of ``docs/balance.md``: what is registered by now."""
+    rows = []
+    for spec in CONTROLLERS.values():
+        options = ", ".join(f"`{key}` {value}" for key, value in vars(spec.options()).items()) or "-"
+        rows.append(f"| `{spec.name}` | {options} | {spec.what} |")
+    return "\n".join(["| controller | options | what it does |", "|---|---|---|", *rows])

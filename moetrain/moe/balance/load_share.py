@@ -1,0 +1,120 @@
+"""Balance losses of load shares: switch, gshard_first, sum_over_k, l1.
+
+Shapes: T tokens, B sequences, E experts of the layer.
+
+Every loss here is ``E / T_global * sum_t sum_e f_e(t) p_te`` over valid tokens t: p are the router's scores
+normalised to sum 1, and f_e(t) is the load share of expert e that token t sees. The *name* says how load is
+counted and normalised, the *scope* over which tokens. f is a count, so it has no gradient, and for a fixed f
+the loss is linear in p: contributions of micro-batches and ranks add up to the loss of the whole batch.
+``sequence`` and ``global_batch`` therefore do not depend on how the batch was split; ``micro`` does.
+
+Sources: Fedus et al. 2021 (switch, eq. 4), Lepikhin et al. 2020 (gshard_first), DeepSeek-AI 2024 (sequence
+scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Wang et al. 2024 (l1: ReMoE, eq. 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.assign import count
+from moetrain.moe.balance.base import SCOPES, Seen, probabilities, register_loss, scores
+from moetrain.moe.balance.options import NoOptions
+from moetrain.moe.routing import Routing
+
+RUNNING = "running_load"  # load shares (of sum 1) that a controller tells, for the running scope
+
+
+def demand_E(routing: Routing, options: NoOptions) -> Tensor:
+    """Assignments wanted of each expert."""
+    return routing.demand_E
+
+
+def first_E(routing: Routing, options: NoOptions) -> Tensor:
+    """First choices of each expert."""
+    return first_choices_BE(routing).sum(0)
+
+
+def first_choices_BE(routing: Routing) -> Tensor:
+    """How often each expert has a valid token's highest score, int64 [B, E]."""
+    p_TE = probabilities(routing).detach()
+    batch, num_experts = routing.demand_BE.shape
+    first_T = p_TE.argmax(-1)
+    if routing.valid_T is not None:
+        first_T = torch.where(routing.valid_T, first_T, num_experts)
+    rows_T = torch.arange(batch, device=first_T.device).repeat_interleave(first_T.shape[0] // max(batch, 1))
+    width = num_experts + 1
+    counts = count(rows_T * width + first_T, batch * width)
+    return counts.view(batch, width)[:, :num_experts]
+
+
+@register_loss(
+    "switch",
+    scopes=SCOPES,
+    ahead=demand_E,
+    at_balance="1",
+    what="E sum_e f_e P_e, f the share of all assignments",
+)
+def switch(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    return _loss(routing, seen, probabilities(routing), _share(routing, seen, _demand_BE)[0])
+
+
+@register_loss(
+    "gshard_first", scopes=SCOPES, ahead=first_E, at_balance="1", what="f counts first choices only"
+)
+def gshard_first(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    return _loss(routing, seen, probabilities(routing), _share(routing, seen, first_choices_BE)[0])
+
+
+@register_loss(
+    "sum_over_k", scopes=SCOPES, ahead=demand_E, at_balance="k", what="f counts assignments per token"
+)
+def sum_over_k(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    share, per_token = _share(routing, seen, _demand_BE)
+    return _loss(routing, seen, probabilities(routing), share * per_token)
+
+
+@register_loss(
+    "l1",
+    scopes=SCOPES,
+    ahead=demand_E,
+    at_balance="k times a token's sum of scores",
+    what="`sum_over_k` with the scores as they are: ReMoE's, with the controller `sparsity`",
+)
+def l1(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    share, per_token = _share(routing, seen, _demand_BE)
+    return _loss(routing, seen, scores(routing), share * per_token)
+
+
+def _demand_BE(routing: Routing) -> Tensor:
+    return routing.demand_BE
+
+
+def _loss(routing: Routing, seen: Seen[NoOptions], p_TE: Tensor, share: Tensor) -> Tensor:
+    batch, num_experts = routing.demand_BE.shape
+    share_BE = share.to(p_TE.dtype)
+    p_BE = p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
+    if routing.price_E is not None:
+        p_BE = p_BE * routing.price_E.to(p_BE.dtype)
+    return (share_BE * p_BE).sum() * (num_experts / seen.num_tokens)
+
+
+def _share(
+    routing: Routing, seen: Seen[NoOptions], load_BE: Callable[[Routing], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """f, float64, [B, E] or [1, E], the load share that each sequence's tokens see; assignments per token."""
+    if seen.scope == "running":
+        if RUNNING not in seen.told:
+            raise ValueError(f"the running scope needs {RUNNING}, which no controller tells of this layer")
+        share = seen.told[RUNNING][None].to(routing.demand_BE.device, torch.float64)
+        return share, routing.demand_E.sum() / routing.num_tokens.clamp(min=1)
+    if seen.scope == "global_batch":
+        load = seen.counted()[None].to(routing.demand_BE.device, torch.float64)
+        tokens = load.new_full((), seen.num_tokens)
+    else:
+        load, tokens = load_BE(routing).double(), routing.num_tokens_B[:, None].double()
+        if seen.scope == "micro":
+            load, tokens = load.sum(0, keepdim=True), tokens.sum()
+    return load / load.sum(-1, keepdim=True).clamp(min=1), load.sum(-1, keepdim=True) / tokens.clamp(min=1)

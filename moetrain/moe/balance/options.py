@@ -1,0 +1,76 @@
+"""A loss's or a controller's options: from what a config says, to the dataclass that stands beside it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moetrain.errors import shortened
+
+Opts = TypeVar("Opts")
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of what has none."""
+
+
+def read_options(cls: type[Opts], given: Mapping[str, object]) -> Opts:
+    """An instance of the dataclass ``cls``, whose ``__post_init__`` refuses what is out of range.
+
+    Enums are given by name; a whole number may stand for a number. Raises ValueError, in one line that begins
+    with the option, for an option that is not known, of another type, or refused.
+    """
+    hints = get_type_hints(cls)
+    for key in given:
+        if key not in hints:
+            raise ValueError(f"{key} is not an option{nearest(key, hints)}")
+    return cls(**{key: _typed(key, hints[key], value) for key, value in given.items()})
+
+
+def above_zero(options: object, *names: str) -> None:
+    """For a ``__post_init__``: ValueError unless the named options are above 0, and finite."""
+    for name in names:
+        value = getattr(options, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be above 0")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; known: a, b"``, plus ``" (did you mean a?)"`` where one is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word[:100], names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"; known: {', '.join(names)}{hint}" if names else "; there are none"
+
+
+def _typed(key: str, hint: Any, value: object) -> object:
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            if isinstance(value, str) and value in kind.__members__:
+                return kind[value]
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif (kind not in _KINDS and kind is not NoneType) or type(
+            value
+        ) is kind:  # what is not plain the options check themselves
+            return value
+    if value is None:
+        raise ValueError(f"{key} cannot be null")
+    names = [name for kind in kinds for name in _names(kind)]
+    raise ValueError(f"{key} is {' or '.join(names)}, not {shortened(repr(value))}")
+
+
+def _names(kind: Any) -> list[str]:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return list(kind.__members__)
+    return ["null" if kind is NoneType else _KINDS[kind]]
