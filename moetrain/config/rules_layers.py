@@ -18,6 +18,11 @@ def feed_forward_is_known(cfg: TrainConfig, world: int) -> None:
             f"model.feed_forward={name} is not known{nearest(name, FEED_FORWARDS)}; a plugin's layer needs "
             "plugins=[package] on the command line"
         )
+    if name == "dense" and cfg.model.num_experts:
+        raise UserError(
+            f"model.feed_forward=dense has no experts, but model.num_experts={cfg.model.num_experts}: "
+            "set model.num_experts=0 for a dense model"
+        )
 
 
 def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:

@@ -19,11 +19,13 @@ from moetrain.config.compose import compose_train
 from moetrain.config.schema import ModelConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
+from moetrain.models.count import abstract_decoder
 from moetrain.models.feed_forward import FEED_FORWARDS, register_feed_forward
 from moetrain.moe import MoELayer
 from moetrain.moe.balance import CONTROLLERS, LOSSES
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
+from moetrain.train.evaluate import routing_by
 
 FOLDER = Path(__file__).parent
 OVERLOAD = "balance.losses=[{name: overload, coef: 0.5, options: {slack: 0.125}}, {name: switch}]"
@@ -128,6 +130,10 @@ def test_layers_may_have_other_routers(corpus: Path, tmp_path: Path) -> None:
         return MoELayer(cfg.d_model, cfg.d_ff_expert, number, name)
 
     mixed = ["model.feed_forward=mixed", "model.num_layers=3", "balance=aux_free"]
+    cfg = compose_train([*tiny.OVERRIDES, f"data.path={corpus}", *mixed])
+    model = abstract_decoder(cfg.model, cfg.router, cfg.experts, 11)
+    with routing_by(model, "group"):
+        assert [router.eval_mode for router in model.routers().values()] == ["", "", "group"]
     assert tiny.train(corpus, tmp_path, *mixed, "train.steps=2", "checkpoint.every=1") == 0
     states = [tiny.contents(tiny.checkpoint(tmp_path, step))[0] for step in (1, 2)]
     router = "model.blocks.{}.feed_forward.router"

@@ -256,6 +256,15 @@ def test_total_loss_adds_terms_and_layers_with_their_coefficients() -> None:
     assert total_loss(dict(enumerate(layers)), [], totals) == (None, {})
 
 
+def test_a_factor_may_be_of_one_layer() -> None:
+    torch.manual_seed(0)
+    records = {n: routed(torch.randn(12, 5, dtype=torch.float64), 2) for n in (1, 4, 6)}
+    terms, factors = [LossTerm("switch", 0.5, "micro")], {"switch": {1: 3.0, 4: 0.25}}
+    total, raw = total_loss(records, terms, StepTotals(12.0, factors=factors))
+    one, four, six = raw["switch_micro"]
+    torch.testing.assert_close(total, 0.5 * (3 * one + 0.25 * four + six), rtol=1e-14, atol=0)
+
+
 def test_terms_come_from_the_configuration() -> None:
     config = [
         LossConfig(),

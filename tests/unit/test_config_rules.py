@@ -187,6 +187,7 @@ REFUSED = [
         "controllers.chunk_sparsity.max_factor=2.0 is not used by balance.losses=['switch']",
     ),
     ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
+    ({"model.feed_forward": "dense"}, "model.feed_forward=dense has no experts, but model.num_experts=12"),
     (
         {"model.feed_forward": "mo"},
         "model.feed_forward=mo is not known; known:",
