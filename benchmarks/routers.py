@@ -91,7 +91,7 @@ def main() -> None:
         row = {
             "ms": 1e3 * middle[name],
             "percent_of_layer": 100 * middle[name] / middle[LAYER],
-            "experts_per_token": float(routing.counts_E.sum()) / (BATCH * SEQ),
+            "experts_per_token": float(routing.assignment.counts_E.sum()) / (BATCH * SEQ),
             "largest_tensor_bytes": largest.bytes,
         }
         result["routers"][name] = row

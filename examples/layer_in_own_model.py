@@ -51,7 +51,8 @@ def main(steps: int = 60) -> list[float]:
             model.moe.router.bias_E += BIAS_STEP * torch.sign(load_E.mean() - load_E)
         losses.append(loss.item())
         if (step + 1) % 20 == 0:
-            print(f"step {step + 1:3}  loss {loss:.3f}  tokens of each expert {routing.counts_E.tolist()}")
+            counts = routing.assignment.counts_E.tolist()
+            print(f"step {step + 1:3}  loss {loss:.3f}  tokens of each expert {counts}")
     return losses
 
 

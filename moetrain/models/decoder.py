@@ -19,7 +19,7 @@ from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import Rope, rope_table
-from moetrain.moe import MoELayer, Router, RouterContext, Routing
+from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.attention import Plan, seen_keys
 from moetrain.ops.embedding import embedding
@@ -32,7 +32,7 @@ class DecoderOutput(NamedTuple):
     """A pytree, as FSDP2 wants of a module's output. ``records``: a block's place -> what its layer told."""
 
     hidden_BSD: Tensor
-    records: dict[int, Routing]
+    records: dict[int, RoutingRecord]
 
 
 def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
@@ -62,7 +62,7 @@ class Block(nn.Module):
         plan: Plan,
         ctx: RouterContext | None = None,
         cache_layer: LayerCache | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, RoutingRecord | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
         y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
         return x_BSD + y_BSD, record
@@ -137,8 +137,8 @@ class Decoder(nn.Module):
         seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
         plan = plan_of(self.cfg, x_BSD, seen, None if cache is None else cached)
         x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
-        records: dict[int, Routing] = {}
-        previous: Routing | None = None
+        records: dict[int, RoutingRecord] = {}
+        previous: RoutingRecord | None = None
         for layer, block in enumerate(self.blocks):
             layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]

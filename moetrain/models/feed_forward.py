@@ -1,6 +1,6 @@
 """The feed-forward half of a block: a registry of modules ``forward(x_BSD, ctx) -> (y_BSD, record or None)``.
 
-Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: the Routing of the first
+Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: the record of the first
 router in it, or None. Losses, controllers and metrics see what is told, and that router's state follows it.
 ``model.feed_forward`` names the builder of the MoE layers; ``dense`` builds the others.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
-from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
@@ -67,7 +67,7 @@ class DenseFeedForward(MLP):
 
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, ctx: RouterContext | None = None
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, RoutingRecord | None]:
         return super().forward(x_BSD), None
 
 

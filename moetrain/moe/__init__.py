@@ -3,6 +3,6 @@
 from moetrain.moe.context import RouterContext
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers import ROUTERS, Router, build_router
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import Routing, RoutingRecord
 
-__all__ = ["ROUTERS", "MoELayer", "Router", "RouterContext", "Routing", "build_router"]
+__all__ = ["ROUTERS", "MoELayer", "Router", "RouterContext", "Routing", "RoutingRecord", "build_router"]

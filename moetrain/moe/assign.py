@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import DropOrder
 from moetrain.moe.routing import Routing
@@ -41,17 +42,20 @@ def from_token_choice(
     if ctx.valid_T is not None or ragged:
         host_counts = tuple(counts_E.tolist())
         order_N = order_N[: sum(host_counts)]
-    return Routing(
+    assignment = Assignment(
         token_ids_N=order_N // num_choices,
         weights_N=weights_TK.reshape(-1).gather(0, order_N),
         counts_E=counts_E,
+        choice_N=order_N % num_choices,
+        host_counts=host_counts,
+    )
+    return Routing(
+        assignment=assignment,
         num_tokens_B=tokens_per_sequence(ctx),
         demand_BE=count_BE(ids_TK, ctx, num_experts),
         scores_TE=scores_TE,
         logits_TE=logits_TE,
         valid_T=ctx.valid_T,
-        choice_N=order_N % num_choices,
-        host_counts=host_counts,
     )
 
 
@@ -68,16 +72,19 @@ def from_mask(
     counts_E, num_experts = mask_TE.sum(0), mask_TE.shape[1]
     host_counts = tuple(counts_E.tolist())
     pairs_2N = _places(mask_TE.t(), sum(host_counts)).t()  # sorted by (expert, token)
-    return Routing(
+    assignment = Assignment(
         token_ids_N=pairs_2N[1],
         weights_N=weights_TE[pairs_2N[1], pairs_2N[0]],
         counts_E=counts_E,
+        host_counts=host_counts,
+    )
+    return Routing(
+        assignment=assignment,
         num_tokens_B=tokens_per_sequence(ctx),
         demand_BE=mask_TE.view(ctx.batch, ctx.seq, num_experts).sum(1),
         scores_TE=scores_TE,
         logits_TE=logits_TE,
         valid_T=ctx.valid_T,
-        host_counts=host_counts,
     )
 
 
@@ -137,25 +144,19 @@ def apply_capacity(
     """Keep at most C = max(minimum, ceil(factor * demand / E)) assignments per routing group and expert.
 
     For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Where experts have
-    prices, C goes by their inverse instead of 1 / E (MoE++, eq. 8). Dropped assignments leave ``counts_E``;
+    prices, C goes by their inverse instead of 1 / E (MoE++, eq. 8). Dropped assignments leave the assignment;
     ``demand_BE`` still holds them.
     """
     capacity_EG = group_capacity(routing, ctx, factor, minimum, group)
     num_experts, num_groups = capacity_EG.shape
-    experts_N = routing.expert_ids_N()
-    keys_N = experts_N * num_groups + group_ids(routing.token_ids_N, ctx, num_groups)
+    experts_N = routing.assignment.expert_ids_N()
+    keys_N = experts_N * num_groups + group_ids(routing.assignment.token_ids_N, ctx, num_groups)
     rank_N = rank_within(keys_N, drop_priority(routing, ctx, experts_N, order), num_groups * num_experts)
     is_kept_N = rank_N < capacity_EG.view(-1)[keys_N]
     counts_E = count(experts_N.where(is_kept_N, num_experts), num_experts + 1)[:num_experts]
     host_counts = tuple(counts_E.tolist())
     kept_N = _places(is_kept_N, sum(host_counts)).squeeze(1)
-    per_assignment = ("token_ids_N", "weights_N", "forward_scale_N", "choice_N")
-    kept = {
-        name: value.gather(0, kept_N)
-        for name in per_assignment
-        if (value := getattr(routing, name)) is not None
-    }
-    return replace(routing, **kept, counts_E=counts_E, host_counts=host_counts)
+    return replace(routing, assignment=routing.assignment.select(kept_N, counts_E, host_counts))
 
 
 def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str) -> Tensor:
@@ -177,17 +178,18 @@ def group_ids(token_ids: Tensor, ctx: RouterContext, num_groups: int) -> Tensor:
 def drop_priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
     """Larger survives; None is the order of position, in which assignments already lie."""
     if order is DropOrder.choice:
-        return None if routing.choice_N is None else -routing.choice_N
+        choice_N = routing.assignment.choice_N
+        return None if choice_N is None else -choice_N
     if order is DropOrder.batch_prioritized:
         if routing.scores_TE is None:
             raise ValueError("router.drop_order=batch_prioritized needs a router with scores")
         best_T = routing.scores_TE.detach().amax(-1)
-        return best_T[routing.token_ids_N]
+        return best_T[routing.assignment.token_ids_N]
     if order is DropOrder.probability:
-        return routing.weights_N.detach()
+        return routing.assignment.weights_N.detach()
     if order is DropOrder.random:
         noise_TE = ctx.uniform((ctx.batch * ctx.seq, routing.num_experts), _DROP_SALT)
-        return noise_TE[routing.token_ids_N, experts_N]
+        return noise_TE[routing.assignment.token_ids_N, experts_N]
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 from moetrain.ops.counter import mix
 
 
@@ -22,7 +22,7 @@ class RouterContext:
     valid_T     bool; None where every token is valid.
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
-    prev        the previous MoE layer's Routing of the same forward pass.
+    prev        the previous MoE layer's record of the same forward pass.
     """
 
     batch: int
@@ -34,14 +34,14 @@ class RouterContext:
     step: int = 0
     layer: int = 0
     group: dist.ProcessGroup | None = None
-    prev: Routing | None = None
+    prev: RoutingRecord | None = None
 
     @staticmethod
     def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:
         """The context of a call that gives none: fresh samples 0 to ``batch`` - 1, no padding."""
         return RouterContext(batch, seq, torch.arange(batch, device=device))
 
-    def at_layer(self, layer: int, prev: Routing | None) -> RouterContext:
+    def at_layer(self, layer: int, prev: RoutingRecord | None) -> RouterContext:
         return replace(self, layer=layer, prev=prev)
 
     @property

@@ -68,7 +68,7 @@ def repair_overflow(
     capacity_EG = group_capacity(wanted, ctx, factor, minimum, group)
     groups = capacity_EG.shape[1]
     group_T = group_ids(torch.arange(len(wanted.scores_TE), device=capacity_EG.device), ctx, groups)
-    queue_M = kept.expert_ids_N() * groups + group_T[kept.token_ids_N]
+    queue_M = kept.assignment.expert_ids_N() * groups + group_T[kept.assignment.token_ids_N]
     used_Q = count(queue_M, wanted.num_experts * groups)
     free_Q = capacity_EG.view(-1) - used_Q
     if rule is Repair.fill_in:
@@ -92,55 +92,56 @@ class _Pairs:
 
     @staticmethod
     def of(wanted: Routing, kept: Routing, scores_TE: Tensor) -> _Pairs:
-        experts_N, tokens_N = wanted.expert_ids_N(), wanted.token_ids_N
+        experts_N, tokens_N = wanted.assignment.expert_ids_N(), wanted.assignment.token_ids_N
         places_N = torch.arange(len(tokens_N), device=tokens_N.device)
         index_TE = torch.full(scores_TE.shape, -1, device=tokens_N.device)
         index_TE[tokens_N, experts_N] = places_N
         lost_N = torch.ones_like(places_N, dtype=torch.bool)
-        lost_N[index_TE[kept.token_ids_N, kept.expert_ids_N()]] = False
+        lost_N[index_TE[kept.assignment.token_ids_N, kept.assignment.expert_ids_N()]] = False
         return _Pairs(wanted, kept, scores_TE, experts_N, index_TE, lost_N.nonzero().squeeze(1))
 
     def moved_weights(self, from_A: Tensor, experts_A: Tensor) -> Tensor:
         """w_old score_new / score_old; w_old where score_old is too small to divide by."""
-        old_A = self.scores_TE[self.wanted.token_ids_N[from_A], self.experts_N[from_A]]
-        new_A = self.scores_TE[self.wanted.token_ids_N[from_A], experts_A]
-        weights_A = self.wanted.weights_N[from_A]
+        old_A = self.scores_TE[self.wanted.assignment.token_ids_N[from_A], self.experts_N[from_A]]
+        new_A = self.scores_TE[self.wanted.assignment.token_ids_N[from_A], experts_A]
+        weights_A = self.wanted.assignment.weights_N[from_A]
         usable_A = old_A.detach() > _least(old_A)
         return torch.where(usable_A, weights_A * (new_A / old_A.where(usable_A, 1.0)), weights_A)
 
     def add(self, from_A: Tensor, experts_A: Tensor, weights_A: Tensor, choice_A: Tensor | None) -> Routing:
         """``kept`` with the added assignments sorted in; ``from_A``: places of those that they replace."""
-        kept, tokens_A = self.kept, self.wanted.token_ids_N[from_A]
-        tokens = torch.cat([kept.token_ids_N, tokens_A])
-        experts = torch.cat([kept.expert_ids_N(), experts_A])
+        kept, tokens_A = self.kept, self.wanted.assignment.token_ids_N[from_A]
+        tokens = torch.cat([kept.assignment.token_ids_N, tokens_A])
+        experts = torch.cat([kept.assignment.expert_ids_N(), experts_A])
         order = torch.argsort(experts * max(len(self.scores_TE), 1) + tokens)
-        scale_N, choice_N = self.wanted.forward_scale_N, kept.choice_N
+        scale_N, choice_N = self.wanted.assignment.forward_scale_N, kept.assignment.choice_N
         if choice_N is not None and choice_A is not None:
             choice_N = torch.cat([choice_N, choice_A])[order]
-        if scale_N is not None and kept.forward_scale_N is not None:
-            scale_N = torch.cat([kept.forward_scale_N, scale_N[from_A]])[order]
-        return replace(
-            kept,
+        if scale_N is not None and kept.assignment.forward_scale_N is not None:
+            scale_N = torch.cat([kept.assignment.forward_scale_N, scale_N[from_A]])[order]
+        assignment = replace(
+            kept.assignment,
             token_ids_N=tokens[order],
-            weights_N=torch.cat([kept.weights_N, weights_A])[order],
+            weights_N=torch.cat([kept.assignment.weights_N, weights_A])[order],
             counts_E=count(experts, kept.num_experts),
             choice_N=choice_N,
             forward_scale_N=scale_N,
-            repaired_E=count(experts_A, kept.num_experts),
             host_counts=None,
         )
+        return replace(kept, assignment=assignment, repaired_E=count(experts_A, kept.num_experts))
 
     def choices(self, from_A: Tensor) -> Tensor | None:
-        return None if self.wanted.choice_N is None else self.wanted.choice_N[from_A]
+        return None if self.wanted.assignment.choice_N is None else self.wanted.assignment.choice_N[from_A]
 
 
 def _next_expert(pairs: _Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Tensor) -> Routing:
     num_experts = pairs.scores_TE.shape[1]
     groups = len(free_Q) // num_experts
     # each token's lost assignments, one after the other by priority: head_X is the one that asks
+    tokens_N = pairs.wanted.assignment.token_ids_N
     lost_L = pairs.lost_L[torch.argsort(priority_N[pairs.lost_L], descending=True, stable=True)]
-    lost_L = lost_L[torch.argsort(pairs.wanted.token_ids_N[lost_L], stable=True)]
-    tokens_X, number_X = torch.unique_consecutive(pairs.wanted.token_ids_N[lost_L], return_counts=True)
+    lost_L = lost_L[torch.argsort(tokens_N[lost_L], stable=True)]
+    tokens_X, number_X = torch.unique_consecutive(tokens_N[lost_L], return_counts=True)
     end_X = number_X.cumsum(0)
     head_X = end_X - number_X
     wanted_XE = pairs.index_TE[tokens_X] >= 0
@@ -177,7 +178,7 @@ def _fill_in(pairs: _Pairs, free_Q: Tensor, group_T: Tensor) -> Routing:
 
 
 def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
-    wanted, kept, lost_L = pairs.wanted, pairs.kept, pairs.lost_L
+    wanted, kept, lost_L = pairs.wanted.assignment, pairs.kept.assignment, pairs.lost_L
     if wanted.choice_N is not None:  # what h gets has the best rank among the lost
         lost_L = lost_L[torch.argsort(wanted.choice_N[lost_L], stable=True)]
     lost_L = lost_L[torch.argsort(wanted.token_ids_N[lost_L], stable=True)]
@@ -203,7 +204,8 @@ def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
 
     touched_M = touched_T[kept.token_ids_N]
     shared_M = weights(kept.token_ids_N, kept.expert_ids_N())
-    pairs = replace(pairs, kept=replace(kept, weights_N=torch.where(touched_M, shared_M, kept.weights_N)))
+    reweighted = replace(kept, weights_N=torch.where(touched_M, shared_M, kept.weights_N))
+    pairs = replace(pairs, kept=replace(pairs.kept, assignment=reweighted))
     from_A, experts_A = first_X[~held_X], best_X[~held_X]
     weights_A = weights(wanted.token_ids_N[from_A], experts_A)
     return pairs.add(from_A, experts_A, weights_A, pairs.choices(from_A))

@@ -115,7 +115,7 @@ def follows_the_sequence(name: str) -> None:
     assert ctx.valid_T is not None
     assert ctx.token_ids_T is not None
     router, x_TD = _build(name, 7), _input(ctx)
-    whole = router(x_TD, ctx)
+    whole = router(x_TD, ctx).assignment
     for b in range(3):
         rows = slice(17 * b, 17 * b + 17)
         alone_ctx = replace(
@@ -123,7 +123,7 @@ def follows_the_sequence(name: str) -> None:
             valid_T=ctx.valid_T[rows],
         )  # fmt: skip
         mine = whole.token_ids_N // 17 == b
-        alone = router(x_TD[rows], alone_ctx)
+        alone = router(x_TD[rows], alone_ctx).assignment
         pairs = torch.stack([whole.expert_ids_N()[mine], whole.token_ids_N[mine] - 17 * b])
         if not torch.equal(pairs, torch.stack([alone.expert_ids_N(), alone.token_ids_N])):
             raise _BrokenError("other experts: is there noise that is not from ctx.uniform, or a coupling?")
@@ -158,10 +158,10 @@ def gradients_are_finite(name: str) -> None:
         router = _build(name, num_experts, training)
         for x_TD in (_input(ctx), 0 * _input(ctx)):
             routing = router(x_TD.requires_grad_(), ctx)
-            if not routing.weights_N.requires_grad:
+            if not routing.assignment.weights_N.requires_grad:
                 continue
             router.zero_grad()
-            routing.weights_N.square().sum().backward()
+            routing.assignment.weights_N.square().sum().backward()
             bad = [
                 k for k, p in router.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
             ]
@@ -197,7 +197,8 @@ def says_what_it_is(name: str) -> None:
         ):
             if said is not (value is not None):
                 raise _BrokenError(f"has_{field}={said}, but its Routing has {'none' if said else 'some'}")
-        most = int(torch.bincount(routing.token_ids_N, minlength=1).max()) if len(routing.token_ids_N) else 0
+        tokens_N = routing.assignment.token_ids_N
+        most = int(torch.bincount(tokens_N, minlength=1).max()) if len(tokens_N) else 0
         if router.top_k is not None and most > router.top_k:
             raise _BrokenError(f"top_k={router.top_k}, but a token takes {most} experts")
     if router.reads_bias is not (moved := _bias_moves_it(router, ctx)):
@@ -218,7 +219,10 @@ def _bias_moves_it(router: Router, ctx: RouterContext) -> bool:
 
 
 def _same(one: Routing, other: Routing, when: str) -> None:
-    for field in ("token_ids_N", "weights_N", "counts_E", "demand_BE", "num_tokens_B"):
+    for field in ("token_ids_N", "weights_N", "counts_E"):
+        if not torch.equal(getattr(one.assignment, field), getattr(other.assignment, field)):
+            raise _BrokenError(f"{field} differs {when}")
+    for field in ("demand_BE", "num_tokens_B"):
         if not torch.equal(getattr(one, field), getattr(other, field)):
             raise _BrokenError(f"{field} differs {when}")
 

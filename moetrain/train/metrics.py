@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 from moetrain.parallel.journal import watched
 
 MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
@@ -40,7 +40,7 @@ class RoutingStats:
         self._sums_F: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, records: Mapping[int, Routing]) -> None:
+    def add(self, records: Mapping[int, RoutingRecord]) -> None:
         """Count one micro-batch: a layer's place in the decoder -> its record.
 
         Raises ValueError where another micro-batch of the step had other layers, or other experts in them.
@@ -70,14 +70,14 @@ class RoutingStats:
         return RoutingSummary(experts, sums_F)
 
 
-def _sums_C(r: Routing) -> Tensor:
+def _sums_C(r: RoutingRecord) -> Tensor:
     tokens = r.num_tokens.double()
     entropy, scored = tokens.new_zeros(()), tokens.new_zeros(())
     if r.scores_TE is not None:
         entropy, scored = _entropy(r.scores_TE, r.valid_T), tokens
     granted = r.granted_E.sum().double()
     sums = torch.stack([granted, entropy, scored, tokens])
-    return torch.cat([r.counts_E.double(), r.demand_E.double(), sums])
+    return torch.cat([r.computed_E.double(), r.demand_E.double(), sums])
 
 
 def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
-from moetrain.moe import Routing
+from moetrain.moe import RoutingRecord
 from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
@@ -141,7 +141,7 @@ class TrainStep:
         all_reduce_sum_(counts, name="the step's tokens", group=self.group)
         return int(counts[0]), int(counts[1])
 
-    def _add_router_stats(self, records: Mapping[int, Routing]) -> None:
+    def _add_router_stats(self, records: Mapping[int, RoutingRecord]) -> None:
         """Sum what routers want of the whole step, where they want anything."""
         for layer, record in records.items():
             if record.stats is not None:
@@ -159,7 +159,7 @@ class TrainStep:
                     self._routers[layer].after_step(of_layer)
 
     def _balance(
-        self, step: int, tokens: int, records: Mapping[int, Routing], counts: _Counts | None
+        self, step: int, tokens: int, records: Mapping[int, RoutingRecord], counts: _Counts | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What :func:`total_loss` gives; UserError where a layer's router cannot have a loss."""
         with _as_user_error():
@@ -177,7 +177,7 @@ class TrainStep:
             return self._summed(records)
 
     @torch.no_grad()
-    def _summed(self, records: Sequence[Mapping[int, Routing]]) -> _Counts:
+    def _summed(self, records: Sequence[Mapping[int, RoutingRecord]]) -> _Counts:
         """What the losses count ahead, over the global batch."""
         counts = count_ahead(records, self.terms)
         of_layers = [tensor for by_layer in counts.values() for tensor in by_layer.values()]

@@ -14,7 +14,7 @@ from moetrain.data import Batch
 from moetrain.models.cache import KVCache
 from moetrain.models.decoder import Decoder
 from moetrain.models.loss import cross_entropy_sum, token_nll
-from moetrain.moe import RouterContext, Routing
+from moetrain.moe import RouterContext, RoutingRecord
 
 
 class TaskOutput(NamedTuple):
@@ -23,7 +23,7 @@ class TaskOutput(NamedTuple):
     nll_sum: Tensor | None
     nll_BS: Tensor | None
     logits_BSV: Tensor | None
-    records: dict[int, Routing]  # a block's place -> what its layer told
+    records: dict[int, RoutingRecord]  # a block's place -> what its layer told
 
 
 class NextToken(nn.Module):

@@ -249,8 +249,8 @@ def test_a_row_crosses_to_a_node_once_and_comes_back_once():
     """With top 8 of 12 experts; unsummed, what comes back is one row an assignment."""
     for rank, found in enumerate(events()):
         routing = found["routing"]
-        nodes_N = routing.expert_ids_N() // (E // 2)
-        pairs = {(int(t), int(n)) for t, n in zip(routing.token_ids_N, nodes_N, strict=True)}
+        nodes_N = routing.assignment.expert_ids_N() // (E // 2)
+        pairs = {(int(t), int(n)) for t, n in zip(routing.assignment.token_ids_N, nodes_N, strict=True)}
         there = 1 - rank // 2
         distinct = sum(node == there for _, node in pairs)
         first = {told[0]: told[3] for what, told in reversed(found["two nodes"]) if what == "made"}
@@ -263,7 +263,7 @@ def test_a_row_crosses_to_a_node_once_and_comes_back_once():
                 told = [t for what, t in found[variant] if what == "made" and t[0] == name]
                 total[name] += sum(told[-1][3])  # between the nodes: the second of two
     routings = [found["routing"] for found in events()]
-    assert sent[1]["results"] == sent[1]["rows' gradients"] == sum(int(r.counts_E.sum()) for r in routings)
+    assert sent[1]["results"] == sent[1]["rows' gradients"] == sum(int(r.assignment.counts_E.sum()) for r in routings)
     assert sent[0]["results"] == sent[0]["rows' gradients"] == 2 * sum(CASES["top 8"].tokens)
 
 

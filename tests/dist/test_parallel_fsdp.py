@@ -65,7 +65,7 @@ class Block(nn.Module):
         routing = self.router(x_TD, prev=prev)
         hidden_ETF = F.silu(torch.einsum("td,edf->etf", x_TD, self.w_up_EDF))
         y_ETD = torch.einsum("etf,efd->etd", hidden_ETF, self.w_down_EFD)
-        y_TD = (y_ETD * routing.weights_N.view(E, -1, 1)).sum(0)
+        y_TD = (y_ETD * routing.assignment.weights_N.view(E, -1, 1)).sum(0)
         return x_BSD + y_TD.view_as(x_BSD), routing
 
 

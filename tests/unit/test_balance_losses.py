@@ -61,7 +61,9 @@ def by_hand(
     tokens = []
     for m, (r, z_TE) in enumerate(zip(routings, logits, strict=True)):
         seq = z_TE.shape[0] // len(r.num_tokens_B)
-        assigned = list(zip(r.token_ids_N.tolist(), r.expert_ids_N().tolist(), strict=True))
+        assigned = list(
+            zip(r.assignment.token_ids_N.tolist(), r.assignment.expert_ids_N().tolist(), strict=True)
+        )
         for t, z_E in enumerate(z_TE):
             if r.valid_T is None or r.valid_T[t]:
                 power = torch.exp(z_E)
@@ -145,7 +147,7 @@ def test_sigmoid_scores_are_normalised_to_sum_one() -> None:
     z_TE = torch.randn(24, 5, dtype=torch.float64)
     routing = routed(z_TE, top_k=2, score="sigmoid")
     s_TE = 1 / (1 + torch.exp(-z_TE))
-    share_E = routing.counts_E / 48
+    share_E = routing.assignment.counts_E / 48
     want = 5 * (share_E * (s_TE / s_TE.sum(-1, keepdim=True)).mean(0)).sum()
     torch.testing.assert_close(
         balance_loss(routing, "switch", "micro", StepTotals(24.0)), want, rtol=0, atol=1e-12
@@ -157,7 +159,7 @@ def test_load_counts_the_demand_and_not_what_capacity_left() -> None:
     logits_TE[:, 2] += 5
     full = routed(logits_TE, 2, top_k=2)
     cut = routed(logits_TE, 2, top_k=2, capacity_factor=0.5, min_capacity=0)
-    assert int(cut.counts_E.sum()) < int(full.counts_E.sum())
+    assert int(cut.assignment.counts_E.sum()) < int(full.assignment.counts_E.sum())
     for form, scope in ALL:
         totals = totals_of([full], torch.rand(5).double())
         assert torch.equal(balance_loss(cut, form, scope, totals), balance_loss(full, form, scope, totals))
@@ -176,8 +178,10 @@ def test_z_loss_value_gradient_and_shift() -> None:
     torch.testing.assert_close(z_TE.grad, analytic_TE, rtol=0, atol=1e-12)
     shift_T1 = torch.randn(23, 1, dtype=torch.float64)
     shifted = routed(z_TE.detach() + shift_T1)
-    assert torch.equal(shifted.token_ids_N, routing.token_ids_N)
-    torch.testing.assert_close(shifted.weights_N, routing.weights_N.detach(), rtol=0, atol=1e-12)
+    assert torch.equal(shifted.assignment.token_ids_N, routing.assignment.token_ids_N)
+    torch.testing.assert_close(
+        shifted.assignment.weights_N, routing.assignment.weights_N.detach(), rtol=0, atol=1e-12
+    )
     want = ((lse_T + shift_T1[:, 0]) ** 2).mean()
     torch.testing.assert_close(z_loss(shifted, StepTotals(23.0)), want, rtol=0, atol=1e-12)
     assert abs(float(want) - number(loss)) > 1e-3

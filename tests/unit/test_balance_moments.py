@@ -116,7 +116,7 @@ def test_l1_is_the_mean_sum_of_scores_at_balance():
     scores_TE = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)).double() + 0.1
     mask_TE = (torch.arange(4) - torch.arange(12)[:, None]) % 4 < 2
     routing = from_mask(mask_TE, scores_TE, RouterContext.default(2, 6), scores_TE)
-    assert routing.counts_E.tolist() == [6] * 4
+    assert routing.assignment.counts_E.tolist() == [6] * 4
     controller = SparsityController({0: 4}, {0: 2})
     totals = replace(step_totals(12.0, {0: routing.demand_E}), factors=controller.factors())
     loss, _ = total_loss({0: routing}, [LossTerm("l1", 1.0, "global_batch")], totals)
@@ -155,7 +155,7 @@ def test_relu_reaches_its_target_in_a_toy_run():
         ((y_BSD - targets[ids_BS]).square().mean() + extra).backward()
         optimizer.step()
         controller.update({0: routing.demand_E}, batch * seq)
-        shares.append(1 - float(routing.counts_E.sum()) / (batch * seq * num_experts))
+        shares.append(1 - float(routing.assignment.counts_E.sum()) / (batch * seq * num_experts))
     assert shares[0] < 0.6
     assert abs(sum(shares[-30:]) / 30 - (1 - k / num_experts)) < 0.02
 

@@ -39,20 +39,23 @@ def test_active_where_the_score_beats_the_threshold_and_weighs_one_over_their_nu
     active_TE = (tau * cosine_TE).sigmoid() > (tau * router.threshold_E).sigmoid()
     assert 0 < active_TE.sum() < active_TE.numel()
     assert torch.equal(routing.demand_E, active_TE.sum(0))
-    weights_N = 1 / active_TE.sum(-1)[routing.token_ids_N].double()
-    torch.testing.assert_close(routing.weights_N, weights_N)
+    weights_N = 1 / active_TE.sum(-1)[routing.assignment.token_ids_N].double()
+    torch.testing.assert_close(routing.assignment.weights_N, weights_N)
 
 
 def test_the_gradient_of_a_gate_is_that_of_score_minus_threshold():
     router, x_TD = router_of(), torch.randn(53, D, dtype=torch.float64)
     routing = route(router, x_TD)
     parameters = [router.weight_ED, router.threshold_E, router.log_tau_1]
-    toll_N = torch.randn(routing.weights_N.shape, dtype=torch.float64)
-    found = torch.autograd.grad((routing.weights_N * toll_N).sum(), parameters)
+    toll_N = torch.randn(routing.assignment.weights_N.shape, dtype=torch.float64)
+    found = torch.autograd.grad((routing.assignment.weights_N * toll_N).sum(), parameters)
     tau = router.log_tau_1.exp()
     over_TE = router.logits(x_TD).sigmoid() - (tau * router.threshold_E).sigmoid()
-    number_T = torch.bincount(routing.token_ids_N, minlength=53)
-    over_N = over_TE[routing.token_ids_N, routing.expert_ids_N()] / number_T[routing.token_ids_N]
+    number_T = torch.bincount(routing.assignment.token_ids_N, minlength=53)
+    over_N = (
+        over_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()]
+        / number_T[routing.assignment.token_ids_N]
+    )
     expected = torch.autograd.grad((over_N * toll_N).sum(), parameters)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -66,10 +69,10 @@ def test_a_token_that_takes_nobody_gets_its_best_expert_in_evaluation_only():
     x_TD = torch.randn(11, D, dtype=torch.float64)
     assert route(router, x_TD).counts_E.sum() == 0
     routing = route(router.eval(), x_TD)
-    assert sorted(routing.token_ids_N.tolist()) == list(range(11))
+    assert sorted(routing.assignment.token_ids_N.tolist()) == list(range(11))
     best_T = router.logits(x_TD)[:, 1:].argmax(-1) + 1
-    assert torch.equal(routing.counts_E, torch.bincount(best_T, minlength=E))
-    assert routing.weights_N.tolist() == [1.0] * 11
+    assert torch.equal(routing.assignment.counts_E, torch.bincount(best_T, minlength=E))
+    assert routing.assignment.weights_N.tolist() == [1.0] * 11
 
 
 def test_the_penalty_is_of_experts_awake_and_adds_up_over_micro_batches():
@@ -118,7 +121,7 @@ def test_nobody_takes_an_expert_asleep():
     with torch.no_grad():
         router.threshold_E.fill_(-30.0)
     routing = route(router, torch.randn(13, D, dtype=torch.float64))
-    assert routing.counts_E.tolist() == [13, 13, 0, 0, 0]
+    assert routing.assignment.counts_E.tolist() == [13, 13, 0, 0, 0]
     assert not routing.scores_TE[:, 2:].any()
 
 

@@ -161,7 +161,9 @@ def test_autocast_runs_products_in_bf16_and_keeps_residual_norms_and_router_in_f
     assert dtypes["attention"] == {torch.float32, torch.bfloat16}
     assert out.hidden_BSD.dtype is torch.float32
     assert logits.dtype is torch.bfloat16
-    assert all(r.logits_TE.dtype is r.weights_N.dtype is torch.float32 for r in out.records.values())
+    assert all(
+        r.logits_TE.dtype is r.assignment.weights_N.dtype is torch.float32 for r in out.records.values()
+    )
     exact = model(ids, doc_ids_BS=(torch.arange(7) > 2).long().expand(2, 7)).hidden_BSD
     assert (out.hidden_BSD - exact).norm() < 0.1 * exact.norm()
 

@@ -82,7 +82,7 @@ def test_on_a_real_model_their_pooled_value_is_another_number() -> None:
     records = ours(ids).records
     reference = theirs(ids, labels=ids, output_router_logits=True).aux_loss
     mean_of_layers = torch.stack(our_balance(records)).mean()
-    load = torch.stack([r.counts_E.float() for r in records.values()]).mean(0) / (BATCH * SEQ)
+    load = torch.stack([r.assignment.counts_E.float() for r in records.values()]).mean(0) / (BATCH * SEQ)
     probability = torch.stack([r.scores_TE.mean(0) for r in records.values()]).mean(0)
     torch.testing.assert_close(reference, 11 * (load * probability).sum(), rtol=1e-5, atol=1e-5)
     assert abs(reference - mean_of_layers) > 0.01

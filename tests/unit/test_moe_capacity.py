@@ -42,8 +42,10 @@ def limit(routing: Routing, ctx: RouterContext, factor: float, order: str, **kwa
 
 def pairs(routing: Routing) -> dict[tuple[int, int], float]:
     """(expert, token) -> weight, in the routing's own order."""
-    keys = zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True)
-    return dict(zip(keys, routing.weights_N.tolist(), strict=True))
+    keys = zip(
+        routing.assignment.expert_ids_N().tolist(), routing.assignment.token_ids_N.tolist(), strict=True
+    )
+    return dict(zip(keys, routing.assignment.weights_N.tolist(), strict=True))
 
 
 @quick
@@ -91,7 +93,11 @@ def test_a_capacity_of_all_tokens_drops_nothing(order: str) -> None:
     """Whatever the scores look like: elsewhere a top-k over logits once let unchosen zeros win."""
     ctx = RouterContext.default(2, 13)
     negative = full_routing(ctx, 5, 2, 0)
-    for weights_N in (negative.weights_N, negative.weights_N - 7, torch.zeros_like(negative.weights_N)):
+    for weights_N in (
+        negative.assignment.weights_N,
+        negative.assignment.weights_N - 7,
+        torch.zeros_like(negative.assignment.weights_N),
+    ):
         routing = replace(negative, weights_N=weights_N)
         for factor in (
             2.5,
@@ -99,8 +105,8 @@ def test_a_capacity_of_all_tokens_drops_nothing(order: str) -> None:
             100.0,
         ):  # 2.5: exactly 13 places an expert; the rest more than there are tokens
             kept = limit(routing, ctx, factor, order)
-            assert torch.equal(kept.token_ids_N, routing.token_ids_N)
-            assert torch.equal(kept.weights_N, routing.weights_N)
+            assert torch.equal(kept.assignment.token_ids_N, routing.assignment.token_ids_N)
+            assert torch.equal(kept.assignment.weights_N, routing.assignment.weights_N)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -123,7 +129,7 @@ def test_position_drops_the_last_and_their_rows_are_zero() -> None:
         layer.router.weight_ED.copy_(torch.tensor([[0.0] * 3, [9.0] * 3, [0.0] * 3, [0.0] * 3]))
     x_BSD = torch.rand(2, 23, 3, dtype=torch.float64) + 0.1
     y_BSD, routing = layer(x_BSD)
-    assert routing.counts_E.tolist() == [0, 6, 0, 0]  # ceil(0.5 * 23 / 4) = 3 a sequence
+    assert routing.assignment.counts_E.tolist() == [0, 6, 0, 0]  # ceil(0.5 * 23 / 4) = 3 a sequence
     assert routing.demand_E.tolist() == [0, 46, 0, 0]
     assert y_BSD.any(-1).tolist() == [[True] * 3 + [False] * 20] * 2
 
@@ -224,8 +230,8 @@ def test_random_survival_does_not_depend_on_the_position() -> None:
         ctx = replace(RouterContext.default(1, tokens), seed=i % 3, step=i // 3, layer=1)
         routing = from_token_choice(torch.zeros(tokens, 1).long(), torch.ones(tokens, 1), ctx, 1)
         kept = limit(routing, ctx, capacity / tokens, "random")
-        assert int(kept.counts_E[0]) == capacity
-        survived_T[kept.token_ids_N] += 1
+        assert int(kept.assignment.counts_E[0]) == capacity
+        survived_T[kept.assignment.token_ids_N] += 1
     fair = draws * capacity / tokens
     statistic = float(((survived_T - fair) ** 2 / fair).sum()) / (
         (1 - capacity / tokens) * tokens / (tokens - 1)
@@ -251,12 +257,12 @@ def test_random_survival_differs_between_steps_samples_and_experts_but_not_betwe
 def test_dropped_assignments_have_no_gradient_and_forward_scales_follow_the_survivors() -> None:
     ctx = RouterContext.default(2, 7)
     routing = full_routing(ctx, 3, 2, 0)
-    weights_N = routing.weights_N.clone().requires_grad_()
+    weights_N = routing.assignment.weights_N.clone().requires_grad_()
     scale_N = torch.arange(28.0)
     before = replace(routing, weights_N=weights_N, forward_scale_N=scale_N)
     kept = limit(before, ctx, 0.5, "probability")
-    kept.weights_N.sum().backward()
+    kept.assignment.weights_N.sum().backward()
     alive_N = torch.tensor([pair in pairs(kept) for pair in pairs(before)])
     assert 0 < int(alive_N.sum()) < 28
     assert torch.equal(weights_N.grad, alive_N.double())
-    assert torch.equal(kept.forward_scale_N, scale_N[alive_N])
+    assert torch.equal(kept.assignment.forward_scale_N, scale_N[alive_N])

@@ -96,7 +96,11 @@ def test_two_runs_are_bit_equal(backend: str) -> None:
     def run() -> dict[str, Tensor]:
         x = x_BSD.clone().requires_grad_()
         y, routing = layer(x)
-        return {"y": y.detach(), "w": routing.weights_N.detach(), **grads_of(layer, y.square().sum(), x)}
+        return {
+            "y": y.detach(),
+            "w": routing.assignment.weights_N.detach(),
+            **grads_of(layer, y.square().sum(), x),
+        }
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # one thread would hide a race
@@ -171,7 +175,11 @@ def test_forward_scale_multiplies_values_and_leaves_gradients_alone(backend: str
     want = torch.zeros(13, 5, dtype=torch.float64)
     up, down = (w.detach() for w in layer.experts.parameters())
     for t, e, w, s in zip(
-        routing.token_ids_N, routing.expert_ids_N(), routing.weights_N, scale_N, strict=True
+        routing.assignment.token_ids_N,
+        routing.assignment.expert_ids_N(),
+        routing.assignment.weights_N,
+        scale_N,
+        strict=True,
     ):
         want[t] += s * w.detach() * oracle.feed_forward(x_TD[t], up[e].flatten(1), down[e], "swiglu")
     torch.testing.assert_close(y_TD, want, rtol=0, atol=1e-12)
@@ -182,8 +190,8 @@ def test_router_and_shared_experts_may_read_other_inputs() -> None:
     x, seen, shared = torch.randn(3, 2, 3, 5, dtype=torch.float64).unbind()
     y, routing = layer(x, router_input=seen, shared_input=shared)
     _, of_seen = layer(seen)
-    assert torch.equal(routing.weights_N, of_seen.weights_N)
-    assert torch.equal(routing.token_ids_N, of_seen.token_ids_N)
+    assert torch.equal(routing.assignment.weights_N, of_seen.assignment.weights_N)
+    assert torch.equal(routing.assignment.token_ids_N, of_seen.assignment.token_ids_N)
     own_routed = layer(x, router_input=seen)[0] - layer.shared(x)
     torch.testing.assert_close(y - layer.shared(shared), own_routed, rtol=0, atol=1e-12)
 
@@ -207,7 +215,7 @@ def test_evaluation_has_its_own_capacity_and_no_jitter() -> None:
     assert int(layer(x)[1].counts_E.sum()) < 44
     layer.eval()
     routing = layer(x)[1]
-    assert int(routing.counts_E.sum()) == 44
+    assert int(routing.assignment.counts_E.sum()) == 44
     torch.testing.assert_close(routing.logits_TE, x.view(-1, 5) @ layer.router.weight_ED.T)
     layer.router.options = replace(layer.router.options, eval_capacity_factor=0.2)
     assert int(layer(x)[1].counts_E.sum()) < 44

@@ -16,9 +16,11 @@ from moetrain.moe import Routing
 def assert_same_routing(routing: Routing, case: Case, tolerance: float) -> None:
     _, kept = moe_cases.expected(case)
     routing.check()
-    pairs = zip(routing.token_ids_N.tolist(), routing.expert_ids_N().tolist(), strict=True)
+    pairs = zip(
+        routing.assignment.token_ids_N.tolist(), routing.assignment.expert_ids_N().tolist(), strict=True
+    )
     assert list(pairs) == [(c.token, c.expert) for c in kept]
-    for weight, choice in zip(routing.weights_N.tolist(), kept, strict=True):
+    for weight, choice in zip(routing.assignment.weights_N.tolist(), kept, strict=True):
         assert weight == pytest.approx(float(choice.weight.detach()), rel=tolerance, abs=tolerance)
 
 
@@ -85,7 +87,7 @@ def test_fp32_grouped_path_equals_the_oracle(case: Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
     got, routing = moe_cases.actual(case, torch.float32, "torch")
     # two products forward and four backward; the grouped product takes no empty operand
-    assert len(calls) == (6 if routing.token_ids_N.numel() else 0)
+    assert len(calls) == (6 if routing.assignment.token_ids_N.numel() else 0)
     assert_same_routing(routing, case, 1e-5)
     assert_close(got, case, 1e-5)
 

@@ -28,7 +28,13 @@ def run(layer: MoELayer, x: Tensor, g: Tensor, autocast: bool) -> dict[str, Tens
         y, routing = layer(x)
     (y.to(g.dtype) * g).sum().backward()
     grads = {name: p.grad for name, p in layer.named_parameters()}
-    return {"y": y.detach(), "logits": routing.logits_TE, "weights": routing.weights_N, "x": x.grad, **grads}
+    return {
+        "y": y.detach(),
+        "logits": routing.logits_TE,
+        "weights": routing.assignment.weights_N,
+        "x": x.grad,
+        **grads,
+    }
 
 
 @pytest.mark.parametrize("backend", ["loop", "cpu", "torch"])
@@ -48,7 +54,12 @@ def test_a_bf16_model_routes_in_fp32_too(backend: str) -> None:
     layer, x, _ = make(backend)
     y, routing = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
-    assert routing.logits_TE.dtype == routing.weights_N.dtype == routing.scores_TE.dtype == torch.float32
+    assert (
+        routing.logits_TE.dtype
+        == routing.assignment.weights_N.dtype
+        == routing.scores_TE.dtype
+        == torch.float32
+    )
     want = x.to(torch.bfloat16).double().view(-1, D) @ layer.router.weight_ED.double().T
     torch.testing.assert_close(routing.logits_TE.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -65,7 +76,12 @@ def bound(layer: MoELayer, x_TD: Tensor) -> Tensor:
     y_TD = torch.zeros_like(x_TD)
     error_TD = torch.zeros_like(x_TD)
     routing = layer(x_TD[None])[1]
-    for t, e, w in zip(routing.token_ids_N, routing.expert_ids_N(), routing.weights_N.detach(), strict=True):
+    for t, e, w in zip(
+        routing.assignment.token_ids_N,
+        routing.assignment.expert_ids_N(),
+        routing.assignment.weights_N.detach(),
+        strict=True,
+    ):
         gate, value = (x_TD[t] @ up[e]).chunk(2)
         dgate, dvalue = (3 * U * (x_TD[t].abs() @ up[e].abs())).chunk(2)
         act = torch.nn.functional.silu(gate)

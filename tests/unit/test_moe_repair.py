@@ -52,7 +52,7 @@ class Case:
         return token // (self.per_group * self.ctx.seq)
 
     def capacity(self, group: int) -> int:
-        demand = sum(self.group(t) == group for t in self.wanted.token_ids_N.tolist())
+        demand = sum(self.group(t) == group for t in self.wanted.assignment.token_ids_N.tolist())
         return max(self.minimum, -(-self.tenths * demand // (10 * self.wanted.num_experts)))
 
 
@@ -94,8 +94,10 @@ def routed(logits_TE: Tensor, ctx: RouterContext, k: int, weights: str) -> Routi
 
 def pairs(routing: Routing) -> dict[tuple[int, int], float]:
     """(expert, token) -> weight."""
-    keys = zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True)
-    return dict(zip(keys, routing.weights_N.tolist(), strict=True))
+    keys = zip(
+        routing.assignment.expert_ids_N().tolist(), routing.assignment.token_ids_N.tolist(), strict=True
+    )
+    return dict(zip(keys, routing.assignment.weights_N.tolist(), strict=True))
 
 
 def by_token(routing: Routing) -> dict[int, dict[int, float]]:
@@ -132,8 +134,8 @@ def priorities(case: Case) -> dict[tuple[int, int], float]:
     if case.order is DropOrder.random:
         noise_TE = case.ctx.uniform((case.ctx.batch * case.ctx.seq, wanted.num_experts), _DROP_SALT)
         return {(e, t): float(noise_TE[t, e]) for e, t in before}
-    if case.order is DropOrder.choice and wanted.choice_N is not None:
-        return dict(zip(before, [-c for c in wanted.choice_N.tolist()], strict=True))
+    if case.order is DropOrder.choice and wanted.assignment.choice_N is not None:
+        return dict(zip(before, [-c for c in wanted.assignment.choice_N.tolist()], strict=True))
     return dict.fromkeys(before, 0.0)
 
 
@@ -226,7 +228,7 @@ def test_no_expert_exceeds_its_capacity_and_no_kept_assignment_goes(case: Case, 
     found, kept = case.repaired(rule), case.kept()
     assert all(n <= case.capacity(g) for (_, g), n in loads(case, found).items())
     assert pairs(kept).items() <= pairs(found).items()
-    assert torch.equal(found.granted_E, kept.counts_E)
+    assert torch.equal(found.granted_E, kept.assignment.counts_E)
 
 
 @quick

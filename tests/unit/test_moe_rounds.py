@@ -76,7 +76,10 @@ def test_a_split_keeps_every_assignment_within_the_bound(seq, bound, padded):
         )
     assert ends[-1] == 2 * seq
     whole = zip(
-        routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), routing.weights_N.tolist(), strict=True
+        routing.assignment.expert_ids_N().tolist(),
+        routing.assignment.token_ids_N.tolist(),
+        routing.assignment.weights_N.tolist(),
+        strict=True,
     )
     assert sorted(pairs) == sorted(whole)
 

@@ -28,10 +28,10 @@ def test_every_router_works_without_options(name: str, num_experts: int) -> None
     routing.check()
     zero = 0 if router.zero_experts is None else router.zero_experts.total
     assert routing.num_experts == router.num_experts == num_experts + zero
-    assert routing.num_ffn_experts == (num_experts if zero else None)
+    assert routing.assignment.num_ffn_experts == (num_experts if zero else None)
     assert routing.num_tokens_B.tolist() == [5, 5]
     if list(router.parameters()):
-        routing.weights_N.sum().backward()
+        routing.assignment.weights_N.sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in router.parameters())
 
 
@@ -102,7 +102,7 @@ def test_a_users_own_router_gets_capacity_and_a_layer() -> None:
     y, routing = MoELayer(
         3, 5, 4, router="first", router_options={"capacity_factor": 1.0, "min_capacity": 0}
     )(x_BSD)
-    assert routing.counts_E.tolist() == [6, 0, 0, 0]  # ceil(9 / 4) a sequence
+    assert routing.assignment.counts_E.tolist() == [6, 0, 0, 0]  # ceil(9 / 4) a sequence
     assert (y.abs().sum(-1) > 0).sum(1).tolist() == [3, 3]
     with pytest.raises(ValueError, match="router 'first' is registered already"):
         register("first", FirstOptions)(Router)

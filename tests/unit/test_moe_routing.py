@@ -35,7 +35,7 @@ def routing() -> Routing:
 def test_a_good_routing_passes() -> None:
     r = routing()
     r.check()
-    assert r.expert_ids_N().tolist() == [0, 0, 0, 2, 3]
+    assert r.assignment.expert_ids_N().tolist() == [0, 0, 0, 2, 3]
     assert (r.num_experts, int(r.num_tokens), r.demand_E.tolist()) == (4, 4, [3, 0, 1, 1])
 
 
@@ -60,20 +60,20 @@ def test_broken_invariants_are_named(change: dict[str, Tensor], message: str) ->
 def test_it_is_immutable_and_a_pytree() -> None:
     r = routing()
     with pytest.raises(FrozenInstanceError):
-        r.counts_E = r.counts_E  # type: ignore[misc]
+        r.assignment.counts_E = r.assignment.counts_E  # type: ignore[misc]
     leaves, structure = pytree.tree_flatten(r)
     again = pytree.tree_unflatten(leaves, structure)
     assert isinstance(again, Routing)
     assert all(getattr(again, f.name) is getattr(r, f.name) for f in fields(Routing))
     doubled = pytree.tree_map(lambda t: t * 2 if isinstance(t, Tensor) and t.is_floating_point() else t, r)
-    assert torch.equal(doubled.weights_N, r.weights_N * 2)
+    assert torch.equal(doubled.assignment.weights_N, r.assignment.weights_N * 2)
     assert doubled.scores_TE is None
 
 
 def test_detach_cuts_every_field_from_the_graph() -> None:
     router = build_router("topk", d_model=3, num_experts=5)
     live = router(torch.randn(6, 3), RouterContext.default(2, 3))
-    assert live.weights_N.requires_grad
+    assert live.assignment.weights_N.requires_grad
     assert live.scores_TE.requires_grad
     cut = live.detach()
     for f in fields(Routing):
@@ -156,8 +156,10 @@ def test_a_layers_worth_of_tokens_beyond_16_bits() -> None:
     ids_TK = torch.randint(7, (33_009, 1), generator=torch.Generator().manual_seed(0))
     r = from_token_choice(ids_TK, torch.arange(33_009.0)[:, None], ctx, 7)
     r.check()
-    assert torch.equal(r.weights_N.long(), r.token_ids_N)
-    assert torch.equal(ids_TK[r.token_ids_N, 0], r.expert_ids_N())
-    rows, slots_N = layout(r.token_ids_N, r.counts_E, r.counts_E.tolist(), 33_009, 32)
-    assert torch.equal(rows.ids_R[slots_N], r.token_ids_N)
+    assert torch.equal(r.assignment.weights_N.long(), r.assignment.token_ids_N)
+    assert torch.equal(ids_TK[r.assignment.token_ids_N, 0], r.assignment.expert_ids_N())
+    rows, slots_N = layout(
+        r.assignment.token_ids_N, r.assignment.counts_E, r.assignment.counts_E.tolist(), 33_009, 32
+    )
+    assert torch.equal(rows.ids_R[slots_N], r.assignment.token_ids_N)
     assert torch.equal(rows.ids_R[rows.by_source_N], torch.arange(33_009))

@@ -45,12 +45,14 @@ def route(z_TE: Tensor, **options: Any) -> Routing:
 def dense(routing: Routing) -> Tensor:
     """The weights as a [T, E] matrix, zero where an expert was not chosen."""
     g_TE = torch.zeros_like(routing.scores_TE)
-    return g_TE.index_put((routing.token_ids_N, routing.expert_ids_N()), routing.weights_N)
+    return g_TE.index_put(
+        (routing.assignment.token_ids_N, routing.assignment.expert_ids_N()), routing.assignment.weights_N
+    )
 
 
 def chosen(routing: Routing) -> Tensor:
     hits_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
-    hits_TE[routing.token_ids_N, routing.expert_ids_N()] = True
+    hits_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = True
     return hits_TE
 
 
@@ -61,9 +63,9 @@ def test_softmax_after_equals_renormalised_softmax(size: tuple[int, int, int], d
     z_TE = logits(*size)
     before = route(z_TE, top_k=k, score="softmax", renormalize=True)
     after = route(z_TE, top_k=k, score="softmax_after")
-    assert torch.equal(before.token_ids_N, after.token_ids_N)
-    assert torch.equal(before.counts_E, after.counts_E)
-    torch.testing.assert_close(before.weights_N, after.weights_N, rtol=0, atol=1e-12)
+    assert torch.equal(before.assignment.token_ids_N, after.assignment.token_ids_N)
+    assert torch.equal(before.assignment.counts_E, after.assignment.counts_E)
+    torch.testing.assert_close(before.assignment.weights_N, after.assignment.weights_N, rtol=0, atol=1e-12)
     torch.testing.assert_close(dense(after).sum(-1), torch.ones(size[0]).double(), rtol=0, atol=1e-12)
 
 
@@ -94,8 +96,8 @@ def test_weights_are_the_scores_of_the_k_best(
             if k < num_experts
             else torch.allclose(g_TE.sum(-1), g_TE.new_tensor(1.5))
         )
-    assert routing.demand_E.tolist() == routing.counts_E.tolist() == hits_TE.sum(0).tolist()
-    assert int(routing.counts_E.sum()) == k * tokens
+    assert routing.demand_E.tolist() == routing.assignment.counts_E.tolist() == hits_TE.sum(0).tolist()
+    assert int(routing.assignment.counts_E.sum()) == k * tokens
 
 
 @quick
@@ -123,8 +125,8 @@ def test_k_equal_to_e_is_the_dense_mixture(score: str, renormalize: bool) -> Non
 def test_one_renormalised_choice_gives_the_router_no_gradient_at_all(score: str, dtype: torch.dtype) -> None:
     router = build_router("topk", d_model=5, num_experts=7, top_k=1, score=score).to(dtype)
     routing = router(torch.randn(101, 5, dtype=dtype), RouterContext.default(1, 101))
-    assert (routing.weights_N == 1).all()
-    (routing.weights_N * torch.randn(101, dtype=dtype)).sum().backward()
+    assert (routing.assignment.weights_N == 1).all()
+    (routing.assignment.weights_N * torch.randn(101, dtype=dtype)).sum().backward()
     assert router.weight_ED.grad is not None  # zero, not missing: data-parallel ranks reduce it
     assert not router.weight_ED.grad.any()
     open_router = build_router("topk", d_model=5, num_experts=7, top_k=1, renormalize=False)
@@ -178,16 +180,16 @@ def test_one_constant_on_every_bias_changes_nothing(shift: float) -> None:
     z_TE, bias_E = logits(41, 12, 0), torch.arange(12) % 5 / 16
     options = {"num_groups": 4, "top_groups": 2}
     plain, moved = grouped(bias_E, z_TE, **options), grouped(bias_E + shift, z_TE, **options)
-    assert torch.equal(plain.token_ids_N, moved.token_ids_N)
-    assert torch.equal(plain.counts_E, moved.counts_E)
-    assert torch.equal(plain.weights_N, moved.weights_N)
+    assert torch.equal(plain.assignment.token_ids_N, moved.assignment.token_ids_N)
+    assert torch.equal(plain.assignment.counts_E, moved.assignment.counts_E)
+    assert torch.equal(plain.assignment.weights_N, moved.assignment.weights_N)
 
 
 def test_the_bias_chooses_but_does_not_weigh_and_has_no_gradient() -> None:
     z_TE = logits(41, 12, 1)
     pushed = grouped(torch.eye(12)[7] * 10, z_TE)
-    assert int(pushed.counts_E[7]) == 41
-    assert not torch.equal(pushed.counts_E, grouped(torch.zeros(12), z_TE).counts_E)
+    assert int(pushed.assignment.counts_E[7]) == 41
+    assert not torch.equal(pushed.assignment.counts_E, grouped(torch.zeros(12), z_TE).counts_E)
     s_TE = torch.where(chosen(pushed), torch.sigmoid(z_TE), 0.0)
     torch.testing.assert_close(dense(pushed), s_TE / s_TE.sum(-1, keepdim=True), rtol=0, atol=1e-12)
     router = identity_router(12)
@@ -230,10 +232,10 @@ def test_jitter_multiplies_the_input_within_its_bounds_in_training_only() -> Non
 def test_ties_give_a_valid_routing(score: str, num_experts: int) -> None:
     for k in {1, min(2, num_experts), num_experts}:
         routing = route(torch.zeros(13, num_experts, dtype=torch.float64), top_k=k, score=score)
-        torch.testing.assert_close(routing.weights_N, torch.full((13 * k,), 1 / k).double())
-        assert int(routing.counts_E.sum()) == 13 * k
+        torch.testing.assert_close(routing.assignment.weights_N, torch.full((13 * k,), 1 / k).double())
+        assert int(routing.assignment.counts_E.sum()) == 13 * k
         assert torch.equal(
-            routing.token_ids_N, route(torch.zeros(13, num_experts).double(), top_k=k).token_ids_N
+            routing.assignment.token_ids_N, route(torch.zeros(13, num_experts).double(), top_k=k).token_ids_N
         )
 
 
@@ -247,7 +249,7 @@ def test_minus_infinity_logits_are_chosen_last_and_weigh_nothing(score: str, k: 
     routing.check()
     g_TE = dense(routing)
     assert not g_TE[:, [1, 3]].any()
-    assert routing.counts_E[[1, 3]].sum() == 11 * max(0, k - 3)
+    assert routing.assignment.counts_E[[1, 3]].sum() == 11 * max(0, k - 3)
     torch.testing.assert_close(g_TE.sum(-1), torch.ones(11).double())
 
 

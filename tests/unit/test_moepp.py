@@ -32,8 +32,10 @@ def expected(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
     """A loop over assignments."""
     y_TD = x_TD * 0
     kinds, zero = layer.router.zero_experts, layer.zero_experts
-    for n, (t, e) in enumerate(zip(routing.token_ids_N, routing.expert_ids_N(), strict=True)):
-        x_D, weight = x_TD[t], routing.weights_N[n]
+    for n, (t, e) in enumerate(
+        zip(routing.assignment.token_ids_N, routing.assignment.expert_ids_N(), strict=True)
+    ):
+        x_D, weight = x_TD[t], routing.assignment.weights_N[n]
         index = int(e) - FFN
         if index < 0:
             gate, up = (x_D @ layer.experts.w_gate_up_EDCF[e].flatten(1)).chunk(2)
@@ -99,7 +101,7 @@ def test_a_token_of_zero_and_copy_is_scaled():
         layer.router.weight_ED[FFN:, 0] = 50.0  # the zero and the copy expert, alike
     x_BSD = torch.rand(1, 3, D, dtype=torch.float64) + 0.5
     y_BSD, routing = layer(x_BSD)
-    assert routing.counts_E.tolist() == [0] * FFN + [3, 3]
+    assert routing.assignment.counts_E.tolist() == [0] * FFN + [3, 3]
     torch.testing.assert_close(y_BSD, x_BSD / 2)
 
 
@@ -135,7 +137,7 @@ def test_the_balance_loss_charges_tau_for_experts_without_a_network():
     ctx = RouterContext.default(2, 23)
     routing = router(torch.randn(46, D, dtype=torch.float64), ctx)
     p_TE = routing.scores_TE
-    f_E = routing.counts_E / routing.counts_E.sum()
+    f_E = routing.assignment.counts_E / routing.assignment.counts_E.sum()
     eta_E = torch.tensor([1.0] * FFN + [0.5] * 4, dtype=torch.float64)
     found = balance_loss(routing, "switch", "micro", StepTotals(46))
     torch.testing.assert_close(found, (FFN + 4) * (eta_E * f_E * p_TE.mean(0)).sum())

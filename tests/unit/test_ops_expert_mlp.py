@@ -39,7 +39,13 @@ def rows_of(counts: list[int], num_source: int, block: int, seed: int = 0) -> Ro
         token_ids_N, torch.ones(len(token_ids_N)), counts_E, torch.tensor([num_source]), counts_E[None]
     )
     routing.check()
-    return layout(routing.token_ids_N, routing.counts_E, routing.counts_E.tolist(), num_source, block)[0]
+    return layout(
+        routing.assignment.token_ids_N,
+        routing.assignment.counts_E,
+        routing.assignment.counts_E.tolist(),
+        num_source,
+        block,
+    )[0]
 
 
 def operands(
@@ -183,7 +189,13 @@ def test_layout_of_a_worked_example() -> None:
     routing = Routing(
         torch.tensor([0, 1, 3, 0, 2]), torch.ones(5), counts_E, torch.tensor([5]), counts_E[None]
     )
-    rows, slots_N = layout(routing.token_ids_N, routing.counts_E, routing.counts_E.tolist(), 5, 4)
+    rows, slots_N = layout(
+        routing.assignment.token_ids_N,
+        routing.assignment.counts_E,
+        routing.assignment.counts_E.tolist(),
+        5,
+        4,
+    )
     assert rows.ids_R.tolist() == [0, 1, 3, -1, 0, 2, -1, -1]
     assert (list(rows.useful), list(rows.aligned)) == ([3, 0, 2], [4, 0, 4])
     assert slots_N.tolist() == [0, 1, 2, 4, 5]

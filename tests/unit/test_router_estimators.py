@@ -50,10 +50,10 @@ def expected_gradient(router: torch.nn.Module, f: Callable[[Tensor], Tensor], co
     for drawn, heads in itertools.product(range(E), (True, False)):
         z_1E = Z_E.clone()[None].requires_grad_()
         routing = router(z_1E, Forced(drawn, heads))
-        assert routing.expert_ids_N().tolist() == [drawn]
-        h = routing.weights_N[0] * V_E[drawn]
-        if routing.forward_scale_N is not None:
-            h = h + (h * (routing.forward_scale_N[0] - 1)).detach()
+        assert routing.assignment.expert_ids_N().tolist() == [drawn]
+        h = routing.assignment.weights_N[0] * V_E[drawn]
+        if routing.assignment.forward_scale_N is not None:
+            h = h + (h * (routing.assignment.forward_scale_N[0] - 1)).detach()
         f(h).backward()
         p = float(routing.scores_TE.detach()[0, drawn])
         if getattr(router.options, "corrected", False):
@@ -134,10 +134,10 @@ def test_the_forward_is_whole_or_a_third_and_experts_keep_their_gradient(correct
     p_E = torch.softmax(Z_E / temperature, -1)
     for drawn, heads in itertools.product(range(E), (True, False)):
         routing = router(Z_E[None].clone(), Forced(drawn, heads))
-        value = (routing.weights_N[0] * routing.forward_scale_N[0]).item()
+        value = (routing.assignment.weights_N[0] * routing.assignment.forward_scale_N[0]).item()
         share = 1.0 if heads or drawn == int(Z_E.argmax()) else 1 / 3
         assert value == pytest.approx(share * float(p_E[drawn]), abs=1e-12)
-        assert routing.weights_N[0].item() == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
+        assert routing.assignment.weights_N[0].item() == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
 
 
 def test_draws_are_without_replacement_and_follow_the_probabilities():
@@ -148,7 +148,10 @@ def test_draws_are_without_replacement_and_follow_the_probabilities():
     ctx = RouterContext.default(1, tokens)
     routing = router(Z_E.expand(tokens, E), ctx)
     routing.check()
-    first_E = torch.bincount(routing.expert_ids_N()[routing.choice_N == 0], minlength=E) / tokens
+    first_E = (
+        torch.bincount(routing.assignment.expert_ids_N()[routing.assignment.choice_N == 0], minlength=E)
+        / tokens
+    )
     p_E = torch.softmax(Z_E, -1)
     assert (first_E - p_E).abs().max() < 5 * (0.25 / tokens) ** 0.5
 
@@ -159,7 +162,7 @@ def test_experts_far_below_the_best_are_never_drawn():
         z_1E = torch.tensor([[1.0, 0.99, -1.0, 0.2]], dtype=torch.float64)
         ctx = RouterContext.default(1, 500)
         routing = router(z_1E.expand(500, E), ctx)
-        chosen = set(routing.expert_ids_N()[routing.choice_N == 0].tolist())
+        chosen = set(routing.assignment.expert_ids_N()[routing.assignment.choice_N == 0].tolist())
         assert chosen == {0, 1}
 
 
@@ -167,8 +170,8 @@ def test_experts_far_below_the_best_are_never_drawn():
 def test_evaluation_is_deterministic_and_keeps_the_masked_weight(name):
     router = build(name).eval()
     routing = router(Z_E[None].clone(), Forced(1, False))
-    assert routing.expert_ids_N()[routing.choice_N == 0].tolist() == [2]
-    first = routing.weights_N[routing.choice_N == 0]
+    assert routing.assignment.expert_ids_N()[routing.assignment.choice_N == 0].tolist() == [2]
+    first = routing.assignment.weights_N[routing.assignment.choice_N == 0]
     torch.testing.assert_close(first, torch.softmax(Z_E, -1)[2:3])
 
 
@@ -176,8 +179,8 @@ def test_straight_through_is_constant_forward_and_dense_backward():
     router = build("straight_through", top_k=2)
     z_1E = Z_E[None].clone().requires_grad_()
     routing = router(z_1E, RouterContext.default(1, 1))
-    assert routing.weights_N.tolist() == [0.5, 0.5]
-    (routing.weights_N * torch.tensor([2.0, 3.0])).sum().backward()
+    assert routing.assignment.weights_N.tolist() == [0.5, 0.5]
+    (routing.assignment.weights_N * torch.tensor([2.0, 3.0])).sum().backward()
     z_E = Z_E.clone().requires_grad_()
     (2.0 * torch.softmax(z_E, -1)[0] + 3.0 * torch.softmax(z_E, -1)[2]).backward()
     torch.testing.assert_close(z_1E.grad[0], z_E.grad)

@@ -101,8 +101,10 @@ def test_a_loss_is_of_what_the_routings_carry(base: TrainConfig, name: str, loss
 def test_no_token_takes_more_than_the_router_says(name: str, training: bool) -> None:
     layer = MoELayer(D, 3, E, router=name).train(training)
     routing = routed(layer.router)
-    ours_N = routing.expert_ids_N() < E  # others are without a network
-    assert int(torch.bincount(routing.token_ids_N[ours_N], minlength=T).max()) <= experts_per_token(layer)
+    ours_N = routing.assignment.expert_ids_N() < E  # others are without a network
+    assert int(
+        torch.bincount(routing.assignment.token_ids_N[ours_N], minlength=T).max()
+    ) <= experts_per_token(layer)
 
 
 @pytest.mark.parametrize("name", ["hash", "random"])

@@ -39,7 +39,7 @@ def experts_of(router: Router, ids: list[int]) -> list[int]:
     ctx = RouterContext(1, len(ids), torch.arange(1), torch.tensor(ids, dtype=torch.int64))
     routing = router(torch.zeros(len(ids), 3), ctx)
     routing.check()
-    return routing.expert_ids_N()[routing.token_ids_N.argsort()].tolist()
+    return routing.assignment.expert_ids_N()[routing.assignment.token_ids_N.argsort()].tolist()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -69,11 +69,11 @@ def test_invariants(name, batch, seq, num_experts, kind, padded, training, seed)
     ctx = context(batch, seq, seed, padded)
     routing = router(x_TD, ctx)
     routing.check()
-    assert routing.counts_E.equal(routing.demand_E)  # dropless without options
+    assert routing.assignment.counts_E.equal(routing.demand_E)  # dropless without options
     assert routing.num_tokens == (ctx.valid_T.sum() if padded else batch * seq)
-    assert routing.weights_N.dtype is torch.float64
-    if routing.weights_N.requires_grad:
-        routing.weights_N.sum().backward()
+    assert routing.assignment.weights_N.dtype is torch.float64
+    if routing.assignment.weights_N.requires_grad:
+        routing.assignment.weights_N.sum().backward()
         for key, parameter in router.named_parameters():
             assert parameter.grad is None or parameter.grad.isfinite().all(), key
     assert all(router.state_dict()[key].equal(value) for key, value in state.items())
@@ -111,19 +111,21 @@ def test_a_sequence_is_routed_alike_in_any_batch(name):
             1, 11, whole_ctx.sample_ids_B[b : b + 1], whole_ctx.token_ids_T[rows], whole_ctx.valid_T[rows], 5
         )
         alone = router(x_BSD[b], ctx)
-        mine = torch.nonzero(whole.token_ids_N // 11 == b).squeeze(1)
-        assert alone.token_ids_N.equal(whole.token_ids_N[mine] - 11 * b)
-        assert alone.expert_ids_N().equal(whole.expert_ids_N()[mine])
+        mine = torch.nonzero(whole.assignment.token_ids_N // 11 == b).squeeze(1)
+        assert alone.assignment.token_ids_N.equal(whole.assignment.token_ids_N[mine] - 11 * b)
+        assert alone.assignment.expert_ids_N().equal(whole.assignment.expert_ids_N()[mine])
         # Another number of rows may take another kernel: logits are sums of five products below 8 in sum, so
         # they differ by at most 2 * 5 * 8 * 2^-53, and no router makes more of a difference of its logits.
-        assert torch.allclose(alone.weights_N, whole.weights_N[mine], rtol=0, atol=1e-14)
+        assert torch.allclose(
+            alone.assignment.weights_N, whole.assignment.weights_N[mine], rtol=0, atol=1e-14
+        )
 
 
 def through_weights(router: Router, ctx: RouterContext, names: tuple[str, ...], *values: Tensor) -> Tensor:
     x_TD, *parameters = values
     state = dict(zip(names, parameters, strict=True))
     routing: Routing = torch.func.functional_call(router, state, (x_TD, ctx))
-    return routing.weights_N
+    return routing.assignment.weights_N
 
 
 NOT_CHECKED = ("dynmoe", "hash", "random", "sparsemixer", "sparsemixer2", "straight_through")

@@ -57,9 +57,11 @@ def layers(name: str) -> list[tuple[dict[str, object], MoELayer]]:
 
 def well_formed(routing: Routing) -> bool:
     """Whatever the weights: every assignment is of a token and an expert that exist, and counted."""
-    tokens_N = routing.token_ids_N
+    tokens_N = routing.assignment.token_ids_N
     inside = bool(((tokens_N >= 0) & (tokens_N < B * S)).all())
-    return inside and int(routing.counts_E.sum()) == len(tokens_N) == len(routing.weights_N)
+    return inside and int(routing.assignment.counts_E.sum()) == len(tokens_N) == len(
+        routing.assignment.weights_N
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

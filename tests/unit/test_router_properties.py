@@ -33,14 +33,16 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def dense_weights(routing: Routing, tokens: int) -> Tensor:
     """[T, E], zero where nothing is assigned."""
-    weights_TE = torch.zeros(tokens, routing.num_experts, dtype=routing.weights_N.dtype)
-    weights_TE[routing.token_ids_N, routing.expert_ids_N()] = routing.weights_N.detach()
+    weights_TE = torch.zeros(tokens, routing.num_experts, dtype=routing.assignment.weights_N.dtype)
+    weights_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = (
+        routing.assignment.weights_N.detach()
+    )
     return weights_TE
 
 
 def chosen(routing: Routing, tokens: int) -> Tensor:
     mask_TE = torch.zeros(tokens, routing.num_experts, dtype=torch.bool)
-    mask_TE[routing.token_ids_N, routing.expert_ids_N()] = True
+    mask_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = True
     return mask_TE
 
 
@@ -89,7 +91,7 @@ def test_switch_drops_the_last_over_capacity():
     z_TE = torch.zeros(9, 3, dtype=torch.float64)
     z_TE[:, 1] = 50.0
     routing = router(z_TE, RouterContext.default(1, 9))
-    assert routing.token_ids_N.tolist() == [0, 1, 2]
+    assert routing.assignment.token_ids_N.tolist() == [0, 1, 2]
     assert routing.demand_E.tolist() == [0, 9, 0]
 
 
@@ -101,7 +103,9 @@ def test_batch_prioritized_keeps_the_tokens_with_the_highest_score():
     z_TE = torch.tensor([[1.0, 0.9, -9.0], [5.0, 1.0, -9.0], [0.0, 2.0, -9.0]], dtype=torch.float64)
     routing = router(z_TE, RouterContext.default(1, 3))
     assert routing.demand_E.tolist() == [3, 3, 0]
-    pairs = set(zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True))
+    pairs = set(
+        zip(routing.assignment.expert_ids_N().tolist(), routing.assignment.token_ids_N.tolist(), strict=True)
+    )
     assert pairs == {(0, 1), (1, 1)}
 
 
@@ -113,26 +117,31 @@ def test_gshard_keeps_the_second_by_chance():
     routing = router(z_E.expand(tokens, 3), RouterContext.default(1, tokens))
     p_E = z_E.softmax(-1)
     g1, g2 = (p_E[:2] / p_E[:2].sum()).tolist()
-    kept = routing.counts_E[1].item() / tokens
+    kept = routing.assignment.counts_E[1].item() / tokens
     assert abs(kept - 2 * g2) < 5 * math.sqrt(2 * g2 * (1 - 2 * g2) / tokens)
-    assert routing.counts_E.tolist()[0] == tokens
-    assert routing.counts_E[2] == 0
-    for weights_T, wanted in ((routing.weights_N[:tokens], g1), (routing.weights_N[tokens:], g2)):
+    assert routing.assignment.counts_E.tolist()[0] == tokens
+    assert routing.assignment.counts_E[2] == 0
+    for weights_T, wanted in (
+        (routing.assignment.weights_N[:tokens], g1),
+        (routing.assignment.weights_N[tokens:], g2),
+    ):
         torch.testing.assert_close(weights_T, torch.full_like(weights_T, wanted), rtol=1e-12, atol=0)
     everyone = router.eval()(z_E.expand(tokens, 3), RouterContext.default(1, tokens))
-    assert everyone.counts_E.tolist() == [tokens, tokens, 0]
+    assert everyone.assignment.counts_E.tolist() == [tokens, tokens, 0]
 
 
 def test_gshard_drops_no_first_choice_before_a_second():
     router = looking_at_logits("gshard", 2, second="all", capacity_factor=1.0, min_capacity=1)
     z_TE = torch.tensor([[0.1, 0.0]] * 3 + [[0.0, 0.1]] * 5, dtype=torch.float64)
     routing = router(z_TE, RouterContext.default(1, 8))
-    pairs = set(zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True))
+    pairs = set(
+        zip(routing.assignment.expert_ids_N().tolist(), routing.assignment.token_ids_N.tolist(), strict=True)
+    )
     assert pairs >= {(0, 0), (0, 1), (0, 2), *((1, t) for t in range(3, 8))}
-    assert routing.counts_E.tolist() == [8, 8]
+    assert routing.assignment.counts_E.tolist() == [8, 8]
     tight = looking_at_logits("gshard", 2, second="all", capacity_factor=0.5, min_capacity=1)
     routing = tight(z_TE, RouterContext.default(1, 8))
-    assert routing.token_ids_N.tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert routing.assignment.token_ids_N.tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
 def test_gshard_sampling_draws_the_second_by_its_probability():
@@ -141,7 +150,7 @@ def test_gshard_sampling_draws_the_second_by_its_probability():
     router = looking_at_logits("gshard", 4, second="sampling")
     routing = router(z_E.expand(tokens, 4), RouterContext.default(1, tokens))
     share_E = z_E[1:].softmax(-1)
-    found_E = routing.counts_E[1:] / tokens
+    found_E = routing.assignment.counts_E[1:] / tokens
     assert (found_E - share_E).abs().max() < 5 * 0.5 / math.sqrt(tokens)
 
 
@@ -149,8 +158,8 @@ def test_noisy_top_k_without_noise_is_softmax_over_the_chosen():
     z_TE = normal(1, 13, 5)
     noisy = looking_at_logits("noisy_topk", 5, top_k=3).eval()(z_TE, RouterContext.default(1, 13))
     plain = looking_at_logits("topk", 5, top_k=3, score="softmax_after")(z_TE, RouterContext.default(1, 13))
-    assert torch.equal(noisy.token_ids_N, plain.token_ids_N)
-    assert torch.equal(noisy.weights_N, plain.weights_N)
+    assert torch.equal(noisy.assignment.token_ids_N, plain.assignment.token_ids_N)
+    assert torch.equal(noisy.assignment.weights_N, plain.assignment.weights_N)
     assert noisy.load_TE is None
 
 
@@ -179,7 +188,7 @@ def test_sigmoid_is_top_k_of_sigmoids_and_ignores_a_constant_bias():
     plain = router(z_TE, RouterContext.default(1, 17))
     assert torch.equal(chosen(plain, 17).nonzero()[:, 1].view(17, 2), z_TE.topk(2).indices.sort().values)
     router.bias_E += 3.0
-    assert torch.equal(router(z_TE, RouterContext.default(1, 17)).weights_N, plain.weights_N)
+    assert torch.equal(router(z_TE, RouterContext.default(1, 17)).weights_N, plain.assignment.weights_N)
 
 
 @given(SEEDS, st.sampled_from([(6, 2, 2), (9, 3, 3), (10, 4, 2), (7, 7, 7), (5, 3, 1)]))
@@ -193,7 +202,7 @@ def test_grouped_takes_as_many_from_each_group(seed, shape):
     assert (mask_TMe.sum(-1) == k // groups).all()
     lowest_TM = z_TE.unflatten(1, (groups, -1)).where(mask_TMe, torch.inf).amin(-1)
     assert (z_TE.unflatten(1, (groups, -1)).where(~mask_TMe, -torch.inf).amax(-1) <= lowest_TM).all()
-    device_load_M = routing.counts_E.view(groups, -1).sum(1)
+    device_load_M = routing.assignment.counts_E.view(groups, -1).sum(1)
     assert device_load_M.unique().numel() == 1
     assert torch.equal(dense_weights(routing, 23), z_TE.softmax(-1).where(chosen(routing, 23), 0))
 
@@ -216,7 +225,7 @@ def test_hash_is_a_function_of_the_id_and_even():
     ctx = replace(RouterContext.default(1, 40_000), token_ids_T=ids_T)
     routing = router(torch.zeros(40_000, 3), ctx)
     assert not list(router.parameters())
-    assert (routing.counts_E - 10_000).abs().max() < 5 * math.sqrt(40_000 * 0.25 * 0.75)
+    assert (routing.assignment.counts_E - 10_000).abs().max() < 5 * math.sqrt(40_000 * 0.25 * 0.75)
     again = router(
         torch.ones(4, 3),
         replace(RouterContext.default(2, 2), token_ids_T=torch.tensor([9, 7, 9, 39_999]), step=5),
@@ -224,7 +233,7 @@ def test_hash_is_a_function_of_the_id_and_even():
     mask = chosen(routing, 40_000)
     assert torch.equal(chosen(again, 4), mask[[9, 7, 9, 39_999]])
     other = build_router("hash", d_model=3, num_experts=8, salt=1)(torch.zeros(40_000, 3), ctx)
-    assert not torch.equal(other.token_ids_N, routing.token_ids_N)
+    assert not torch.equal(other.assignment.token_ids_N, routing.assignment.token_ids_N)
     with pytest.raises(ValueError, match="token_ids_T"):
         router(torch.zeros(4, 3), RouterContext.default(2, 2))
 
@@ -237,7 +246,7 @@ def test_dense_training_is_the_whole_mixture_and_evaluation_its_best_part():
     assert torch.equal(dense_weights(training, 9), z_TE.softmax(-1))
     assert torch.equal(dense_weights(router.eval()(z_TE, ctx), 9), z_TE.softmax(-1))
     sparse = looking_at_logits("dense", 5, eval_top_k=2).eval()(z_TE, ctx)
-    assert sparse.counts_E.sum() == 18
+    assert sparse.assignment.counts_E.sum() == 18
 
 
 @pytest.mark.parametrize("zipf", [0.0, 1.0])
@@ -245,7 +254,7 @@ def test_random_follows_its_distribution(zipf):
     router = build_router("random", d_model=3, num_experts=5, top_k=1, zipf=zipf)
     routing = router(torch.zeros(20_000, 3), RouterContext.default(2, 10_000))
     wanted_E = 1 / torch.arange(1, 6).double() ** zipf
-    found_E = routing.counts_E / 20_000
+    found_E = routing.assignment.counts_E / 20_000
     assert (found_E - wanted_E / wanted_E.sum()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
 
 
@@ -261,7 +270,7 @@ def test_adaptive_adds_the_second_where_the_first_is_unsure(seed, margin):
     routing = looking_at_logits("adaptive", 4, margin=margin)(z_TE, RouterContext.default(1, 29))
     best_T2 = z_TE.softmax(-1).topk(2).values
     unsure = int((best_T2[:, 0] - best_T2[:, 1] <= margin).sum())
-    assert routing.counts_E.sum() == 29 + unsure
+    assert routing.assignment.counts_E.sum() == 29 + unsure
     assert unsure == {-1.0: 0, 1.0: 29}.get(margin, unsure)
 
 
@@ -288,7 +297,9 @@ def test_sigma_drops_whole_experts_of_a_sequence():
     gone = [set(range(16)) - set(row.nonzero().flatten().tolist()) for row in routing.demand_BE]
     assert 0.3 < sum(map(len, gone)) / (12 * 16) < 0.5
     assert len({frozenset(g) for g in gone}) > 6
-    assert_sigmoids(routing.weights_N, z_TE[routing.token_ids_N, routing.expert_ids_N()])
+    assert_sigmoids(
+        routing.assignment.weights_N, z_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()]
+    )
     assert (router.eval()(z_TE, RouterContext.default(12, 40)).demand_BE > 0).all()
 
 
@@ -337,10 +348,12 @@ def test_expert_choice_equals_brute_force(seed, share, padded):
         tokens = [t for t in range(b * seq, (b + 1) * seq) if valid_T[t]]
         c = math.ceil(len(tokens) * share / num_experts)
         wanted |= {(e, t) for t in sorted(tokens, key=lambda t, e=e: (-p_TE[t, e], t))[:c]}
-    found = set(zip(routing.expert_ids_N().tolist(), routing.token_ids_N.tolist(), strict=True))
+    found = set(
+        zip(routing.assignment.expert_ids_N().tolist(), routing.assignment.token_ids_N.tolist(), strict=True)
+    )
     assert found == wanted
     counts = [math.ceil(int(v.sum()) * share / num_experts) for v in valid_T.view(batch, seq)]
-    assert routing.counts_E.tolist() == [sum(counts)] * num_experts
+    assert routing.assignment.counts_E.tolist() == [sum(counts)] * num_experts
 
 
 @given(SEEDS, st.integers(1, 3))
@@ -382,7 +395,7 @@ def test_the_threshold_learns_to_take_as_many_tokens():
         router.after_step(routing.stats)
     fresh = router.eval()(normal(999, 100 * 64, 4), RouterContext.default(100, 64))
     assert fresh.stats is None
-    assert fresh.counts_E.double().div(6400).tolist() == pytest.approx([0.5] * 4, abs=0.03)
+    assert fresh.assignment.counts_E.double().div(6400).tolist() == pytest.approx([0.5] * 4, abs=0.03)
 
 
 @pytest.mark.parametrize("solver", ["exact", "auction"])
@@ -403,8 +416,8 @@ def test_base_gives_every_expert_the_same(solver, seed, lengths, num_experts):
     for row_E, n in zip(routing.demand_BE, lengths, strict=True):
         assert row_E.sum() == n
         assert row_E.max() - row_E.min() <= 1
-    finite = z_TE[routing.token_ids_N, routing.expert_ids_N()]
-    assert_sigmoids(routing.weights_N, finite)
+    finite = z_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()]
+    assert_sigmoids(routing.assignment.weights_N, finite)
 
 
 def test_base_in_evaluation_is_the_best_expert():
@@ -421,7 +434,7 @@ def test_base_groups_by_several_sequences():
     assert one.demand_BE.tolist() == [[1] * 4] * 2
     both = looking_at_logits("base", 4, group="2")(z_TE, RouterContext.default(2, 4))
     assert both.demand_BE.tolist() != one.demand_BE.tolist()
-    assert both.counts_E.tolist() == [2] * 4
+    assert both.assignment.counts_E.tolist() == [2] * 4
 
 
 def test_sinkhorn_balances_what_top_k_does_not():
@@ -429,6 +442,9 @@ def test_sinkhorn_balances_what_top_k_does_not():
     ctx = RouterContext.default(2, 128)
     router = looking_at_logits("sinkhorn", 8, top_k=1)
     balanced, plain = router(z_TE, ctx), looking_at_logits("sinkhorn", 8, top_k=1).eval()(z_TE, ctx)
-    assert torch.equal(plain.counts_E, torch.bincount(z_TE.argmax(-1), minlength=8))
-    assert balanced.counts_E.double().var() < 0.1 * plain.counts_E.double().var()
-    assert_sigmoids(balanced.weights_N, z_TE[balanced.token_ids_N, balanced.expert_ids_N()])
+    assert torch.equal(plain.assignment.counts_E, torch.bincount(z_TE.argmax(-1), minlength=8))
+    assert balanced.assignment.counts_E.double().var() < 0.1 * plain.assignment.counts_E.double().var()
+    assert_sigmoids(
+        balanced.assignment.weights_N,
+        z_TE[balanced.assignment.token_ids_N, balanced.assignment.expert_ids_N()],
+    )

@@ -102,9 +102,9 @@ def test_every_router_with_scores(name: str, rule: str) -> None:
         for x_TD in (normal(0, 21, 4), 0 * normal(0, 21, 4), 1e4 * normal(0, 21, 4)):
             routing = router.train(training)(x_TD, ctx)
             routing.check()
-            if routing.weights_N.requires_grad:
+            if routing.assignment.weights_N.requires_grad:
                 router.zero_grad()
-                routing.weights_N.sum().backward()
+                routing.assignment.weights_N.sum().backward()
                 assert all(p.grad is None or p.grad.isfinite().all() for p in router.parameters())
 
 
@@ -116,7 +116,7 @@ def test_evaluation_without_capacity_has_nothing_to_repair() -> None:
     assert layer(x_BSD)[1].repaired_E is not None
     routing = layer.eval()(x_BSD)[1]
     assert routing.repaired_E is None
-    assert routing.counts_E.equal(routing.demand_E)
+    assert routing.assignment.counts_E.equal(routing.demand_E)
 
 
 def test_a_layer_computes_what_was_repaired() -> None:
@@ -127,7 +127,7 @@ def test_a_layer_computes_what_was_repaired() -> None:
         layer.router.weight_ED.copy_(torch.tensor([[1.0] * 3, [2.0] * 3, [0.0] * 3]))
     x_BSD = normal(1, 1, 9, 3).abs() + 0.1
     y_BSD, routing = layer(x_BSD)
-    assert routing.token_ids_N.tolist() == [3, 4, 5, 0, 1, 2, 6, 7, 8]
+    assert routing.assignment.token_ids_N.tolist() == [3, 4, 5, 0, 1, 2, 6, 7, 8]
     assert routing.demand_E.tolist() == [0, 9, 0]
     assert routing.repaired_E.tolist() == [3, 0, 3]
     assert y_BSD.any(-1).all()
@@ -143,7 +143,7 @@ def test_the_group_bounds_the_repair() -> None:
         limits = (1.0, 0, DropOrder.position, group)
         kept = apply_capacity(wanted, ctx, *limits)
         found = repair_overflow(wanted, kept, ctx, Repair.next_expert, *limits)
-        assert found.token_ids_N.view(2, 4).tolist() == want
+        assert found.assignment.token_ids_N.view(2, 4).tolist() == want
 
 
 # gradients
@@ -166,10 +166,14 @@ def test_the_normaliser_of_local_is_a_constant_backward() -> None:
     kept = apply_capacity(wanted, ctx, *LIMITS)
     found = repaired(wanted, ctx, "local")
     assert int(found.repaired_E.sum()) >= 3
-    kept_by = [kept.expert_ids_N()[kept.token_ids_N == t].tolist() for t in range(tokens)]
+    kept_by = [
+        kept.assignment.expert_ids_N()[kept.assignment.token_ids_N == t].tolist() for t in range(tokens)
+    ]
     assert {len(row) for row in kept_by} == {0, 1, 2}
     weights = []
-    for t, e in zip(found.token_ids_N.tolist(), found.expert_ids_N().tolist(), strict=True):
+    for t, e in zip(
+        found.assignment.token_ids_N.tolist(), found.assignment.expert_ids_N().tolist(), strict=True
+    ):
         s_E, row = logits_TE[t].softmax(-1), kept_by[t]
         if len(row) == 2:
             weights.append(s_E[e] / s_E[row].sum())
@@ -178,11 +182,11 @@ def test_the_normaliser_of_local_is_a_constant_backward() -> None:
         best = int(s_E.argmax())
         number[best] = number.get(best, 0) + 2 - len(row)
         weights.append(number[e] * s_E[e] / sum(n * s_E[j] for j, n in number.items()).detach())
-    torch.testing.assert_close(found.weights_N, torch.stack(weights))
-    torch.testing.assert_close(kept.weights_N.new_zeros(14).index_add(0, found.token_ids_N, found.weights_N),
+    torch.testing.assert_close(found.assignment.weights_N, torch.stack(weights))
+    torch.testing.assert_close(kept.assignment.weights_N.new_zeros(14).index_add(0, found.assignment.token_ids_N, found.assignment.weights_N),
                                torch.ones(14, dtype=torch.float64))  # fmt: skip
     out_N = normal(4, len(weights))
-    (got,) = torch.autograd.grad((found.weights_N * out_N).sum(), logits_TE, retain_graph=True)
+    (got,) = torch.autograd.grad((found.assignment.weights_N * out_N).sum(), logits_TE, retain_graph=True)
     (want,) = torch.autograd.grad((torch.stack(weights) * out_N).sum(), logits_TE)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -195,10 +199,10 @@ def test_a_score_that_hardly_is_one_has_a_finite_gradient(rule: str) -> None:
     weights_TK = torch.ones(5, 1, dtype=torch.float64)
     wanted = from_token_choice(torch.zeros(5, 1).long(), weights_TK, ctx, 3, scores_TE)
     found = repaired(wanted, ctx, rule)
-    assert len(found.token_ids_N) > 1
-    (slope_TE,) = torch.autograd.grad(found.weights_N.sum(), scores_TE, allow_unused=True)
+    assert len(found.assignment.token_ids_N) > 1
+    (slope_TE,) = torch.autograd.grad(found.assignment.weights_N.sum(), scores_TE, allow_unused=True)
     assert slope_TE is None or slope_TE.isfinite().all()
-    assert found.weights_N.isfinite().all()
+    assert found.assignment.weights_N.isfinite().all()
 
 
 # ranks, forward scales, balance, metrics
@@ -218,7 +222,10 @@ def test_ranks_and_forward_scales_follow(rule: str) -> None:
         """(rank, scale) of each token's assignments."""
         found: list[set[tuple[int, float]]] = [set() for _ in range(14)]
         for t, *both in zip(
-            r.token_ids_N.tolist(), r.choice_N.tolist(), r.forward_scale_N.tolist(), strict=True
+            r.assignment.token_ids_N.tolist(),
+            r.assignment.choice_N.tolist(),
+            r.assignment.forward_scale_N.tolist(),
+            strict=True,
         ):
             found[t].add((both[0], both[1]))
         return found
@@ -258,11 +265,11 @@ def test_the_drop_rate_is_what_capacity_refused(rule: str) -> None:
     stats = RoutingStats()
     stats.add({0: found})
     row = stats.reduce().metrics()
-    lost = 28 - len(kept.token_ids_N)
+    lost = 28 - len(kept.assignment.token_ids_N)
     assert lost > 0
     assert row["moe/0/drop_rate"] == pytest.approx(lost / 28)
-    assert row["moe/0/experts_per_token"] == pytest.approx(len(found.token_ids_N) / 14)
-    assert len(found.token_ids_N) > len(kept.token_ids_N)
+    assert row["moe/0/experts_per_token"] == pytest.approx(len(found.assignment.token_ids_N) / 14)
+    assert len(found.assignment.token_ids_N) > len(kept.assignment.token_ids_N)
 
 
 def test_broken_repairs_are_named() -> None:
@@ -273,7 +280,7 @@ def test_broken_repairs_are_named() -> None:
     with pytest.raises(ValueError, match="fewer repaired assignments than 0"):
         replace(found, repaired_E=-found.repaired_E, demand_BE=found.demand_BE + 9).check()
     with pytest.raises(ValueError, match="fewer repaired assignments than 0, or more"):
-        replace(found, repaired_E=found.counts_E + 1).check()
+        replace(found, repaired_E=found.assignment.counts_E + 1).check()
 
 
 def test_a_tokens_first_choice_takes_its_best_next() -> None:
@@ -285,6 +292,12 @@ def test_a_tokens_first_choice_takes_its_best_next() -> None:
     limits = (0.6, 0, DropOrder.choice, "sequence")  # one place an expert
     kept = apply_capacity(wanted, ctx, *limits)
     found = repair_overflow(wanted, kept, ctx, Repair.next_expert, *limits)
-    mine_N = found.token_ids_N == 2
-    ranks = dict(zip(found.expert_ids_N()[mine_N].tolist(), found.choice_N[mine_N].tolist(), strict=True))
+    mine_N = found.assignment.token_ids_N == 2
+    ranks = dict(
+        zip(
+            found.assignment.expert_ids_N()[mine_N].tolist(),
+            found.assignment.choice_N[mine_N].tolist(),
+            strict=True,
+        )
+    )
     assert ranks == {2: 0}

@@ -67,11 +67,12 @@ class Broken(TopKRouter):
         if self.fault == "more experts":
             self.top_k = 1
         if self.fault == "unsorted":
-            return replace(routing, token_ids_N=routing.token_ids_N.flip(0))
+            return replace(routing, token_ids_N=routing.assignment.token_ids_N.flip(0))
         if self.fault == "infinite gradient":
             return replace(
                 routing,
-                weights_N=routing.weights_N + (0 * self.logits(x_TD).sum(-1)).sqrt()[routing.token_ids_N],
+                weights_N=routing.assignment.weights_N
+                + (0 * self.logits(x_TD).sum(-1)).sqrt()[routing.assignment.token_ids_N],
             )
         return routing
 

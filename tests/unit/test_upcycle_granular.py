@@ -122,7 +122,7 @@ def test_tokens_choose_whole_groups_even_where_all_scores_tie(
     x_BSD[0, :5] = 0
     _, routing = layer(x_BSD)
     chosen_TE = torch.zeros(33, groups * slices)
-    chosen_TE[routing.token_ids_N, routing.expert_ids_N()] = 1
+    chosen_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = 1
     per_group = chosen_TE.view(33, groups, slices).sum(-1)
     assert set(per_group.unique().tolist()) <= {0.0, float(slices)}
     assert (per_group > 0).sum(-1).eq(copies).all()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.moe.balance.options import NoOptions, Opts
 from moetrain.moe.routers import Router
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 SCOPES = ("micro", "sequence", "global_batch", "running")
 
@@ -44,7 +44,7 @@ class Seen(Generic[Opts]):
         return self.ahead
 
 
-Value = Callable[[Routing, Seen[Opts]], Tensor]
+Value = Callable[[RoutingRecord, Seen[Opts]], Tensor]
 V = TypeVar("V", bound=Callable[..., Tensor])
 
 
@@ -72,7 +72,7 @@ class LossSpec(Generic[Opts]):
     value: Value[Opts]
     options: type[Opts]
     scopes: tuple[str, ...]
-    ahead: Callable[[Routing, Opts], Tensor] | None
+    ahead: Callable[[RoutingRecord, Opts], Tensor] | None
     refuses: Callable[[Router], str | None]
     at_balance: str
     what: str
@@ -86,7 +86,7 @@ def register_loss(
     *,
     options: type[Any] = NoOptions,
     scopes: tuple[str, ...] = (),
-    ahead: Callable[[Routing, Any], Tensor] | None = None,
+    ahead: Callable[[RoutingRecord, Any], Tensor] | None = None,
     refuses: Callable[[Router], str | None] = without_scores,
     at_balance: str = "-",
     what: str = "",
@@ -109,7 +109,7 @@ def register_loss(
     return add
 
 
-def scores(routing: Routing) -> Tensor:
+def scores(routing: RoutingRecord) -> Tensor:
     """The router's scores [T, E], zero where padded. Raises ValueError for a router without scores."""
     scores_TE = routing.scores_TE
     if scores_TE is None:
@@ -117,7 +117,7 @@ def scores(routing: Routing) -> Tensor:
     return scores_TE if routing.valid_T is None else scores_TE * routing.valid_T[:, None]
 
 
-def probabilities(routing: Routing) -> Tensor:
+def probabilities(routing: RoutingRecord) -> Tensor:
     """p [T, E]: the scores, normalised to sum 1 a token (sigmoid scores need it), zero where padded."""
     scores_TE = scores(routing)
     return scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)

@@ -22,22 +22,22 @@ from torch import Tensor
 from moetrain.moe.assign import count
 from moetrain.moe.balance.base import SCOPES, Seen, probabilities, register_loss, scores
 from moetrain.moe.balance.options import NoOptions
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 RUNNING = "running_load"  # load shares (of sum 1) that a controller tells, for the running scope
 
 
-def demand_E(routing: Routing, options: NoOptions) -> Tensor:
+def demand_E(routing: RoutingRecord, options: NoOptions) -> Tensor:
     """Assignments wanted of each expert."""
     return routing.demand_E
 
 
-def first_E(routing: Routing, options: NoOptions) -> Tensor:
+def first_E(routing: RoutingRecord, options: NoOptions) -> Tensor:
     """First choices of each expert."""
     return first_choices_BE(routing).sum(0)
 
 
-def first_choices_BE(routing: Routing) -> Tensor:
+def first_choices_BE(routing: RoutingRecord) -> Tensor:
     """How often each expert has a valid token's highest score, int64 [B, E]."""
     p_TE = probabilities(routing).detach()
     batch, num_experts = routing.demand_BE.shape
@@ -57,21 +57,21 @@ def first_choices_BE(routing: Routing) -> Tensor:
     at_balance="1",
     what="E sum_e f_e P_e, f the share of all assignments",
 )
-def switch(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def switch(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     return _loss(routing, seen, probabilities(routing), _share(routing, seen, _demand_BE)[0])
 
 
 @register_loss(
     "gshard_first", scopes=SCOPES, ahead=first_E, at_balance="1", what="f counts first choices only"
 )
-def gshard_first(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def gshard_first(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     return _loss(routing, seen, probabilities(routing), _share(routing, seen, first_choices_BE)[0])
 
 
 @register_loss(
     "sum_over_k", scopes=SCOPES, ahead=demand_E, at_balance="k", what="f counts assignments per token"
 )
-def sum_over_k(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def sum_over_k(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     share, per_token = _share(routing, seen, _demand_BE)
     return _loss(routing, seen, probabilities(routing), share * per_token)
 
@@ -83,16 +83,16 @@ def sum_over_k(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
     at_balance="k times a token's sum of scores",
     what="`sum_over_k` with the scores as they are: ReMoE's, with the controller `sparsity`",
 )
-def l1(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def l1(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     share, per_token = _share(routing, seen, _demand_BE)
     return _loss(routing, seen, scores(routing), share * per_token)
 
 
-def _demand_BE(routing: Routing) -> Tensor:
+def _demand_BE(routing: RoutingRecord) -> Tensor:
     return routing.demand_BE
 
 
-def _loss(routing: Routing, seen: Seen[NoOptions], p_TE: Tensor, share: Tensor) -> Tensor:
+def _loss(routing: RoutingRecord, seen: Seen[NoOptions], p_TE: Tensor, share: Tensor) -> Tensor:
     batch, num_experts = routing.demand_BE.shape
     share_BE = share.to(p_TE.dtype)
     p_BE = p_TE.reshape(batch, p_TE.shape[0] // max(batch, 1), num_experts).sum(1)
@@ -102,7 +102,7 @@ def _loss(routing: Routing, seen: Seen[NoOptions], p_TE: Tensor, share: Tensor) 
 
 
 def _share(
-    routing: Routing, seen: Seen[NoOptions], load_BE: Callable[[Routing], Tensor]
+    routing: RoutingRecord, seen: Seen[NoOptions], load_BE: Callable[[RoutingRecord], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """f, float64, [B, E] or [1, E], the load share that each sequence's tokens see; assignments per token."""
     if seen.scope == "running":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moetrain.moe.balance.base import Seen, probabilities, register_loss
 from moetrain.moe.balance.options import NoOptions
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 
 def _cv_squared(m_XE: Tensor) -> Tensor:
@@ -38,22 +38,18 @@ def _negative_entropy(m_XE: Tensor) -> Tensor:
     return value_X
 
 
-def _by_sequence(x_TE: Tensor, routing: Routing) -> Tensor:
+def _by_sequence(x_TE: Tensor, routing: RoutingRecord) -> Tensor:
     """Sums over each sequence's tokens, [B, E]."""
     batch, num_experts = routing.demand_BE.shape
     return x_TE.reshape(batch, x_TE.shape[0] // max(batch, 1), num_experts).sum(1)
 
 
-def _weights_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+def _weights_BE(routing: RoutingRecord, p_TE: Tensor) -> Tensor:
     """Combine weights."""
-    batch, num_experts = routing.demand_BE.shape
-    seq = p_TE.shape[0] // max(batch, 1)
-    cell_N = routing.token_ids_N // max(seq, 1) * num_experts + routing.expert_ids_N()
-    sums = routing.weights_N.new_zeros(batch * num_experts).index_add(0, cell_N, routing.weights_N)
-    return sums.view(batch, num_experts)
+    return routing.weights_BE(p_TE.shape[0])
 
 
-def _choices_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+def _choices_BE(routing: RoutingRecord, p_TE: Tensor) -> Tensor:
     """The router's probability of choosing, or the choices where it has no noise."""
     if routing.load_TE is None:
         return routing.demand_BE.to(p_TE.dtype)
@@ -62,7 +58,7 @@ def _choices_BE(routing: Routing, p_TE: Tensor) -> Tensor:
     return _by_sequence(load_TE, routing)
 
 
-def _scores_BE(routing: Routing, p_TE: Tensor) -> Tensor:
+def _scores_BE(routing: RoutingRecord, p_TE: Tensor) -> Tensor:
     """The scores normalised to sum 1 and zero where padded."""
     return _by_sequence(p_TE, routing)
 
@@ -71,16 +67,16 @@ def _scores_BE(routing: Routing, p_TE: Tensor) -> Tensor:
 class _Moment:
     """A loss ``F(mean of v)``: sums over each sequence's valid tokens of v, differentiable, and F."""
 
-    sums_BE: Callable[[Routing, Tensor], Tensor]
+    sums_BE: Callable[[RoutingRecord, Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
 
-    def ahead_E(self, routing: Routing, options: NoOptions) -> Tensor:
+    def ahead_E(self, routing: RoutingRecord, options: NoOptions) -> Tensor:
         return self.sums_BE(routing, probabilities(routing)).sum(0)
 
-    def loss(self, routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+    def loss(self, routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
         return self.of(routing, seen, probabilities(routing))
 
-    def of(self, routing: Routing, seen: Seen[NoOptions], p_TE: Tensor) -> Tensor:
+    def of(self, routing: RoutingRecord, seen: Seen[NoOptions], p_TE: Tensor) -> Tensor:
         sums_BE = self.sums_BE(routing, p_TE)
         tokens_B = routing.num_tokens_B.to(sums_BE.dtype)
         if seen.scope == "micro":
@@ -95,7 +91,7 @@ class _Moment:
 _SCORES = _Moment(_scores_BE, _negative_entropy)
 
 
-def _mutual_information(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def _mutual_information(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     """- (H(mean p) - mean H(p))."""
     p_TE = probabilities(routing)
     return _SCORES.of(routing, seen, p_TE) - _negative_entropy(p_TE).sum() / seen.num_tokens
@@ -106,7 +102,7 @@ def _register(
     moment: _Moment,
     at_balance: str,
     what: str,
-    loss: Callable[[Routing, Seen[NoOptions]], Tensor] | None = None,
+    loss: Callable[[RoutingRecord, Seen[NoOptions]], Tensor] | None = None,
 ) -> None:
     scopes = ("sequence", "global_batch", "micro")
     register = register_loss(name, scopes=scopes, ahead=moment.ahead_E, at_balance=at_balance, what=what)

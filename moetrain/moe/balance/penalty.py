@@ -7,7 +7,7 @@ from torch import Tensor
 from moetrain.moe.balance.base import Seen, register_loss
 from moetrain.moe.balance.options import NoOptions
 from moetrain.moe.routers import Router
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 
 def _refuses(router: Router) -> str | None:
@@ -19,7 +19,7 @@ def _refuses(router: Router) -> str | None:
     refuses=_refuses,
     what='what a router charges for its own parameters: DynMoE\'s "diverse and simple" loss',
 )
-def penalty(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def penalty(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     """This micro-batch's share, by tokens, of the router's penalty."""
     if routing.penalty is None:
         raise ValueError("this router has no penalty of its own: leave the loss penalty out")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moetrain.moe.balance.base import Seen, probabilities, register_loss, without_logits
 from moetrain.moe.balance.options import above_zero
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 _EPS = 1e-5  # keeps the logarithm of 1 - p finite at p = 1, as in the released code
 _MAX_TERMS = 1000  # of the continued fraction, which converges in O(sqrt(max(a, b)))
@@ -42,7 +42,7 @@ class LocalityOptions:
     options=LocalityOptions,
     what="BlockFFN's: cross entropy of the experts that neighbouring tokens use",
 )
-def locality(routing: Routing, seen: Seen[LocalityOptions]) -> Tensor:
+def locality(routing: RoutingRecord, seen: Seen[LocalityOptions]) -> Tensor:
     """Activation locality: neighbouring tokens should use the same experts. A scalar without coefficient.
 
     The mean over experts of the binary cross entropy between ``sigmoid(steepness z_{t-1})`` and the target
@@ -76,7 +76,7 @@ class ChunkOptions:
     options=ChunkOptions,
     what="BlockFFN's: mean share of the experts that a run of tokens uses, softly counted",
 )
-def chunk_sparsity(routing: Routing, seen: Seen[ChunkOptions]) -> Tensor:
+def chunk_sparsity(routing: RoutingRecord, seen: Seen[ChunkOptions]) -> Tensor:
     """Chunk sparsification: few experts in a run of tokens. A scalar in [0, 1] over the step, no coefficient.
 
     ``1 - prod_t (1 - p_te)`` of an expert and a chunk (``chunk_length`` neighbours of one sequence, of which
@@ -110,7 +110,7 @@ class DirichletOptions:
     at_balance="0",
     what="squared distance of the scores' distribution from a symmetric Dirichlet prior's",
 )
-def dirichlet(routing: Routing, seen: Seen[DirichletOptions]) -> Tensor:
+def dirichlet(routing: RoutingRecord, seen: Seen[DirichletOptions]) -> Tensor:
     """Distance of the scores from draws of a symmetric Dirichlet prior. A scalar without coefficient.
 
     Under Dirichlet(alpha, ..., alpha) each expert's p is Beta(alpha, (E - 1) alpha) distributed. Of n tokens'
@@ -176,13 +176,13 @@ def _incomplete_beta(x: Tensor, a: float, b: float, log_beta: float, accuracy: f
     return torch.where(turn, 1 - value, value)
 
 
-def _by_sequence(x_TE: Tensor, routing: Routing) -> Tensor:
+def _by_sequence(x_TE: Tensor, routing: RoutingRecord) -> Tensor:
     """[B, S, E]."""
     batch = routing.num_tokens_B.shape[0]
     return x_TE.reshape(batch, x_TE.shape[0] // max(batch, 1), x_TE.shape[1])
 
 
-def _valid(routing: Routing, seq: int) -> Tensor:
+def _valid(routing: RoutingRecord, seq: int) -> Tensor:
     """Which tokens are no padding, bool [B, S]."""
     batch = routing.num_tokens_B.shape[0]
     if routing.valid_T is not None:

@@ -1,6 +1,6 @@
 """The losses of a config, and their sum over layers.
 
-Shapes: L layers that told a Routing, by their places in the decoder.
+Shapes: L layers that told a record, by their places in the decoder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moetrain.moe.balance.base import LOSSES, LossSpec, Seen
 from moetrain.moe.balance.options import nearest, read_options
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 ByLayer = Mapping[int, Tensor]
-Records = Mapping[int, Routing]
+Records = Mapping[int, RoutingRecord]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class LossTerm:
         share = min(step / self.final_step, 1.0) if self.final_step else 1.0
         return self.coef + share * (self.final_coef - self.coef)
 
-    def value(self, routing: Routing, totals: StepTotals, layer: int) -> Tensor:
+    def value(self, routing: RoutingRecord, totals: StepTotals, layer: int) -> Tensor:
         """This micro-batch's contribution in layer ``layer``, a scalar without coefficient."""
         told = {name: by_layer[layer] for name, by_layer in totals.told.items() if layer in by_layer}
         ahead = totals.counts.get(self.key, {}).get(layer)
         return self.spec.value(routing, Seen(layer, self.scope, self.options, totals.num_tokens, ahead, told))
 
-    def count(self, routing: Routing) -> Tensor:
+    def count(self, routing: RoutingRecord) -> Tensor:
         """What of this micro-batch belongs to the sum over the global batch that ``value`` needs."""
         assert self.spec.ahead is not None
         return self.spec.ahead(routing, self.options)
@@ -170,7 +170,7 @@ def total_loss(
     return total, raw
 
 
-def _value(term: LossTerm, routing: Routing, totals: StepTotals, layer: int) -> Tensor:
+def _value(term: LossTerm, routing: RoutingRecord, totals: StepTotals, layer: int) -> Tensor:
     try:
         return term.value(routing, totals, layer)
     except ValueError as error:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from moetrain.moe.balance.base import Seen, register_loss, without_logits
 from moetrain.moe.balance.options import NoOptions
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import RoutingRecord
 
 
 @register_loss("z", refuses=without_logits, what="mean squared logsumexp of the logits")
-def z(routing: Routing, seen: Seen[NoOptions]) -> Tensor:
+def z(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     """This micro-batch's contribution to mean_t (logsumexp_e z_te)^2."""
     if routing.logits_TE is None:
         raise ValueError("this router returns no logits, so it has no z-loss")

@@ -121,7 +121,7 @@ class DynMoERouter(Router):
             missed_T = missed_T & routing.valid_T
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         missed_D = (missed_T.to(dtype) @ x_TD.to(dtype)).double()
-        return torch.cat([routing.counts_E.double(), missed_T.sum().double()[None], missed_D])
+        return torch.cat([routing.assignment.counts_E.double(), missed_T.sum().double()[None], missed_D])
 
     @torch.no_grad()
     def after_step(self, stats: Tensor) -> None:

@@ -75,7 +75,8 @@ class MoEPPRouter(LinearRouter):
         routing = from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
         price_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)
         price_E[self.num_ffn_experts :] = self.options.tau
-        return replace(routing, price_E=price_E, num_ffn_experts=self.num_ffn_experts)
+        assignment = replace(routing.assignment, num_ffn_experts=self.num_ffn_experts)
+        return replace(routing, price_E=price_E, assignment=assignment)
 
     def _residual(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The earlier layer's logits, mapped; where there is none, zeros that still reach the matrix."""

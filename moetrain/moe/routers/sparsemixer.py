@@ -131,8 +131,10 @@ class SparseMixer2Router(LinearRouter):
             torch.stack(ids, -1), torch.stack(weights, -1), ctx, self.num_experts, scores_TE, logits_TE
         )
         scale_TK = torch.stack(scales, -1)
-        assert routing.choice_N is not None
-        return replace(routing, forward_scale_N=scale_TK[routing.token_ids_N, routing.choice_N])
+        assignment = routing.assignment
+        assert assignment.choice_N is not None
+        scale_N = scale_TK[assignment.token_ids_N, assignment.choice_N]
+        return replace(routing, assignment=replace(assignment, forward_scale_N=scale_N))
 
     def _masked_softmax(self, z_TE: Tensor) -> Tensor:
         best_T1 = z_TE.detach().amax(-1, keepdim=True)
