@@ -26,7 +26,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.json", "old")]
 
 
-def test_writing_whole_keeps_the_old_text_until_the_new_one_is_there(
+def test_the_old_text_stays_until_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.yaml"
