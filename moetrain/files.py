@@ -62,11 +62,6 @@ def parse_json(data: bytes | str, schema: type[T], where: str) -> T:
     return value
 
 
-def read_yaml(path: Path, limit: int = MB) -> object:
-    """The plain values of a YAML file. Raises UserError; see :func:`parse_yaml`."""
-    return parse_yaml(read_bytes(path, limit), str(path))
-
-
 def parse_yaml(data: bytes | str, where: str) -> object:
     """Plain values, as PyYAML's safe loader gives them. Raises UserError for what is no YAML.
 

@@ -115,6 +115,13 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_std: float = 0.02
 
+    @property
+    def shared_width(self) -> int:
+        """Hidden units of all shared experts together; 0 where there are none."""
+        if not self.num_shared_experts:
+            return 0
+        return self.num_shared_experts * self.d_ff_expert if self.d_ff_shared is None else self.d_ff_shared
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -164,9 +171,6 @@ class ParallelConfig:
     dp_replicate: int = 1
     dp_shard: Optional[int] = None  # null: fills the world
     ep: int = 1
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
     dispatcher: ExpertDispatch = ExpertDispatch.all_to_all
     ranks_per_node: Optional[int] = None  # consecutive ranks; null: LOCAL_WORLD_SIZE
     node_sums: bool = True  # hierarchical only: a node's rows of a token are summed there

@@ -1,6 +1,6 @@
 """Text to batches: sources, tokenizers, shards, packing, and a resumable order of samples."""
 
-from moetrain.data.batch import IGNORE, Batch, bits_per_byte
+from moetrain.data.batch import IGNORE, Batch
 from moetrain.data.cache import cache_root
 from moetrain.data.corpus import Corpus, prepare
 from moetrain.data.loader import TrainLoader, val_batches
@@ -23,7 +23,6 @@ __all__ = [
     "SampleOrder",
     "Tokenizer",
     "TrainLoader",
-    "bits_per_byte",
     "cache_root",
     "fetch_domains",
     "load_tokenizer",

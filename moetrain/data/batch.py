@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +25,8 @@ class Batch:
     positions_BS    place within the document's part of the row; None: 0 to S - 1 for every row.
     sample_ids_B    place of each row in the run's order (training) or in the held-out split.
     domain_ids_BS   index into ``Corpus.domains``: the label's domain; without label, the input's.
-    byte_counts_BS  bytes of text that each label stands for, 0 without label; see ``bits_per_byte``.
+    byte_counts_BS  bytes of text that each label stands for, 0 without label: the end of a text costs
+                    bits and stands for no byte.
     valid_BS        bool, False on padding; None: no padding in this batch.
     num_targets     how many labels are not IGNORE.
     documents       no row has more of them, and each is one run of positions; None: not known.
@@ -55,12 +55,3 @@ class Batch:
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = {name: x for name, x in values.items() if isinstance(x, Tensor) and name not in left}
         return Batch(**values | {name: to_device(x, device) for name, x in tensors.items()})
-
-
-def bits_per_byte(nll_nats: float, byte_count: float, byte_scale: float = 1.0) -> float:
-    """Bits spent per byte of text: ``nll_nats`` summed over some labels, ``byte_count`` over the same ones.
-
-    The end-of-text token costs bits and stands for no byte. ``byte_scale`` is the split's: 1 where the
-    tokenizer's lengths are exact. NaN when no byte was scored.
-    """
-    return nll_nats / math.log(2) / (byte_count * byte_scale) if byte_count else math.nan

@@ -53,11 +53,6 @@ class TrainLoader:
     def samples(self) -> int:
         return self._samples
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the split so far, by count of sequences."""
-        return self._samples / len(self._split)
-
     def next_step(self) -> list[Batch]:
         fetch = self._fetch if self._fetch is not None else _Fetch(self, self._samples)
         self._fetch = None

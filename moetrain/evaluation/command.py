@@ -24,8 +24,8 @@ from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import EvalSums
 from moetrain.train.run import resolve_device
 from moetrain.train.run_config import run_config
-from moetrain.train.run_dir import write_atomic
 from moetrain.train.task import NextToken
+from moetrain.writing import write_atomic
 
 Figures = dict[str, Any]
 

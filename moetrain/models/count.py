@@ -45,11 +45,6 @@ class Counts:
         inner = self.attention + self.dense + self.shared + self.experts_active + self.router
         return inner + self.norms + self.biases + self.embedding + self.head
 
-    @property
-    def active_without_embeddings(self) -> int:
-        """``active`` less the embedding and the head."""
-        return self.active - self.embedding - self.head
-
 
 @dataclass(frozen=True)
 class Flops:

@@ -69,11 +69,8 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
     """Lay ``world`` ranks out as ``cfg`` says; an unset dp_shard fills the world.
 
     Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
-    ``world``, where ep does not divide dp_shard, and for an axis that is not available.
+    ``world``, and where ep does not divide dp_shard.
     """
-    for axis in ("tp", "cp", "pp"):
-        if (size := getattr(cfg, axis)) != 1:
-            raise UserError(f"parallel.{axis}={size} is not available; set parallel.{axis}=1")
     if cfg.dp_replicate < 1 or world % cfg.dp_replicate:
         raise UserError(
             f"parallel.dp_replicate={cfg.dp_replicate} does not divide the {world} ranks of this run"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from moetrain.report.figures import KEY, ROUTING, late_mean, step_time
 from moetrain.report.plotting import MISSING, has_matplotlib, label, new_figure, run_style, say_empty, style
 from moetrain.report.runs import RunData, read_run
 from moetrain.report.tables import NOTHING, fact, speed
+from moetrain.writing import replacing
 
 MAX_LINES = 7
 
@@ -111,14 +110,11 @@ def _arm_label(name: str, count: int) -> str:
 
 
 def _save(figure: object, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=160)  # type: ignore[attr-defined]
-        os.replace(temporary, out)
+        with replacing(out) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)  # type: ignore[attr-defined]
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import itertools
 from collections.abc import Iterator, Sequence
@@ -54,10 +53,18 @@ _STYLE: Any = {
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One figure as an ``<img>`` with its data inside, and what a reader must know about it."""
+class Image:
+    """The two attributes of an ``<img>``; ``source`` is a URL that holds the data."""
 
-    image: str
+    alt: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure, and what a reader must know about it."""
+
+    image: Image
     caption: str = ""
     wide: bool = False
 
@@ -86,12 +93,12 @@ def new_figure(width: float = 5.4, height: float = 3.1) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def image(figure: Any, alt: str) -> str:
-    """The figure as a self-contained ``<img>`` (SVG as base64)."""
+def image(figure: Any, alt: str) -> Image:
+    """The figure with its data inside (SVG as base64)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=160)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/svg+xml;base64,{data}">'
+    return Image(alt, f"data:image/svg+xml;base64,{data}")
 
 
 def run_style(index: int) -> dict[str, Any]:

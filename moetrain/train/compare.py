@@ -21,8 +21,8 @@ from moetrain.parallel.distributed import broadcast_object, init_from_env, is_ma
 from moetrain.parallel.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.run import resolve_device, run_path, train
-from moetrain.train.run_dir import write_atomic
 from moetrain.train.run_lock import owning
+from moetrain.writing import write_atomic
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from moetrain.errors import UserError
 from moetrain.files import open_regular
+from moetrain.writing import replacing
 
 LONGEST = 64 << 20  # bytes of a line: the loads of 1,000 layers of 3,000 experts
 _STEPS = 2**62
@@ -215,18 +216,10 @@ def _set_aside(path: Path) -> None:
 
 def _rewrite(path: Path, step: int) -> None:
     """Write the rows to keep anew, in another file that then takes the name."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    try:
-        with temporary.open("wb") as kept:
-            for line in read_lines(path):
-                if line.row is not None and line.row.get("step", 0) <= step:
-                    kept.write(line.text.strip(b"\0") + b"\n")
-            kept.flush()
-            os.fsync(kept.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as kept:
+        for line in read_lines(path):
+            if line.row is not None and line.row.get("step", 0) <= step:
+                kept.write(line.text.strip(b"\0") + b"\n")
 
 
 def _rejects(path: Path) -> Path:

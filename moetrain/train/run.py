@@ -46,12 +46,13 @@ from moetrain.train.metrics import EvalSums, eval_row
 from moetrain.train.peers import from_rank_0
 from moetrain.train.progress import build_progress
 from moetrain.train.resume import check_resume
-from moetrain.train.run_dir import RunDir, new_folder, write_atomic
+from moetrain.train.run_dir import RunDir, new_folder
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.start import Built, start
 from moetrain.train.stopping import StopFlag
 from moetrain.train.trackers import build_tracker
+from moetrain.writing import write_atomic
 
 _SUMMARY = "summary.json"
 

@@ -21,9 +21,9 @@ from pydantic import JsonValue
 import moetrain
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
-from moetrain.terminal import as_text
 from moetrain.train.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
+from moetrain.writing import write_atomic
 
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
 _GIT_SECONDS = 10
@@ -119,20 +119,6 @@ def cannot_be_used(path: Path, error: OSError) -> UserError:
     return UserError(
         f"the run folder {path} cannot be used: {error.strerror} ({blocked}); choose another run.dir"
     )
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file under a temporary name, fsync it and rename it. Raises UserError if that fails."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(as_text(text))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def environment(seed: int, world_size: int, argv: Sequence[str]) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from moetrain.terminal import as_text, show
 from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.identity import require_same_files
 from moetrain.train.run_config import run_config
-from moetrain.train.run_dir import RunDir, write_atomic
+from moetrain.train.run_dir import RunDir
 from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
 from moetrain.train.unloaded import unloaded_decoder
+from moetrain.writing import write_atomic
 
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 

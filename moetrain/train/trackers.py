@@ -20,6 +20,7 @@ from moetrain.errors import UserError
 from moetrain.files import read_bytes
 from moetrain.terminal import as_text
 from moetrain.train.wandb_rows import LoggedRows, kind_of
+from moetrain.writing import write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -240,10 +241,7 @@ def _kept_id(run_dir: Path) -> str | None:
 
 
 def _keep_id(run_dir: Path, run_id: str) -> None:
-    path = run_dir / WANDB_ID_FILE
-    temporary = path.with_name(f".{WANDB_ID_FILE}.tmp")
-    temporary.write_text(run_id + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(run_dir / WANDB_ID_FILE, run_id + "\n")
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

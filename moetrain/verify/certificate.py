@@ -23,9 +23,10 @@ from moetrain.config.schema import (
 from moetrain.config.schema_data import StdlibData
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
-from moetrain.train.run_dir import environment, git_state, write_atomic
+from moetrain.train.run_dir import environment, git_state
 from moetrain.verify.compare import Check
 from moetrain.verify.twin import Twin, dp_shard, twin_of
+from moetrain.writing import write_atomic
 
 _FOLDER = "certificates"
 

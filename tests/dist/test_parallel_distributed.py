@@ -171,9 +171,6 @@ def test_one_process_has_no_mesh():
         (ParallelConfig(dp_replicate=0), "dp_replicate=0"),
         (ParallelConfig(dp_shard=3), "dp_shard=3 is 3, but the run has 4 ranks"),
         (ParallelConfig(ep=5), r"parallel\.ep=5 does not divide"),
-        (ParallelConfig(tp=2), r"parallel\.tp=2"),
-        (ParallelConfig(cp=2), r"parallel\.cp=2"),
-        (ParallelConfig(pp=2), r"parallel\.pp=2"),
     ],
 )
 def test_an_impossible_layout_names_its_key(cfg, message):

@@ -1,14 +1,12 @@
 """Windows against a token-by-token reference, across shards, with and without borders between documents."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.data.batch import IGNORE, bits_per_byte
+from moetrain.data.batch import IGNORE
 from moetrain.data.manifest import write_manifest
 from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.shards import StreamWriter, open_store
@@ -155,9 +153,3 @@ def test_moving_a_batch_keeps_all_of_it(tmp_path):
     moved = batch.to("meta")
     assert moved.input_ids_BS.device.type == moved.sample_ids_B.device.type == "meta"
     assert (moved.num_targets, moved.documents, moved.valid_BS) == (batch.num_targets, 2, None)
-
-
-def test_bits_per_byte():
-    assert bits_per_byte(math.log(2) * 12, 6) == pytest.approx(2.0)
-    assert bits_per_byte(math.log(2) * 12, 6, byte_scale=1.5) == pytest.approx(2 / 1.5)
-    assert math.isnan(bits_per_byte(1.0, 0))

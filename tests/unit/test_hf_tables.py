@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.models import Decoder
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
-from moetrain.models.hf.pieces import Piece, Tiled, check_table, fill_block
+from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
@@ -63,6 +65,27 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
     return ModelSpec(ModelConfig(**keys), router, experts)
+
+
+def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the pieces fill every element of each of ``ours`` exactly once."""
+    if table.keys() != ours.keys():
+        raise ValueError(f"the table and the model differ in {sorted(table.keys() ^ ours.keys())}")
+    for name, tiled in table.items():
+        if tiled.shape != tuple(ours[name].shape):
+            raise ValueError(f"{name} is {list(ours[name].shape)}, and the table says {list(tiled.shape)}")
+        if not tiled.pieces:
+            continue
+        count = torch.zeros(ours[name].shape, dtype=torch.uint8)
+        for piece in tiled.pieces:
+            view = count
+            for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+                view = view.narrow(dim, start, size)
+            view += 1
+            if piece.to_ours(torch.empty(piece.shape, device="meta")).shape != piece.sizes:
+                raise ValueError(f"{piece.theirs} has another shape than its block of {name}")
+        if not bool((count == 1).all()):
+            raise ValueError(f"the pieces of {name} do not fill it exactly once")
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -108,7 +108,6 @@ def test_parameters_by_kind_add_up() -> None:
     assert counts.biases == 3 * 10 * (6 + 2 + 2)
     assert counts.embedding == counts.head == VOCAB * width
     assert counts.active == counts.total - counts.experts + counts.experts_active
-    assert counts.active_without_embeddings == counts.active - 2 * VOCAB * width
 
 
 def test_a_tied_matrix_counts_once_but_its_product_is_there() -> None:

@@ -1,6 +1,5 @@
 """The run folder: made or refused, written whole, and its rows mended after a kill."""
 
-import errno
 import json
 import math
 import os
@@ -21,7 +20,8 @@ import moetrain
 from moetrain.errors import UserError
 from moetrain.train import run_dir
 from moetrain.train.jsonl import JsonlFile, read_metrics
-from moetrain.train.run_dir import RunDir, cpu_model, git_state, new_folder, write_atomic
+from moetrain.train.run_dir import RunDir, cpu_model, git_state, new_folder
+from moetrain.writing import write_atomic
 
 
 def test_folders_and_files(tmp_path):
@@ -254,25 +254,6 @@ def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
     file.append({"step": 2})
     assert len(read_metrics(file.path)) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl"]
-
-
-def test_writing_whole_keeps_the_old_text_until_the_new_one_is_there(tmp_path, monkeypatch):
-    path = tmp_path / "config.yaml"
-    write_atomic(path, "old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="cannot be written: No space left"):
-            write_atomic(path, "new")
-    assert path.read_text() == "old"
-    write_atomic(path, "half a pair \ud800")
-    assert path.read_text(encoding="utf-8") == "half a pair \ufffd"
-    write_atomic(path, "new ü")
-    assert path.read_text(encoding="utf-8") == "new ü"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_survive_a_kill(tmp_path):

@@ -100,3 +100,12 @@ def test_torchrun_with_restarts_left_is_told_nothing(most, done, code, monkeypat
         if value is not None:
             monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
     assert stopped() == code
+
+
+@pytest.mark.real  # as the sweep's; each run of a comparison answers as a run of its own
+def test_a_comparison_that_is_asked_to_stop_begins_no_other_run(faulty, corpus, tmp_path, capsys):
+    asked = [*faulty, f"router.signal={int(signal.SIGTERM)}", "router.at_step=1", "train.steps=4"]
+    arms = ["compare.arms={one: ['optim.lr=0.001'], two: ['optim.lr=0.002']}", "compare.seeds=[3]"]
+    assert tiny.train(corpus, tmp_path, *asked, *arms) == STOPPED
+    assert f"comparison stopped in {tmp_path}/one/seed_3; the same command" in capsys.readouterr().out
+    assert not (tmp_path / "two").exists()

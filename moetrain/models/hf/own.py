@@ -50,7 +50,6 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     written = write_decoder(common, qk_norm=m.qk_norm, qkv_bias=m.qkv_bias)
     del written["hidden_act"]
     adapters = spec.experts.kind is ExpertKind.adapters
-    shared = m.num_shared_experts and (m.d_ff_shared or m.num_shared_experts * m.d_ff_expert)
     return written | _write_routing(spec) | {
         "auto_map": _AUTO,
         "weights_format": _FORMAT,
@@ -64,7 +63,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "moe_every": m.moe_every,
         "first_dense": m.first_dense,
         "num_shared_experts": m.num_shared_experts,
-        "shared_expert_intermediate_size": m.d_ff if adapters else shared,
+        "shared_expert_intermediate_size": m.d_ff if adapters else m.shared_width,
         "shared_gate": m.shared_gate,
     }  # fmt: skip
 

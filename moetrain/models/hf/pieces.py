@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
@@ -101,30 +100,6 @@ def fill_block(block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], r
             here = here.narrow(dim, start - offsets[dim], stop - start)
         # Held by no name here: the next piece is read when this one is gone.
         here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops))))
-
-
-def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the pieces fill every element of each of ``ours`` exactly once.
-
-    A table that does not is a mistake in a family's file, not in a checkpoint.
-    """
-    if table.keys() != ours.keys():
-        raise ValueError(f"the table and the model differ in {sorted(table.keys() ^ ours.keys())}")
-    for name, tiled in table.items():
-        if tiled.shape != tuple(ours[name].shape):
-            raise ValueError(f"{name} is {list(ours[name].shape)}, and the table says {list(tiled.shape)}")
-        if not tiled.pieces:
-            continue
-        count = torch.zeros(ours[name].shape, dtype=torch.uint8)
-        for piece in tiled.pieces:
-            view = count
-            for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
-                view = view.narrow(dim, start, size)
-            view += 1
-            if piece.to_ours(torch.empty(piece.shape, device="meta")).shape != piece.sizes:
-                raise ValueError(f"{piece.theirs} has another shape than its block of {name}")
-        if not bool((count == 1).all()):
-            raise ValueError(f"the pieces of {name} do not fill it exactly once")
 
 
 def check_source(table: Table, theirs: Mapping[str, Sequence[int]], where: str) -> None:

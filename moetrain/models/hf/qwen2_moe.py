@@ -57,7 +57,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "num_experts_per_tok": top_k,
         "norm_topk_prob": renormalized,
         "moe_intermediate_size": m.d_ff_expert,
-        "shared_expert_intermediate_size": m.d_ff_shared or m.num_shared_experts * m.d_ff_expert,
+        "shared_expert_intermediate_size": m.shared_width,
     }  # fmt: skip
 
 
