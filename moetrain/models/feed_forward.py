@@ -1,7 +1,8 @@
 """The feed-forward half of a block: a registry of modules ``forward(x_BSD, ctx) -> (y_BSD, record or None)``.
 
 Shapes: B batch, S sequence, D model. A record is what the layer tells of itself: the record of the first
-router in it, or None. Losses, controllers and metrics see what is told, and that router's state follows it.
+router in it, or None; which of the two is the same in every pass and on every rank. Losses, controllers and
+metrics see what is told, and that router's state follows it.
 ``model.feed_forward`` names the builder of the MoE layers; ``dense`` builds the others.
 """
 

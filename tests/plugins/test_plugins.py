@@ -15,6 +15,7 @@ import tiny
 from torch import nn
 
 from moetrain.cli import main
+from moetrain.config import store
 from moetrain.config.compose import compose_train
 from moetrain.config.schema import ModelConfig
 from moetrain.config.validate import validate
@@ -63,6 +64,7 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.update(before)
     for name in PLUGINS:
         sys.modules.pop(name, None)
+    store._register.cache_clear()  # which knows a plug-in's router by name alone
 
 
 @pytest.mark.usefixtures("training")

@@ -27,10 +27,10 @@ def test_one_update_moves_every_bias_by_the_rate_or_not_at_all(rate: float) -> N
     before = [torch.tensor([0.0, 1.5, -3.0, 0.25]), torch.zeros(3)]
     for router, bias_E in zip(pair, before, strict=True):
         router.bias_E.copy_(bias_E)
-    # means 5 and 2: above the mean goes down, below goes up, at the mean stays; layer 2 has no router
-    demand = {1: torch.tensor([5, 9, 1, 5]), 2: torch.tensor([1, 7]), 6: torch.tensor([6, 0, 0])}
+    # means 5 and 3: above the mean goes down, below goes up, at the mean stays; layer 2 has no router
+    demand = {1: torch.tensor([5, 9, 1, 5]), 2: torch.tensor([1, 7]), 6: torch.tensor([6, 3, 0])}
     BiasController(dict(zip((1, 6), pair, strict=True)), rate).update(demand)
-    moves = [torch.tensor([0.0, -1, 1, 0]), torch.tensor([-1.0, 1, 1])]
+    moves = [torch.tensor([0.0, -1, 1, 0]), torch.tensor([-1.0, 0, 1])]
     for router, bias_E, move_E in zip(pair, before, moves, strict=True):
         assert torch.equal(router.bias_E, bias_E + move_E * rate)
 
@@ -98,7 +98,8 @@ def test_the_running_load_is_an_exponential_mean_of_shares() -> None:
 
 def test_a_layer_that_routed_nothing_keeps_its_running_load() -> None:
     running = RunningLoad({0: 4, 1: 4, 2: 3})
-    running.update({0: torch.tensor([3, 1, 0, 0]), 1: torch.zeros(4, dtype=torch.int64)})  # 2: not told
+    demand = {0: torch.tensor([3, 1, 0, 0]), 1: torch.zeros(4, dtype=torch.int64), 5: torch.ones(2)}
+    running.update(demand)  # 2: not told; 5: not followed
     for share_E in running.shares.values():
         torch.testing.assert_close(share_E.sum(), torch.ones(()))
     assert torch.equal(running.shares[1], torch.full((4,), 0.25))

@@ -12,6 +12,7 @@ from moetrain.config.schema import TrainConfig
 from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.config.store import CONFIG_DIR, TAGS, variants
 from moetrain.config.validate import validate, validate_upcycle
+from moetrain.errors import UserError
 from moetrain.moe.options import Activation, RouterConfig
 from moetrain.upcycle import METHODS
 
@@ -64,6 +65,9 @@ def test_every_upcycling_method_composes_and_is_valid(name, tmp_path):
     assert type(cfg.method) is METHODS[name].options
     assert cfg.method.name == name
     assert (cfg.model.d_model, cfg.model.d_ff_expert) == (128, 512)
+    own = dataclasses.replace(cfg.model, feed_forward="mine")
+    with pytest.raises(UserError, match=r"feed_forward=mine: upcycling makes model\.feed_forward=moe only"):
+        validate_upcycle(dataclasses.replace(cfg, model=own))
 
 
 def test_all_groups_and_files_are_covered():

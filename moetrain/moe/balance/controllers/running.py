@@ -40,8 +40,10 @@ class RunningLoad(Controller):
         num_tokens: float = 0.0,
         losses: Mapping[str, Tensor] | None = None,
     ) -> None:
-        for layer, share_E in self.shares.items():
-            load_E = demand[layer].double() if layer in demand else torch.zeros(len(share_E)).double()
+        for layer, demand_E in demand.items():
+            if layer not in self.shares:
+                continue
+            load_E, share_E = demand_E.double(), self.shares[layer]
             total = load_E.sum()
             # a layer that routed nothing teaches nothing: it keeps its shares, and their sum of 1
             new_E = torch.where(total > 0, load_E / total.clamp(min=1), share_E)
