@@ -58,7 +58,8 @@ class FaultyRouter(TopKRouter):
             if options.fault == "sleep":
                 time.sleep(60)
             factor = float("nan") if options.fault == "nan" else -1e3
-            return replace(routing, weights_N=routing.assignment.weights_N * factor)
+            weights_N = routing.assignment.weights_N * factor
+            return replace(routing, assignment=replace(routing.assignment, weights_N=weights_N))
         return routing
 
     def _once(self) -> None:

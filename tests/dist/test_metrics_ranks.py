@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from moetrain.parallel.ranks import run_ranks
 
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.routing import Routing
 from moetrain.train.metrics import RoutingStats, RoutingSummary
 
@@ -18,9 +19,11 @@ def _routing(token_expert_T: list[int], experts: int, scale: float) -> Routing:
     counts_E = torch.bincount(torch.tensor(token_expert_T), minlength=experts)
     scores_TE = torch.rand(len(order), experts, generator=torch.Generator().manual_seed(5)) * scale
     return Routing(
-        token_ids_N=torch.tensor([t for _, t in order]),
-        weights_N=torch.ones(len(order)),
-        counts_E=counts_E,
+        assignment=Assignment(
+            token_ids_N=torch.tensor([t for _, t in order]),
+            weights_N=torch.ones(len(order)),
+            counts_E=counts_E,
+        ),
         num_tokens_B=torch.tensor([len(order)]),
         demand_BE=counts_E[None],
         scores_TE=scores_TE,

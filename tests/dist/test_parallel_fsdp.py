@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import AdamWConfig, MuonConfig, OptimConfig, ParallelConfig
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.routing import Routing
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_
@@ -42,9 +43,11 @@ class DenseRouter(nn.Module):
             logits_TE = logits_TE + 0.1 * prev.logits_TE
         tokens = x_TD.shape[0]
         return Routing(
-            token_ids_N=torch.arange(tokens).repeat(E),
-            weights_N=logits_TE.softmax(-1).T.reshape(-1),
-            counts_E=torch.full((E,), tokens),
+            assignment=Assignment(
+                token_ids_N=torch.arange(tokens).repeat(E),
+                weights_N=logits_TE.softmax(-1).T.reshape(-1),
+                counts_E=torch.full((E,), tokens),
+            ),
             num_tokens_B=torch.tensor([tokens]),
             demand_BE=torch.full((1, E), tokens),
             logits_TE=logits_TE,

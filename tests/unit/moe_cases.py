@@ -10,6 +10,7 @@ import functools
 import itertools
 import zlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import oracle
 import torch
@@ -241,6 +242,11 @@ def build(case: Case, dtype: torch.dtype, backend: str) -> MoELayer:
         if case.bias:
             layer.router.bias_E.copy_(torch.tensor(case.bias))
     return layer
+
+
+def reassigned(routing: Routing, **changes: Any) -> Routing:
+    """The routing with other values in its assignment."""
+    return replace(routing, assignment=replace(routing.assignment, **changes))
 
 
 def parameters(layer: MoELayer) -> dict[str, torch.nn.Parameter]:

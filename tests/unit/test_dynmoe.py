@@ -67,7 +67,7 @@ def test_a_token_that_takes_nobody_gets_its_best_expert_in_evaluation_only():
         router.threshold_E.fill_(30.0)
         router.awake_E[0] = False
     x_TD = torch.randn(11, D, dtype=torch.float64)
-    assert route(router, x_TD).counts_E.sum() == 0
+    assert route(router, x_TD).assignment.counts_E.sum() == 0
     routing = route(router.eval(), x_TD)
     assert sorted(routing.assignment.token_ids_N.tolist()) == list(range(11))
     best_T = router.logits(x_TD)[:, 1:].argmax(-1) + 1

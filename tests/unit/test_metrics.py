@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.balance import LossFollower, SparsityController
 from moetrain.moe.routing import Routing
 from moetrain.train.metrics import (
@@ -43,9 +44,11 @@ def make_routing(
     kept = sorted(pair for pair in wanted if (pair[1], pair[0]) not in dropped)
     tokens = len(choice_TK) if valid_T is None else int(valid_T.sum())
     routing = Routing(
-        token_ids_N=torch.tensor([t for _, t in kept], dtype=torch.int64),
-        weights_N=torch.ones(len(kept)),
-        counts_E=torch.bincount(torch.tensor([e for e, _ in kept], dtype=torch.int64), minlength=experts),
+        assignment=Assignment(
+            token_ids_N=torch.tensor([t for _, t in kept], dtype=torch.int64),
+            weights_N=torch.ones(len(kept)),
+            counts_E=torch.bincount(torch.tensor([e for e, _ in kept], dtype=torch.int64), minlength=experts),
+        ),
         num_tokens_B=torch.tensor([tokens]),
         demand_BE=torch.bincount(torch.tensor([e for e, _ in wanted], dtype=torch.int64), minlength=experts)[
             None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_cases import reassigned
 from scipy import stats
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def test_a_capacity_of_all_tokens_drops_nothing(order: str) -> None:
         negative.assignment.weights_N - 7,
         torch.zeros_like(negative.assignment.weights_N),
     ):
-        routing = replace(negative, weights_N=weights_N)
+        routing = reassigned(negative, weights_N=weights_N)
         for factor in (
             2.5,
             3.0,
@@ -151,7 +152,7 @@ def test_exact_products_are_not_rounded_up(
     """1.1 * 50 is 55.00000000000001 in binary, and a fifth of it would ask for 12 places."""
     ctx = RouterContext.default(1, tokens)
     routing = from_token_choice(torch.zeros(tokens, 1).long(), torch.ones(tokens, 1), ctx, num_experts)
-    assert int(limit(routing, ctx, factor, "position").counts_E[0]) == capacity
+    assert int(limit(routing, ctx, factor, "position").assignment.counts_E[0]) == capacity
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -169,7 +170,7 @@ def test_who_survives_in_a_worked_example(order: str) -> None:
         "probability": [1, 2, 4, 7],
         "random": lucky,
     }  # 4 and 5 tie: the first stays
-    assert limit(routing, ctx, 1.0, order).token_ids_N.tolist() == want[order]
+    assert limit(routing, ctx, 1.0, order).assignment.token_ids_N.tolist() == want[order]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -203,8 +204,8 @@ def test_groups_couple_their_sequences() -> None:
     ctx = RouterContext.default(2, 4)
     ids_TK = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0]).view(8, 1)
     routing = from_token_choice(ids_TK, torch.ones(8, 1), ctx, 2)
-    assert limit(routing, ctx, 1.0, "position").counts_E.tolist() == [3, 2]
-    assert limit(routing, ctx, 1.0, "position", group="2").counts_E.tolist() == [4, 3]
+    assert limit(routing, ctx, 1.0, "position").assignment.counts_E.tolist() == [3, 2]
+    assert limit(routing, ctx, 1.0, "position", group="2").assignment.counts_E.tolist() == [4, 3]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_dropped_assignments_have_no_gradient_and_forward_scales_follow_the_surv
     routing = full_routing(ctx, 3, 2, 0)
     weights_N = routing.assignment.weights_N.clone().requires_grad_()
     scale_N = torch.arange(28.0)
-    before = replace(routing, weights_N=weights_N, forward_scale_N=scale_N)
+    before = reassigned(routing, weights_N=weights_N, forward_scale_N=scale_N)
     kept = limit(before, ctx, 0.5, "probability")
     kept.assignment.weights_N.sum().backward()
     alive_N = torch.tensor([pair in pairs(kept) for pair in pairs(before)])

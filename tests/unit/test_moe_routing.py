@@ -17,15 +17,18 @@ from torch.utils import _pytree as pytree
 
 from moetrain.moe import RouterContext, Routing, build_router
 from moetrain.moe.assign import count, from_token_choice, stable_order
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.plan import layout
 
 
 def routing() -> Routing:
     """Five tokens of two sequences, four experts; expert 1 is empty, token 3 is padding."""
     return Routing(
-        token_ids_N=torch.tensor([0, 2, 4, 1, 2]),
-        weights_N=torch.tensor([0.5, 0.25, 1.0, 0.5, 0.75]),
-        counts_E=torch.tensor([3, 0, 1, 1]),
+        assignment=Assignment(
+            token_ids_N=torch.tensor([0, 2, 4, 1, 2]),
+            weights_N=torch.tensor([0.5, 0.25, 1.0, 0.5, 0.75]),
+            counts_E=torch.tensor([3, 0, 1, 1]),
+        ),
         num_tokens_B=torch.tensor([3, 1]),
         demand_BE=torch.tensor([[2, 0, 1, 1], [1, 0, 0, 0]]),
         valid_T=torch.tensor([True, True, True, False, True]),
@@ -39,22 +42,30 @@ def test_a_good_routing_passes() -> None:
     assert (r.num_experts, int(r.num_tokens), r.demand_E.tolist()) == (4, 4, [3, 0, 1, 1])
 
 
+def changed(routing: Routing, **change: Tensor) -> Routing:
+    """The routing with another value of a field, or of its assignment's."""
+    ((name, value),) = change.items()
+    if "." not in name:
+        return replace(routing, **{name: value})
+    return replace(routing, assignment=replace(routing.assignment, **{name.partition(".")[2]: value}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts_E": torch.tensor([3, 0, 1, 0])}, "counts_E sums to 4, but there are 5 assignments"),
-        ({"weights_N": torch.ones(5, 1)}, r"weights_N has shape \(5, 1\), expected \(5,\)"),
-        ({"weights_N": torch.ones(5).bfloat16()}, "weights_N is torch.bfloat16, expected fp32 or fp64"),
+        ({"assignment.counts_E": torch.tensor([3, 0, 1, 0])}, "counts_E sums to 4, but there are 5 assignments"),
+        ({"assignment.weights_N": torch.ones(5, 1)}, r"weights_N has shape \(5, 1\), expected \(5,\)"),
+        ({"assignment.weights_N": torch.ones(5).bfloat16()}, "weights_N is torch.bfloat16, expected fp32 or fp64"),
         ({"demand_BE": torch.ones(4, 4).long()}, r"demand_BE has shape \(4, 4\)"),
         ({"demand_BE": torch.tensor([[2, 0, 1, 1], [0, 0, 0, 0]])}, "more assignments than its demand"),
-        ({"token_ids_N": torch.tensor([2, 0, 4, 1, 2])}, "not sorted"),
-        ({"token_ids_N": torch.tensor([0, 2, 2, 1, 2])}, "or one occurs twice"),
-        ({"token_ids_N": torch.tensor([0, 2, 3, 1, 2])}, "a padding token is assigned"),
+        ({"assignment.token_ids_N": torch.tensor([2, 0, 4, 1, 2])}, "not sorted"),
+        ({"assignment.token_ids_N": torch.tensor([0, 2, 2, 1, 2])}, "or one occurs twice"),
+        ({"assignment.token_ids_N": torch.tensor([0, 2, 3, 1, 2])}, "a padding token is assigned"),
     ],
 )
 def test_broken_invariants_are_named(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(routing(), **change).check()
+        changed(routing(), **change).check()
 
 
 def test_it_is_immutable_and_a_pytree() -> None:
@@ -64,7 +75,10 @@ def test_it_is_immutable_and_a_pytree() -> None:
     leaves, structure = pytree.tree_flatten(r)
     again = pytree.tree_unflatten(leaves, structure)
     assert isinstance(again, Routing)
-    assert all(getattr(again, f.name) is getattr(r, f.name) for f in fields(Routing))
+    record = [f.name for f in fields(Routing) if f.name != "assignment"]
+    assert all(getattr(again, name) is getattr(r, name) for name in record)
+    names = [f.name for f in fields(Assignment)]
+    assert all(getattr(again.assignment, name) is getattr(r.assignment, name) for name in names)
     doubled = pytree.tree_map(lambda t: t * 2 if isinstance(t, Tensor) and t.is_floating_point() else t, r)
     assert torch.equal(doubled.assignment.weights_N, r.assignment.weights_N * 2)
     assert doubled.scores_TE is None
@@ -76,8 +90,7 @@ def test_detach_cuts_every_field_from_the_graph() -> None:
     assert live.assignment.weights_N.requires_grad
     assert live.scores_TE.requires_grad
     cut = live.detach()
-    for f in fields(Routing):
-        one, other = getattr(live, f.name), getattr(cut, f.name)
+    for one, other in zip(pytree.tree_leaves(live), pytree.tree_leaves(cut), strict=True):
         assert (one is None) == (other is None)
         assert other is None or (not other.requires_grad and torch.equal(one, other))
 

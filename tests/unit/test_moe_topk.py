@@ -130,7 +130,7 @@ def test_one_renormalised_choice_gives_the_router_no_gradient_at_all(score: str,
     assert router.weight_ED.grad is not None  # zero, not missing: data-parallel ranks reduce it
     assert not router.weight_ED.grad.any()
     open_router = build_router("topk", d_model=5, num_experts=7, top_k=1, renormalize=False)
-    open_router(torch.randn(101, 5), RouterContext.default(1, 101)).weights_N.sum().backward()
+    open_router(torch.randn(101, 5), RouterContext.default(1, 101)).assignment.weights_N.sum().backward()
     assert open_router.weight_ED.grad.abs().sum() > 0
 
 
@@ -189,7 +189,7 @@ def test_the_bias_chooses_but_does_not_weigh_and_has_no_gradient() -> None:
     z_TE = logits(41, 12, 1)
     pushed = grouped(torch.eye(12)[7] * 10, z_TE)
     assert int(pushed.assignment.counts_E[7]) == 41
-    assert not torch.equal(pushed.assignment.counts_E, grouped(torch.zeros(12), z_TE).counts_E)
+    assert not torch.equal(pushed.assignment.counts_E, grouped(torch.zeros(12), z_TE).assignment.counts_E)
     s_TE = torch.where(chosen(pushed), torch.sigmoid(z_TE), 0.0)
     torch.testing.assert_close(dense(pushed), s_TE / s_TE.sum(-1, keepdim=True), rtol=0, atol=1e-12)
     router = identity_router(12)
@@ -235,7 +235,8 @@ def test_ties_give_a_valid_routing(score: str, num_experts: int) -> None:
         torch.testing.assert_close(routing.assignment.weights_N, torch.full((13 * k,), 1 / k).double())
         assert int(routing.assignment.counts_E.sum()) == 13 * k
         assert torch.equal(
-            routing.assignment.token_ids_N, route(torch.zeros(13, num_experts).double(), top_k=k).token_ids_N
+            routing.assignment.token_ids_N,
+            route(torch.zeros(13, num_experts).double(), top_k=k).assignment.token_ids_N,
         )
 
 

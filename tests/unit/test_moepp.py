@@ -10,6 +10,7 @@ import torch
 from balance_cases import balance_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_cases import reassigned
 from torch import Tensor
 
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
@@ -119,7 +120,7 @@ def test_capacities_are_as_one_to_tau_and_add_up(tau):
     spread = routing_of(wanted[0] * 3, tokens, routing)
     kept_E = apply_capacity(
         replace(spread, demand_BE=wanted), ctx, gamma, 0, DropOrder.position, "sequence"
-    ).counts_E.double()
+    ).assignment.counts_E.double()
     share = gamma * assignments / (tau * ffn + zero)
     assert kept_E.tolist() == [-(-round(tau * share, 6) // 1)] * ffn + [-(-round(share, 6) // 1)] * zero
     assert gamma * assignments <= kept_E.sum() < gamma * assignments + ffn + zero
@@ -127,7 +128,7 @@ def test_capacities_are_as_one_to_tau_and_add_up(tau):
 
 def routing_of(counts_E: Tensor, tokens: int, like: Routing) -> Routing:
     ids_N = torch.cat([torch.arange(int(n)) % tokens for n in counts_E])
-    return replace(
+    return reassigned(
         like, token_ids_N=ids_N, weights_N=torch.ones(len(ids_N)), counts_E=counts_E, choice_N=None
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.routing import Routing
 from moetrain.ops import Rows, expert_mlp, gather_sum
@@ -35,14 +36,12 @@ def rows_of(counts: list[int], num_source: int, block: int, seed: int = 0) -> Ro
     ids = [torch.randperm(num_source, generator=generator)[:c].sort().values for c in counts]
     counts_E = torch.tensor(counts)
     token_ids_N = torch.cat(ids)
-    routing = Routing(
-        token_ids_N, torch.ones(len(token_ids_N)), counts_E, torch.tensor([num_source]), counts_E[None]
-    )
-    routing.check()
+    assignment = Assignment(token_ids_N, torch.ones(len(token_ids_N)), counts_E)
+    Routing(assignment=assignment, num_tokens_B=torch.tensor([num_source]), demand_BE=counts_E[None]).check()
     return layout(
-        routing.assignment.token_ids_N,
-        routing.assignment.counts_E,
-        routing.assignment.counts_E.tolist(),
+        assignment.token_ids_N,
+        assignment.counts_E,
+        assignment.counts_E.tolist(),
         num_source,
         block,
     )[0]
@@ -186,13 +185,11 @@ def test_index_vectors_are_64_bit() -> None:
 
 def test_layout_of_a_worked_example() -> None:
     counts_E = torch.tensor([3, 0, 2])
-    routing = Routing(
-        torch.tensor([0, 1, 3, 0, 2]), torch.ones(5), counts_E, torch.tensor([5]), counts_E[None]
-    )
+    assignment = Assignment(torch.tensor([0, 1, 3, 0, 2]), torch.ones(5), counts_E)
     rows, slots_N = layout(
-        routing.assignment.token_ids_N,
-        routing.assignment.counts_E,
-        routing.assignment.counts_E.tolist(),
+        assignment.token_ids_N,
+        assignment.counts_E,
+        assignment.counts_E.tolist(),
         5,
         4,
     )

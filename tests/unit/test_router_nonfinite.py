@@ -141,11 +141,11 @@ def test_nan_of_either_sign_is_the_largest(dtype, sign):
 def test_a_step_with_nan_is_skipped_and_the_run_goes_on(
     name, training, corpus, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(MoELayer, "start", MoELayer.start)  # what the plug-in changes comes back
+    monkeypatch.setattr(MoELayer, "forward", MoELayer.forward)  # what the plug-in changes comes back
     monkeypatch.setenv("FAULTY_STEP", "2")
     import faulty_input
 
-    monkeypatch.setattr(MoELayer, "start", faulty_input._spoil)
+    monkeypatch.setattr(MoELayer, "forward", faulty_input._spoil)
     options = [f"router={name}", "train.steps=4", "train.on_nonfinite=skip"]
     assert tiny.train(corpus, tmp_path / "run", *options) == 0
     assert "step 3: the loss is nan" in capsys.readouterr().out

@@ -188,7 +188,9 @@ def test_sigmoid_is_top_k_of_sigmoids_and_ignores_a_constant_bias():
     plain = router(z_TE, RouterContext.default(1, 17))
     assert torch.equal(chosen(plain, 17).nonzero()[:, 1].view(17, 2), z_TE.topk(2).indices.sort().values)
     router.bias_E += 3.0
-    assert torch.equal(router(z_TE, RouterContext.default(1, 17)).weights_N, plain.assignment.weights_N)
+    assert torch.equal(
+        router(z_TE, RouterContext.default(1, 17)).assignment.weights_N, plain.assignment.weights_N
+    )
 
 
 @given(SEEDS, st.sampled_from([(6, 2, 2), (9, 3, 3), (10, 4, 2), (7, 7, 7), (5, 3, 1)]))
@@ -260,7 +262,7 @@ def test_random_follows_its_distribution(zipf):
 
 def test_forced_uniform_is_exactly_even():
     router = build_router("random", d_model=3, num_experts=5, top_k=2, draw="uniform")
-    assert router(torch.zeros(50, 3), RouterContext.default(2, 25)).counts_E.tolist() == [20] * 5
+    assert router(torch.zeros(50, 3), RouterContext.default(2, 25)).assignment.counts_E.tolist() == [20] * 5
 
 
 @given(SEEDS, st.sampled_from([-1.0, 0.0, 0.05, 0.3, 1.0]))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from balance_cases import balance_loss, step_totals
+from moe_cases import reassigned
 from torch import Tensor
 
 from moetrain.config.compose import compose_train
@@ -155,7 +156,9 @@ def test_gradients_of_moved_weights(rule: str) -> None:
     logits_TE = skewed(3, 14, 5).requires_grad_()
     found = repaired(top_two(logits_TE, ctx), ctx, rule)
     assert int(found.repaired_E.sum()) >= 3
-    assert torch.autograd.gradcheck(lambda z: repaired(top_two(z, ctx), ctx, rule).weights_N, logits_TE)
+    assert torch.autograd.gradcheck(
+        lambda z: repaired(top_two(z, ctx), ctx, rule).assignment.weights_N, logits_TE
+    )
 
 
 def test_the_normaliser_of_local_is_a_constant_backward() -> None:
@@ -183,8 +186,10 @@ def test_the_normaliser_of_local_is_a_constant_backward() -> None:
         number[best] = number.get(best, 0) + 2 - len(row)
         weights.append(number[e] * s_E[e] / sum(n * s_E[j] for j, n in number.items()).detach())
     torch.testing.assert_close(found.assignment.weights_N, torch.stack(weights))
-    torch.testing.assert_close(kept.assignment.weights_N.new_zeros(14).index_add(0, found.assignment.token_ids_N, found.assignment.weights_N),
-                               torch.ones(14, dtype=torch.float64))  # fmt: skip
+    total_T = torch.zeros(14, dtype=torch.float64).index_add(
+        0, found.assignment.token_ids_N, found.assignment.weights_N
+    )
+    torch.testing.assert_close(total_T, torch.ones_like(total_T))
     out_N = normal(4, len(weights))
     (got,) = torch.autograd.grad((found.assignment.weights_N * out_N).sum(), logits_TE, retain_graph=True)
     (want,) = torch.autograd.grad((torch.stack(weights) * out_N).sum(), logits_TE)
@@ -214,7 +219,7 @@ def test_ranks_and_forward_scales_follow(rule: str) -> None:
     ctx = RouterContext.default(2, 7)
     wanted = top_two(skewed(3, 14, 5), ctx)
     scale_N = torch.arange(28.0, dtype=torch.float64)
-    wanted = replace(wanted, forward_scale_N=scale_N)
+    wanted = reassigned(wanted, forward_scale_N=scale_N)
     kept, found = apply_capacity(wanted, ctx, *LIMITS), repaired(wanted, ctx, rule)
     found.check()
 

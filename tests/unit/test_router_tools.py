@@ -66,14 +66,14 @@ class Broken(TopKRouter):
             return replace(routing, scores_TE=None)
         if self.fault == "more experts":
             self.top_k = 1
+        assignment = routing.assignment
         if self.fault == "unsorted":
-            return replace(routing, token_ids_N=routing.assignment.token_ids_N.flip(0))
+            flipped = replace(assignment, token_ids_N=assignment.token_ids_N.flip(0))
+            return replace(routing, assignment=flipped)
         if self.fault == "infinite gradient":
-            return replace(
-                routing,
-                weights_N=routing.assignment.weights_N
-                + (0 * self.logits(x_TD).sum(-1)).sqrt()[routing.assignment.token_ids_N],
-            )
+            rough_T = (0 * self.logits(x_TD).sum(-1)).sqrt()
+            rough = replace(assignment, weights_N=assignment.weights_N + rough_T[assignment.token_ids_N])
+            return replace(routing, assignment=rough)
         return routing
 
 
