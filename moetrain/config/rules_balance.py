@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moetrain.config.rules import at_least
@@ -30,20 +31,33 @@ def balance_is_accepted(cfg: TrainConfig, world: int) -> None:
 
 def balance_fits_the_router(cfg: TrainConfig, world: int) -> None:
     if cfg.model.num_experts and (cfg.balance.losses or cfg.balance.controllers):
-        refuse_balance(cfg, built_router(cfg), "")
+        router = built_router(cfg)
+        refuse_losses(cfg, router, "")
+        refuse_controllers(cfg, [router], "")
 
 
-def refuse_balance(cfg: TrainConfig, router: Router, where: str) -> None:
-    """UserError where a loss or a controller is none that this router can have; ``where`` names its layer."""
+def refuse_losses(cfg: TrainConfig, router: Router, where: str) -> None:
+    """UserError where a loss is none that this router can have; ``where`` names its layer."""
+    from moetrain.moe.balance import make_terms
+
+    for i, term in enumerate(make_terms(cfg.balance.losses)):
+        if problem := term.spec.refuses(router):
+            raise UserError(
+                f"{where}router={router.options.name} {problem}: take balance.losses.{i}.name={term.name} out"
+            )
+
+
+def refuse_controllers(cfg: TrainConfig, routers: Sequence[Router], where: str) -> None:
+    """UserError where a controller is none that any of these routers can have."""
     from moetrain.moe.balance import chosen_controllers, make_terms
 
-    terms, named = make_terms(cfg.balance.losses), f"{where}router={router.options.name}"
-    for i, term in enumerate(terms):
-        if problem := term.spec.refuses(router):
-            raise UserError(f"{named} {problem}: take balance.losses.{i}.name={term.name} out")
-    for spec, _ in chosen_controllers(cfg.balance.controllers, terms):
-        if problem := spec.refuses(router):
-            raise UserError(f"{named} {problem}: take balance.controllers.{spec.name} out")
+    for spec, _ in chosen_controllers(cfg.balance.controllers, make_terms(cfg.balance.losses)):
+        problems = [spec.refuses(router) for router in routers]
+        if problems and all(problems):
+            raise UserError(
+                f"{where}router={routers[0].options.name} {problems[0]}: take "
+                f"balance.controllers.{spec.name} out"
+            )
 
 
 RULES = (balance_numbers, balance_is_accepted, balance_fits_the_router)

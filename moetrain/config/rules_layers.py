@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moetrain.config.names import nearest
-from moetrain.config.rules_balance import refuse_balance
+from moetrain.config.rules_balance import refuse_controllers, refuse_losses
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 
@@ -37,6 +37,7 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
     from moetrain.moe.routers import Router
 
     m, ep = cfg.model, cfg.parallel.ep
+    routers: list[Router] = []
     for place in range(m.num_layers):
         if not is_moe_layer(m, place):
             continue
@@ -46,8 +47,10 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
-        for router in (module for module in made.modules() if isinstance(module, Router)):
-            refuse_balance(cfg, router, f"{where}: ")
+        found = [module for module in made.modules() if isinstance(module, Router)]
+        routers += found
+        for router in found:
+            refuse_losses(cfg, router, f"{where}: ")
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
             experts = next(layer.experts.parameters()).shape[0]
             if experts % ep:
@@ -57,6 +60,7 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
                     f"{where} has {experts} experts, {experts // ep} a rank, fewer than the chunks of "
                     f"parallel.overlap={cfg.parallel.overlap}: lower it"
                 )
+    refuse_controllers(cfg, routers, f"model.feed_forward={m.feed_forward}: ")
 
 
 def feed_forward_is_own(cfg: TrainConfig, world: int) -> None:

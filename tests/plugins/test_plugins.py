@@ -156,7 +156,7 @@ def test_a_loss_that_one_layers_router_cannot_have() -> None:
 
     mixed = ["model.feed_forward=mixed"]
     with pytest.raises(
-        UserError, match="feed_forward=mixed: layer 2: router=hash returns no scores, so it has"
+        UserError, match="mixed: layer 2: router=hash returns no scores: take balance.losses.0.name=switch"
     ):
         validate(compose_train(mixed))
     validate(compose_train([*mixed, "balance=none"]))
@@ -175,7 +175,7 @@ def test_a_loss_that_one_layers_router_cannot_have() -> None:
         ),
         (["parallel.ep=4"], "model.feed_forward=uneven: layer 1 has 6 experts, which parallel.ep=4 does not"),
         (["balance.losses=[{name: penalty}]"], "router=topk has no loss of its own"),
-        (["router=hash", "balance=none", "balance.losses=[{name: z}]"], "router=hash returns no scores"),
+        (["router=hash", "balance=none", "balance.losses=[{name: z}]"], "router=hash returns no logits"),
         (["balance.losses=[{name: overload}]"], "balance.losses.0.name=overload is not known"),
     ],
 )
