@@ -22,7 +22,7 @@ import torch
 from pretended_device import DEVICE, Site, copies_of, pretended_device, waits_of
 
 import moetrain
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Batch

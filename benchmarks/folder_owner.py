@@ -30,8 +30,8 @@ from pathlib import Path
 from kill_resume import LIMIT, Training, command, count_rows, descendants, newest, write_text
 from timing import machine, write_json
 
+from moetrain.checkpoint.format import verify
 from moetrain.errors import STOPPED
-from moetrain.train.checkpoint_format import verify
 
 STEPS = 30
 IN_USE = 3  # the exit code of a start that finds the folder in use

@@ -31,13 +31,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import Precision, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
-from moetrain.ops.cpu_product import product
+from moetrain.ops.cpu.product import product
 from moetrain.parallel.materialize import allocate
 from moetrain.train.assemble import Assembled, lay_out, with_step
 

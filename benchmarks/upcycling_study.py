@@ -27,7 +27,7 @@ from typing import Any
 from timing import machine
 
 from moetrain.report.compare import comparison_figure
-from moetrain.train.jsonl import read_metrics
+from moetrain.train.log.jsonl import read_metrics
 
 DOMAINS = ("wiki_en", "wiki_fr", "wiki_es", "shakespeare", "python")
 BASE_STEPS, DONOR_STEPS, STEPS = 600, 150, 200

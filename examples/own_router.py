@@ -15,7 +15,7 @@ from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers import LinearRouter, register
-from moetrain.moe.select import softmax
+from moetrain.moe.topk_ops import softmax
 from moetrain.router_tools import check_router
 
 

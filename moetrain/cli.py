@@ -98,45 +98,45 @@ def _unknown(word: str) -> str:
 
 def _train(args: list[str]) -> int:
     choose_waiting(local_ranks())
-    from moetrain.config.app import train_command
+    from moetrain.config.hydra.app import train_command
 
     return train_command(args)
 
 
 def _verify(args: list[str]) -> int:
-    from moetrain.config.app import verify_command
+    from moetrain.config.hydra.app import verify_command
 
     return verify_command(args)
 
 
 def _generate(args: list[str]) -> int:
     choose_waiting(local_ranks())
-    from moetrain.config.app import generate_command
+    from moetrain.config.hydra.app import generate_command
 
     return generate_command(args)
 
 
 def _convert(args: list[str]) -> int:
-    from moetrain.config.app import convert_command
+    from moetrain.config.hydra.app import convert_command
 
     return convert_command(args)
 
 
 def _upcycle(args: list[str]) -> int:
-    from moetrain.config.app import upcycle_command
+    from moetrain.config.hydra.app import upcycle_command
 
     return upcycle_command(args)
 
 
 def _export(args: list[str]) -> int:
-    from moetrain.config.app import export_command
+    from moetrain.config.hydra.app import export_command
 
     return export_command(args)
 
 
 def _eval(args: list[str]) -> int:
     choose_waiting(local_ranks())
-    from moetrain.config.app import eval_command
+    from moetrain.config.hydra.app import eval_command
 
     return eval_command(args)
 

@@ -22,8 +22,8 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import Meshes
-from moetrain.train.monitor import LossMonitor
-from moetrain.train.optim import build_optimizer
+from moetrain.train.log.monitor import LossMonitor
+from moetrain.train.optim.build import build_optimizer
 from moetrain.train.step import StepResult, TrainStep
 from moetrain.train.task import NextToken
 from moetrain.verify.batches import cut, mixed

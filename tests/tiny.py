@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.cli import main
-from moetrain.train.checkpoint_format import (
+from moetrain.checkpoint.format import (
     FileRecord,
     Manifest,
     decode_metadata,
@@ -28,8 +27,9 @@ from moetrain.train.checkpoint_format import (
     hash_file,
     read_manifest,
 )
-from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.jsonl import read_metrics
+from moetrain.checkpoint.read import load_checkpoint
+from moetrain.cli import main
+from moetrain.train.log.jsonl import read_metrics
 
 BATCH = 4  # sequences of one optimizer step, in micro-batches of MICRO
 MICRO = 2

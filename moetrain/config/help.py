@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.store import CONFIG_DIR, variants
+from moetrain.config.hydra.store import CONFIG_DIR, variants
 
 _USAGE = {
     "train": """\

@@ -58,10 +58,10 @@ def _begun_run(
     root: type, overrides: list[str], source: str, config_name: str, config_dir: str | None
 ) -> Path | None:
     """A run folder that ``overrides`` lead to, whose run began from ``source`` and has a checkpoint."""
-    from moetrain.config.compose import check_composes, load_yaml
-    from moetrain.config.overrides import is_sweep
+    from moetrain.checkpoint.read import CHECKPOINTS, run_of, steps_in
+    from moetrain.config.hydra.compose import check_composes, load_yaml
+    from moetrain.config.hydra.overrides import is_sweep
     from moetrain.config.resume import keys_of, same_path
-    from moetrain.train.checkpoint_read import CHECKPOINTS, run_of, steps_in
 
     plain = [o for o in overrides if keys_of([o])[0].partition(".")[0] not in _DESCRIBED and not is_sweep(o)]
     node = check_composes(root, plain, config_name, config_dir)

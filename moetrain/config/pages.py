@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.config.compose import HYDRA_VERSION_BASE, check_composes, prepare
 from moetrain.config.help import app_help
+from moetrain.config.hydra.compose import HYDRA_VERSION_BASE, check_composes, prepare
+from moetrain.config.hydra.store import CONFIG_DIR
 from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0
-from moetrain.config.store import CONFIG_DIR
 from moetrain.errors import UserError
 from moetrain.terminal import show
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from moetrain.config.compose import load_yaml
 from moetrain.config.flat import Leaf, flat, lies_in, prefixes, shown
+from moetrain.config.hydra.compose import load_yaml
+from moetrain.config.hydra.store import TAGS
 from moetrain.config.init_from import CONFIG
 from moetrain.config.names import nearest
 from moetrain.config.schema import TrainConfig
-from moetrain.config.store import TAGS
 from moetrain.errors import UserError
 
 _LISTED = 4  # keys in one message
@@ -180,7 +180,7 @@ def stored_config(folder: Path) -> TrainConfig | None:
 
 def resumed_folder(cfg: TrainConfig) -> Path | None:
     """The run folder whose checkpoint ``cfg`` would resume from; None for a run that starts anew."""
-    from moetrain.train.checkpoint_read import CHECKPOINTS, run_of, steps_in
+    from moetrain.checkpoint.read import CHECKPOINTS, run_of, steps_in
 
     if cfg.resume == "none":
         return None

@@ -5,18 +5,18 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
-from moetrain.config import (
-    rules_balance,
-    rules_data,
-    rules_dispatch,
-    rules_eval,
-    rules_layers,
-    rules_model,
-    rules_rope,
-    rules_train,
+from moetrain.config.rules import (
+    balance,
+    data,
+    dispatch,
+    eval,
+    layers,
+    model,
+    rope,
+    train,
 )
-from moetrain.config.rules import above_zero, at_least
-from moetrain.config.rules_numbers import numbers_fit
+from moetrain.config.rules.checks import above_zero, at_least
+from moetrain.config.rules.numbers import numbers_fit
 from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
 from moetrain.config.schema_convert import ExportConfig
 from moetrain.config.schema_eval import EvalConfig
@@ -27,13 +27,10 @@ from moetrain.errors import UserError
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
     numbers_fit(cfg)
-    for rules in (
-        *(rules_model, rules_balance, rules_layers, rules_rope),
-        *(rules_data, rules_train, rules_dispatch),
-    ):
+    for rules in (model, balance, layers, rope, data, train, dispatch):
         for rule in rules.RULES:
             rule(cfg, world)
-    warnings = (*rules_model.WARNINGS, *rules_train.WARNINGS)
+    warnings = (*model.WARNINGS, *train.WARNINGS)
     return [text for warn in warnings if (text := warn(cfg)) is not None]
 
 
@@ -47,8 +44,8 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
-    rules = (*rules_model.RULES, *rules_balance.RULES, *rules_layers.RULES, *rules_rope.RULES)
-    for rule in (*rules, *rules_train.LAYOUT_RULES, *rules_dispatch.RULES):
+    rules = (*model.RULES, *balance.RULES, *layers.RULES, *rope.RULES)
+    for rule in (*rules, *train.LAYOUT_RULES, *dispatch.RULES):
         rule(cfg, cfg.verify.world or smallest_world(cfg.parallel))
 
 
@@ -58,16 +55,16 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
     for name in ("proof_tokens", "calibration_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
-    models = (*rules_layers.UPCYCLE_RULES, *rules_model.RULES, *rules_balance.RULES)
-    for rule in (*models, *rules_data.RULES):
+    models = (*layers.UPCYCLE_RULES, *model.RULES, *balance.RULES)
+    for rule in (*models, *data.RULES):
         rule(cfg, 1)
 
 
 def validate_stored(cfg: TrainConfig, where: str) -> None:
     """Check what a stored config says of its model and its text; ``where`` names the file."""
     try:
-        rules = (*rules_model.STORED_RULES, *rules_layers.RULES, *rules_rope.RULES)
-        for rule in (*rules, rules_data.data_sizes):
+        rules = (*model.STORED_RULES, *layers.RULES, *rope.RULES)
+        for rule in (*rules, data.data_sizes):
             rule(cfg, 1)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
@@ -76,14 +73,14 @@ def validate_stored(cfg: TrainConfig, where: str) -> None:
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
     numbers_fit(cfg)
-    for rule in rules_train.GENERATE_RULES:
+    for rule in train.GENERATE_RULES:
         rule(cfg)
 
 
 def validate_eval(cfg: EvalConfig) -> None:
     """Check what ``moetrain eval`` was told; raises UserError for the first broken rule."""
     numbers_fit(cfg)
-    for rule in rules_eval.RULES:
+    for rule in eval.RULES:
         rule(cfg)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moetrain.config.compose import compose_train
+from moetrain.checkpoint.stream import large_then_small
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
@@ -21,7 +22,6 @@ from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.hf.source import Part, SafetensorsFolder, Source, open_source
 from moetrain.terminal import tell
-from moetrain.train.checkpoint_stream import large_then_small
 
 
 def convert(cfg: ConvertConfig) -> int:

@@ -17,7 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.config.compose import to_yaml
+from moetrain.checkpoint.folders import TEMPORARY, remove_folder, sync_folder
+from moetrain.checkpoint.read import CHECKPOINTS, step_folder
+from moetrain.checkpoint.state_dict import MODEL, OPTIM
+from moetrain.checkpoint.stream import write_streamed
+from moetrain.config.hydra.compose import to_yaml
 from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.config.schema_data import TokenizerConfig, TokenizerKind
@@ -26,11 +30,7 @@ from moetrain.data import Tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED
 from moetrain.models.hf.source import TensorInfo, bytes_of
-from moetrain.train.checkpoint_folders import TEMPORARY, remove_folder, sync_folder
-from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
-from moetrain.train.checkpoint_stream import write_streamed
 from moetrain.train.identity import IDENTITY, identity_of
-from moetrain.train.state_dict import MODEL, OPTIM
 
 
 def write_model_folder(

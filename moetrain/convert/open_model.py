@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.read import run_of
+from moetrain.checkpoint.state_dict import MODEL, OPTIM
+from moetrain.checkpoint.stream import StoredTensors
 from moetrain.config.init_from import CONFIG, TOKENIZER, read_spec
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
@@ -16,10 +19,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import SafetensorsFolder, TensorInfo, open_source
-from moetrain.train.checkpoint_read import run_of
-from moetrain.train.checkpoint_stream import StoredTensors
 from moetrain.train.identity import require_same_files
-from moetrain.train.state_dict import MODEL, OPTIM
 from moetrain.train.unloaded import unloaded_decoder
 
 

@@ -21,7 +21,7 @@ from moetrain.errors import UserError
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
-from moetrain.train.metrics import EvalSums
+from moetrain.train.log.metrics import EvalSums
 from moetrain.train.run import resolve_device
 from moetrain.train.run_config import run_config
 from moetrain.train.task import NextToken

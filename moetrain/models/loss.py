@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.cpu_product import product
+from moetrain.ops.cpu.product import product
 from moetrain.ops.precision import product_dtype
 
 IGNORED = -100  # a label that asks for nothing

@@ -21,7 +21,7 @@ from moetrain.moe.assign import count, drop_priority, group_capacity, group_ids,
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import first_max, top_ids
+from moetrain.moe.topk_ops import first_max, top_ids
 
 
 def repair_overflow(

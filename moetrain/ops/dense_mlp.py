@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.ops.activations import activate, activate_again, activate_backward
-from moetrain.ops.cpu_product import product
+from moetrain.ops.cpu.product import product
 
 
 def dense_mlp(

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.ops import grouped, tiled
+from moetrain.ops import grouped
 from moetrain.ops.activations import activate, gate_and_up
+from moetrain.ops.cpu import per_expert
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm, refusal, say_once
 
@@ -103,7 +104,7 @@ def _forward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    module = tiled if backend == "cpu" else grouped
+    module = per_expert if backend == "cpu" else grouped
     out: tuple[Tensor, list[Tensor]] = module.forward(
         source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, useful, aligned, activation
     )
@@ -116,7 +117,7 @@ def _(
     by_source_N: Tensor, ends_X: Tensor, useful: list[int], aligned: list[int], activation: str, backend: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     rows = ids_R.shape[0]
-    kept = tiled.kept_rows(useful, aligned, source_XD.dtype) if backend == "cpu" else [rows]
+    kept = per_expert.kept_rows(useful, aligned, source_XD.dtype) if backend == "cpu" else [rows]
     pre_activations = [source_XD.new_empty(n, w_up_EDP.shape[2]) for n in kept]
     return source_XD.new_empty(rows, w_down_EFD.shape[2]), pre_activations
 
@@ -137,7 +138,7 @@ def _backward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = tiled if backend == "cpu" else grouped
+    module = per_expert if backend == "cpu" else grouped
     dx_RD, dweights_R, dw_up_EDP, dw_down_EFD = module.backward(
         dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, kept, useful, aligned, activation
     )

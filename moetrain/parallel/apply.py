@@ -26,9 +26,9 @@ from moetrain.moe.dispatch.placement import Placement
 from moetrain.ops.cheap import dropping_cheap
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.dispatchers import build_dispatcher
-from moetrain.parallel.fsdp_comms import observe_fsdp
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
 from moetrain.parallel.precision import gathered_in, is_router, rounded_to
+from moetrain.parallel.watchdog.fsdp_comms import observe_fsdp
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moetrain.ops.local_part import local_part
-from moetrain.parallel.journal import watched
+from moetrain.parallel.watchdog.flight_recorder import watched
 
 _Layout = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and the dimensions of it that shard the gradient
 

@@ -20,8 +20,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from moetrain.errors import UserError
-from moetrain.parallel.journal import watched
 from moetrain.parallel.meeting import meet
+from moetrain.parallel.watchdog.flight_recorder import watched
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _prefix = ""  # of this start's keys in the store

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.errors import UserError
-from moetrain.train.jsonl import read_lines
+from moetrain.train.log.jsonl import read_lines
 
 Array = NDArray[np.float64]
 Columns = dict[str, tuple[Array, Array]]  # key -> steps (rising, each once) and values

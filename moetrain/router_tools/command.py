@@ -6,8 +6,8 @@ import argparse
 
 from rich.table import Table
 
+from moetrain.config.hydra.store import import_plugins
 from moetrain.config.names import nearest
-from moetrain.config.store import import_plugins
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS, build_router
 from moetrain.router_tools.check import check_router

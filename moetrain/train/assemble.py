@@ -15,11 +15,11 @@ from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import Controller, build_controllers, make_terms
 from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
-from moetrain.parallel.journal import observe, watched
 from moetrain.parallel.materialize import allocate, draw
 from moetrain.parallel.mesh import DataGroups, build_meshes
-from moetrain.train.monitor import LossMonitor
-from moetrain.train.optim import build_optimizer, freeze
+from moetrain.parallel.watchdog.flight_recorder import observe, watched
+from moetrain.train.log.monitor import LossMonitor
+from moetrain.train.optim.build import build_optimizer, freeze
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 

@@ -18,7 +18,7 @@ from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
-from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_lock import owning

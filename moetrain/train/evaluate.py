@@ -17,7 +17,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.moe import Router
 from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import all_reduce_sum_
-from moetrain.train.metrics import EvalSums
+from moetrain.train.log.metrics import EvalSums
 from moetrain.train.task import NextToken, batch_arguments
 
 

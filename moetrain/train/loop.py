@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.schema import CheckpointConfig, LoopConfig, OnNonFinite, ScheduleConfig
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
-from moetrain.parallel.journal import at, patiently
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.jsonl import last_row
-from moetrain.train.metrics import load_every, step_row
-from moetrain.train.optim import set_lr
-from moetrain.train.progress import Progress
+from moetrain.parallel.watchdog.flight_recorder import at, patiently
+from moetrain.train.log.jsonl import last_row
+from moetrain.train.log.metrics import load_every, step_row
+from moetrain.train.log.progress import Progress
+from moetrain.train.log.trackers import Tracker
+from moetrain.train.optim.build import set_lr
+from moetrain.train.optim.schedule import lr_factor
 from moetrain.train.run_dir import RunDir
-from moetrain.train.schedule import lr_factor
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepResult, TrainStep
 from moetrain.train.stopping import StopFlag
-from moetrain.train.trackers import Tracker
 
 Evaluate = Callable[[], dict[str, Any]]
 

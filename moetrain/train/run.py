@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 
-from moetrain.config.compose import to_yaml
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.peers import from_rank_0
+from moetrain.config.hydra.compose import to_yaml
 from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
@@ -33,25 +35,23 @@ from moetrain.parallel.distributed import (
     shutdown,
     world,
 )
-from moetrain.parallel.journal import at, patiently
-from moetrain.parallel.watchdog import backend_timeout, watching
+from moetrain.parallel.watchdog.flight_recorder import at, patiently
+from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
-from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.identity import identity_of
 from moetrain.train.initial import carry_over
-from moetrain.train.jsonl import last_row
+from moetrain.train.log.jsonl import last_row
+from moetrain.train.log.metrics import EvalSums, eval_row
+from moetrain.train.log.progress import build_progress
+from moetrain.train.log.trackers import build_tracker
 from moetrain.train.loop import Loop, Surroundings
-from moetrain.train.metrics import EvalSums, eval_row
-from moetrain.train.peers import from_rank_0
-from moetrain.train.progress import build_progress
 from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, new_folder
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.start import Built, start
 from moetrain.train.stopping import StopFlag
-from moetrain.train.trackers import build_tracker
 from moetrain.writing import write_atomic
 
 _SUMMARY = "summary.json"

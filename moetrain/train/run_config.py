@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from moetrain.config.compose import load_yaml
+from moetrain.checkpoint.read import CHECKPOINTS, listing, read_metadata, step_folder, steps_in
+from moetrain.checkpoint.state_dict import MODEL, model_tensors
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.init_from import CONFIG
 from moetrain.config.schema import AttentionBackend, ModelConfig, TrainConfig
 from moetrain.config.validate import validate_stored
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
-from moetrain.train.checkpoint_read import CHECKPOINTS, listing, read_metadata, step_folder, steps_in
-from moetrain.train.state_dict import MODEL, model_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 

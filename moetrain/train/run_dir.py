@@ -21,7 +21,7 @@ from pydantic import JsonValue
 import moetrain
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
-from moetrain.train.jsonl import JsonlFile
+from moetrain.train.log.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
 from moetrain.writing import write_atomic
 

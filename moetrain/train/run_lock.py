@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from moetrain.checkpoint.peers import from_rank_0
 from moetrain.errors import TrainingError, UserError
-from moetrain.parallel.watchdog import end_run
-from moetrain.train.peers import from_rank_0
+from moetrain.parallel.watchdog.watchdog import end_run
 from moetrain.train.run_dir import cannot_be_used
 from moetrain.train.run_owner import (
     RECORD,

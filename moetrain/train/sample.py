@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from moetrain.checkpoint.read import find_checkpoint, load_checkpoint, run_of
+from moetrain.checkpoint.state_dict import MODEL, model_tensors
 from moetrain.config.init_from import TOKENIZER
 from moetrain.config.schema import GenerateConfig, LoopConfig, Precision
 from moetrain.data import Tokenizer, load_tokenizer
@@ -17,11 +19,9 @@ from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
-from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint, run_of
 from moetrain.train.identity import require_same_files
 from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
-from moetrain.train.state_dict import MODEL, model_tensors
 from moetrain.train.task import NextToken
 from moetrain.train.unloaded import unloaded_decoder
 from moetrain.writing import write_atomic

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.config.schema import TrainConfig
 from moetrain.data import Corpus, TrainLoader, prepare
 from moetrain.errors import UserError
@@ -19,14 +21,12 @@ from moetrain.parallel.distributed import (
     rank,
     world,
 )
-from moetrain.parallel.journal import patiently
 from moetrain.parallel.mesh import DataGroups
+from moetrain.parallel.watchdog.flight_recorder import patiently
 from moetrain.train.assemble import assemble
-from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.initial import load_initial
-from moetrain.train.monitor import ThroughputMeter
+from moetrain.train.log.monitor import ThroughputMeter
 from moetrain.train.state import TrainState
-from moetrain.train.state_dict import model_tensors, optimizer_tensors
 from moetrain.train.step import TrainStep
 
 _PATIENCE = timedelta(days=7)  # of ranks that wait for one that tokenises

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.format import EXTRA, read_manifest
+from moetrain.checkpoint.saved_state import SavedState
+from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.data import TrainLoader
 from moetrain.errors import UserError
 from moetrain.moe.balance import Controller
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_format import EXTRA, read_manifest
 from moetrain.train.identity import IDENTITY
-from moetrain.train.monitor import LossMonitor, ThroughputMeter
-from moetrain.train.saved_state import SavedState
-from moetrain.train.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
+from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
 from moetrain.train.task import NextToken
 
 

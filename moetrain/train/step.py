@@ -27,9 +27,9 @@ from moetrain.ops.transfer import to_device
 from moetrain.parallel.apply import sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
-from moetrain.parallel.journal import watched
-from moetrain.train.metrics import RoutingStats, RoutingSummary
-from moetrain.train.monitor import LossMonitor
+from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.log.metrics import RoutingStats, RoutingSummary
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.task import NextToken, batch_arguments
 
 _Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place

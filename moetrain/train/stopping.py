@@ -5,7 +5,7 @@ How a trainer tells the three ways of ending apart:
 * :meth:`StopFlag.agree` returns True on every rank at the same step: save, say so, exit 75.
 * a second signal: the process is gone (exit code 128 + its number), nothing is saved.
 * :class:`PeerLostError`, raised by :meth:`StopFlag.agree` and by the checkpointer, or any exception for which
-  :func:`moetrain.parallel.lost.peer_lost` is true: a rank is dead or unreachable. Call no collective and save
+  :func:`peer_lost` is true: a rank is dead or unreachable. Call no collective and save
   nothing; print the message and leave with a non-zero code through ``os._exit``, since destroying the process
   group may wait for the dead rank. The newest checkpoint is untouched.
 """
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.parallel.journal import watched
-from moetrain.parallel.lost import PeerLostError, cause
+from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.parallel.watchdog.peer_errors import PeerLostError, cause
 
 STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: a batch system's usual warning

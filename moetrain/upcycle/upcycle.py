@@ -21,9 +21,9 @@ from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.ledger import Ledger, open_ledger
 from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
-from moetrain.upcycle.moments import from_zero, layer_moments
 from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, dense_names, prefix
 from moetrain.upcycle.networks import Networks
+from moetrain.upcycle.optimizer_state import from_zero, layer_moments
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, take_shared
 from moetrain.upcycle.router_start import check_start, start_router

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import JsonValue
 
 import moetrain
-from moetrain.config.compose import config_hash
+from moetrain.config.hydra.compose import config_hash
 from moetrain.config.schema import (
     CheckpointConfig,
     LoopConfig,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.config.hydra.store import import_plugins
 from moetrain.config.schema import Precision, TrainConfig
-from moetrain.config.store import import_plugins
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
@@ -27,7 +28,6 @@ from moetrain.moe.routers import ROUTERS
 from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
 from moetrain.parallel.clip import global_norm
 from moetrain.train.assemble import Assembled, assemble
-from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.state import state_tensors
 from moetrain.train.step import StepResult
 from moetrain.verify.batches import Scenario, cut, mixed, scenarios, without_targets

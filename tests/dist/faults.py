@@ -15,8 +15,8 @@ import moetrain.train.run as run
 import moetrain.train.step as step
 from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.ops.local_part import local_part
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.metrics import RoutingStats
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.train.log.metrics import RoutingStats
 
 
 def experts_averaged_twice() -> None:

@@ -16,14 +16,14 @@ import tiny
 import torch
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, run_ranks
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.optim import set_lr
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.train.optim.build import set_lr
 from moetrain.train.start import Built, build
-from moetrain.train.schedule import lr_factor
+from moetrain.train.optim.schedule import lr_factor
 
 LAYOUTS = {
     "one process": (1, []),

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from moetrain.errors import UserError
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.state_dict import model_tensors, optimizer_tensors
-from moetrain.parallel.lost import PeerLostError
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.read import load_checkpoint
+from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
+from moetrain.parallel.watchdog.peer_errors import PeerLostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

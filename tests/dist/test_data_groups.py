@@ -19,7 +19,7 @@ from moetrain.parallel.distributed import rank, world
 from moetrain.parallel.mesh import DataGroups, Meshes
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.evaluate import evaluate
-from moetrain.train.monitor import LossMonitor
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 from moetrain.verify.batches import cut
 

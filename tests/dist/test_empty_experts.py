@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.task import batch_arguments
 from moetrain.verify.batches import alike, cut, mixed

@@ -15,7 +15,7 @@ from moetrain.moe.dispatch.collectives import Collective
 from moetrain.moe.options import ExpertsConfig
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes
-from moetrain.train.monitor import LossMonitor
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_train, to_yaml
+from moetrain.config.hydra.compose import compose_train, to_yaml
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
-from moetrain.train.checkpoint import Checkpointer
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.train.initial import load_initial
 from moetrain.train.start import Built, build
-from moetrain.train.state_dict import model_tensors
+from moetrain.checkpoint.state_dict import model_tensors
 
 FOUR = {
     "ep 4": ["parallel.ep=4"],

@@ -9,7 +9,7 @@ from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.routing import Routing
-from moetrain.train.metrics import RoutingStats, RoutingSummary
+from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 
 EXPERTS = {1: 3, 4: 5}  # a layer's place -> its experts
 

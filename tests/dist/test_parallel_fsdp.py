@@ -24,7 +24,7 @@ from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.parallel.mesh import Meshes, build_meshes
-from moetrain.train.optim import build_optimizer
+from moetrain.train.optim.build import build_optimizer
 
 V, D, HIDDEN, E, S = 23, 10, 7, 3, 11
 PARTS, BATCH, STEPS = 8, 2, 3  # a step's data comes in PARTS micro-batches of BATCH sequences

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import Precision
 from moetrain.verify.command import prove
 from moetrain.verify.compare import Check

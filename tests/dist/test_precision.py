@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, QKNorm
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import rank_memory
 import rehearsal
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters

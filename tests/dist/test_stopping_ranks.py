@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from moetrain.parallel.ranks import run_ranks
 
-from moetrain.parallel.lost import PeerLostError
+from moetrain.parallel.watchdog.peer_errors import PeerLostError
 from moetrain.train.stopping import StopFlag
 
 

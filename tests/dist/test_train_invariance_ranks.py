@@ -22,7 +22,7 @@ from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.schema import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes
-from moetrain.train.monitor import LossMonitor
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 
 SCOPES = ("sequence", "global_batch", "running")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lives import Lives
 from moetrain.parallel.ranks import run_ranks
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema_data import DataConfig
 from moetrain.data import Corpus
 from moetrain.data import prepare as data_prepare

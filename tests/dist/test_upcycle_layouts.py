@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.convert.open_model import open_model
 from moetrain.data import load_tokenizer
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
-from moetrain.train.state_dict import model_tensors
+from moetrain.checkpoint.state_dict import model_tensors
 
 DENSE = ("model.num_experts=0", "balance=none", "train.precision=fp64", "train.steps=5", "model.init_std=0.3")
 LAYOUTS = {

@@ -15,8 +15,8 @@ from lives import Lives
 from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.dispatch.collectives import Calls, Exchange, OutOfStepError
-from moetrain.parallel.journal import patiently, watched
-from moetrain.parallel.watchdog import watching
+from moetrain.parallel.watchdog.flight_recorder import patiently, watched
+from moetrain.parallel.watchdog.watchdog import watching
 from moetrain.train.run_lock import FolderLock
 
 pytestmark = pytest.mark.real

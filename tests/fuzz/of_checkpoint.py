@@ -16,13 +16,13 @@ from fuzz.forms import any_bytes, blocks_file, json_file
 from fuzz.sign import signed_checkpoint, signed_manifest
 from fuzz.target import Target, Way, anything, same
 from fuzz.world import STEPS
-from moetrain.config.compose import load_yaml
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_read import CHECKPOINTS, load_checkpoint, step_folder
-from moetrain.train.checkpoint_stream import StoredTensors
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.read import CHECKPOINTS, load_checkpoint, step_folder
+from moetrain.checkpoint.state_dict import rng_state
+from moetrain.checkpoint.stream import StoredTensors
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.train.start import build
 from moetrain.train.state import TrainState
-from moetrain.train.state_dict import rng_state
 
 _WHOLE, _SPLIT = f"run/{CHECKPOINTS}/step_*", "split"
 _COUNT = 2**62  # what a run can count up to

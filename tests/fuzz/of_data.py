@@ -13,7 +13,7 @@ import numpy as np
 from fuzz.forms import json_file
 from fuzz.sign import signed_data
 from fuzz.target import Target, Way, command
-from moetrain.config.compose import load_yaml
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.data import load_tokenizer
 from moetrain.data.corpus import _open
 from moetrain.data.sources import build_parts

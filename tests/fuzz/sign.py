@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moetrain.checkpoint.format import FileRecord, Manifest, encode_manifest, read_manifest
 from moetrain.data.manifest import write_manifest
-from moetrain.train.checkpoint_format import FileRecord, Manifest, encode_manifest, read_manifest
 
 
 def signed_checkpoint(folder: Path, names: Sequence[str] | None = None) -> None:

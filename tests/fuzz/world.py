@@ -19,8 +19,8 @@ import tiny
 import torch
 
 from fuzz.sign import signed_checkpoint
+from moetrain.checkpoint.read import CHECKPOINTS, step_folder
 from moetrain.cli import main
-from moetrain.train.checkpoint_read import CHECKPOINTS, step_folder
 
 STEPS = 4
 RUN = [
@@ -78,7 +78,7 @@ def _run(*arguments: str) -> None:
 
 def _split_blocks(checkpoint: Path, target: Path) -> None:
     """The same checkpoint as two ranks would have saved it: each tensor in two blocks of a file each."""
-    from moetrain.train.checkpoint_stream import StoredTensors
+    from moetrain.checkpoint.stream import StoredTensors
 
     stored = StoredTensors(checkpoint)
     shutil.copytree(checkpoint, target)

@@ -15,8 +15,8 @@ import tiny
 from torch import nn
 
 from moetrain.cli import main
-from moetrain.config import store
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra import store
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import ModelConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
@@ -156,7 +156,7 @@ def test_a_loss_that_one_layers_router_cannot_have() -> None:
 
     mixed = ["model.feed_forward=mixed"]
     with pytest.raises(
-        UserError, match="mixed: layer 2: router=hash returns no scores: take balance.losses.0.name=switch"
+        UserError, match=r"mixed: layer 2: router=hash returns no scores: take balance.losses.0.name=switch"
     ):
         validate(compose_train(mixed))
     validate(compose_train([*mixed, "balance=none"]))

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
+from moetrain.checkpoint.read import load_checkpoint
+from moetrain.checkpoint.state_dict import MODEL, model_tensors
 from moetrain.cli import main
 from moetrain.config.init_from import read_spec
 from moetrain.models import Decoder
 from moetrain.models.hf import ModelSpec
-from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.state_dict import MODEL, model_tensors
 
 SHARD = "15KB"  # a dozen shards or more of each tiny model
 _TIED = {"tie_word_embeddings": True}

@@ -13,7 +13,7 @@ import torch
 from hf_cases import export, transformers, write_tokenizer
 from torch import Tensor
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.init_from import spec_overrides
 from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.config.schema_rope import RopeKind, RopeScaling

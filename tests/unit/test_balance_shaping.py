@@ -22,10 +22,10 @@ from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.base import probabilities
-from moetrain.moe.balance.shaping import ChunkOptions, DirichletOptions, LocalityOptions, beta_cdf
+from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, LocalityOptions, beta_cdf
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.parallel.mesh import Meshes
-from moetrain.train.monitor import LossMonitor
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 
 TERMS = {

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain.checkpoint.blocks import BlockError, check_block, tiles
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.format import dtype_name
+from moetrain.checkpoint.read import load_checkpoint
+from moetrain.checkpoint.stream import StoredTensors
 from moetrain.errors import UserError
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_blocks import BlockError, check_block, tiles
-from moetrain.train.checkpoint_format import dtype_name
-from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.checkpoint_stream import StoredTensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

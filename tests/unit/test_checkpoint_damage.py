@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.format import verify
+from moetrain.checkpoint.read import find_checkpoint, load_checkpoint
 from moetrain.errors import UserError
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_format import verify
-from moetrain.train.checkpoint_read import find_checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FILES = ["__0_0.distcp", "extra.json", "manifest.json", "metadata.json"]

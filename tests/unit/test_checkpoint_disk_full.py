@@ -9,8 +9,8 @@ import subprocess
 import pytest
 import torch
 
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.errors import TrainingError, UserError
-from moetrain.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -181,7 +181,7 @@ def test_a_folder_that_goes_away_in_the_middle_is_what_is_said(async_save, tmp_p
         checkpointer.wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moetrain.train.checkpoint_io.FileSystemWriter.write_data", rename)
+        patch.setattr("moetrain.checkpoint.write.FileSystemWriter.write_data", rename)
         with pytest.raises(TrainingError, match="the run folder was removed"):
             save()
     assert not run.exists()

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moetrain.train.checkpoint_format import (
+from moetrain.checkpoint.format import (
     FileRecord,
     FormatError,
     Manifest,

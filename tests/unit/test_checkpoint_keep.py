@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.errors import UserError
-from moetrain.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.read import load_checkpoint
+from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.errors import UserError
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_read import load_checkpoint
-from moetrain.train.state_dict import model_tensors, optimizer_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -156,7 +156,7 @@ class Evil:
 
 def test_planted_pickles_are_never_run(tmp_path):
     """DCP would unpickle ``.metadata`` and byte entries; a payload in a tensor's place is refused."""
-    from moetrain.train import checkpoint_format as f
+    from moetrain.checkpoint import format as f
 
     checkpointer = Checkpointer(tmp_path)
     path = checkpointer.save(3, {"w": torch.ones(3)}, {})

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.train import checkpoint_rows
-from moetrain.train.checkpoint_blocks import BlockError, Slice
-from moetrain.train.checkpoint_rows import StoredBlock
+from moetrain.checkpoint import rows as checkpoint_rows
+from moetrain.checkpoint.blocks import BlockError, Slice
+from moetrain.checkpoint.rows import StoredBlock
 
 BEFORE = 13  # bytes in the file that are another block's
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from moetrain.errors import UserError
-from moetrain.train.muon import Muon
-from moetrain.train.state_dict import (
+from moetrain.checkpoint.state_dict import (
     model_tensors,
     optimizer_tensors,
     rng_state,
     set_rng_state,
 )
+from moetrain.errors import UserError
+from moetrain.train.optim.muon import Muon
 
 
 class Net(nn.Module):

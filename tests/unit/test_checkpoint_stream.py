@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.checkpoint.read import read_extra
+from moetrain.checkpoint.stream import StoredTensors, large_then_small, write_streamed
 from moetrain.errors import UserError
 from moetrain.models.hf.source import TensorInfo
-from moetrain.train.checkpoint_read import read_extra
-from moetrain.train.checkpoint_stream import StoredTensors, large_then_small, write_streamed
 
 SHAPES = {f"model.{name}": (size,) for name, size in zip("abcdefg", (3, 700, 5, 701, 0, 703, 7), strict=True)}
 

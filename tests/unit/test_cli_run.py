@@ -20,8 +20,8 @@ import yaml
 
 import moetrain
 from moetrain.cli import HELP, main
-from moetrain.config.compose import compose_train, load_yaml
 from moetrain.config.help import group_options
+from moetrain.config.hydra.compose import compose_train, load_yaml
 from moetrain.config.validate import validate
 from moetrain.errors import STOPPED, UserError
 

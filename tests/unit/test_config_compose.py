@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moetrain.config.compose import (
+from moetrain.config.editable import editable, freeze, original
+from moetrain.config.hydra.compose import (
     compose_app,
     compose_arms,
     compose_train,
@@ -18,9 +19,8 @@ from moetrain.config.compose import (
     load_yaml,
     to_yaml,
 )
-from moetrain.config.editable import editable, freeze, original
+from moetrain.config.hydra.overrides import normalize
 from moetrain.config.names import near_miss, nearest
-from moetrain.config.overrides import normalize
 from moetrain.config.schema import CompareConfig, GenerateConfig, RunConfig, TrainConfig, WandbTracker
 from moetrain.config.schema_data import LocalData, MixturePart, SourceKind
 from moetrain.errors import UserError

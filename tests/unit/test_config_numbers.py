@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_app, compose_train
+from moetrain.config.hydra.compose import compose_app, compose_train
 from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
 from moetrain.config.schema_convert import ExportConfig
 from moetrain.config.schema_eval import EvalConfig

@@ -10,12 +10,12 @@ from typing import Any, get_type_hints
 import pytest
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_train
 from moetrain.config.flat import flat
+from moetrain.config.hydra.compose import compose_train
+from moetrain.config.hydra.store import variants
 from moetrain.config.init_from import spec_overrides
 from moetrain.config.resume import RULES, Change, compare, differences, rule_of, table
 from moetrain.config.schema import AttentionBackend, TrainConfig
-from moetrain.config.store import variants
 from moetrain.models.hf.family import ModelSpec
 from moetrain.train.identity import function_of
 from moetrain.verify.twin import twin_of
@@ -105,7 +105,7 @@ BASE = ["router=topk", "balance=switch"]
     ids=lambda part: " ".join(part) if part and isinstance(part[0], str) else "",
 )
 def test_differences_name_the_shortest_key_that_tells(overrides, expected, monkeypatch):
-    monkeypatch.setattr("moetrain.config.compose.source_overrides", lambda *arguments: [])
+    monkeypatch.setattr("moetrain.config.hydra.compose.source_overrides", lambda *arguments: [])
     found = differences(compose_train(BASE), compose_train([*BASE, *overrides]))
     assert [(d.key, d.before, d.now) for d in found] == expected
 

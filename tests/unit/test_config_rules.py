@@ -6,10 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from moetrain.config import rules_balance, rules_data, rules_layers, rules_model, rules_rope, rules_train
 from moetrain.config import validate as validate_module
-from moetrain.config.compose import compose_train
-from moetrain.config.rules import is_installed
+from moetrain.config.hydra.compose import compose_train
+from moetrain.config.rules import balance as rules_balance
+from moetrain.config.rules import data as rules_data
+from moetrain.config.rules import layers as rules_layers
+from moetrain.config.rules import model as rules_model
+from moetrain.config.rules import rope as rules_rope
+from moetrain.config.rules import train as rules_train
+from moetrain.config.rules.checks import is_installed
 from moetrain.config.schema import (
     AttentionBackend,
     EngineConfig,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moetrain.ops import cpu_product
-from moetrain.ops.cpu_product import outer, product
+from moetrain.ops.cpu import product as cpu_product
+from moetrain.ops.cpu.product import outer, product
 
 LARGE = (97, 251, 211)  # above the size from which oneDNN is asked
 assert LARGE[0] * LARGE[1] * LARGE[2] > cpu_product._MIN_WORK

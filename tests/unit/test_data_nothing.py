@@ -16,7 +16,7 @@ from moetrain.data import IGNORE, Packing, TrainLoader, load_tokenizer, prepare,
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.evaluate import evaluate
-from moetrain.train.monitor import LossMonitor
+from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import device_waits
 from pretended_device import DEVICE, copies_of, pretended_device, waits_of
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.data.batch import Batch
 from moetrain.ops.transfer import to_device
 from moetrain.train.assemble import Assembled, assemble

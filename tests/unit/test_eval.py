@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from moetrain.cli import main
-from moetrain.config import rules_eval
+from moetrain.config.rules import eval as rules_eval
 from moetrain.convert.open_model import open_model
 
 SEQ = tiny.SEQ

@@ -13,7 +13,7 @@ from hf_cases import CASES, assert_same_tensors, convert, export, refused, tenso
 from safetensors.torch import save_file
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.models.hf import FAMILIES
 from moetrain.models.hf.family import register_family
 

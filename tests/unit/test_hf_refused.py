@@ -12,13 +12,13 @@ import tiny
 import torch
 from hf_cases import convert, export, refused, sources, write_tokenizer
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.format import decode_metadata
+from moetrain.checkpoint.read import load_checkpoint
 from moetrain.cli import main
 from moetrain.config.init_from import read_spec
 from moetrain.models.hf import FAMILIES
 from moetrain.models.hf.source import SafetensorsFolder
-from moetrain.train.checkpoint import Checkpointer
-from moetrain.train.checkpoint_format import decode_metadata
-from moetrain.train.checkpoint_read import load_checkpoint
 
 __all__ = ["sources"]  # a fixture
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from moetrain.errors import UserError
-from moetrain.train.jsonl import LONGEST, JsonlFile, last_row, read_lines, read_metrics, row_in
+from moetrain.train.log.jsonl import LONGEST, JsonlFile, last_row, read_lines, read_metrics, row_in
 from moetrain.train.run_dir import RunDir
 
 DEEP = "[" * 10**5
@@ -151,7 +151,7 @@ def test_a_large_file_is_never_held(tmp_path):
     code = f"""
 import re
 from pathlib import Path
-from moetrain.train.jsonl import JsonlFile, last_row
+from moetrain.train.log.jsonl import JsonlFile, last_row
 def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before, path = peak(), Path({str(tmp_path / "metrics.jsonl")!r})
 file = JsonlFile(path)

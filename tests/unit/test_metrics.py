@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.balance import LossFollower, SparsityController
 from moetrain.moe.routing import Routing
-from moetrain.train.metrics import (
+from moetrain.train.log.metrics import (
     EvalSums,
     RoutingStats,
     eval_row,
@@ -25,7 +25,7 @@ from moetrain.train.metrics import (
     step_row,
     worst_load,
 )
-from moetrain.train.monitor import LossMonitor, ThroughputMeter
+from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
 
 CONTROLLERS = (SparsityController({0: 4}, {0: 2}), LossFollower("chunk_sparsity", [0], 4.0))
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"

@@ -17,8 +17,8 @@ from moetrain.errors import UserError
 from moetrain.models.attention import Attention, plan_of, require_backend
 from moetrain.models.cache import KVCache
 from moetrain.models.rope import apply_rope, rope_table
-from moetrain.ops import cpu_product
 from moetrain.ops.attention import SeenKeys, seen_keys
+from moetrain.ops.cpu import product as cpu_product
 
 BATCH, SEQ = 3, 11
 Seen = Callable[[int, int, int], bool]

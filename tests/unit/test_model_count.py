@@ -11,7 +11,7 @@ from model_cases import TINY, VOCAB, decoder, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import ModelConfig, QKNorm, TrainConfig
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown

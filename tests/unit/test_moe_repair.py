@@ -18,7 +18,7 @@ from moetrain.moe import RouterContext, Routing
 from moetrain.moe.assign import _DROP_SALT, apply_capacity, from_mask, from_token_choice
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.repair import repair_overflow
-from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.topk_ops import softmax, top_ids
 
 quick = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moetrain.train.muon import Muon, orthogonalize
+from moetrain.train.optim.muon import Muon, orthogonalize
 
 # Both sides iterate in bf16; a product's kernel may differ between one matrix and a batch of them, and a
 # rounding of 2^-9 in an entry grows a little over five iterations.

@@ -27,7 +27,7 @@ from moetrain.ops.activations import (
     gate_and_up,
     is_gated,
 )
-from moetrain.ops.tiled import kept_rows
+from moetrain.ops.cpu.per_expert import kept_rows
 
 
 def rows_of(counts: list[int], num_source: int, block: int, seed: int = 0) -> Rows:

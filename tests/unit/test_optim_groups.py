@@ -9,7 +9,7 @@ from torch import nn
 
 from moetrain.config.schema import AdamWConfig, MuonConfig
 from moetrain.errors import UserError
-from moetrain.train.optim import (
+from moetrain.train.optim.build import (
     build_optimizer,
     check_groups,
     freeze,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moetrain.train.progress import (
+from moetrain.train.log.progress import (
     BarProgress,
     PlainProgress,
     Progress,

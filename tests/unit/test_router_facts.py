@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.schema import TrainConfig
 from moetrain.config.schema_balance import BalanceConfig, LossConfig
 from moetrain.config.validate import validate

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.moe import Router, RouterContext, build_router

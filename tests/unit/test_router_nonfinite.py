@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
-from moetrain.moe.select import top_ids
 from moetrain.moe.solvers import auction, balanced_assignment, sinkhorn_plan
+from moetrain.moe.topk_ops import top_ids
 
 B, S, D, E = 2, 12, 8, 6
 SPOILT = 3  # the token

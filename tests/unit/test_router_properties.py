@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.routers.base import Router
-from moetrain.moe.select import first_max, softmax, top_ids
+from moetrain.moe.topk_ops import first_max, softmax, top_ids
 
 SEEDS = st.integers(0, 2**20)
 

@@ -13,13 +13,13 @@ from balance_cases import balance_loss, step_totals
 from moe_cases import reassigned
 from torch import Tensor
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity, from_token_choice
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.repair import repair_overflow
-from moetrain.train.metrics import RoutingStats
+from moetrain.train.log.metrics import RoutingStats
 
 RULES = ["next_expert", "local", "fill_in"]
 SCORED = sorted(name for name, spec in ROUTERS.items() if spec.cls.has_scores)

@@ -12,7 +12,7 @@ import tiny
 
 import moetrain
 from moetrain.cli import main
-from moetrain.config.store import CONFIG_DIR
+from moetrain.config.hydra.store import CONFIG_DIR
 from moetrain.moe import ROUTERS
 
 pytestmark = pytest.mark.usefixtures("training")

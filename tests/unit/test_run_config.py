@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-from moetrain.config.compose import load_yaml
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.convert.open_model import open_model
 from moetrain.errors import UserError
 from moetrain.report.runs import read_run

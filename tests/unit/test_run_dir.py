@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import moetrain
 from moetrain.errors import UserError
 from moetrain.train import run_dir
-from moetrain.train.jsonl import JsonlFile, read_metrics
+from moetrain.train.log.jsonl import JsonlFile, read_metrics
 from moetrain.train.run_dir import RunDir, cpu_model, git_state, new_folder
 from moetrain.writing import write_atomic
 

@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from moetrain.cli import main
-from moetrain.config.compose import load_yaml
+from moetrain.config.hydra.compose import load_yaml
 
 pytestmark = pytest.mark.usefixtures("training")
 BPE = ["data.tokenizer.kind=bpe", "data.tokenizer.vocab_size=300", "train.steps=2", "model.num_layers=1"]

@@ -19,9 +19,10 @@ import pytest
 import tiny
 import torch
 
+from moetrain.checkpoint import write as checkpoint_write
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.errors import UserError
-from moetrain.train import checkpoint_io, run_lock, run_owner
-from moetrain.train.checkpoint import Checkpointer
+from moetrain.train import run_lock, run_owner
 from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, FolderLostError
 from moetrain.train.run_owner import RECORD, Owner, read_owner, this_process, write_owner
 
@@ -289,9 +290,9 @@ def test_nothing_is_saved_in_anothers_folder(moment, async_save, tmp_path, ended
     if moment == "before":
         take_away(tmp_path)
     else:  # after the last of its own files
-        encode = checkpoint_io.encode_manifest
+        encode = checkpoint_write.encode_manifest
         monkeypatch.setattr(
-            checkpoint_io, "encode_manifest", lambda manifest: (take_away(tmp_path), encode(manifest))[1]
+            checkpoint_write, "encode_manifest", lambda manifest: (take_away(tmp_path), encode(manifest))[1]
         )
     theirs = tmp_path / "checkpoints" / ".tmp_step_00000002" / "theirs"
     if moment == "before":

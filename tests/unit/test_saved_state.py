@@ -8,10 +8,10 @@ import shutil
 import pytest
 import tiny
 
+from moetrain.checkpoint.read import read_extra
+from moetrain.checkpoint.saved_state import SavedState
+from moetrain.checkpoint.state_dict import rng_state
 from moetrain.errors import UserError
-from moetrain.train.checkpoint_read import read_extra
-from moetrain.train.saved_state import SavedState
-from moetrain.train.state_dict import rng_state
 
 EXTRA = {
     "step": 8,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moetrain.config.schema import ScheduleConfig, ScheduleKind
 from moetrain.errors import UserError
-from moetrain.train.schedule import lr_factor
+from moetrain.train.optim.schedule import lr_factor
 
 DECAYING = [ScheduleKind.cosine, ScheduleKind.wsd]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.parallel.lost import PeerLostError, peer_lost
+from moetrain.parallel.watchdog.peer_errors import PeerLostError, peer_lost
 from moetrain.train.stopping import StopFlag
 
 

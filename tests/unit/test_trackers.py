@@ -17,8 +17,8 @@ import pytest
 
 from moetrain.config.schema import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from moetrain.errors import UserError
-from moetrain.train import trackers
-from moetrain.train.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
+from moetrain.train.log import trackers
+from moetrain.train.log.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
 
 ROWS = [
     {"step": s, "train/loss": 8.0 / s, "moe/1/max_load": 1.5, "time": 1e9, "note": None} for s in (1, 2, 3)
@@ -109,7 +109,7 @@ import json, logging, sys
 from pathlib import Path
 from moetrain.config.schema import WandbMode, WandbTracker
 from moetrain.errors import UserError
-from moetrain.train.trackers import build_tracker
+from moetrain.train.log.trackers import build_tracker
 
 folder, rows = json.loads(sys.argv[1])
 rows.append({**rows[-1], "step": 4})

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from moetrain.cli import main
-from moetrain.train.jsonl import read_metrics
+from moetrain.train.log.jsonl import read_metrics
 
 pytestmark = pytest.mark.usefixtures("training")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from moetrain.train import checkpoint_format
+from moetrain.checkpoint import format as checkpoint_format
 
 pytestmark = pytest.mark.usefixtures("training")
 

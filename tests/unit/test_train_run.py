@@ -12,11 +12,11 @@ import tiny
 import torch
 
 from moetrain.cli import main
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.data import prepare
 from moetrain.moe.routers.topk import TopKRouter
-from moetrain.train.jsonl import read_metrics
-from moetrain.train.metrics import key_pattern
+from moetrain.train.log.jsonl import read_metrics
+from moetrain.train.log.metrics import key_pattern
 from moetrain.train.run import train
 
 pytestmark = pytest.mark.usefixtures("training")

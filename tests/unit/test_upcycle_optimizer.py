@@ -22,9 +22,9 @@ from upcycle_cases import (
     target,
 )
 
+from moetrain.checkpoint.state_dict import optimizer_tensors
 from moetrain.errors import UserError
 from moetrain.moe.routers.topk import TopKOptions
-from moetrain.train.state_dict import optimizer_tensors
 from moetrain.upcycle import (
     CopyOptions,
     DropOptions,

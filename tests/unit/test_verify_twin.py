@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moetrain.config.compose import compose_train
+from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import smallest_world
 from moetrain.verify.certificate import proof_hash
 from moetrain.verify.twin import SEQ, twin_of

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from moetrain.moe.dispatch.collectives import Collective
-from moetrain.parallel import journal as journals
-from moetrain.parallel.journal import Clock, Journal
-from moetrain.parallel.position import Place, Position
-from moetrain.parallel.verdict import Peer, View, judge, report
+from moetrain.parallel.watchdog import flight_recorder as journals
+from moetrain.parallel.watchdog.diagnosis import Peer, View, judge, report
+from moetrain.parallel.watchdog.flight_recorder import Clock, Journal
+from moetrain.parallel.watchdog.rank_status import Place, Position
 
 TIMEOUT = 7.0
 COUNTS = Place("blocks.1.feed_forward", "counts", "all_to_all", False, "ep/0", 5, False, [], [], 24)

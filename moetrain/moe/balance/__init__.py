@@ -4,9 +4,9 @@ Importing a module of losses or controllers registers them.
 """
 
 from moetrain.moe.balance import load_share as load_share
-from moetrain.moe.balance import moments as moments
+from moetrain.moe.balance import mean_losses as mean_losses
 from moetrain.moe.balance import penalty as penalty
-from moetrain.moe.balance import shaping as shaping
+from moetrain.moe.balance import score_losses as score_losses
 from moetrain.moe.balance import z as z
 from moetrain.moe.balance.base import LOSSES, LossSpec, Seen, loss_table, probabilities, register_loss
 from moetrain.moe.balance.controllers import (

@@ -15,7 +15,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.topk_ops import softmax, top_ids
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import first_max, softmax
 from moetrain.moe.solvers import auction, balanced_assignment, finite_scores
+from moetrain.moe.topk_ops import first_max, softmax
 from moetrain.ops.init import Orthogonal, set_initializer
 from moetrain.ops.transfer import to_device
 

@@ -19,7 +19,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.topk_ops import softmax, top_ids
 from moetrain.ops.init import Constant, Normal, parameter
 
 _MAX_INVERSE = math.log(100.0)  # of log(1 / temperature), as CLIP's

@@ -22,7 +22,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import first_max
+from moetrain.moe.topk_ops import first_max
 from moetrain.ops.init import Constant, Orthogonal, parameter
 
 _MAX_LOG_SCALE = math.log(100)

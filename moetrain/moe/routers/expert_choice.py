@@ -23,7 +23,7 @@ from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.topk_ops import softmax, top_ids
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import DropOrder, RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import first_max, softmax
+from moetrain.moe.topk_ops import first_max, softmax
 
 _GUMBEL_SALT, _KEEP_SALT = 0x65D1, 0x65D2
 

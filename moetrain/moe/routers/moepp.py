@@ -20,7 +20,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import softmax, top_ids
+from moetrain.moe.topk_ops import softmax, top_ids
 from moetrain.moe.zero_experts import ZeroKinds
 from moetrain.ops.init import Constant, parameter
 

@@ -17,7 +17,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import top_ids
+from moetrain.moe.topk_ops import top_ids
 
 _SALT = 0xA11D
 

@@ -21,7 +21,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.select import first_max, softmax, top_ids
+from moetrain.moe.topk_ops import first_max, softmax, top_ids
 
 _GUMBEL_SALT, _COIN_SALT = 0x5A41, 0x5A42
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.select import top_ids
+from moetrain.moe.topk_ops import top_ids
 
 
 def capacities(scores_GLE: Tensor, valid_GL: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""The ranks that handle checkpoints together, and how they come to one verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from moetrain.errors import UserError
+from moetrain.parallel.distributed import new_gloo_group
+from moetrain.parallel.watchdog.flight_recorder import patiently
+from moetrain.parallel.watchdog.peer_errors import raising_peer_lost
+
+_TIMEOUT = timedelta(hours=1)  # a dead rank closes its connections and is noticed at once
+T = TypeVar("T")
+
+
+class Peers:
+    """The ranks that save and load together, over a gloo group of their own: making one is collective.
+
+    The group is not the training's, whose collectives may run at the same time and whose time-out is shorter
+    than a large checkpoint may take. ``group`` None means all ranks; without a process group there is one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.world = 0, 1
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        ranks = dist.get_process_group_ranks(group)
+        self.group = new_gloo_group(_TIMEOUT, ranks)
+        self.rank, self.world = dist.get_rank(self.group), len(ranks)
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, on every rank, in rank order."""
+        if self.world == 1:
+            return [value]
+        values = cast(list[T], [None] * self.world)
+        with raising_peer_lost("handling a checkpoint"):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = make()
+            except UserError as failure:
+                error = failure
+        self.raise_together(error)
+        return cast(T, self.gather(value)[0])
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, done by every rank; a UserError of any rank is raised on all."""
+        try:
+            value, error = [work()], None
+        except UserError as found:
+            value, error = [], found
+        self.raise_together(error)
+        return value[0]
+
+    def raise_together(self, error: UserError | str | None) -> None:
+        """Raise the first rank's error on every rank when any rank has one; a text as a UserError."""
+        for found in self.gather(error):
+            if found is not None:
+                raise UserError(found) if isinstance(found, str) else found
+
+
+def from_rank_0(make: Callable[[], T], name: str) -> T:
+    """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank.
+
+    For before there are :class:`Peers`; ``name`` says what is done, for the watchdog. ``make`` may take long.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    found: list[T | UserError | None] = [None]
+    with patiently(name), raising_peer_lost(name):
+        if dist.get_rank() == 0:
+            try:
+                found = [make()]
+            except UserError as error:
+                found = [error]
+        dist.broadcast_object_list(found, 0, device=torch.device("cpu"))
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return cast(T, found[0])

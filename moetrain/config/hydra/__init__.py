@@ -1,0 +1,1 @@
+"""Composition by Hydra: groups, overrides, sweeps."""

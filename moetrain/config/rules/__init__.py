@@ -1,0 +1,1 @@
+"""Rules across fields of a config, one function a rule, by what they are about."""

@@ -1,0 +1,75 @@
+"""Rules about the feed-forward layers that ``model.feed_forward`` builds."""
+
+from __future__ import annotations
+
+from moetrain.config.names import nearest
+from moetrain.config.rules.balance import refuse_controllers, refuse_losses
+from moetrain.config.schema import TrainConfig
+from moetrain.errors import UserError
+
+OWN = "moe"  # what other rules are written for
+
+
+def feed_forward_is_known(cfg: TrainConfig, world: int) -> None:
+    from moetrain.models.feed_forward import FEED_FORWARDS
+
+    if (name := cfg.model.feed_forward) not in FEED_FORWARDS:
+        raise UserError(
+            f"model.feed_forward={name} is not known{nearest(name, FEED_FORWARDS)}; a plugin's layer needs "
+            "plugins=[package] on the command line"
+        )
+    if name == "dense" and cfg.model.num_experts:
+        raise UserError(
+            f"model.feed_forward=dense has no experts, but model.num_experts={cfg.model.num_experts}: "
+            "set model.num_experts=0 for a dense model"
+        )
+
+
+def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
+    """What a plug-in's builder refuses, and what the layout asks of each of its layers; without memory."""
+    if cfg.model.feed_forward == OWN:
+        return
+    import torch
+
+    from moetrain.models.decoder import is_moe_layer
+    from moetrain.models.feed_forward import build_feed_forward
+    from moetrain.moe import MoELayer
+    from moetrain.moe.routers import Router
+
+    m, ep = cfg.model, cfg.parallel.ep
+    routers: list[Router] = []
+    for place in range(m.num_layers):
+        if not is_moe_layer(m, place):
+            continue
+        where = f"model.feed_forward={m.feed_forward}: layer {place}"
+        try:
+            with torch.device("meta"):
+                made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
+        except ValueError as e:
+            raise UserError(f"{where}: {e}") from e
+        found = [module for module in made.modules() if isinstance(module, Router)]
+        routers += found
+        for router in found:
+            refuse_losses(cfg, router, f"{where}: ")
+        for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
+            experts = next(layer.experts.parameters()).shape[0]
+            if experts % ep:
+                raise UserError(f"{where} has {experts} experts, which parallel.ep={ep} does not divide")
+            if cfg.parallel.overlap > experts // ep:
+                raise UserError(
+                    f"{where} has {experts} experts, {experts // ep} a rank, fewer than the chunks of "
+                    f"parallel.overlap={cfg.parallel.overlap}: lower it"
+                )
+    refuse_controllers(cfg, routers, f"model.feed_forward={m.feed_forward}: ")
+
+
+def feed_forward_is_own(cfg: TrainConfig, world: int) -> None:
+    """What upcycling fills are the tensors of our own layers."""
+    if cfg.model.feed_forward != OWN:
+        raise UserError(
+            f"model.feed_forward={cfg.model.feed_forward}: upcycling makes model.feed_forward={OWN} only"
+        )
+
+
+RULES = (feed_forward_is_known, layers_accept_their_options)
+UPCYCLE_RULES = (feed_forward_is_own,)

@@ -1,0 +1,125 @@
+"""Expert MLP, one expert at a time: gather, product, activation and product stay in cache.
+
+Shapes as in ``expert_mlp.py``; n rows of one expert. Rows are rounded up, because oneDNN compiles a matmul
+kernel for every new row count and keeps it, with about 0.3 MB, for as long as the process lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
+from moetrain.ops.cpu.product import outer, product
+
+_HANDFUL = 32
+_FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
+
+
+def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
+    """(expert, first row, useful rows, rows to compute, end of the segment) of each non-empty expert."""
+    start = 0
+    for expert, (rows, width) in enumerate(zip(useful, aligned, strict=True)):
+        if rows:
+            yield expert, start, rows, min(_computed(rows, width, dtype), width), start + width
+        start += width
+
+
+def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Rows to compute: all aligned ones in bf16; at most 1/16 of padding, or 7 rows, in fp32; no padding in
+    fp64, which needs no kernel, or for a handful.
+    """
+    if dtype is torch.float64 or rows < _HANDFUL:
+        return rows
+    if dtype is not torch.float32:
+        return width
+    multiple = max(8, (1 << (rows - 1).bit_length()) // (2 * _FP32_STEPS))
+    return -(-rows // multiple) * multiple
+
+
+def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """The rows of each pre-activation that :func:`forward` returns: one per non-empty expert."""
+    return [width for _, _, _, width, _ in _segments(useful, aligned, dtype)]
+
+
+def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:
+    ids_n = ids_R[start : start + rows]
+    if rows == width:
+        return source_XD.index_select(0, ids_n)
+    x_nD = source_XD.new_empty(width, source_XD.shape[1])
+    torch.index_select(source_XD, 0, ids_n, out=x_nD[:rows])
+    x_nD[rows:].zero_()
+    return x_nD
+
+
+def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
+    return h_nF.mul_(weights_n.to(h_nF.dtype)[:, None])
+
+
+def forward(
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    useful: Sequence[int],
+    aligned: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it)."""
+    dtype = source_XD.dtype
+    out_RD = source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2])
+    kept = []
+    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
+    for e, start, rows, width, end in _segments(useful, aligned, dtype):
+        stop = start + width
+        x_nD = _gather(source_XD, ids_R, start, rows, width)
+        z_nP = product(x_nD, w_ups[e].to(dtype))
+        kept.append(z_nP)
+        h_nF = _weighted(activate(*gate_and_up(z_nP, activation), activation), weights_R[start:stop])
+        product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+        if stop < end:
+            out_RD[stop:end].zero_()
+    return out_RD, kept
+
+
+def backward(
+    dout_RD: Tensor,
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    kept: Sequence[Tensor],
+    useful: Sequence[int],
+    aligned: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+    dtype = source_XD.dtype
+    dx_RD = source_XD.new_empty(ids_R.shape[0], source_XD.shape[1])
+    dweights_R = torch.zeros_like(weights_R)
+    dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
+    for e, rows in enumerate(useful):
+        if not rows:
+            dw_up_EDP[e].zero_()
+            dw_down_EFD[e].zero_()
+    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
+    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(useful, aligned, dtype), strict=True):
+        stop = start + width
+        dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
+        gate_nF, up_nF = gate_and_up(z_nP, activation)
+        h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
+        dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
+        # sum of products without a rounded product: the weight's gradient stays at least fp32
+        dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
+        outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
+        dz_nP = torch.empty_like(z_nP)
+        dh_nF = _weighted(dh_nF, weights_n)
+        dz_parts = gate_and_up(dz_nP, activation)
+        activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
+        outer(_gather(source_XD, ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
+        product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD

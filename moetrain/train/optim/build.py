@@ -1,0 +1,158 @@
+"""Optimizers from their configuration: which parameter gets which rule, weight decay and learning rate."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from moetrain.config.schema import MuonConfig, OptimConfig
+from moetrain.errors import UserError
+from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
+
+Named = tuple[str, nn.Parameter]
+MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
+
+    Every group carries ``name`` (muon, decay or no_decay) and ``peak_lr``; :func:`set_lr` follows the
+    schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not.
+    Muon takes the matrices inside ``model.blocks`` except the routers'; AdamW, with ``adamw_lr``, the rest.
+    Raises UserError for an impossible value or a model with nothing to train.
+    """
+    check_optim(cfg)
+    groups = group_parameters(model, muon=isinstance(cfg, MuonConfig))
+    check_groups(model, groups)
+    if not groups:
+        raise UserError("the model has no parameter that requires a gradient: nothing to train")
+    lr = cfg.adamw_lr if isinstance(cfg, MuonConfig) else cfg.lr
+    adamw_groups = [
+        {
+            "params": [parameter for _, parameter in groups[name]],
+            "name": name,
+            "lr": lr,
+            "weight_decay": cfg.weight_decay if name == DECAY else 0.0,
+        }
+        for name in (DECAY, NO_DECAY)
+        if name in groups
+    ]
+    fused = can_fuse(parameter for named in groups.values() for _, parameter in named)
+    options: dict[str, Any] = {
+        "betas": (float(cfg.betas[0]), float(cfg.betas[1])),
+        "eps": cfg.eps,
+        "fused": fused,
+        "foreach": not fused,
+    }
+    optimizer: Optimizer
+    if isinstance(cfg, MuonConfig):
+        optimizer = Muon(
+            [parameter for _, parameter in groups.get(MUON, [])],
+            adamw_groups,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            momentum=cfg.momentum,
+            nesterov=cfg.nesterov,
+            ns_steps=cfg.ns_steps,
+            adamw_options=options,
+            name=MUON,
+        )
+    else:
+        optimizer = AdamW(adamw_groups, **options)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Take the parameters whose names match a pattern (as a shell does) out of training.
+
+    Call it before ``parallelize``. Raises UserError for a pattern that matches none.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(named, pattern)
+        if not matching:
+            raise UserError(
+                f"optim.frozen: {pattern} matches no parameter; they are named as {', '.join([*named][:4])}"
+            )
+        for name in matching:
+            named[name].requires_grad_(False)
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Give every group ``factor`` (from ``lr_factor``) times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:
+    """Trainable parameters by group name, in the model's order; groups without a member are absent."""
+    routers = [m for m in model.modules() if getattr(m, "is_router", False) is True]
+    of_routers = {id(p) for router in routers for p in router.parameters()}
+    hidden = {id(p) for p in getattr(model, "blocks", model).parameters()} - of_routers
+    groups: dict[str, list[Named]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not _is_matrix(model, name, parameter):
+            kind = NO_DECAY
+        elif muon and id(parameter) in hidden and _can_orthogonalize(parameter):
+            kind = MUON
+        else:
+            kind = DECAY
+        groups.setdefault(kind, []).append((name, parameter))
+    return groups
+
+
+def check_groups(model: nn.Module, groups: dict[str, list[Named]]) -> None:
+    """Raise ValueError naming the trainable parameters that are in no group or in more than one."""
+    seen: dict[int, list[str]] = {}
+    for group, named in groups.items():
+        for _, parameter in named:
+            seen.setdefault(id(parameter), []).append(group)
+    for name, parameter in model.named_parameters():
+        where = seen.get(id(parameter), [])
+        if parameter.requires_grad and len(where) != 1:
+            raise ValueError(f"parameter {name} is in {len(where)} optimizer groups {where}, not in one")
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch's fused AdamW takes all of them: one kernel a group, and fp64 on a CPU too."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def check_optim(cfg: OptimConfig) -> None:
+    """Raise UserError naming the first key whose value is not possible."""
+    rates = {"lr": cfg.lr, "adamw_lr": cfg.adamw_lr} if isinstance(cfg, MuonConfig) else {"lr": cfg.lr}
+    for key, rate in rates.items():
+        if not 0 < rate < float("inf"):
+            raise UserError(f"optim.{key}={rate} must be a positive number")
+    if not cfg.weight_decay >= 0:
+        raise UserError(f"optim.weight_decay={cfg.weight_decay} must not be negative")
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise UserError(f"optim.betas={list(cfg.betas)} must be two numbers in [0, 1)")
+    if not cfg.eps > 0:
+        raise UserError(f"optim.eps={cfg.eps} must be positive")
+    if cfg.clip_norm is not None and not cfg.clip_norm > 0:
+        raise UserError(f"optim.clip_norm={cfg.clip_norm} must be positive, or null for no clipping")
+    if isinstance(cfg, MuonConfig):
+        if not 0 <= cfg.momentum < 1:
+            raise UserError(f"optim.momentum={cfg.momentum} must lie in [0, 1)")
+        if not 1 <= cfg.ns_steps < 100:
+            raise UserError(f"optim.ns_steps={cfg.ns_steps} must lie between 1 and 99")
+
+
+def _is_matrix(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """A stack of biases or norms has two dimensions as well, so names and owners count."""
+    path, _, leaf = name.rpartition(".")
+    owner = type(model.get_submodule(path)).__name__
+    return parameter.ndim >= 2 and "bias" not in leaf and "Norm" not in owner
+
+
+def _can_orthogonalize(parameter: nn.Parameter) -> bool:
+    return parameter.ndim in MATRIX_DIMS and min(matrix_shape(parameter)) > 1
