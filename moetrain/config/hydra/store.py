@@ -28,7 +28,7 @@ from moetrain.config.editable import editable
 from moetrain.config.names import nearest
 from moetrain.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 # The key of each polymorphic group that names the class of its other keys.
 TAGS = {
