@@ -12,9 +12,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.config.schema import TrainConfig, VerifyConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
+from moetrain.convert.options import UpcycleConfig
 from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
+from moetrain.verify.options import VerifyConfig
 
 if TYPE_CHECKING:
     from moetrain.models.hf.family import ModelSpec

@@ -15,8 +15,8 @@ from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.hydra.store import TAGS
 from moetrain.config.init_from import CONFIG
 from moetrain.config.names import nearest
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
 
 _LISTED = 4  # keys in one message
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
 from moetrain.models.decoder import is_moe_layer
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.activations import is_gated
 from moetrain.upcycle.combine import Combine, combine_of

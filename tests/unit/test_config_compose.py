@@ -21,11 +21,12 @@ from moetrain.config.hydra.compose import (
 )
 from moetrain.config.hydra.overrides import normalize
 from moetrain.config.names import near_miss, nearest
-from moetrain.config.schema import CompareConfig, GenerateConfig, RunConfig, TrainConfig, WandbTracker
-from moetrain.config.schema_data import LocalData, MixturePart, SourceKind
+from moetrain.data.options import LocalData, MixturePart, SourceKind
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import Score, TopKOptions
+from moetrain.train.log.options import WandbTracker
+from moetrain.train.options import CompareConfig, GenerateConfig, RunConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,6 @@ from moetrain.config.hydra.flags import parse_flags
 from moetrain.config.hydra.overrides import refuse_hydra
 from moetrain.config.launch import is_rank_0, stopped, world_size
 from moetrain.config.pages import print_page
-from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
-from moetrain.config.schema_convert import ConvertConfig, ExportConfig
-from moetrain.config.schema_eval import EvalConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.config.validate import (
     validate,
     validate_eval,
@@ -25,7 +21,11 @@ from moetrain.config.validate import (
     validate_upcycle,
     validate_verify,
 )
+from moetrain.convert.options import ConvertConfig, ExportConfig, UpcycleConfig
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig
+from moetrain.train.options import GenerateConfig, TrainConfig
+from moetrain.verify.options import VerifyConfig
 
 T = TypeVar("T")
 

@@ -20,10 +20,10 @@ from moetrain.config.init_from import source_overrides
 from moetrain.config.launch import is_rank_0, stopped, world_size
 from moetrain.config.pages import hydra_main
 from moetrain.config.resume import check_start, keys_of
-from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.terminal import tell
+from moetrain.train.options import RunConfig, TrainConfig
 
 
 class SweepStoppedError(BaseException):
