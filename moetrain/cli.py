@@ -87,7 +87,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _unknown(word: str) -> str:
-    from moetrain.config.names import nearest
+    from moetrain.nearest import nearest
 
     if word.startswith("-"):
         return f"unknown option {word}{nearest(word, ['--help', '--version'])}"

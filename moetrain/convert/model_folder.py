@@ -22,7 +22,6 @@ from moetrain.checkpoint.read import CHECKPOINTS, step_folder
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.checkpoint.stream import write_streamed
 from moetrain.config.hydra.compose import to_yaml
-from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
 from moetrain.data.options import TokenizerConfig, TokenizerKind
@@ -31,6 +30,7 @@ from moetrain.models.hf.carried import CARRIED
 from moetrain.models.hf.source import TensorInfo, bytes_of
 from moetrain.train.identity import IDENTITY, identity_of
 from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER
 
 
 def write_model_folder(

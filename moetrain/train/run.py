@@ -20,7 +20,6 @@ import yaml  # type: ignore[import-untyped]
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.peers import from_rank_0
 from moetrain.config.hydra.compose import to_yaml
-from moetrain.config.init_from import TOKENIZER
 from moetrain.config.validate import validate
 from moetrain.data import val_batches
 from moetrain.errors import write_error_file
@@ -48,6 +47,7 @@ from moetrain.train.loop import Loop, Surroundings
 from moetrain.train.options import TrainConfig
 from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, new_folder
+from moetrain.train.run_files import TOKENIZER
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.start import Built, start

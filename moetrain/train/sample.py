@@ -9,7 +9,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.read import find_checkpoint, load_checkpoint, run_of
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
-from moetrain.config.init_from import TOKENIZER
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
@@ -22,6 +21,7 @@ from moetrain.train.identity import require_same_files
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
 from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
+from moetrain.train.run_files import TOKENIZER
 from moetrain.train.task import NextToken
 from moetrain.train.unloaded import unloaded_decoder
 from moetrain.writing import write_atomic

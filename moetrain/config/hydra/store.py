@@ -20,11 +20,11 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from moetrain.config.editable import editable
-from moetrain.config.names import nearest
 from moetrain.convert.options import ConvertConfig, ExportConfig, UpcycleConfig
 from moetrain.data.options import DomainsData, HubData, LocalData, MixtureData, StdlibData
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
+from moetrain.nearest import nearest
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, WandbTracker
 from moetrain.train.optim.options import AdamWConfig, MuonConfig
 from moetrain.train.options import EngineConfig, GenerateConfig, TrainConfig
