@@ -12,11 +12,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moetrain.config.launch import stopped
 from moetrain.config.resume import check_start, keys_of
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
+from moetrain.parallel.environment import stopped
 from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.options import CompareConfig, TrainConfig
