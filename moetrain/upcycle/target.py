@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from moetrain.errors import UserError
 from moetrain.models.decoder import is_moe_layer
 from moetrain.models.options import ModelConfig
+from moetrain.moe.combine import Combine
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.routers import full_options
 from moetrain.ops.activations import is_gated
-from moetrain.upcycle.combine import Combine, combine_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Target:
 
     @property
     def combine(self) -> Combine:
-        return combine_of(self.router, self.model.num_experts)
+        return full_options(self.router).combine(self.model.num_experts)
 
     @property
     def activation(self) -> str:

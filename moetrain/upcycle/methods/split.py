@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.moe.combine import CAPACITY
 from moetrain.upcycle.calibration import LayerCalibration, need
 from moetrain.upcycle.cluster import balanced_kmeans
-from moetrain.upcycle.combine import CAPACITY
 from moetrain.upcycle.draw import generator
 from moetrain.upcycle.method import Job, Method, Promise, register
 from moetrain.upcycle.options import MethodOptions, RouterStart
