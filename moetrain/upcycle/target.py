@@ -35,14 +35,6 @@ class Target:
         return [i for i in range(self.model.num_layers) if is_moe_layer(self.model, i)]
 
     @property
-    def d_ff_shared(self) -> int:
-        """Hidden units of all shared experts together."""
-        cfg = self.model
-        if cfg.num_shared_experts and cfg.d_ff_shared is not None:
-            return cfg.d_ff_shared
-        return cfg.num_shared_experts * cfg.d_ff_expert
-
-    @property
     def combine(self) -> Combine:
         return full_options(self.router).combine(self.model.num_experts)
 
