@@ -305,7 +305,7 @@ def test_what_is_missing_is_named() -> None:
 def test_a_running_load_starts_without_gradient() -> None:
     logits_TE = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     routing = routed(logits_TE, 2, score="sigmoid")
-    totals = StepTotals(12.0, told=RunningLoad({0: 5, 1: 5}).tells())
+    totals = StepTotals(12.0, signals=RunningLoad({0: 5, 1: 5}).signals())
     loss = balance_loss(routing, "switch", "running", totals, layer=1)
     loss.backward()
     assert number(loss) == pytest.approx(1, abs=1e-7)  # the state is fp32

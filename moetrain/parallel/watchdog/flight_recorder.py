@@ -35,7 +35,7 @@ class Clock:
 
 
 class FlightRecorder:
-    """The collectives that this rank has entered; the main thread writes it, the watchdog's thread reads it."""
+    """The collectives that this rank has entered; one thread writes it, the watchdog's reads it."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
