@@ -233,7 +233,7 @@ def test_totals_may_live_on_another_device(scope: str) -> None:
     assert balance_loss(elsewhere, "sum_over_k", scope, totals).is_meta
 
 
-def test_total_loss_adds_terms_and_layers_with_their_coefficients() -> None:
+def test_total_loss_sums_terms_and_layers_with_coefficients() -> None:
     torch.manual_seed(0)
     layers = [routed(torch.randn(12, 5, dtype=torch.float64, requires_grad=True), 2) for _ in range(3)]
     demand_LE = torch.stack([r.demand_E for r in layers])

@@ -48,7 +48,7 @@ def test_a_long_wait_that_is_known_ends_by_silence_alone():
     )
 
 
-def test_a_store_that_refuses_connections_ends_the_run_in_seconds():
+def test_a_store_that_refuses_connections_ends_the_run_soon():
     assert diagnose(replace(view(BUSY, unreachable=3.9), refused=3.9), TIMEOUT) is None
     said = diagnose(replace(view(BUSY, unreachable=4.1), refused=4.1), TIMEOUT)
     assert said == "the store is gone, and with it the launcher or the rank that held it"
