@@ -1,4 +1,4 @@
-"""The ranks that handle checkpoints together, and how they come to one verdict."""
+"""The ranks that handle checkpoints together, and how they reach one decision."""
 
 from __future__ import annotations
 

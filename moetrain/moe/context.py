@@ -17,7 +17,7 @@ from moetrain.ops.counter import mix
 
 @dataclass(frozen=True)
 class RouterContext:
-    """One call's surroundings. ``sample_ids_B`` are global, so that noise follows the sample, not the rank.
+    """What a router reads besides its input. ``sample_ids_B`` are global: noise follows samples, not ranks.
 
     valid_T     bool; None where every token is valid.
     positions_T int64, each token's place in its sequence row (not in its document).

@@ -30,8 +30,8 @@ _MAX_IN_A_ROW = 10  # broken steps, one after the other, that skip or rollback b
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """Where a loop reports to, and what tells it to stop."""
+class RunServices:
+    """What a loop writes to, and what stops it."""
 
     run_dir: RunDir
     checkpointer: Checkpointer
@@ -48,12 +48,12 @@ class Loop:
         state: TrainState,
         step: TrainStep,
         evaluate: Evaluate,
-        around: Surroundings,
+        services: RunServices,
         cfg: LoopConfig,
         checkpoint: CheckpointConfig,
         schedule: ScheduleConfig,
     ) -> None:
-        self.state, self.step, self.evaluate, self.around = state, step, evaluate, around
+        self.state, self.step, self.evaluate, self.services = state, step, evaluate, services
         self.cfg, self.checkpoint, self.schedule = cfg, checkpoint, schedule
         self._load_every = load_every(cfg.steps)
         self._broken_in_a_row = 0
@@ -61,13 +61,13 @@ class Loop:
 
     def run(self) -> bool:
         """True when all steps are done, False when it was asked to stop before; saves the state in both."""
-        state, around = self.state, self.around
+        state, services = self.state, self.services
         self._catch_up()
         state.start(self.cfg.seed)
         state.meter.start()
         while state.step < self.cfg.steps:
             self._one_step()
-            if around.stop.agree():
+            if services.stop.agree():
                 break
             self._between_steps()
         finished = state.step >= self.cfg.steps
@@ -75,12 +75,12 @@ class Loop:
             self._evaluate()
         self._save()
         with patiently("saving a checkpoint"):
-            around.checkpointer.wait()
+            services.checkpointer.wait()
         return finished
 
     def _catch_up(self) -> None:
         """A run that was asked to stop when an evaluation was due saved without it; a finished one has it."""
-        state, metrics = self.state, self.around.run_dir.metrics.path
+        state, metrics = self.state, self.services.run_dir.metrics.path
         last = last_row(metrics, "val/loss") if is_main() else None
         there = last is not None and last.get("step") == state.step
         if broadcast_object(there):
@@ -108,7 +108,7 @@ class Loop:
         self._report(result, state.optimizer.param_groups[0]["peak_lr"] * factor)
 
     def _report(self, result: StepResult, lr: float) -> None:
-        state, around = self.state, self.around
+        state, services = self.state, self.services
         row = step_row(
             step=state.step,
             tokens=state.tokens,
@@ -120,13 +120,13 @@ class Loop:
             aux=result.aux,
             control=result.control,
         )
-        around.run_dir.metrics.append(row)
+        services.run_dir.metrics.append(row)
         if result.routing.layers and (state.step % self._load_every == 0 or state.step == self.cfg.steps):
-            around.run_dir.load.append(result.routing.load_row(state.step))
-        around.tracker.log(row, state.step)
-        around.progress.step(row)
-        for line in result.news:
-            around.progress.say(line)
+            services.run_dir.load.append(result.routing.load_row(state.step))
+        services.tracker.log(row, state.step)
+        services.progress.step(row)
+        for line in result.messages:
+            services.progress.say(line)
 
     def _between_steps(self) -> None:
         state = self.state
@@ -146,32 +146,32 @@ class Loop:
         at(f"evaluation after step {self.state.step}")
         with self.state.meter.paused():
             row = self.evaluate()
-        self.around.run_dir.metrics.append(row)
-        self.around.tracker.log(row, self.state.step)
-        self.around.progress.evaluation(row)
+        self.services.run_dir.metrics.append(row)
+        self.services.tracker.log(row, self.state.step)
+        self.services.progress.evaluation(row)
 
     def _save(self) -> None:
         at(f"after step {self.state.step}")
         with self.state.meter.paused(), patiently("saving a checkpoint"):
-            self.state.save(self.around.checkpointer)
+            self.state.save(self.services.checkpointer)
 
     def _rolled_back(self, result: StepResult, samples: range) -> bool:
         """Deal with a broken step as ``train.on_nonfinite`` says; True where the state was reloaded."""
-        state, around, policy = self.state, self.around, self.cfg.on_nonfinite
+        state, services, policy = self.state, self.services, self.cfg.on_nonfinite
         what = f"step {state.step + 1}: {result.problem}"
         in_a_row = self._count_in_a_row()
         if policy is OnNonFinite.skip and not result.applied and in_a_row <= _MAX_IN_A_ROW:
-            around.progress.say(f"{what}; update skipped (train.on_nonfinite=skip)")
+            services.progress.say(f"{what}; update skipped (train.on_nonfinite=skip)")
             return False
         with patiently("looking for a checkpoint"):
-            good = around.checkpointer.latest_valid()
+            good = services.checkpointer.latest_valid()
         if policy is OnNonFinite.rollback and good is not None and in_a_row <= _MAX_IN_A_ROW:
             bad = (*state.skipped, state.step)
             with patiently("loading a checkpoint"):
-                state.load(around.checkpointer, good)
+                state.load(services.checkpointer, good)
             state.skipped, self._evaluated = bad, state.step  # its evaluation, if due, was before its save
-            around.run_dir.truncate_after(state.step)
-            around.progress.say(f"{what}; back to {good}, and step {bad[-1] + 1}'s batch is left out")
+            services.run_dir.truncate_after(state.step)
+            services.progress.say(f"{what}; back to {good}, and step {bad[-1] + 1}'s batch is left out")
             return True
         again = f"; {in_a_row} broken steps in a row" if in_a_row > 1 else ""
         hint = ", or set train.on_nonfinite=skip or rollback" if policy is OnNonFinite.stop else ""

@@ -43,7 +43,7 @@ from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import EvalSums, eval_row
 from moetrain.train.log.progress import build_progress
 from moetrain.train.log.trackers import build_tracker
-from moetrain.train.loop import Loop, Surroundings
+from moetrain.train.loop import Loop, RunServices
 from moetrain.train.options import TrainConfig
 from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, new_folder
@@ -105,9 +105,9 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
         ):
             for line in [*told, *_opening_lines(cfg, run_dir, built, resume_from)]:
                 progress.say(line)
-            around = Surroundings(run_dir, checkpointer, tracker, progress, stop)
-            judge = partial(_evaluate, cfg, built)
-            loop = Loop(state, built.step, judge, around, cfg.train, cfg.checkpoint, cfg.schedule)
+            services = RunServices(run_dir, checkpointer, tracker, progress, stop)
+            score = partial(_evaluate, cfg, built)
+            loop = Loop(state, built.step, score, services, cfg.train, cfg.checkpoint, cfg.schedule)
             finished = loop.run()
         ok = True
         _close(cfg, run_dir, built, finished, stop.reason, time.monotonic() - started)
@@ -122,7 +122,7 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     """The row of an evaluation: by the routers' default way, and the loss alone by any other they have."""
     corpus, state = built.corpus, built.state
 
-    def judge() -> tuple[EvalSums, dict[str, EvalSums]]:
+    def scored() -> tuple[EvalSums, dict[str, EvalSums]]:
         batch_rank, batch_ranks = rank(built.data.batch), world(built.data.batch)
         batches = val_batches(
             corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, batch_rank, batch_ranks
@@ -131,11 +131,11 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
             state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale, built.data.loss
         )
 
-    total, domains = judge()
+    total, domains = scored()
     modes = {}
     for mode in other_modes(state.task.model):
         with routing_by(state.task.model, mode):
-            modes[mode], _ = judge()
+            modes[mode], _ = scored()
     return eval_row(state.step, state.tokens, total, domains, modes)
 
 

@@ -44,8 +44,8 @@ class StepResult:
     tokens: int  # target tokens and all others, of the global batch
     aux: dict[str, list[float]]
     routing: RoutingSummary
-    control: dict[str, float]  # what controllers tell: name -> figure
-    news: list[str]  # lines of theirs for the user
+    control: dict[str, float]  # figures of controllers, by name
+    messages: list[str]  # of controllers, for the user
     problem: str | None
     applied: bool  # the update was made; with a problem: it broke the weights
 
@@ -76,7 +76,7 @@ class TrainStep:
         self._routers = task.model.routers()
         self._router_stats: dict[int, Tensor] = {}
         self._has_moe_layers = has_moe_layers(task.model.cfg)
-        self._told: _Counts = {}  # what controllers tell losses, on the device, as the step begins
+        self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Step number ``step`` (from 0) on this rank's micro-batches; all ranks call it together."""
@@ -87,8 +87,8 @@ class TrainStep:
                 "its sequences hold nothing but ends of documents"
             )
         batches = [batch.to_train(self.device) for batch in batches]
-        told = {name: tensors for c in self.controllers for name, tensors in c.tells().items()}
-        self._told = _to_device(told, self.device)
+        signals = {name: tensors for c in self.controllers for name, tensors in c.signals().items()}
+        self._signals = _to_device(signals, self.device)
         ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
         counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
         self._router_stats = {}
@@ -130,8 +130,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
         control = {k: v for controller in self.controllers for k, v in controller.metrics().items()}
-        news = [line for controller in self.controllers if applied and (line := controller.news())]
-        return StepResult(loss, grad_norm, tokens, aux, routing, control, news, problem, applied)
+        messages = [line for controller in self.controllers if applied for line in controller.messages()]
+        return StepResult(loss, grad_norm, tokens, aux, routing, control, messages, problem, applied)
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """(target tokens, valid tokens) of the whole step."""
@@ -166,7 +166,7 @@ class TrainStep:
             if counts is None:  # one micro-batch: its own forward has the counts
                 counts = self._summed([records])
             factors = all_factors(self.controllers)
-            totals = StepTotals(max(tokens, 1), counts, self._told, factors, step)
+            totals = StepTotals(max(tokens, 1), counts, self._signals, factors, step)
             return total_loss(records, self.terms, totals)
 
     @torch.no_grad()

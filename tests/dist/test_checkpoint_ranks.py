@@ -257,7 +257,7 @@ def test_a_folder_that_disappears_is_an_error_on_all(tmp_path):
         assert "step_00000001 was not saved: rank 0: Not a directory" in message
 
 
-def test_a_single_process_reads_the_model_alone_from_a_sharded_save(tmp_path):
+def test_one_process_reads_the_model_from_a_sharded_save(tmp_path):
     wanted = run_ranks(saved_by, 2, str(tmp_path / "checkpoints"), False)[0]
     model, _ = build(4, sharded=False)
     assert load_checkpoint(tmp_path, model_tensors(model), prefix="model.") == {"rank": 0}

@@ -214,7 +214,7 @@ def events() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("variant", (FLAT, *SAME_BITS, *CLOSE, *PLACED))
-def test_one_host_synchronisation_and_others_compute_while_rows_travel(variant):
+def test_one_host_wait_and_others_compute_while_rows_travel(variant):
     levels = 2 if "node" in variant else 1
     for found in events():
         seen = [(what, told[0]) for what, told in found[variant]]
@@ -289,7 +289,7 @@ def step_of_each_layout(rank: int, world: int) -> list[invariance.Outcome]:
         invariance.MODEL, invariance.E = kept
 
 
-def test_a_sharded_recomputed_model_has_the_gradients_of_one_process():
+def test_a_sharded_recomputed_model_has_one_processs_gradients():
     (alone,) = step_of_each_layout(0, 1)
     for found in run_ranks(step_of_each_layout, P, timeout=120):
         for one in found:

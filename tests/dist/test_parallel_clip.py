@@ -111,7 +111,7 @@ def test_gradients_below_the_bound_keep_their_bits():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_norm_that_is_not_finite_is_returned_and_touches_nothing(bad):
+def test_a_norm_that_is_not_finite_touches_nothing(bad):
     grads = whole_grads()
     grads[2][4] = bad
     parameters = plain(grads)
@@ -121,7 +121,7 @@ def test_a_norm_that_is_not_finite_is_returned_and_touches_nothing(bad):
     )
 
 
-def test_no_gradient_at_all_has_norm_zero_and_zero_gradients_survive():
+def test_no_gradient_has_norm_zero_and_zero_gradients_survive():
     parameters = plain(whole_grads())
     for parameter in parameters:
         parameter.grad = None

@@ -90,13 +90,13 @@ def test_a_rank_that_dies_is_named():
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
-def test_a_rank_that_dies_is_named_even_where_its_peer_reports_first():
+def test_a_dead_rank_is_named_though_its_peer_reports_first():
     with pytest.raises(RankError, match=r"rank 0 of 2 failed with death:\n.*exit code 3"):
         run_ranks(_die_slowly_on_zero, 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_a_timeout_names_the_unfinished_ranks_and_kills_their_children_too(tmp_path):
+def test_a_timeout_names_unfinished_ranks_and_kills_children(tmp_path):
     with pytest.raises(RanksTimeoutError) as error:
         run_ranks(_hang_on_one, 2, str(tmp_path), timeout=3)
     assert error.value.unfinished == [1]

@@ -93,7 +93,7 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_products_and_activations_are_bf16_and_routers_losses_gradients_and_weights_fp32(layout, recompute):
+def test_dtypes_of_products_routers_losses_and_gradients(layout, recompute):
     for found in run_ranks(
         dtypes_seen, 1 if layout is None else 2, layout, recompute, init=layout is not None
     ):
@@ -145,7 +145,7 @@ def sums(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_gradients_are_summed_in_fp32_over_micro_batches_and_ranks(layout):
+def test_gradients_are_summed_in_fp32(layout):
     """In bf16 a sum of two would err by 2^-9 of it; fp32 sums in another order err by 2^-22 of their terms."""
     for found, expected in run_ranks(sums, 1 if layout is None else 2, layout, init=layout is not None):
         for name, gradient in found.items():
@@ -155,7 +155,7 @@ def test_gradients_are_summed_in_fp32_over_micro_batches_and_ranks(layout):
             assert fine.any() or gradient.numel() < 30, f"{name}: the sum was bf16"
 
 
-def test_a_frequent_tokens_row_of_the_embedding_gets_a_sum_in_fp32():
+def test_a_frequent_tokens_embedding_row_is_summed_in_fp32():
     """4,096 gradients of 1: a sum in bf16 stops at 256."""
     from moetrain.ops.embedding import embedding
 
@@ -182,7 +182,7 @@ def test_the_residual_stream(residual):
     assert inside == {NARROW}
 
 
-def test_a_model_rounded_for_inference_computes_what_training_does():
+def test_a_model_rounded_for_inference_computes_as_training():
     task, model = build(None), Decoder(MODEL, TopKOptions(top_k=2), ExpertsConfig(), V)
     model.load_state_dict(task.model.state_dict())
     round_for_inference(model, NARROW)

@@ -85,7 +85,7 @@ def even(layers: int) -> tuple[TrainConfig, dict[str, Any]]:
     return composed(*overrides), fake(*overrides)
 
 
-def test_what_divides_evenly_is_held_evenly_with_two_fp32_states_of_adamw():
+def test_what_divides_evenly_is_held_evenly_under_adamw():
     cfg, found = even(2)
     model = abstract_decoder(cfg.model, cfg.router, cfg.experts, 264)
     counts = count_parameters(model)
@@ -96,7 +96,7 @@ def test_what_divides_evenly_is_held_evenly_with_two_fp32_states_of_adamw():
     assert found["optimizer"] == {kind: 2 * size + steps[kind] for kind, size in found["parameters"].items()}
 
 
-def test_a_recomputed_layer_keeps_its_input_its_routing_and_the_way_back():
+def test_what_a_recomputed_layer_keeps():
     """By hand: what a third layer adds."""
     tokens, width, num_experts, assignments = T, 16, 8, T * K
     block_input = tokens * width * 2  # bf16

@@ -87,6 +87,6 @@ def _silent(rank: int, world: int, folder: str) -> str:
             done.touch()
 
 
-def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout(tmp_path):
+def test_a_missing_rank_is_an_error_after_the_groups_timeout(tmp_path):
     message = run_ranks(_silent, 2, str(tmp_path), timeout=30)[0]
     assert "lost contact with another rank (" in message

@@ -71,7 +71,7 @@ def test_a_run_is_the_same_on_any_number_of_ranks(world, corpus, tmp_path):
 
 
 @pytest.mark.real
-def test_a_run_with_experts_spread_is_the_same_and_its_checkpoints_load_anywhere(corpus, tmp_path):
+def test_spread_experts_train_alike_and_load_anywhere(corpus, tmp_path):
     """In fp64: the whole curve, then one process goes on from the ranks' checkpoint, and they from its own."""
     options = [*tiny.TRAINED, "train.precision=fp64", ONE_EACH, "balance=aux_free", "train.eval_samples=7"]
     options += ["model.num_experts=6", "model.num_shared_experts=1", "router.capacity_factor=1.2"]

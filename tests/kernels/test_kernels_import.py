@@ -62,7 +62,7 @@ def test_a_package_called_kernels_is_found_from_the_root(arguments: tuple[str, .
     assert python(*arguments, path=unrelated) == "the unrelated package"
 
 
-def test_ours_are_importable_without_triton_beside_the_other_package(unrelated: str) -> None:
+def test_ours_import_without_triton_beside_the_other_package(unrelated: str) -> None:
     ours, other = python("-c", NO_TRITON, path=unrelated).splitlines()
     assert Path(ours).resolve() == (ROOT / "kernels").resolve()
     assert other == "the unrelated package"

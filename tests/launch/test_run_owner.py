@@ -44,7 +44,7 @@ def test_two_starts_at_once(corpus, tmp_path):
     assert not [name for name in tiny.files(run) if name.startswith(".")]
 
 
-def test_a_start_beside_a_running_one_and_a_batch_systems_warning(corpus, tmp_path):
+def test_a_start_beside_a_running_one_and_a_batch_warning(corpus, tmp_path):
     """The first stands still meanwhile, so that any change of the folder would be the second's."""
     run = tmp_path / "run"
     with tiny.started(corpus, run, *LONG) as first:

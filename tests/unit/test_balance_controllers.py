@@ -99,7 +99,7 @@ def test_the_running_load_is_an_exponential_mean_of_shares() -> None:
 def test_a_layer_that_routed_nothing_keeps_its_running_load() -> None:
     running = RunningLoad({0: 4, 1: 4, 2: 3})
     demand = {0: torch.tensor([3, 1, 0, 0]), 1: torch.zeros(4, dtype=torch.int64), 5: torch.ones(2)}
-    running.update(demand)  # 2: not told; 5: not followed
+    running.update(demand)  # 2: not routed; 5: not followed
     for share_E in running.shares.values():
         torch.testing.assert_close(share_E.sum(), torch.ones(()))
     assert torch.equal(running.shares[1], torch.full((4,), 0.25))
@@ -161,10 +161,10 @@ def test_sparsity_passes_three_stages_and_never_goes_back() -> None:
         demand_E = torch.full((8,), round(per_token * 1000 / 8))
         controller.update({0: demand_E, 1: demand_E}, 1000.0)
         stages.append(controller.metrics()["sparsity_stage"])
-        said.append(controller.news())
+        said.append(controller.messages())
     assert stages == [1, 1, 2, 2, 3, 3]
-    assert [line is not None for line in said] == [True, False, True, False, True, False]
-    assert "stage 3 of 3, sparse: 0.750" in str(said[4])
+    assert [len(lines) for lines in said] == [1, 0, 1, 0, 1, 0]
+    assert "stage 3 of 3, sparse: 0.750" in said[4][0]
     assert controller.metrics()["sparsity"] == pytest.approx(0.675)
     assert set(controller.tensors()) == {"sparsity_exponent", "sparsity_stage", "sparsity_first"}
 

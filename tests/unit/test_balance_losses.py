@@ -233,7 +233,7 @@ def test_totals_may_live_on_another_device(scope: str) -> None:
     assert balance_loss(elsewhere, "sum_over_k", scope, totals).is_meta
 
 
-def test_total_loss_adds_terms_and_layers_with_their_coefficients() -> None:
+def test_total_loss_sums_terms_and_layers_with_coefficients() -> None:
     torch.manual_seed(0)
     layers = [routed(torch.randn(12, 5, dtype=torch.float64, requires_grad=True), 2) for _ in range(3)]
     demand_LE = torch.stack([r.demand_E for r in layers])
@@ -305,7 +305,7 @@ def test_what_is_missing_is_named() -> None:
 def test_a_running_load_starts_without_gradient() -> None:
     logits_TE = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     routing = routed(logits_TE, 2, score="sigmoid")
-    totals = StepTotals(12.0, told=RunningLoad({0: 5, 1: 5}).tells())
+    totals = StepTotals(12.0, signals=RunningLoad({0: 5, 1: 5}).signals())
     loss = balance_loss(routing, "switch", "running", totals, layer=1)
     loss.backward()
     assert number(loss) == pytest.approx(1, abs=1e-7)  # the state is fp32

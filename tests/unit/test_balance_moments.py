@@ -105,7 +105,7 @@ def test_micro_and_global_batch_are_one_for_one_micro_batch(name):
     ],
     ids=["gshard", "gshard_sampling", "sparsemixer2", "relu", "expert_choice"],
 )  # fmt: skip
-def test_noise_and_choices_do_not_depend_on_the_split_or_on_recompute(router):
+def test_noise_and_choices_ignore_split_and_recompute(router):
     whole = step("switch", "global_batch", B, router=router)
     for micro, recompute in ((B, True), (2, False), (1, True)):
         assert_same(whole, step("switch", "global_batch", micro, recompute, router))

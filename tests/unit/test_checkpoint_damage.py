@@ -114,7 +114,7 @@ def test_the_newest_intact_of_several_is_taken(two, caplog):
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 2
 
 
-def test_a_path_that_is_damaged_or_no_checkpoint_is_an_error_naming_it(two, tmp_path):
+def test_a_damaged_path_or_no_checkpoint_is_an_error_naming_it(two, tmp_path):
     newest = two.dir / "step_00000002"
     (newest / "extra.json").write_text("{}\n")
     with pytest.raises(UserError, match=f"checkpoint {newest} is damaged or incomplete: extra.json: "):
@@ -129,7 +129,7 @@ def test_a_path_that_is_damaged_or_no_checkpoint_is_an_error_naming_it(two, tmp_
         two.load(tmp_path / "file", tensors(0))
 
 
-def test_damage_after_the_check_of_this_object_is_still_no_wrong_load(two):
+def test_damage_after_the_check_is_still_no_wrong_load(two):
     """latest_valid() need not be repeated by load(); another step is checked on its own."""
     path = two.latest_valid()
     (two.dir / "step_00000001" / "extra.json").write_text("{}")

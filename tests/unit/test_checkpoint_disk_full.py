@@ -131,7 +131,7 @@ def test_the_json_files_may_fail_too(tmp_path):
     assert_still_fine(tmp_path)
 
 
-def test_a_failed_async_save_is_raised_once_and_by_the_next_save_at_the_latest(tmp_path):
+def test_a_failed_async_save_is_raised_once_by_the_next_save(tmp_path):
     checkpointer = Checkpointer(tmp_path, async_save=True)
     checkpointer.save(1, SMALL, {"step": 1})
     checkpointer.wait()

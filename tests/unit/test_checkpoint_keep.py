@@ -45,7 +45,7 @@ def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path):
     assert checkpointer.latest_valid() == tmp_path / "step_00000002"
 
 
-def test_saving_an_older_step_removes_no_newer_one_and_never_itself(tmp_path):
+def test_saving_an_older_step_removes_neither_newer_nor_itself(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=2)
     save(checkpointer, 80, 90)
     save(checkpointer, 60)
@@ -65,7 +65,7 @@ def test_keeping_none_is_refused(tmp_path):
         Checkpointer(tmp_path, keep_last=0)
 
 
-def test_resume_auto_takes_the_newest_and_starts_fresh_without_any(tmp_path):
+def test_resume_auto_takes_the_newest_or_starts_fresh(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.resolve("auto") is None
     save(checkpointer, 1, 2)

@@ -246,7 +246,7 @@ def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
     assert half.exists()
 
 
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
+def test_what_cannot_be_saved_is_refused_before_writing(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     for bad in (torch.ones(3).to_sparse(), torch.empty(3, device="meta")):
         with pytest.raises(TypeError, match="w: a checkpoint holds dense tensors"):

@@ -16,7 +16,7 @@ from moetrain.models.hf.source import TensorInfo
 SHAPES = {f"model.{name}": (size,) for name, size in zip("abcdefg", (3, 700, 5, 701, 0, 703, 7), strict=True)}
 
 
-def test_what_was_written_is_read_and_no_large_tensor_follows_another(tmp_path: Path) -> None:
+def test_what_is_written_is_read_one_large_tensor_at_a_time(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
     asked: list[str] = []

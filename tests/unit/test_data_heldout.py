@@ -45,7 +45,7 @@ def test_the_share_of_held_out_documents_is_val_fraction():
     ),
     val_fraction=st.sampled_from([0.001, 0.02, 0.5, 0.98, 0.999]),
 )
-def test_identical_documents_share_a_side_and_no_side_is_needlessly_empty(documents, val_fraction):
+def test_identical_documents_share_a_side_and_sides_are_filled(documents, val_fraction):
     found = sides(documents, val_fraction)
     trained = set().union(*(trained for trained, _ in found.values()))
     held = set().union(*(held for _, held in found.values()))

@@ -47,7 +47,7 @@ def run(split, steps, micro, G, world, seed=0, start=0):
     stop=st.integers(0, 4),
     seed=st.integers(0, 5),
 )
-def test_samples_do_not_depend_on_ranks_micro_batches_or_interruptions(split, world, micro, stop, seed):
+def test_samples_ignore_ranks_micro_batches_and_interruptions(split, world, micro, stop, seed):
     G = 12
     plain = run(split, steps=5, micro=G, G=G, world=1, seed=seed)
     other_world = {1: 4, 2: 3, 3: 6, 4: 1, 6: 2}[world]
@@ -70,7 +70,7 @@ def test_a_step_larger_than_the_split_wraps_around(split):
     assert len({sample for sample, _ in rows}) == G
 
 
-def test_state_counts_what_was_handed_out_not_what_was_prefetched(split):
+def test_state_counts_batches_handed_out_not_prefetched(split):
     loader = TrainLoader(split, SampleOrder(len(split), 0), 4, 8)
     assert loader.state_dict()["samples"] == 0
     loader.next_step()

@@ -45,7 +45,7 @@ def test_any_position_can_be_asked_alone_and_far_ahead():
     assert 0 <= int(order(np.array([2**61]))[0]) < 97
 
 
-def test_the_order_is_the_same_on_every_machine_and_in_every_release():
+def test_the_order_is_the_same_on_every_machine_and_release():
     assert SampleOrder(13, seed=7)(positions(0, 13)).tolist() == [9, 7, 4, 8, 0, 11, 12, 10, 3, 2, 1, 6, 5]
     assert MixtureOrder([5, 11], [1.0, 3.0], seed=7)(positions(0, 12)).tolist() == [
         10,
@@ -90,7 +90,7 @@ def test_quotas_follow_the_weights():
     assert MixtureOrder([3, 3], [1e9, 1.0], 0).quotas == [1023, 1]
 
 
-def test_parts_of_a_mixture_wrap_on_their_own_and_visit_all_they_have():
+def test_parts_of_a_mixture_wrap_on_their_own_and_visit_all():
     lengths = [5, 1500]
     drawn = MixtureOrder(lengths, [1.0, 1.0], seed=2)(positions(0, 3 * BLOCK))
     small, large = drawn[drawn < 5], drawn[drawn >= 5] - 5

@@ -152,7 +152,7 @@ def test_bpe_learns_from_the_training_side_only(tmp_path):
     assert len(corpus.tokenizer.encode("alpha")) == 1
 
 
-def test_bpe_samples_all_of_a_small_corpus_and_a_share_of_a_large_one(tmp_path, monkeypatch):
+def test_bpe_samples_a_small_corpus_whole_and_a_large_in_part(tmp_path, monkeypatch):
     texts = [f"{number} " * 200 for number in range(200)]
     parts = build_parts(text_folder(tmp_path, texts), tmp_path)
     scanned = scan(parts, 0.02)
@@ -178,7 +178,7 @@ def test_bpe_is_trained_once_for_the_same_text(cfg, tmp_path, monkeypatch):
     assert second.tokenizer.vocab_size == 280
 
 
-def test_a_tokenizer_file_with_inexact_lengths_is_scaled_to_the_split(tmp_path):
+def test_inexact_lengths_of_a_tokenizer_are_scaled_to_the_split(tmp_path):
     import tokenizers
     from tokenizers import models, pre_tokenizers
 

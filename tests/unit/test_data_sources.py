@@ -41,7 +41,7 @@ def texts(source):
     return [document.text for document in source.documents()]
 
 
-def test_stdlib_gives_modules_and_topics_without_tests_or_installed_packages():
+def test_stdlib_gives_modules_and_topics_and_nothing_installed():
     source = StdlibSource()
     documents = list(source.documents())
     domains = [document.domain for document in documents]
@@ -56,7 +56,7 @@ def test_stdlib_gives_modules_and_topics_without_tests_or_installed_packages():
     assert source.fingerprint() == StdlibSource().fingerprint()
 
 
-def test_a_text_file_is_one_document_and_a_folder_is_all_its_files(tmp_path):
+def test_a_text_file_is_one_document_and_a_folder_all_its_files(tmp_path):
     write(tmp_path / "b.txt", "second\n")
     write(tmp_path / "a.md", "\ufefffirst")
     write(tmp_path / "deep/c.txt", "third")
@@ -116,7 +116,7 @@ def test_unreadable_content_is_named(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_path_that_matches_nothing_says_where_it_was_looked_for(tmp_path, monkeypatch):
+def test_a_path_without_matches_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for path in ("nowhere.txt", "*.jsonl", "empty"):
@@ -168,7 +168,7 @@ def test_the_hub_asks_for_the_text_alone(tmp_path, monkeypatch):
     assert texts(HubSource(tmp_path, "owner/name")) == ["words"]
 
 
-def test_the_hub_without_a_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+def test_the_hub_offline_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     import datasets
     from huggingface_hub import constants
 
@@ -305,7 +305,7 @@ class ListSource:
         return iter(self.given)
 
 
-def test_blank_documents_are_dropped_and_lone_surrogates_replaced():
+def test_blank_documents_drop_and_lone_surrogates_are_replaced():
     documents = [Document("", "a"), Document(" \n", "a"), Document("x\ud800y", "b"), Document("é", "c")]
     cleaned = list(Part(ListSource(documents)).cleaned())
     assert [(document.text, document.domain) for document in cleaned] == [("x?y", "b"), ("é", "c")]

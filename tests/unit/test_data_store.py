@@ -134,7 +134,7 @@ def _die_while_building(folder):
     build_once(folder, build)
 
 
-def test_a_process_that_dies_leaves_no_lock_and_its_rest_is_removed(tmp_path):
+def test_a_dead_process_leaves_no_lock_and_its_rest_is_removed(tmp_path):
     folder = tmp_path / "thing"
     child = fork.Process(target=_die_while_building, args=(folder,))
     child.start()

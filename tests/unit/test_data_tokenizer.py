@@ -47,7 +47,7 @@ def test_a_text_with_few_pairs_gives_a_smaller_vocabulary():
     assert train_bpe(["ab"], 4096).vocab_size == 258  # the bytes, the end of text, "ab"
 
 
-def test_training_again_gives_the_same_merges_with_and_without_threads(monkeypatch):
+def test_training_again_gives_the_same_merges_in_any_threads(monkeypatch):
     for parallel in ("true", "false"):
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
         assert train_bpe(TEXT, 300).fingerprint == TRAINED.fingerprint
@@ -71,7 +71,7 @@ def word_level(specials=()):
     return tokenizer
 
 
-def test_a_foreign_tokenizer_json_is_read_with_its_padding_and_truncation_off(tmp_path):
+def test_a_foreign_tokenizer_json_has_padding_and_truncation_off(tmp_path):
     tokenizer = word_level(["</s>"])
     tokenizer.enable_truncation(1)
     tokenizer.enable_padding(length=9)

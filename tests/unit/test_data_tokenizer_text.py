@@ -101,7 +101,7 @@ def best(text):
 
 
 @pytest.mark.parametrize("text", ["ab </s> ab", "</s>", "<pad>", "a</s></s>b", "<<//ss>>", "ab<pad>"])
-def test_a_unigram_model_reads_special_tokens_as_sentencepiece_does(text):
+def test_a_unigram_model_reads_special_tokens_as_sentencepiece(text):
     assert JsonTokenizer(unigram(), "</s>").encode(text) == best(text)
 
 

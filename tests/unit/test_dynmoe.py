@@ -29,7 +29,7 @@ def route(router: Router, x_TD: Tensor) -> Routing:
     return router(x_TD, RouterContext.default(1, x_TD.shape[0]))
 
 
-def test_active_where_the_score_beats_the_threshold_and_weighs_one_over_their_number():
+def test_active_above_the_threshold_with_one_over_their_number():
     router, x_TD = router_of(), torch.randn(53, D, dtype=torch.float64)
     routing = route(router, x_TD)
     tau = router.log_tau_1.exp()
@@ -61,7 +61,7 @@ def test_the_gradient_of_a_gate_is_that_of_score_minus_threshold():
         torch.testing.assert_close(a, b)
 
 
-def test_a_token_that_takes_nobody_gets_its_best_expert_in_evaluation_only():
+def test_a_token_without_expert_gets_its_best_in_evaluation():
     router = router_of()
     with torch.no_grad():
         router.threshold_E.fill_(30.0)
@@ -75,7 +75,7 @@ def test_a_token_that_takes_nobody_gets_its_best_expert_in_evaluation_only():
     assert routing.assignment.weights_N.tolist() == [1.0] * 11
 
 
-def test_the_penalty_is_of_experts_awake_and_adds_up_over_micro_batches():
+def test_the_penalty_is_of_experts_awake_and_sums_over_batches():
     router = router_of(initial_experts=3)
     w = router.weight_ED.detach()[:3]
     u = w / w.norm(dim=-1, keepdim=True)
@@ -92,7 +92,7 @@ def stats_of(counts: list[int], missed: Tensor) -> Tensor:
     return torch.cat([torch.tensor(counts, dtype=torch.float64), number, missed.sum(0)])
 
 
-def test_unused_experts_sleep_and_one_wakes_where_tokens_were_missed():
+def test_unused_experts_sleep_and_one_wakes_for_missed_tokens():
     router = router_of(initial_experts=4, interval=2)
     before = {k: v.clone() for k, v in router.state_dict().items()}
     missed_TD = torch.randn(3, D, dtype=torch.float64)

@@ -116,7 +116,7 @@ def test_precisions_and_a_single_checkpoint(trained, files):
     assert losses[3] == pytest.approx(losses[0], rel=3e-2)
 
 
-def test_a_hugging_face_folder_needs_a_length_and_scores_the_same(trained, files, tmp_path, capsys):
+def test_a_hf_folder_needs_a_length_and_scores_the_same(trained, files, tmp_path, capsys):
     text = f"data.path={files}/a.txt"
     expected = figures(trained, text)
     with tiny.alone():

@@ -78,7 +78,7 @@ def test_the_likeliest_continuation_is_greedy(lm) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, LENGTH, LENGTH + 1, 3 * LENGTH - 4])
-def test_rolling_scores_every_token_once_with_as_much_context_as_fits(lm, length: int) -> None:
+def test_rolling_scores_every_token_once_with_full_context(lm, length: int) -> None:
     tokens = [(7 * i) % 26 + 97 for i in range(length)]
     stream, expected = [EOS, *tokens], 0.0
     for start in range(0, length, LENGTH):

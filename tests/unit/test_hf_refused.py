@@ -178,7 +178,7 @@ def test_first_weights_that_cannot_be(
         assert not (run / "config.yaml").exists()
 
 
-def test_first_weights_show_in_the_printed_config_and_are_not_swept(
+def test_first_weights_are_in_the_printed_config_and_not_swept(
     sources: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     single = f"init_from={sources['single']}"

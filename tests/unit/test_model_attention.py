@@ -98,7 +98,7 @@ def test_documents_do_not_see_each_other_even_when_interleaved(window: int | Non
     torch.testing.assert_close(run(attention, x, window, docs), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_plainly_causal_path_is_taken_exactly_where_it_is_right() -> None:
+def test_the_causal_path_is_taken_exactly_where_it_is_right() -> None:
     def bias(seen: SeenKeys | None) -> Tensor:
         assert seen is not None
         return seen.bias(0, seen.seq, 0, torch.float32, torch.device("cpu"))
@@ -139,7 +139,7 @@ def test_a_backend_that_is_asked_for_by_name(name: str, changes: dict[str, int])
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
-def test_a_backend_that_does_not_fit_is_refused_but_not_for_a_cache() -> None:
+def test_an_unfit_backend_is_refused_but_not_for_a_cache() -> None:
     model, cpu = decoder(attention=AttentionBackend.flex), torch.device("cpu")
     with pytest.raises(UserError, match=r"model.attention=flex: on a cpu device .*model.attention=auto"):
         model(tokens(2, 7))
@@ -150,7 +150,7 @@ def test_a_backend_that_does_not_fit_is_refused_but_not_for_a_cache() -> None:
 
 
 @pytest.mark.skipif(not compiles_gradients(torch.__version__), reason="this torch compiles gradients wrongly")
-def test_compiling_keeps_the_numbers_and_leaves_the_choice_of_library_to_the_compiler() -> None:
+def test_compiling_keeps_numbers_and_may_pick_libraries() -> None:
     """Long enough to go by blocks of queries and, uncompiled, through oneDNN, which inductor cannot lower."""
     width, seq = 64, 521
     cpu_product._available.cache_clear()  # as in a run that compiles before its first step

@@ -53,7 +53,7 @@ def test_transformers_counts_the_same(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == total
 
 
-def test_tiny_and_its_dense_twin_cost_the_same_per_token_but_for_the_router() -> None:
+def test_tiny_and_its_dense_twin_cost_the_same_but_the_router() -> None:
     moe, dense = composed("model=tiny"), composed("model=tiny_dense")
     costs = [flops_breakdown(c.model, c.router, 256, 4096, c.experts) for c in (moe, dense)]
     assert costs[0].experts == costs[1].dense
@@ -129,7 +129,7 @@ def test_causal_scores_count_the_keys_that_each_query_sees(window: int | None) -
     assert scores == pytest.approx(3 * 2 * 2 * 6 * 10 * seen / seq)
 
 
-def test_plain_activations_have_two_matrices_and_the_vocabulary_must_be_known() -> None:
+def test_plain_activations_have_two_matrices() -> None:
     gated, plain = (
         flops_breakdown(replace(TINY, first_dense=1), TopKOptions(), 7, VOCAB, ExpertsConfig(activation=a))
         for a in (Activation.swiglu, Activation.gelu)

@@ -63,7 +63,7 @@ def test_packed_documents_equal_the_documents_apart(changes: dict[str, object]) 
     assert (model(ids).hidden_BSD - packed.hidden_BSD).abs().max() > 1e-3
 
 
-def test_rows_do_not_depend_on_each_other_and_later_tokens_change_nothing_before() -> None:
+def test_rows_are_independent_and_later_tokens_change_nothing() -> None:
     model, ids = decoder(), tokens(3, 7)
     hidden = model(ids).hidden_BSD
     close(hidden[1:2], model(ids[1:2]).hidden_BSD)
@@ -101,7 +101,7 @@ def test_recompute_changes_neither_loss_nor_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_recompute_keeps_less_and_leaves_names_and_evaluation_alone() -> None:
+def test_recompute_keeps_less_and_leaves_names_and_evaluation() -> None:
     model, ids = decoder(), tokens(2, 7)
     names = list(model.state_dict())
 
@@ -119,13 +119,13 @@ def test_recompute_keeps_less_and_leaves_names_and_evaluation_alone() -> None:
         assert model(ids).hidden_BSD.grad_fn is None
 
 
-def test_the_output_is_a_pytree_so_that_wrappers_find_its_tensors() -> None:
+def test_the_output_is_a_pytree_that_wrappers_can_walk() -> None:
     leaves = tree_leaves(decoder()(tokens(2, 3)))
     assert sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) >= 1 + 3
     assert all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves)
 
 
-def test_each_moe_layer_sees_its_place_the_tokens_and_the_layer_before() -> None:
+def test_each_moe_layer_sees_its_place_tokens_and_predecessor() -> None:
     model, ids, seen = decoder(num_layers=4, first_dense=1), tokens(2, 5), []
     for (layer,) in model.moe_layers().values():
         layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
@@ -138,7 +138,7 @@ def test_each_moe_layer_sees_its_place_the_tokens_and_the_layer_before() -> None
     assert ctx.token_ids_T is None
 
 
-def test_autocast_runs_products_in_bf16_and_keeps_residual_norms_and_router_in_fp32() -> None:
+def test_autocast_runs_products_alone_in_bf16() -> None:
     model, ids = decoder(torch.float32, first_dense=1), tokens(2, 7)
     dtypes: dict[str, set[torch.dtype]] = {}
 
@@ -225,7 +225,7 @@ def test_impossible_sizes_are_refused(key: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("activation", list(Activation))
-def test_dense_layers_and_shared_experts_have_the_activation_of_the_experts(activation: Activation) -> None:
+def test_dense_layers_and_shared_experts_share_the_activation(activation: Activation) -> None:
     cfg = replace(TINY, first_dense=1, num_shared_experts=1)
     model = Decoder(cfg, RouterConfig(), ExpertsConfig(activation=activation), VOCAB)
     dense, moe = model.blocks[0].feed_forward, model.blocks[1].feed_forward

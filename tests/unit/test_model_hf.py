@@ -68,7 +68,7 @@ def test_logits_by_the_default_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn"])
-def test_generation_with_a_cache_goes_beyond_the_original_positions(name: str) -> None:
+def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
     prompt = SCALED[name].batch()[0][:1, :5]
     new = ORIGINAL + 3

@@ -23,7 +23,7 @@ def our_balance(records: dict[int, Routing]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
-def test_balance_loss_and_its_gradient_are_theirs_with_one_moe_layer(name: str) -> None:
+def test_balance_loss_and_gradient_are_theirs_with_one_moe_layer(name: str) -> None:
     """Their form is sum_over_k, which is k at perfect balance: k times the switch form."""
     family = FAMILIES[name]
     single = replace(
@@ -52,7 +52,7 @@ def routing_of(logits_TE: Tensor, top_k: int) -> Routing:
     return router(logits_TE, RouterContext.default(1, logits_TE.shape[0]))
 
 
-def test_with_several_layers_we_hold_to_the_sum_over_layers_and_theirs_pools_them() -> None:
+def test_several_layers_are_summed_where_theirs_pools_them() -> None:
     """transformers averages load and probability over all layers before multiplying them.
 
     Two layers that each use their own half of the experts then look balanced to it: it gives k, the value

@@ -66,7 +66,7 @@ def test_fp32_keeps_a_confident_label_and_a_hopeless_one() -> None:
     torch.testing.assert_close(hidden.grad[0, 1], torch.tensor([-200.0, 200.0, 0.0]))
 
 
-def test_bf16_autocast_gives_fp32_sums_as_near_to_fp64_as_torchs_own() -> None:
+def test_bf16_autocast_gives_sums_as_near_to_fp64_as_torchs() -> None:
     hidden, weight, labels = inputs(torch.float32)
     exact = plain(hidden.double(), weight.double(), labels)
     exact_grads = torch.autograd.grad(exact, (hidden, weight))
@@ -97,7 +97,7 @@ def test_token_nll_sums_to_the_loss_and_needs_no_graph(dtype: torch.dtype) -> No
     assert count == (labels != -100).sum()
 
 
-def test_only_what_needs_a_gradient_gets_one_and_a_second_backward_agrees() -> None:
+def test_gradients_where_needed_and_a_second_backward_agrees() -> None:
     hidden, weight, labels = inputs(torch.float64)
     total, _ = cross_entropy_sum(hidden.detach(), weight, labels, 4)
     torch.testing.assert_close(

@@ -123,7 +123,7 @@ def test_the_decoder_as_a_whole() -> None:
     assert counts.experts == 8 * 2 * 23 * 5
 
 
-def test_adapters_start_without_moments_and_the_network_keeps_its_own() -> None:
+def test_adapters_start_without_moments_beside_the_network() -> None:
     state = dense_state()
     for name, weight in list(state.items()):
         state[f"optim.{name}.exp_avg"] = torch.ones_like(weight)

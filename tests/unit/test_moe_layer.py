@@ -158,7 +158,7 @@ def test_tokens_are_independent_where_nothing_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward_scale_multiplies_values_and_leaves_gradients_alone(backend: str) -> None:
+def test_forward_scale_multiplies_values_and_no_gradients(backend: str) -> None:
     layer, x_TD = make(backend=backend), torch.randn(13, 5, dtype=torch.float64)
     g_TD = torch.randn(13, 5, dtype=torch.float64)
 

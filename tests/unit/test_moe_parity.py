@@ -95,7 +95,7 @@ def test_fp32_grouped_path_equals_the_oracle(case: Case, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("dtype", "width", "reason"), [(torch.float64, 8, "float64"), (torch.float32, 7, "multiples of 16 bytes")]
 )
-def test_the_torch_backend_says_once_where_it_leaves_the_grouped_path(
+def test_the_torch_backend_says_once_that_it_is_not_grouped(
     dtype: torch.dtype,
     width: int,
     reason: str,

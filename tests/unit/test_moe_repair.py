@@ -224,7 +224,7 @@ def test_local_equals_the_loop(case: Case, seed: int, kind: str) -> None:
 
 @quick
 @given(cases(), st.sampled_from(["next_expert", "fill_in"]))
-def test_no_expert_exceeds_its_capacity_and_no_kept_assignment_goes(case: Case, rule: str) -> None:
+def test_no_expert_exceeds_capacity_and_no_kept_one_goes(case: Case, rule: str) -> None:
     found, kept = case.repaired(rule), case.kept()
     assert all(n <= case.capacity(g) for (_, g), n in loads(case, found).items())
     assert pairs(kept).items() <= pairs(found).items()
@@ -288,7 +288,7 @@ def test_a_token_is_never_sent_where_it_is() -> None:
     assert pairs(case.repaired("next_expert")).keys() == {(1, 0), (1, 1), (0, 2)}
 
 
-def test_the_earlier_token_goes_first_whichever_expert_refused_it() -> None:
+def test_the_earlier_token_goes_first_whoever_refused_it() -> None:
     case = replace(wishes([[1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]], [[0.3, 0.3, 0.4]] * 4), tenths=7)
     assert pairs(case.repaired("next_expert")).keys() == {(0, 0), (1, 1), (2, 2)}
 

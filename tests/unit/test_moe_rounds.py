@@ -114,7 +114,7 @@ def rounds_of(layer: MoELayer, x_BSD: Tensor) -> int:
     return len(calls)
 
 
-def test_relu_goes_by_rounds_while_far_more_than_usual_are_active():
+def test_relu_goes_by_rounds_while_more_than_usual_are_active():
     torch.manual_seed(0)
     layer = MoELayer(D, 11, 16, router="relu", router_options={"top_k": 2})
     x_BSD = torch.randn(2, 29, D)

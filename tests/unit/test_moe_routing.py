@@ -118,7 +118,7 @@ def test_noise_equals_the_integer_arithmetic_of_its_definition() -> None:
                     assert float(got[4 * b + s] if c is None else got[4 * b + s, c]) == want
 
 
-def test_noise_is_uniform_open_and_unlike_under_every_part_of_its_key() -> None:
+def test_noise_is_uniform_and_unlike_for_each_part_of_its_key() -> None:
     ctx = RouterContext(64, 32, torch.arange(64), seed=1)
     draws = [ctx.uniform((2048, 4))] + [
         replace(ctx, **change).uniform((2048, 4), salt)

@@ -133,7 +133,7 @@ def routing_of(counts_E: Tensor, tokens: int, like: Routing) -> Routing:
     )
 
 
-def test_the_balance_loss_charges_tau_for_experts_without_a_network():
+def test_the_balance_loss_charges_tau_for_zero_experts():
     router = build_router("moepp", d_model=D, num_experts=FFN, tau=0.5).double()
     ctx = RouterContext.default(2, 23)
     routing = router(torch.randn(46, D, dtype=torch.float64), ctx)
@@ -144,7 +144,7 @@ def test_the_balance_loss_charges_tau_for_experts_without_a_network():
     torch.testing.assert_close(found, (FFN + 4) * (eta_E * f_E * p_TE.mean(0)).sum())
 
 
-def test_logits_of_the_earlier_layer_take_part_and_pass_gradients_back():
+def test_earlier_logits_take_part_and_pass_gradients_back():
     router = build_router("moepp", d_model=D, num_experts=FFN).double()
     x_TD, ctx = torch.randn(3, D, dtype=torch.float64), RouterContext.default(1, 3)
     first = router(x_TD, ctx)

@@ -35,7 +35,7 @@ def test_bytes_grow_with_the_tokens_and_not_with_their_square(
 
 
 @pytest.mark.parametrize("backend", ["blocks", "flex", "sdpa"])
-def test_all_that_is_ever_made_grows_with_documents_of_one_length(backend: str) -> None:
+def test_bytes_made_grow_with_documents_of_one_length(backend: str) -> None:
     """With 40 documents they grow longer, and blocks of queries get more keys each: that is more work too."""
     kind = partial(documents, length=200)
     lengths = (8192, 16384, 32768)

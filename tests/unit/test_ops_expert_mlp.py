@@ -126,7 +126,7 @@ def named_operands(rows: Rows, num_source: int, d: int, f: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_the_weights_gradient_is_the_inner_product_with_the_unweighted_output(backend: str) -> None:
+def test_the_weights_gradient_is_an_inner_product(backend: str) -> None:
     """<dout W_down^T, act(z)> stands in for <dout, act(z) W_down>, which is not kept."""
     rows = rows_of([7, 0, 3, 11], 11, 8)
     source, weights, up, down = operands(rows, 11, 8, 4, torch.float64 if backend == "cpu" else torch.float32)
@@ -259,7 +259,7 @@ def test_unknown_names_are_refused() -> None:
         is_gated("tanh")
 
 
-def test_row_counts_of_one_size_share_a_few_kernels_and_little_padding() -> None:
+def test_row_counts_of_one_size_share_kernels_and_pad_little() -> None:
     """oneDNN keeps a compiled kernel for every row count that it has met."""
     computed = {n: kept_rows([n], [-(-n // 32) * 32], torch.float32)[0] for n in range(1, 1025)}
     assert all(n <= rows <= max(n + 7, n * 17 / 16) for n, rows in computed.items())

@@ -84,7 +84,7 @@ def test_a_block_is_that_block_of_the_whole(data):
     assert block.equal(whole[here])
 
 
-def test_no_number_of_threads_and_no_instruction_set_changes_a_bit():
+def test_no_threads_and_no_instruction_set_change_a_bit():
     """Many blocks' worth; a digest, since another machine must find the same."""
     digests, before = set(), torch.get_num_threads()
     for threads in (1, 2):

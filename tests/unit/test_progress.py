@@ -55,7 +55,7 @@ def test_an_evaluation_line() -> None:
     assert evaluation_line(EVALUATION, 40) == "step  7/40  val loss 2.0000  perplexity 7.39  bits/byte 1.2500"
 
 
-def test_a_fast_run_prints_the_first_step_and_every_twentieth_of_the_run() -> None:
+def test_a_fast_run_prints_its_first_step_and_each_twentieth() -> None:
     stream = io.StringIO()
     progress = PlainProgress(101, clock=ticking(0.001), stream=stream)
     for step in range(1, 102):

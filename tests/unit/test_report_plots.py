@@ -127,7 +127,7 @@ def test_the_comparison_table(tmp_path: Path) -> None:
     assert "±" not in table[3]
 
 
-def test_the_comparison_table_has_routing_figures_where_there_are_routers(tmp_path: Path) -> None:
+def test_the_comparison_has_routing_figures_of_routers(tmp_path: Path) -> None:
     compared = arms(tmp_path)
     header, _, moe, dense = comparison_table(compared).splitlines()
     assert header.endswith("| load variation | entropy (nats) | drop rate | experts/token | ms/step |")

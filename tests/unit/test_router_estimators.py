@@ -102,7 +102,7 @@ def test_the_midpoint_rule_is_not_exact_for_cubics(no_exception_for_the_best):
     assert (found - exact_gradient(cubic)).abs().max() > 1e-3
 
 
-def test_with_the_exception_the_midpoint_rule_is_exact_for_linear_functions():
+def test_the_midpoint_rule_is_exact_for_linear_functions():
     found = expected_gradient(build("sparsemixer"), linear, coin=0.5)
     torch.testing.assert_close(found, exact_gradient(linear), rtol=1e-12, atol=1e-12)
 
@@ -128,7 +128,7 @@ def test_algorithm_2_is_exact_for_linear_functions_with_delta():
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_the_forward_is_whole_or_a_third_and_experts_keep_their_gradient(corrected):
+def test_the_forward_is_whole_or_a_third_gradients_are_kept(corrected):
     router = build("sparsemixer2", top_k=1, corrected=corrected)
     temperature, gain = (2.0, 2.0) if corrected else (1.0, 1.0)
     p_E = torch.softmax(Z_E / temperature, -1)
@@ -140,7 +140,7 @@ def test_the_forward_is_whole_or_a_third_and_experts_keep_their_gradient(correct
         assert routing.assignment.weights_N[0].item() == pytest.approx(gain * float(p_E[drawn]), abs=1e-12)
 
 
-def test_draws_are_without_replacement_and_follow_the_probabilities():
+def test_draws_follow_the_probabilities_without_replacement():
     router = build_router("sparsemixer2", d_model=E, num_experts=E, top_k=3, eps=1.0).double()
     with torch.no_grad():
         router.weight_ED.copy_(torch.eye(E))

@@ -95,7 +95,7 @@ def test_switch_drops_the_last_over_capacity():
     assert routing.demand_E.tolist() == [0, 9, 0]
 
 
-def test_batch_prioritized_keeps_the_tokens_with_the_highest_score():
+def test_batch_prioritized_keeps_the_tokens_of_highest_score():
     """Whatever their weight: here a token's second choice outlives another's first."""
     router = looking_at_logits(
         "topk", 3, top_k=2, capacity_factor=0.5, min_capacity=1, drop_order="batch_prioritized"
@@ -182,7 +182,7 @@ def test_the_load_is_the_probability_of_being_chosen_again():
         assert abs(found - p) < 5 * math.sqrt(max(p * (1 - p), 1e-4) / len(again))
 
 
-def test_sigmoid_is_top_k_of_sigmoids_and_ignores_a_constant_bias():
+def test_sigmoid_is_top_k_and_ignores_a_constant_bias():
     z_TE = normal(5, 17, 6)
     router = looking_at_logits("sigmoid", 6, renormalize=False)
     plain = router(z_TE, RouterContext.default(1, 17))
@@ -240,7 +240,7 @@ def test_hash_is_a_function_of_the_id_and_even():
         router(torch.zeros(4, 3), RouterContext.default(2, 2))
 
 
-def test_dense_training_is_the_whole_mixture_and_evaluation_its_best_part():
+def test_dense_trains_the_whole_mixture_and_evaluates_its_best():
     z_TE = normal(7, 9, 5)
     router = looking_at_logits("dense", 5, eval_top_k=5)
     ctx = RouterContext.default(1, 9)

@@ -75,7 +75,7 @@ def test_numbers_that_fit_the_types_only(run, key, value, said):
     assert time.monotonic() - began < 20
 
 
-def test_the_numbers_of_a_folder_without_a_checkpoint_are_bounded(run):
+def test_numbers_of_a_folder_without_checkpoint_are_bounded(run):
     shutil.rmtree(run / "checkpoints")
     run_config(run)
     _set(run, "model.num_layers", 10**9)

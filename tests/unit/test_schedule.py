@@ -27,7 +27,7 @@ def schedules(draw: st.DrawFn) -> ScheduleConfig:
     )
 
 
-def test_warmup_starts_above_zero_and_reaches_the_peak_on_its_last_step():
+def test_warmup_starts_above_zero_and_ends_at_the_peak():
     cfg = ScheduleConfig(warmup_steps=5, horizon=50)
     assert [lr_factor(cfg, step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -73,7 +73,7 @@ def test_after_the_horizon_nothing_changes(cfg, beyond):
 
 
 @pytest.mark.parametrize("kind", DECAYING)
-def test_the_last_step_before_the_horizon_is_still_above_the_minimum(kind):
+def test_the_last_step_before_the_horizon_is_above_the_minimum(kind):
     cfg = ScheduleConfig(kind=kind, warmup_steps=0, horizon=40, min_ratio=0.1)
     assert lr_factor(cfg, 39) > 0.1
 

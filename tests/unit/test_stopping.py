@@ -44,7 +44,7 @@ def test_a_signal_asks_and_handlers_come_back(number, capfd):
     assert flag.requested()  # the answer stays after leaving
 
 
-def test_handlers_come_back_after_an_error_and_flags_can_follow_each_other():
+def test_handlers_come_back_after_an_error_and_flags_may_follow():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyError), StopFlag():
         raise KeyError
@@ -196,7 +196,7 @@ def with_workers() -> None:
         say(f"{codes} {flag.requested()}")
 
 
-def test_a_forked_worker_dies_of_a_signal_and_does_not_count_for_its_parent():
+def test_a_forked_workers_signal_does_not_count_for_its_parent():
     with Child(with_workers) as child:
         assert child.stderr.readline() == "[-15, -15] False\n"
         assert child.wait() == 0

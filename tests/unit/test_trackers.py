@@ -77,7 +77,7 @@ def test_tensorboard_events_read_back(tmp_path: Path) -> None:
     assert "note" not in scalars
 
 
-def test_tensorboard_of_a_resumed_run_replaces_what_is_done_again(tmp_path: Path) -> None:
+def test_a_resumed_runs_tensorboard_replaces_what_is_redone(tmp_path: Path) -> None:
     use(build_tracker(TensorboardTracker()), tmp_path, ROWS)
     again = [{"step": s, "train/loss": 7.0} for s in (2, 3, 4)]
     use(build_tracker(TensorboardTracker()), tmp_path, again, step=1)

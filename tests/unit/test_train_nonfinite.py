@@ -34,7 +34,7 @@ def losses(run) -> dict[int, float | None]:
     return {row["step"]: row["train/loss"] for row in tiny.steps(run)}
 
 
-def test_stop_names_the_step_the_parameter_the_samples_and_the_checkpoint(faulty, corpus, tmp_path, capsys):
+def test_stop_names_step_parameter_samples_and_checkpoint(faulty, corpus, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["train.steps=12", *SAVED, *faulty]
     asked = [f"router.signal={int(signal.SIGTERM)}", "router.at_step=1"]

@@ -61,7 +61,7 @@ def test_a_run_from_start_to_end(corpus, tmp_path, capsys, monkeypatch):
     assert json.loads((run / "environment.json").read_text())["seed"] == 0
 
 
-def test_every_key_is_documented_and_every_documented_key_is_there(trained):
+def test_keys_and_documented_keys_are_the_same(trained):
     rows = read_metrics(trained)
     keys = {kind: {k for row in rows if f"{kind}/loss" in row for k in row} for kind in ("train", "val")}
     of_controllers = {key for key in documented_keys("Rows of a step") if key.startswith("balance/")}
@@ -114,7 +114,7 @@ def test_recompute_changes_no_bit_of_the_run(corpus, trained, tmp_path, monkeypa
     tiny.assert_same_state(tiny.checkpoint(run, tiny.STEPS), tiny.checkpoint(trained, tiny.STEPS))
 
 
-def test_evaluating_saving_and_sampling_change_no_bit_of_the_training(corpus, trained, tmp_path):
+def test_evaluating_saving_and_sampling_change_no_bit(corpus, trained, tmp_path):
     run = tmp_path / "run"
     often = [
         "train.eval_every=1",

@@ -74,12 +74,12 @@ def test_what_is_promised_is_what_happens(router: RouterConfig, kept: bool) -> N
     assert result.reason
 
 
-def test_a_router_that_drops_second_choices_by_chance_is_promised_nothing() -> None:
+def test_a_router_that_drops_by_chance_is_promised_nothing() -> None:
     assert not upcycle(dense_state(), target(GShardOptions()), CopyOptions(), SEED).preserves
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_experts_are_the_dense_tensors_bit_for_bit_in_their_dtype(dtype: torch.dtype) -> None:
+def test_experts_are_the_dense_tensors_bit_for_bit(dtype: torch.dtype) -> None:
     state = {name: t.to(dtype) for name, t in dense_state().items()}
     result = upcycle(state, target(), CopyOptions(), SEED).state
     for layer in (0, 1):
@@ -162,7 +162,7 @@ def test_centroids_send_each_cluster_to_an_expert_of_its_own() -> None:
     assert len(set(zip(kind_T.tolist(), best_T.tolist(), strict=True))) == len(set(best_T.tolist())) == 8
 
 
-def test_routers_with_more_than_one_map_start_as_they_do_by_themselves() -> None:
+def test_routers_of_several_maps_start_as_by_themselves() -> None:
     for name in ("noisy_topk", "cosine", "hash"):
         goal = target(RouterConfig(name=name))
         first = upcycle(dense_state(), goal, CopyOptions(), SEED)

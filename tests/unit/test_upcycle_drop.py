@@ -53,7 +53,7 @@ def test_a_ratio_of_one_keeps_nothing() -> None:
     assert (kept("swiglu", DropOptions(drop_ratio=1.0)) == -1).all()
 
 
-def test_independent_sets_differ_between_matrices_and_share_the_permutation() -> None:
+def test_independent_sets_differ_by_matrix_and_share_the_order() -> None:
     units_MEF = kept("swiglu", DropOptions(drop_ratio=0.5, independent_sets=True))
     old_MEF = units_MEF >= 0
     assert (old_MEF.sum(-1) == 29 - round(14.5)).all()
@@ -66,7 +66,7 @@ def test_independent_sets_differ_between_matrices_and_share_the_permutation() ->
 
 @pytest.mark.parametrize("activation", list(COLUMNS))
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_a_ratio_of_zero_keeps_the_function_and_any_other_does_not(activation: str, top_k: int) -> None:
+def test_only_a_ratio_of_zero_keeps_the_function(activation: str, top_k: int) -> None:
     goal, state = target(TopKOptions(top_k=top_k), activation), dense_state(activation)
     error, result = worst(goal, state, DropOptions(drop_ratio=0.0))
     assert error < 1e-12
@@ -78,7 +78,7 @@ def test_a_ratio_of_zero_keeps_the_function_and_any_other_does_not(activation: s
 
 
 @pytest.mark.parametrize("independent", [False, True])
-def test_new_values_have_the_mean_and_deviation_of_those_they_replace(independent: bool) -> None:
+def test_new_values_have_the_mean_and_deviation_of_the_old(independent: bool) -> None:
     """Of each expert's own, by matrix: the dense units are given means of their own to tell them apart."""
     state = dense_state(d_ff=113, d_model=120, head_dim=8)
     means_CF = torch.linspace(-3, 3, 226, dtype=torch.float64).view(2, 113)

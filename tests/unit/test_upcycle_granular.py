@@ -27,9 +27,7 @@ def source(activation: str = "swiglu") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("top_k", [3, 6, 12])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_exact_for_every_activation_with_the_factor_on_the_down_projection(
-    activation: str, top_k: int
-) -> None:
+def test_exact_for_any_activation_with_the_factor_on_down(activation: str, top_k: int) -> None:
     goal = target(TopKOptions(top_k=top_k), activation, **SIZES)
     error, result = worst(goal, source(activation), GranularOptions())
     assert error < 1e-12
@@ -37,7 +35,7 @@ def test_exact_for_every_activation_with_the_factor_on_the_down_projection(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_published_split_is_exact_where_the_activation_is_homogeneous(
+def test_the_published_split_is_exact_if_homogeneous(
     activation: str, record_property: Callable[[str, object], None]
 ) -> None:
     goal = target(TopKOptions(top_k=6), activation, **SIZES)

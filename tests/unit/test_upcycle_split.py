@@ -136,9 +136,7 @@ def test_units_that_fire_together_stay_together() -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 29), st.integers(1, 5), st.integers(0, 99))
-def test_clusters_are_balanced_and_none_could_be_swapped_for_gain(
-    points: int, clusters: int, seed: int
-) -> None:
+def test_clusters_are_balanced_and_no_swap_gains(points: int, clusters: int, seed: int) -> None:
     clusters = min(clusters, points)
     generator = torch.Generator().manual_seed(seed)
     points_NW = torch.randn(points, 3, generator=generator, dtype=torch.float64)

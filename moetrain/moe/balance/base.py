@@ -1,4 +1,4 @@
-"""The loss seam: what a balance loss is told, what the registry knows of it, and how one registers.
+"""The interface of balance losses: their input, their specification, and their registry.
 
 Shapes: T tokens, B sequences, E experts of the layer.
 """
@@ -20,14 +20,14 @@ SCOPES = ("micro", "sequence", "global_batch", "running")
 
 @dataclass(frozen=True)
 class Seen(Generic[Opts]):
-    """What a loss is told of one layer, besides the layer's record of this micro-batch.
+    """The input of a loss in one layer, besides the layer's record of this micro-batch.
 
-    layer       its place in the decoder.
+    layer       the layer's place in the decoder.
     scope       over which tokens loads and means are taken: one of the loss's, if it has any.
-    options     of the loss's own class.
+    options     the loss's options, of its own class.
     num_tokens  valid tokens of the global batch (all ranks, all micro-batches): what the value is divided by.
     ahead       what the loss counts ahead, summed over the global batch; None where it counts nothing.
-    told        what controllers tell of this layer: name -> tensor.
+    signals     tensors of this layer that controllers give: name -> tensor.
     """
 
     layer: int
@@ -35,10 +35,10 @@ class Seen(Generic[Opts]):
     options: Opts
     num_tokens: float
     ahead: Tensor | None = None
-    told: Mapping[str, Tensor] = field(default_factory=dict)
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def counted(self) -> Tensor:
-        """``ahead``. Raises ValueError where it was not counted."""
+        """``ahead``. Raises ValueError if it was not counted."""
         if self.ahead is None:
             raise ValueError("the global_batch scope needs the step's counts in totals")
         return self.ahead
@@ -60,7 +60,7 @@ def without_logits(router: Router) -> str | None:
 
 @dataclass(frozen=True)
 class LossSpec(Generic[Opts]):
-    """What the registry knows of a loss.
+    """The specification of a registered loss.
 
     ``value`` gives a micro-batch's contribution, a scalar without coefficient; contributions of micro-batches
     and ranks are added up. ``scopes``: those that it has; empty: it is alike at every one. ``ahead``: what is
@@ -126,7 +126,7 @@ def probabilities(routing: RoutingRecord) -> Tensor:
 def loss_table() -> str:
     """The table of ``docs/balance.md``: what is registered by now."""
     rows = [
-        f"| `{s.name}` | {', '.join(s.scopes) or '-'} | {s.at_balance} | {_told(s.options)} | {s.what} |"
+        f"| `{s.name}` | {', '.join(s.scopes) or '-'} | {s.at_balance} | {_defaults(s.options)} | {s.what} |"
         for s in LOSSES.values()
     ]
     return "\n".join(
@@ -134,5 +134,5 @@ def loss_table() -> str:
     )
 
 
-def _told(options: type[Any]) -> str:
+def _defaults(options: type[Any]) -> str:
     return ", ".join(f"`{key}` {value}" for key, value in vars(options()).items()) or "-"

@@ -24,7 +24,7 @@ from moetrain.moe.balance.base import SCOPES, Seen, probabilities, register_loss
 from moetrain.moe.balance.options import NoOptions
 from moetrain.moe.routing import RoutingRecord
 
-RUNNING = "running_load"  # load shares (of sum 1) that a controller tells, for the running scope
+RUNNING = "running_load"  # load shares (of sum 1) that a controller gives, for the running scope
 
 
 def demand_E(routing: RoutingRecord, options: NoOptions) -> Tensor:
@@ -106,9 +106,9 @@ def _share(
 ) -> tuple[Tensor, Tensor]:
     """f, float64, [B, E] or [1, E], the load share that each sequence's tokens see; assignments per token."""
     if seen.scope == "running":
-        if RUNNING not in seen.told:
-            raise ValueError(f"the running scope needs {RUNNING}, which no controller tells of this layer")
-        share = seen.told[RUNNING][None].to(routing.demand_BE.device, torch.float64)
+        if RUNNING not in seen.signals:
+            raise ValueError(f"the running scope needs {RUNNING}, which no controller gives for this layer")
+        share = seen.signals[RUNNING][None].to(routing.demand_BE.device, torch.float64)
         return share, routing.demand_E.sum() / routing.num_tokens.clamp(min=1)
     if seen.scope == "global_batch":
         load = seen.counted()[None].to(routing.demand_BE.device, torch.float64)

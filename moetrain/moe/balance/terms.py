@@ -1,6 +1,6 @@
 """The losses of a config, and their sum over layers.
 
-Shapes: L layers that told a record, by their places in the decoder.
+Shapes: L layers that have a record, by their places in the decoder.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class StepTotals:
 
     num_tokens   valid tokens of the global batch (all ranks, all micro-batches).
     counts       a term's key -> what it counts ahead, summed over the global batch, a layer.
-    told         what controllers tell: name -> a tensor a layer.
+    signals      tensors that controllers give: name -> a tensor a layer.
     factors      a loss's name -> what controllers multiply its coefficient with, a layer.
     step         the optimizer step, from 0, for coefficients that change.
     """
 
     num_tokens: float
     counts: Mapping[str, ByLayer] = field(default_factory=dict)
-    told: Mapping[str, ByLayer] = field(default_factory=dict)
+    signals: Mapping[str, ByLayer] = field(default_factory=dict)
     factors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     step: int = 0
 
@@ -87,9 +87,10 @@ class LossTerm:
 
     def value(self, routing: RoutingRecord, totals: StepTotals, layer: int) -> Tensor:
         """This micro-batch's contribution in layer ``layer``, a scalar without coefficient."""
-        told = {name: by_layer[layer] for name, by_layer in totals.told.items() if layer in by_layer}
+        signals = {name: by_layer[layer] for name, by_layer in totals.signals.items() if layer in by_layer}
         ahead = totals.counts.get(self.key, {}).get(layer)
-        return self.spec.value(routing, Seen(layer, self.scope, self.options, totals.num_tokens, ahead, told))
+        seen = Seen(layer, self.scope, self.options, totals.num_tokens, ahead, signals)
+        return self.spec.value(routing, seen)
 
     def count(self, routing: RoutingRecord) -> Tensor:
         """What of this micro-batch belongs to the sum over the global batch that ``value`` needs."""

@@ -1,33 +1,38 @@
-"""What is wrong with a run, from the positions of its ranks: pure functions, and the text of the report."""
+"""The diagnosis of a run from the statuses of its ranks, and the text of the report: pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moetrain.parallel.watchdog.rank_status import Place, Position
+from moetrain.parallel.watchdog.rank_status import Place, RankStatus
 
 _NAMED = 8  # ranks that a report lists one by one
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another rank: its last position (None: never heard of), and the seconds since it was heard of."""
+    """Another rank: its last status (None: it never sent one), and ``silent``, the seconds since then."""
 
-    position: Position | None
+    status: RankStatus | None
     silent: float
 
 
 @dataclass(frozen=True)
 class View:
-    """What one rank knows. ``members``: the ranks of the group it waits in, in the group's order.
+    """What one rank knows of the run.
 
-    ``unreachable``: seconds since the store last answered. ``sure``: seconds after which a beat is overdue.
-    ``refused``: seconds since nothing listens at the store's address, unless its process ended as it should.
+    rank         its number in the run.
+    own          its own status.
+    peers        every other rank.
+    members      the ranks of the group that it waits in, in the group's order; empty if it waits in none.
+    unreachable  seconds since the store last answered.
+    sure         seconds after which a beat is overdue.
+    refused      seconds since the store's address refuses connections; 0 if its process ended without error.
     """
 
     rank: int
-    own: Position
+    own: RankStatus
     peers: Mapping[int, Peer]
     members: Sequence[int]
     unreachable: float
@@ -35,8 +40,8 @@ class View:
     refused: float = 0.0
 
 
-def judge(view: View, timeout: float) -> str | None:
-    """Why this run must end, as a phrase; None while nothing speaks against it."""
+def diagnose(view: View, timeout: float) -> str | None:
+    """The reason why the run must end, as a phrase; None if it may go on. ``timeout`` is in seconds."""
     place, seconds = view.own.place, view.own.seconds
     if place is not None:
         if (apart := out_of_step(view)) is not None:
@@ -64,11 +69,11 @@ def out_of_step(view: View) -> str | None:
         return None
     me = list(view.members).index(view.rank)
     for index, rank in enumerate(view.members):
-        position = view.peers[rank].position if rank in view.peers else None
-        other = None if position is None else position.place
-        if position is None or other is None or other.patient:
+        status = view.peers[rank].status if rank in view.peers else None
+        other = None if status is None else status.place
+        if status is None or other is None or other.patient:
             continue
-        here, there = f"{own.phase}, {place.title}", f"{position.phase}, {other.title}"
+        here, there = f"{own.phase}, {place.title}", f"{status.phase}, {other.title}"
         both = f"rank {view.rank} is in {here}, rank {rank} in {there}"
         if (other.group, other.number) == (place.group, place.number):
             if here != there:
@@ -79,17 +84,17 @@ def out_of_step(view: View) -> str | None:
                     f"which sends {other.sent[me]}"
                 )
         elif (
-            not position.has_entered(place)
+            not status.has_entered(place)
             and not own.has_entered(other)
             and other.group in own.counts  # so it waits for this rank as well
-            and min(own.seconds, position.seconds) > view.sure
+            and min(own.seconds, status.seconds) > view.sure
         ):
             return f"out of step: {both}"
     return None
 
 
 def report(view: View, why: str) -> list[str]:
-    """The lines to print: where this rank is, why it ends, its splits, who has not arrived and is where."""
+    """The lines of the report: this rank's place and ``why`` it ends, its splits, and the missing ranks."""
     own, place = view.own, view.own.place
     if place is None:
         return [f"{why}; here: {own}", *_others(view, sorted(view.peers))]
@@ -114,18 +119,18 @@ def _missing(view: View, place: Place) -> list[str]:
     return _others(view, absent + silent) or ["all ranks have arrived"]
 
 
-def _arrived(peer: Peer, own: Position, place: Place) -> bool:
-    position = peer.position
-    if position is None or not position.has_entered(place):
+def _arrived(peer: Peer, own: RankStatus, place: Place) -> bool:
+    status = peer.status
+    if status is None or not status.has_entered(place):
         return False
-    other = position.place
+    other = status.place
     if other is None or (other.group, other.number) != (place.group, place.number):
         return True
-    return (position.phase, other.title) == (own.phase, place.title)
+    return (status.phase, other.title) == (own.phase, place.title)
 
 
 def _silent(peer: Peer, view: View) -> bool:
-    return peer.silent > view.sure and not (peer.position and peer.position.ended)
+    return peer.silent > view.sure and not (peer.status and peer.status.ended)
 
 
 def _others(view: View, chosen: Sequence[int]) -> list[str]:
@@ -134,10 +139,10 @@ def _others(view: View, chosen: Sequence[int]) -> list[str]:
         peer = view.peers[rank]
         waited_for = "" if view.own.place is None else "not arrived, "
         state = "lost (killed, stopped or cut off), " if _silent(peer, view) else waited_for
-        if peer.position is None:
+        if peer.status is None:
             lines.append(f"rank {rank}: {state}never heard of")
             continue
-        lines.append(f"rank {rank}: {state}last heard of {peer.silent:.1f} s ago: {peer.position}")
+        lines.append(f"rank {rank}: {state}last heard of {peer.silent:.1f} s ago: {peer.status}")
     if more := chosen[_NAMED:]:
         lines.append(f"and {ranks(more)}")
     return lines

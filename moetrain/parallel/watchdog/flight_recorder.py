@@ -1,7 +1,7 @@
-"""Where this rank is: the main thread notes every collective as it enters and leaves it, for the watchdog.
+"""The flight recorder: the main thread records every collective that it enters and leaves, for the watchdog.
 
-A note is a few attribute assignments: no system call, no host synchronisation. Without a watchdog nothing is
-noted at all.
+A record is a few attribute assignments: no system call, no host synchronisation. Without a watchdog nothing
+is recorded.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ import torch
 import torch.distributed as dist
 
 from moetrain.moe.dispatch.collectives import Collective
-from moetrain.parallel.watchdog.rank_status import Place, Position
+from moetrain.parallel.watchdog.rank_status import Place, RankStatus
 
 
 class Clock:
-    """Seconds that this process has run: those while it was stopped (Ctrl-Z, a debugger) are left out."""
+    """Seconds that this process has run, without those in which it was stopped (Ctrl-Z, a debugger).
+
+    ``longest``: the most seconds that pass from one :meth:`tick` to the next.
+    """
 
     def __init__(self, longest: float) -> None:
         self.now = 0.0
         self._longest, self._last = longest, time.monotonic()
 
     def tick(self) -> None:
-        """To be called several times in ``longest`` seconds: no more passes from one to the next."""
+        """Advance ``now``. Call it several times in ``longest`` seconds."""
         now = time.monotonic()
         self.now += min(now - self._last, self._longest)
         self._last = now
 
 
-class Journal:
-    """What this rank has entered so far. Written by one thread, read by the watchdog's."""
+class FlightRecorder:
+    """The collectives that this rank has entered; one thread writes it, the watchdog's reads it."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -46,6 +49,7 @@ class Journal:
         self._groups: dict[str, dist.ProcessGroup] = {}
 
     def count(self, group: dist.ProcessGroup) -> int:
+        """Count one more collective of ``group``; returns its number, from 1."""
         name = group.group_name
         number = self.counts.get(name, 0) + 1
         if number == 1:
@@ -53,43 +57,44 @@ class Journal:
         self.counts[name] = number
         return number
 
-    def position(self, entry: Entry | None) -> Position:
-        """In ``entry``, one of this journal's; may be asked by another thread than the one that notes."""
+    def status(self, entry: Entry | None) -> RankStatus:
+        """The status of this rank in ``entry``; None: in no collective. Any thread may call it."""
         place = None if entry is None else entry.place()
         since = self.idle_since if entry is None else entry.since
         last = self.last.place().title if self.last else ""
         phase = self.phase if entry is None else entry.phase
         counts = {key(self._groups[name]): number for name, number in list(self.counts.items())}
-        return Position(phase, place, max(0.0, self.clock.now - since), last, counts)
+        return RankStatus(phase, place, max(0.0, self.clock.now - since), last, counts)
 
 
 class Entry:
-    """One collective, entered and left by ``with``; inside one another the innermost counts."""
+    """One collective, entered and left by ``with``. Of nested entries the innermost is the current one."""
 
-    __slots__ = ("_journal", "_outer", "backward", "collective", "number", "patient", "phase", "since")
+    __slots__ = ("_outer", "_recorder", "backward", "collective", "number", "patient", "phase", "since")
 
-    def __init__(self, journal: Journal, collective: Collective, patient: bool = False) -> None:
-        self._journal, self.collective, self.patient = journal, collective, patient
+    def __init__(self, recorder: FlightRecorder, collective: Collective, patient: bool = False) -> None:
+        self._recorder, self.collective, self.patient = recorder, collective, patient
 
     def __enter__(self) -> Entry:
-        journal = self._journal
-        self.number = journal.count(self.collective.group)
-        self.phase, self.since = journal.phase, journal.clock.now
+        recorder = self._recorder
+        self.number = recorder.count(self.collective.group)
+        self.phase, self.since = recorder.phase, recorder.clock.now
         self.backward = torch._C._current_graph_task_id() >= 0
-        self._outer = journal.current
-        journal.current = self
+        self._outer = recorder.current
+        recorder.current = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        journal = self._journal
-        journal.last, journal.idle_since = self, journal.clock.now
-        journal.current = self._outer
-        if isinstance(error, RuntimeError) and journal.failed is None:
-            journal.failed = self
+        recorder = self._recorder
+        recorder.last, recorder.idle_since = self, recorder.clock.now
+        recorder.current = self._outer
+        if isinstance(error, RuntimeError) and recorder.failed is None:
+            recorder.failed = self
             if not self.patient:
-                journal.on_failure(error)
+                recorder.on_failure(error)
 
     def place(self) -> Place:
+        """The collective as the other ranks get it."""
         c = self.collective
         return Place(
             c.layer,
@@ -111,44 +116,47 @@ def members(group: dist.ProcessGroup) -> list[int]:
 
 
 def key(group: dist.ProcessGroup) -> str:
-    """The same for all of its ranks and no other group's: those of one name share no rank."""
+    """A string that all ranks of ``group`` agree on, and that differs from every other group's.
+
+    Groups of one name share no rank, so the name and the first rank identify a group.
+    """
     return f"{group.group_name}/{members(group)[0]}"
 
 
-_journal: Journal | None = None  # a process has one, as it has one default process group
+_recorder: FlightRecorder | None = None  # a process has one, as it has one default process group
 
 
-def keep(journal: Journal | None) -> None:
-    """Note in ``journal`` from now on; None: nowhere."""
-    global _journal
-    _journal = journal
+def keep(recorder: FlightRecorder | None) -> None:
+    """Record in ``recorder`` from now on; None: record nothing."""
+    global _recorder
+    _recorder = recorder
 
 
 def observe(collective: Collective) -> AbstractContextManager[object]:
-    """An :data:`moetrain.moe.dispatch.collectives.Observer` that notes."""
-    return nullcontext() if _journal is None else Entry(_journal, collective)
+    """An :data:`moetrain.moe.dispatch.collectives.Observer` that records the collective."""
+    return nullcontext() if _recorder is None else Entry(_recorder, collective)
 
 
 def watched(
     name: str, kind: str = "all_reduce", group: dist.ProcessGroup | None = None, layer: str = ""
 ) -> AbstractContextManager[object]:
-    """Around a collective of ``group`` (None: all ranks) that is no layer's dispatch; says ``name`` of it."""
-    if _journal is None:
+    """A context for a collective of the trainer, which records it as ``name``. ``group``: None: all ranks."""
+    if _recorder is None:
         return nullcontext()
     group = dist.group.WORLD if group is None else group
     assert group is not None
-    return Entry(_journal, Collective(layer, name, kind, group, (), (), 0))
+    return Entry(_recorder, Collective(layer, name, kind, group, (), (), 0))
 
 
 def patiently(name: str) -> AbstractContextManager[object]:
-    """Around what all ranks do together and one may be busy with for long: only silence ends such a wait."""
+    """A context for work on which one rank may take long while the others wait: only silence ends the run."""
     group = dist.group.WORLD
-    if _journal is None or group is None:
+    if _recorder is None or group is None:
         return nullcontext()
-    return Entry(_journal, Collective("", name, "", group, (), (), 0), patient=True)
+    return Entry(_recorder, Collective("", name, "", group, (), (), 0), patient=True)
 
 
 def at(phase: str) -> None:
-    """Say what the collectives from here on belong to: ``step 8``, ``evaluation after step 8``."""
-    if _journal is not None:
-        _journal.phase = phase
+    """Set the phase of the collectives from here on, such as ``step 8`` or ``evaluation after step 8``."""
+    if _recorder is not None:
+        _recorder.phase = phase

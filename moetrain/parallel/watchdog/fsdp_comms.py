@@ -1,6 +1,6 @@
-"""FSDP2's own collectives, each told to an observer with the name of the module it is for.
+"""FSDP2's own collectives, each reported to an observer with the name of its module.
 
-They are made as FSDP2 makes them; on a CPU each has finished when the call returns.
+The calls are those that FSDP2 makes itself; on a CPU each has finished when it returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from moetrain.moe.dispatch.collectives import Collective, Observer
 def observe_fsdp(
     module: FSDPModule, name: str, replicas: dist.ProcessGroup | None, observer: Observer
 ) -> None:
-    """Tell ``observer`` of the collectives of ``module``; ``replicas``: those with the same shards."""
+    """Report the collectives of ``module`` to ``observer`` as those of ``name``.
+
+    ``replicas``: the ranks that hold the same shards; None: there are none.
+    """
     gather: Any = _Gather(name, observer)
     module.set_custom_all_gather(gather)
     reduce: Any = _Reduce(name, observer) if replicas is None else _ReduceThenSum(name, observer, replicas)

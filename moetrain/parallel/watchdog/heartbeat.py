@@ -1,7 +1,7 @@
-"""A thread's worth of store traffic: this rank's position to the others, and theirs to this rank.
+"""The heartbeat: a thread that writes this rank's status to the run's store and reads the other ranks'.
 
-It has connections of its own to the store of the run (never the process group's collectives) and may be slow
-or stuck without anybody waiting for it: readers look at what it has found so far.
+It has its own connections to the store and uses no collective. Nobody waits for it when it is slow or stuck:
+readers get what it has found so far.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.distributed.distributed_c10d import Store
 
 from moetrain.parallel.watchdog.diagnosis import Peer
 from moetrain.parallel.watchdog.flight_recorder import Clock
-from moetrain.parallel.watchdog.rank_status import Position
+from moetrain.parallel.watchdog.rank_status import RankStatus
 
-_READ_AT_ONCE = 64  # with more ranks than that, the others' positions are read more rarely
+_READ_AT_ONCE = 64  # with more ranks than that, the others' statuses are read more rarely
 
 
 class Heartbeat:
-    """Beats every ``interval`` seconds from :meth:`start` to :meth:`stop`.
+    """Writes and reads once every ``interval`` seconds from :meth:`start` to :meth:`stop`.
 
-    ``connect(seconds)`` opens a client whose requests take no longer, and raises ConnectionRefusedError where
-    nothing listens. Each beat asks ``position``.
+    ``connect(seconds)`` opens a client whose requests take at most that long, and raises
+    ConnectionRefusedError if nothing listens. Each beat calls ``status`` for this rank's.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class Heartbeat:
         world: int,
         interval: float,
         clock: Clock,
-        position: Callable[[], Position],
+        status: Callable[[], RankStatus],
     ) -> None:
         self.ended: str | None = None  # what the first rank that ended the run said, with its number
         self._connect, self._rank, self._world = connect, rank, world
-        self._interval, self._clock, self._position = interval, clock, position
+        self._interval, self._clock, self._status = interval, clock, status
         self._answered = clock.now
         self._refused: float | None = None  # since when the store's address refuses connections
         self._heard: dict[int, tuple[bytes, float]] = {}  # rank -> its last beat, and when it came
@@ -49,14 +49,14 @@ class Heartbeat:
         self._started = self._clock.now
         self._thread.start()
 
-    def tell(self, why: str, seconds: float) -> None:
-        """Tell all ranks to end; returns when the store has it, at the latest after ``seconds``."""
+    def announce_end(self, why: str, seconds: float) -> None:
+        """Ask all ranks to end; returns when the store has the reason, at the latest after ``seconds``."""
         self._end = why
         self._wake.set()
         self._done.wait(seconds)
 
     def stop(self, seconds: float) -> None:
-        """A last beat, then no more."""
+        """Write one last status, then end the thread; waits ``seconds`` for it at most."""
         self._stopping.set()
         self._wake.set()
         self._thread.join(seconds)
@@ -70,13 +70,14 @@ class Heartbeat:
         return 0.0 if self._refused is None else self._clock.now - self._refused
 
     def peers(self) -> dict[int, Peer]:
+        """Every other rank, with its last status and the age of that in seconds."""
         now, found = self._clock.now, {}
         for rank in range(self._world):
             if rank == self._rank:
                 continue
             beat, when = self._heard.get(rank, (b"", self._started))
-            position = Position.from_json(beat.partition(b" ")[2]) if beat else None
-            found[rank] = Peer(position, now - when)
+            status = RankStatus.from_json(beat.partition(b" ")[2]) if beat else None
+            found[rank] = Peer(status, now - when)
         return found
 
     def _run(self) -> None:
@@ -99,7 +100,7 @@ class Heartbeat:
             self._wake.wait(self._interval)
 
     def _beat(self, store: Store, beats: int) -> None:
-        store.set(str(self._rank), f"{beats} {self._position().to_json()}")
+        store.set(str(self._rank), f"{beats} {self._status().to_json()}")
         if self._end:
             # The first one's reason stays: a later one may be its consequence.
             store.compare_set("end", "", f"rank {self._rank}: {self._end}")

@@ -1,4 +1,4 @@
-"""The errors that say: another rank is dead, unreachable, or was waited for too long."""
+"""The errors of a collective that another rank causes: it is dead, unreachable, or late."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NOISE = re.compile(r"^\[[^\]]*\] *|\. This is typically caused.*$")
 
 
 class PeerLostError(RuntimeError):
-    """Another rank is dead or unreachable: nothing may be saved and no collective may follow."""
+    """Another rank is dead or unreachable. The caller must not save, nor call another collective."""
 
 
 def peer_lost(error: BaseException) -> bool:
-    """Whether ``error`` came out of a collective because a rank died, hung or became unreachable."""
+    """Whether a collective raised ``error`` because another rank died, hung or became unreachable."""
     if isinstance(error, PeerLostError | dist.DistError):
         return True
     return isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)) is not None
@@ -29,7 +29,7 @@ def peer_lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def raising_peer_lost(what: str) -> Iterator[None]:
-    """Turns the errors of a collective that a dead rank causes into PeerLostError; ``what`` was under way."""
+    """A context that raises PeerLostError for an error that another rank caused. ``what``: for its text."""
     try:
         yield
     except PeerLostError:
@@ -41,6 +41,6 @@ def raising_peer_lost(what: str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """A backend's error in one line: without the place in its source, and without its advice."""
+    """A backend's error in one line, without the source position and the advice that backends add."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return _NOISE.sub("", line)

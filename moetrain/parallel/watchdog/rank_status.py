@@ -1,4 +1,4 @@
-"""A rank's place in the run, as it travels to the other ranks: JSON of a few hundred bytes."""
+"""The status of a rank, as it is sent to the other ranks: JSON of a few hundred bytes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ALL_DONE = "all done"  # what a rank says that ends as it should
+ALL_DONE = "all done"  # ``ended`` of a rank that ends without an error
 
 
 @dataclass(frozen=True)
 class Place:
-    """A collective that a rank is in: the ``number``-th that it entered of ``group``, from 1.
+    """A collective that a rank is in: the ``number``-th of ``group`` that it entered, counted from 1.
 
-    ``sent`` and ``received`` are rows by rank of the group, empty where every rank has as many.
+    ``patient``: only silence of a rank ends the wait, not its length. ``sent`` and ``received``: rows by rank
+    of the group; empty if every rank has equally many. ``row_bytes``: bytes of one row.
     """
 
     layer: str
@@ -37,10 +38,15 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a rank is: ``place``, or outside any collective, ``seconds`` long, having left ``last`` before.
+class RankStatus:
+    """What a rank does at the moment.
 
-    ``counts`` are the collectives it has entered, by group; ``ended`` why it is leaving, empty while it runs.
+    phase    what its collectives belong to, such as ``step 8``.
+    place    the collective that it is in; None outside any.
+    seconds  how long it has been there.
+    last     title of the collective that it left last; empty if it has left none.
+    counts   a group's key -> how many collectives of the group it has entered.
+    ended    why the rank is ending; empty while it runs.
     """
 
     phase: str
@@ -51,16 +57,17 @@ class Position:
     ended: str = ""
 
     def has_entered(self, place: Place) -> bool:
+        """Whether the rank has entered that collective of the group, or a later one."""
         return self.counts.get(place.group, 0) >= place.number
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str | bytes) -> Position:
+    def from_json(text: str | bytes) -> RankStatus:
         fields: dict[str, Any] = json.loads(text)
         place = fields.pop("place")
-        return Position(place=None if place is None else Place(**place), **fields)
+        return RankStatus(place=None if place is None else Place(**place), **fields)
 
     def __str__(self) -> str:
         if self.ended:

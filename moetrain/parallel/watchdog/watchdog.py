@@ -1,7 +1,8 @@
-"""No rank waits for ever: each has a thread that knows where all ranks are, and ends the run with a report.
+"""The watchdog: a thread on each rank that ends the process with a report when the run cannot go on.
 
-The threads exchange positions through the run's store (heartbeat.py); what the main thread enters and leaves
-stands in its journal (journal.py); when to end and what to print is decided by verdict.py.
+The flight recorder (flight_recorder.py) holds the collectives that the main thread enters and leaves. The
+heartbeat (heartbeat.py) exchanges statuses (rank_status.py) through the run's store. The diagnosis
+(diagnosis.py) decides when the run must end, and makes the report.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from moetrain.errors import write_error_file
 from moetrain.moe.dispatch.collectives import OutOfStepError
 from moetrain.parallel.distributed import agent_serves, rank, run_store, start_prefix, world
-from moetrain.parallel.watchdog.diagnosis import View, judge, report
-from moetrain.parallel.watchdog.flight_recorder import Clock, Entry, Journal, keep, members
+from moetrain.parallel.watchdog.diagnosis import View, diagnose, report
+from moetrain.parallel.watchdog.flight_recorder import Clock, Entry, FlightRecorder, keep, members
 from moetrain.parallel.watchdog.heartbeat import Heartbeat
 from moetrain.parallel.watchdog.peer_errors import cause, peer_lost
-from moetrain.parallel.watchdog.rank_status import ALL_DONE, Position
+from moetrain.parallel.watchdog.rank_status import ALL_DONE, RankStatus
 from moetrain.terminal import printable
 
 _BEAT = 1.0  # seconds, or an eighth of a shorter time-out
-_OVERDUE = 4  # beats without news of a rank
+_OVERDUE = 4  # beats without a new status of a rank
 _LEAVING = 2.0  # seconds that a last message to the store may take
 _ADVICE = "nothing was saved; resume=auto goes on from the last checkpoint"
 _dogs = 0  # made by this process: all ranks make as many, and each has its keys in the store
@@ -42,9 +43,9 @@ def backend_timeout(seconds: float) -> float:
 
 @contextlib.contextmanager
 def watching(seconds: float) -> Iterator[None]:
-    """End this process with a report where a collective does not get on within ``seconds``, or breaks.
+    """End this process with a report if a collective takes longer than ``seconds``, or fails.
 
-    Nothing to do on one rank, and inside another ``watching``. Errors that say no rank is lost go through.
+    Does nothing on one rank, or inside another ``watching``. Exceptions that no other rank caused propagate.
     """
     global _dogs
     if world() == 1 or _dog is not None:
@@ -67,24 +68,26 @@ def end_run(why: str) -> NoReturn:
 
 
 class Watchdog:
-    """Watches from ``with`` to its end. ``prefix``: of its keys in the store, the same on all ranks."""
+    """Watches while its ``with`` block runs. ``seconds``: the time-out of a collective. ``prefix``: that of
+    the watchdog's keys in the store, the same on all ranks.
+    """
 
     def __init__(self, seconds: float, prefix: str) -> None:
         self._seconds, self._prefix = seconds, prefix
         self._interval = min(_BEAT, seconds / 8)
         self._sure = _OVERDUE * self._interval
         self._clock = Clock(self._sure)
-        self.journal = Journal(self._clock)
-        self.journal.on_failure = self._broken
+        self.recorder = FlightRecorder(self._clock)
+        self.recorder.on_failure = self._broken
         self._ended = ""
         self._ending = threading.Lock()
         self._stop = threading.Event()
-        self._heart = Heartbeat(self._connect, rank(), world(), self._interval, self._clock, self._position)
+        self._heart = Heartbeat(self._connect, rank(), world(), self._interval, self._clock, self._status)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         global _dog
-        keep(self.journal)
+        keep(self.recorder)
         self._heart.start()
         self._thread.start()
         _dog = self
@@ -110,24 +113,24 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval / 2):
             self._clock.tick()
-            if (told := self._heart.ended) is not None:
-                self.end(f"the run was ended by {told}")
-            if (why := judge(self._view(), self._seconds)) is not None:
+            if (ended := self._heart.ended) is not None:
+                self.end(f"the run was ended by {ended}")
+            if (why := diagnose(self._view(), self._seconds)) is not None:
                 self.end(why)
 
     def _entry(self) -> Entry | None:
-        return (self.journal.failed if self._ended else None) or self.journal.current
+        return (self.recorder.failed if self._ended else None) or self.recorder.current
 
-    def _position(self) -> Position:
-        return replace(self.journal.position(self._entry()), ended=self._ended)
+    def _status(self) -> RankStatus:
+        return replace(self.recorder.status(self._entry()), ended=self._ended)
 
     def _view(self) -> View:
         entry = self._entry()
         group = [] if entry is None else members(entry.collective.group)
-        own = self.journal.position(entry)
+        own = self.recorder.status(entry)
         peers, heart = self._heart.peers(), self._heart
         host = None if agent_serves() else peers.get(0)
-        done = host is not None and host.position is not None and host.position.ended == ALL_DONE
+        done = host is not None and host.status is not None and host.status.ended == ALL_DONE
         unreachable, refused = (0.0, 0.0) if done else (heart.unreachable(), heart.refused())
         return View(rank(), own, peers, group, unreachable, self._sure, refused)
 
@@ -139,9 +142,9 @@ class Watchdog:
         return PrefixStore(self._prefix, run_store(seconds))
 
     def end(self, why: str, settle: bool = False) -> NoReturn:
-        """Tell the others, report, and leave the process; of two threads the second waits for that.
+        """Announce the end to the other ranks, print the report, and leave the process.
 
-        ``settle``: wait first until it shows which ranks have fallen silent.
+        If two threads call it, the second waits. ``settle``: first wait until silent ranks are overdue.
         """
         self._ending.acquire()
         self._ended = why
@@ -149,7 +152,7 @@ class Watchdog:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
         if settle:
             self._pass(self._sure + 2 * self._interval)  # a last beat may be read an interval late
-        self._heart.tell(why, _LEAVING)
+        self._heart.announce_end(why, _LEAVING)
         lines = [*report(self._view(), why), _ADVICE]
         text = "".join(f"moetrain: error: rank {rank()}: {line}\n" for line in lines)
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Controllers: small states that follow the whole batch's load, or a loss, once after each optimizer step.
+"""Controllers: small states, updated once after each optimizer step from the batch's load or from a loss.
 
 Shapes: L MoE layers, E experts of one layer. Layers go by their places in the decoder, each with experts of
 its own number. Counts and losses are global (summed over ranks and micro-batches), so every rank makes the
@@ -21,7 +21,7 @@ from moetrain.nearest import nearest
 
 
 class Controller:
-    """Updated after the step. A subclass writes :meth:`update`, and what else it has of the rest."""
+    """A state that is updated after the step. A subclass defines :meth:`update` and what it needs."""
 
     def update(self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor]) -> None:
         """Follow one step.
@@ -33,24 +33,24 @@ class Controller:
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the model's buffers; a load fills them in place."""
+        """The state that a checkpoint holds besides the model's buffers; a load fills it in place."""
         return {}
 
-    def tells(self) -> dict[str, dict[int, Tensor]]:
-        """What losses may read in the next step, as ``Seen.told``: name -> a tensor a layer, fp32."""
+    def signals(self) -> dict[str, dict[int, Tensor]]:
+        """Tensors that losses read in the next step as ``Seen.signals``: name -> a tensor a layer, fp32."""
         return {}
 
     def factors(self) -> dict[str, dict[int, float]]:
-        """A loss's name -> a layer's place -> what its coefficient is multiplied with in the next step."""
+        """A loss's name -> a layer's place -> the factor of its coefficient in the next step."""
         return {}
 
     def metrics(self) -> dict[str, float]:
         """Name -> a figure to log after the step, as ``balance/<name>``."""
         return {}
 
-    def news(self) -> str | None:
-        """A line for the user, once, or None."""
-        return None
+    def messages(self) -> list[str]:
+        """Lines for the user about the last step; empty if there are none."""
+        return []
 
 
 Terms = Sequence[LossTerm]
@@ -72,7 +72,7 @@ def any_router(router: Router) -> str | None:
 
 @dataclass(frozen=True)
 class ControllerSpec(Generic[Opts]):
-    """What the registry knows of a controller.
+    """The specification of a registered controller.
 
     ``build`` makes it of its options and of each layer's router, by the layer's place. It is on where
     ``balance.controllers`` names it, or where ``needed`` says that the losses cannot do without. ``check``
@@ -154,7 +154,7 @@ def build_controllers(
 
 
 def all_factors(controllers: Sequence[Controller]) -> dict[str, dict[int, float]]:
-    """What all of them together multiply coefficients with."""
+    """The product of all controllers' factors: a loss's name -> a layer's place -> factor."""
     product: dict[str, dict[int, float]] = {}
     for controller in controllers:
         for name, by_layer in controller.factors().items():

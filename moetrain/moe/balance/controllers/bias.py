@@ -39,15 +39,15 @@ class BiasController(Controller):
         num_tokens: float = 0.0,
         losses: Mapping[str, Tensor] | None = None,
     ) -> None:
-        told = [
+        routed = [
             (self.routers[layer], demand_E) for layer, demand_E in demand.items() if layer in self.routers
         ]
-        if not told:
+        if not routed:
             return
-        loads = [demand_E.to(torch.float64) for _, demand_E in told]
+        loads = [demand_E.to(torch.float64) for _, demand_E in routed]
         signs = torch.cat([torch.sign(load_E.mean() - load_E) for load_E in loads])
-        signs = to_device(signs, told[0][0].bias_E.device)  # of all layers in one copy
-        for (router, _), sign_E in zip(told, signs.split([len(load_E) for load_E in loads]), strict=True):
+        signs = to_device(signs, routed[0][0].bias_E.device)  # of all layers in one copy
+        for (router, _), sign_E in zip(routed, signs.split([len(load_E) for load_E in loads]), strict=True):
             router.bias_E += self.rate * sign_E.to(router.bias_E)
 
 

@@ -45,14 +45,14 @@ class RunningLoad(Controller):
                 continue
             load_E, share_E = demand_E.double(), self.shares[layer]
             total = load_E.sum()
-            # a layer that routed nothing teaches nothing: it keeps its shares, and their sum of 1
+            # a layer that routed nothing keeps its shares, and their sum of 1
             new_E = torch.where(total > 0, load_E / total.clamp(min=1), share_E)
             share_E.mul_(self.decay).add_(new_E.float(), alpha=1 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"running_load.{layer}": share_E for layer, share_E in self.shares.items()}
 
-    def tells(self) -> dict[str, dict[int, Tensor]]:
+    def signals(self) -> dict[str, dict[int, Tensor]]:
         return {RUNNING: self.shares}
 
 

@@ -30,7 +30,7 @@ class SparsityController(Controller):
     are of the pairs of all layers. The loss counts assignments per token, so a layer's k divides its
     coefficient there.
 
-    Training passes three stages (their section 3.4), told by the share of inactive pairs: 1, dense, until it
+    Training passes three stages (their section 3.4), by the share of inactive pairs: 1, dense, until it
     has gone a tenth of its way from the first step's to the target; 2, sparsifying, until it first reaches
     the target; 3, sparse. The state is n, the stage, and the first step's share.
     """
@@ -48,7 +48,7 @@ class SparsityController(Controller):
         self.stage = torch.zeros((), dtype=torch.int64)  # 0: before the first step
         self.first = torch.zeros((), dtype=torch.float64)
         self.sparsity = math.nan
-        self._news: str | None = None
+        self._messages: list[str] = []
 
     @property
     def coef(self) -> float:
@@ -61,16 +61,16 @@ class SparsityController(Controller):
     def update(
         self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor] | None = None
     ) -> None:
-        told = [layer for layer in self.experts if layer in demand]
-        pairs = num_tokens * sum(self.experts[layer] for layer in told)
+        routed = [layer for layer in self.experts if layer in demand]
+        pairs = num_tokens * sum(self.experts[layer] for layer in routed)
         if pairs:
-            self.sparsity = 1 - sum(int(demand[layer].sum()) for layer in told) / pairs
+            self.sparsity = 1 - sum(int(demand[layer].sum()) for layer in routed) / pairs
             self.exponent += 1 if self.sparsity < self.target else -1
             self._follow()
 
     def _follow(self) -> None:
         """The stage, which never goes back, and the line that says so."""
-        self._news = None
+        self._messages = []
         if int(self.stage) == 0:
             self.first.fill_(self.sparsity)
         started = self.sparsity > self.first + 0.1 * (self.target - self.first)
@@ -78,10 +78,11 @@ class SparsityController(Controller):
         if stage > int(self.stage):
             self.stage.fill_(stage)
             name = ("dense", "sparsifying", "sparse")[stage - 1]
-            self._news = (
+            line = (
                 f"sparsity stage {stage} of 3, {name}: {self.sparsity:.3f} of all pairs of a token and an "
                 f"expert are inactive, target {self.target:.3f}, coefficient {self.coef:.2g}"
             )
+            self._messages = [line]
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"exponent": self.exponent, "stage": self.stage, "first": self.first}
@@ -93,8 +94,8 @@ class SparsityController(Controller):
     def metrics(self) -> dict[str, float]:
         return {"sparsity": self.sparsity, "sparsity_coef": self.coef, "sparsity_stage": int(self.stage)}
 
-    def news(self) -> str | None:
-        return self._news
+    def messages(self) -> list[str]:
+        return self._messages
 
 
 def _check(options: SparsityOptions, terms: Terms) -> None:
