@@ -1,6 +1,6 @@
 """The words in which a router says what it does in evaluation, for code outside this package to act on.
 
-``models/hf/remote/modeling_moetrain.py`` reads them: ``rule`` names a function there, the rest is its own.
+``models/hf/remote/routing_moetrain.py`` reads them: ``rule`` names a function there, the rest is its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The family ``moetrain``: any model, by code of its own that is written beside the weights (``remote/``).
 
 transformers runs that code only with ``trust_remote_code=True``. What a router does in evaluation its options
-say, in words that ``remote/modeling_moetrain.py`` acts on (``RouterConfig.evaluation_rule``).
+say, in words that ``remote/routing_moetrain.py`` acts on (``RouterConfig.evaluation_rule``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from moetrain.moe.routers import ROUTERS, build_router, full_options
 from moetrain.moe.routers.topk import TopKOptions
 
 _CODE = tuple(
-    Path(__file__).parent / "remote" / name for name in ("configuration_moetrain.py", "modeling_moetrain.py")
+    Path(__file__).parent / "remote" / f"{name}_moetrain.py"
+    for name in ("configuration", "modeling", "routing")
 )
 _AUTO = {
     "AutoConfig": "configuration_moetrain.MoetrainConfig",
