@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetrain.config.schema import ExpertDispatch, ParallelConfig
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.dispatch.collectives import Collective, Observer
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 
 ROUTINGS = ("uniform", "zipf", "one expert")
 

@@ -23,11 +23,11 @@ from pretended_device import DEVICE, Site, copies_of, pretended_device, waits_of
 
 import moetrain
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.train.assemble import Assembled, assemble
+from moetrain.train.options import TrainConfig
 
 VOCAB, STEPS = 263, 2
 SMALL = [

@@ -30,7 +30,7 @@ from pathlib import Path
 from kill_resume import LIMIT, Training, command, count_rows, descendants, newest, write_text
 from timing import machine, write_json
 
-from moetrain.checkpoint.format import verify
+from moetrain.checkpoint.manifest import verify
 from moetrain.errors import STOPPED
 
 STEPS = 30

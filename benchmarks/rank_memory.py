@@ -32,7 +32,6 @@ from torch._subclasses.fake_tensor import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import Precision, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import Batch
 from moetrain.errors import UserError
@@ -40,6 +39,7 @@ from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.ops.cpu.product import product
 from moetrain.parallel.materialize import allocate
 from moetrain.train.assemble import Assembled, lay_out, with_step
+from moetrain.train.options import Precision, TrainConfig
 
 GATHERED = "Unsharded Param"  # FSDPMemTracker's names
 ACTIVATIONS = "Activation"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.hydra.compose import compose_train, to_yaml
-from moetrain.config.init_from import CONFIG, TOKENIZER
-from moetrain.config.schema import TrainConfig
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER
 from moetrain.train.start import start
 
 MODEL = [

@@ -34,10 +34,10 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def ours(bf16: bool) -> tuple[nn.Module, Loss]:
-    from moetrain.config.schema import ModelConfig
-    from moetrain.config.schema_balance import LossConfig
     from moetrain.models.decoder import Decoder
+    from moetrain.models.options import ModelConfig
     from moetrain.moe.balance import StepTotals, count_ahead, make_terms, total_loss
+    from moetrain.moe.balance.settings import LossConfig
     from moetrain.moe.options import ExpertsConfig
     from moetrain.moe.routers.topk import TopKOptions
     from moetrain.parallel.apply import parallelize

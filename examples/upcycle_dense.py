@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.upcycle import CopyOptions, Target, upcycle

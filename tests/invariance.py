@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.schema import AdamWConfig, ModelConfig
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe.balance import LossTerm, RunningLoad
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
@@ -24,6 +24,7 @@ from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import build_optimizer
+from moetrain.train.optim.options import AdamWConfig
 from moetrain.train.step import StepResult, TrainStep
 from moetrain.train.task import NextToken
 from moetrain.verify.batches import cut, mixed

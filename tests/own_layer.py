@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.init import Constant, Normal, parameter
 

@@ -19,14 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.format import (
-    FileRecord,
-    Manifest,
-    decode_metadata,
-    encode_manifest,
-    hash_file,
-    read_manifest,
-)
+from moetrain.checkpoint.format import decode_metadata
+from moetrain.checkpoint.manifest import FileRecord, Manifest, encode_manifest, hash_file, read_manifest
 from moetrain.checkpoint.read import load_checkpoint
 from moetrain.cli import main
 from moetrain.train.log.jsonl import read_metrics

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.checkpoint.folders import clean_folder, remove_folder
-from moetrain.checkpoint.format import dtype_name, verify
+from moetrain.checkpoint.format import dtype_name
+from moetrain.checkpoint.manifest import verify
 from moetrain.checkpoint.peers import Peers
 from moetrain.checkpoint.read import (
     Check,

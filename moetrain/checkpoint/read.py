@@ -28,13 +28,11 @@ from moetrain.checkpoint.format import (
     FormatError,
     decode_metadata,
     dtype_name,
-    other_version,
     read_file,
-    read_manifest,
     stored_blocks,
-    verify,
 )
 from moetrain.checkpoint.json_reader import JsonReader, load_planner
+from moetrain.checkpoint.manifest import other_version, read_manifest, verify
 from moetrain.checkpoint.peers import Peers
 from moetrain.checkpoint.write import one_line, raise_interrupt
 from moetrain.errors import UserError

@@ -31,15 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from moetrain.checkpoint.folders import TEMPORARY, remove_folder, replace_folder, sync_folder
-from moetrain.checkpoint.format import (
-    EXTRA,
-    MANIFEST,
-    METADATA,
-    FileRecord,
-    Manifest,
-    encode_manifest,
-    encode_metadata,
-)
+from moetrain.checkpoint.format import EXTRA, MANIFEST, METADATA, encode_metadata
+from moetrain.checkpoint.manifest import FileRecord, Manifest, encode_manifest
 from moetrain.errors import UserError
 
 # Saving without a process group is what was asked for; the background thread cannot mute this by itself.

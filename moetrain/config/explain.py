@@ -19,8 +19,8 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from moetrain.config.hydra.store import CONFIG_DIR, variants
-from moetrain.config.names import near_miss, nearest
 from moetrain.errors import UserError, shortened
+from moetrain.nearest import near_miss, nearest
 
 Compose = Callable[[list[str]], DictConfig]
 

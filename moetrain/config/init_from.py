@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.config.schema import TrainConfig, VerifyConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
-from moetrain.errors import UserError
+from moetrain.convert.model_spec import read_spec
+from moetrain.convert.options import UpcycleConfig
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER
+from moetrain.verify.options import VerifyConfig
 
 if TYPE_CHECKING:
     from moetrain.models.hf.family import ModelSpec
 
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer"  # the folder of a run folder that holds its tokenizer
 _DESCRIBED = ("init_from", "model", "router", "experts")  # what a model's description decides
 _KEY: dict[type, str] = {TrainConfig: "init_from", VerifyConfig: "init_from", UpcycleConfig: "source"}
 
@@ -86,34 +86,6 @@ def _runs_of(folder: Path, below: bool) -> list[Path]:
     """The runs of a sweep and of a comparison that were begun under the name ``folder``."""
     jobs = folder.glob("job*") if below else folder.parent.glob(f"{glob.escape(folder.name)}_job*")
     return sorted([*jobs, *folder.glob("*/seed_*")])
-
-
-def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
-    """What the model in a run folder, a converted one or a Hugging Face folder is; ``key`` named it."""
-    from moetrain.models.hf import ModelSpec
-    from moetrain.models.hf.source import read_folder_spec
-
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UserError(
-            f"{key}={path} {what}: give a run folder, a folder made by moetrain convert or upcycle, or a "
-            "Hugging Face folder (a GGUF file: moetrain convert it first)"
-        )
-    if (path / CONFIG).is_file():
-        from moetrain.train.run_config import run_config
-
-        cfg = run_config(path)
-        model = cfg.model
-        if model.vocab_size is None:
-            from moetrain.data import load_tokenizer
-
-            model = replace(model, vocab_size=load_tokenizer(path / TOKENIZER).vocab_size)
-        return ModelSpec(model, cfg.router, cfg.experts)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{key}={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
-        )
-    return read_folder_spec(path)
 
 
 def spec_overrides(spec: ModelSpec) -> list[str]:

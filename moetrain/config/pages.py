@@ -20,8 +20,8 @@ from moetrain.config.help import app_help
 from moetrain.config.hydra.compose import HYDRA_VERSION_BASE, check_composes, prepare
 from moetrain.config.hydra.store import CONFIG_DIR
 from moetrain.config.init_from import source_overrides
-from moetrain.config.launch import is_rank_0
 from moetrain.errors import UserError
+from moetrain.parallel.environment import is_rank_0
 from moetrain.terminal import show
 
 # Logging "none" leaves logging alone; "disabled" would silence our own loggers too.

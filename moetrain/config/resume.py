@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from moetrain.config.flat import Leaf, flat, lies_in, prefixes, shown
 from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.hydra.store import TAGS
-from moetrain.config.init_from import CONFIG
-from moetrain.config.names import nearest
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
+from moetrain.flat import Leaf, flat, lies_in, prefixes, shown
+from moetrain.nearest import nearest
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG
 
 _LISTED = 4  # keys in one message
 

@@ -17,11 +17,12 @@ from moetrain.config.rules import (
 )
 from moetrain.config.rules.checks import above_zero, at_least
 from moetrain.config.rules.numbers import numbers_fit
-from moetrain.config.schema import GenerateConfig, ParallelConfig, TrainConfig, VerifyConfig
-from moetrain.config.schema_convert import ExportConfig
-from moetrain.config.schema_eval import EvalConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
+from moetrain.convert.options import ExportConfig, UpcycleConfig
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig
+from moetrain.parallel.options import ParallelConfig
+from moetrain.train.options import GenerateConfig, TrainConfig
+from moetrain.verify.options import VerifyConfig
 
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.schema_convert import ExportConfig, StoredDtype
 from moetrain.convert.model_folder import new_folder
 from moetrain.convert.open_model import StoredModel, open_model
+from moetrain.convert.options import ExportConfig, StoredDtype
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
 from moetrain.data.tokenizer import ByteTokenizer

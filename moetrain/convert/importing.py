@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moetrain.checkpoint.stream import large_then_small
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema_convert import ConvertConfig
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
+from moetrain.convert.options import ConvertConfig
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.data.tokenizer import JsonTokenizer

@@ -22,15 +22,15 @@ from moetrain.checkpoint.read import CHECKPOINTS, step_folder
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.checkpoint.stream import write_streamed
 from moetrain.config.hydra.compose import to_yaml
-from moetrain.config.init_from import CONFIG, TOKENIZER
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_data import TokenizerConfig, TokenizerKind
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
+from moetrain.data.options import TokenizerConfig, TokenizerKind
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED
 from moetrain.models.hf.source import TensorInfo, bytes_of
 from moetrain.train.identity import IDENTITY, identity_of
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER
 
 
 def write_model_folder(

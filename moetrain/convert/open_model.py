@@ -12,7 +12,7 @@ from torch import Tensor
 from moetrain.checkpoint.read import run_of
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.checkpoint.stream import StoredTensors
-from moetrain.config.init_from import CONFIG, TOKENIZER, read_spec
+from moetrain.convert.model_spec import read_spec
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.models.decoder import Decoder
@@ -20,6 +20,7 @@ from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import SafetensorsFolder, TensorInfo, open_source
 from moetrain.train.identity import require_same_files
+from moetrain.train.run_files import CONFIG, TOKENIZER
 from moetrain.train.unloaded import unloaded_decoder
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.convert.calibrate import calibrate
 from moetrain.convert.model_folder import write_model_folder
 from moetrain.convert.open_model import StoredModel, open_model
+from moetrain.convert.options import UpcycleConfig
 from moetrain.convert.proof import prove
 from moetrain.data import Batch, Corpus, prepare, val_batches
 from moetrain.errors import UserError
@@ -20,6 +19,7 @@ from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import TensorInfo
 from moetrain.terminal import tell
+from moetrain.train.options import TrainConfig
 from moetrain.upcycle import Target, Upcycling
 from moetrain.upcycle import prepare as prepare_upcycling
 

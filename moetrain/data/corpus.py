@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.config.schema_data import DataConfig, TokenizerConfig, TokenizerKind
 from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
 from moetrain.data.cache import build_once, cache_root
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
 from moetrain.data.manifest import FORMAT, Manifest, TokenizerEntry, damaged
+from moetrain.data.options import DataConfig, TokenizerConfig, TokenizerKind
 from moetrain.data.order import MixtureOrder, Order, SampleOrder
 from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.shards import open_store

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moetrain.config.schema_data import DataConfig
 from moetrain.data.bpe import cached_bpe
 from moetrain.data.cache import log
 from moetrain.data.documents import CleanDocument, Part, Remembered
 from moetrain.data.heldout import Scan, scan
 from moetrain.data.manifest import write_manifest
+from moetrain.data.options import DataConfig
 from moetrain.data.shards import StreamWriter
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.config.schema_data import TextFormat
 from moetrain.data.cache import log
 from moetrain.data.documents import Part
 from moetrain.data.ingest import Loss, tokenised
+from moetrain.data.options import TextFormat
 from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.shards import TokenStream
 from moetrain.data.sources.local import LocalSource

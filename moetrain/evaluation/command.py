@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from moetrain.config.schema import Precision
-from moetrain.config.schema_data import DataConfig
-from moetrain.config.schema_eval import EvalConfig
 from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.data import Packing, val_batches, whole_files
+from moetrain.data.options import DataConfig
 from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
 from moetrain.train.log.metrics import EvalSums
+from moetrain.train.options import Precision
 from moetrain.train.run import resolve_device
 from moetrain.train.run_config import run_config
 from moetrain.train.task import NextToken

@@ -9,11 +9,11 @@ from datasets.exceptions import DatasetsError
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from moetrain.config.names import near_miss
-from moetrain.config.schema_eval import EvalConfig
 from moetrain.data import Tokenizer
 from moetrain.errors import UserError
 from moetrain.evaluation.lm import DecoderLM
+from moetrain.evaluation.options import EvalConfig
+from moetrain.nearest import near_miss
 from moetrain.train.task import NextToken
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import AttentionBackend, ModelConfig, QKNorm
 from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
+from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm
 from moetrain.models.rope import Rope, apply_rope
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models.attention import head_shape
 from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 

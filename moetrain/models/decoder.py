@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
 from moetrain.models.attention import Attention, plan_of
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
+from moetrain.models.options import ModelConfig
 from moetrain.models.rope import Rope, rope_table
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig

@@ -9,16 +9,16 @@ metrics see what is told, and that router's state follows it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.moe.routers import full_options
 from moetrain.ops.init import drop_overwritten_initializers, in_memory
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
@@ -79,14 +79,11 @@ def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer
 
 @register_feed_forward("moe", on_meta=True)
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
-    options: RouterConfig | dict[str, Any] = router
-    if type(router) is RouterConfig:  # what all routers share; the rest is at this router's own defaults
-        options = {f.name: getattr(router, f.name) for f in fields(router) if f.name != "name"}
     common: dict[str, Any] = {
         "d_model": cfg.d_model,
         "num_experts": cfg.num_experts,
         "router": router.name,
-        "router_options": options,
+        "router_options": full_options(router),
         "activation": experts.activation.value,
         "backend": experts.backend.value,
         "num_shared_experts": cfg.num_shared_experts,

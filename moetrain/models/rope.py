@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.config.schema_rope import RopeKind, RopeScaling
+from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.ops.cheap import cheap, dropping, source
 
 _UNSCALED = RopeScaling()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
+from moetrain.moe.combine import Combine
 from moetrain.moe.evaluation import Words
 
 
@@ -97,6 +98,15 @@ class RouterConfig:
         It does not pass to a subclass, whose router may do otherwise (``RouterSpec.exported``).
         """
         return None
+
+    @property
+    def drops(self) -> bool:
+        """Whether a capacity may take assignments away."""
+        return self.capacity_factor is not None or self.eval_capacity_factor is not None
+
+    def combine(self, num_experts: int) -> Combine:
+        """What is known of the combine weights over E experts; a router that says nothing: only ``drops``."""
+        return Combine(drops=self.drops)
 
     def expert_groups(self) -> int:
         """A number that must divide the experts, because the router forms as many groups of them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from moetrain.config.schema import ExpertDispatch
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.dispatch.all_gather import AllGatherDispatcher
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -13,6 +12,7 @@ from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moetrain.moe.dispatch.placement import Placement
 from moetrain.parallel.mesh import NODE, PLACE, Meshes
+from moetrain.parallel.options import ExpertDispatch
 
 
 def build_dispatcher(

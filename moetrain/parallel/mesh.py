@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moetrain.config.schema import ExpertDispatch, ParallelConfig
 from moetrain.errors import UserError
 from moetrain.parallel.distributed import local_world
+from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 EFSDP, EP = "efsdp", "ep"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config.schema import Precision, Residual, TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.attention import require_backend
 from moetrain.models.count import Counts, count_parameters
@@ -20,6 +19,7 @@ from moetrain.parallel.mesh import DataGroups, build_meshes
 from moetrain.parallel.watchdog.flight_recorder import observe, watched
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import build_optimizer, freeze
+from moetrain.train.options import Precision, Residual, TrainConfig
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
 

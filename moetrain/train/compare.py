@@ -12,14 +12,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moetrain.config.launch import stopped
 from moetrain.config.resume import check_start, keys_of
-from moetrain.config.schema import CompareConfig, TrainConfig
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
+from moetrain.parallel.environment import stopped
 from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
+from moetrain.train.options import CompareConfig, TrainConfig
 from moetrain.train.run import resolve_device, run_path, train
 from moetrain.train.run_lock import owning
 from moetrain.writing import write_atomic

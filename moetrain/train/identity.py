@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.read import read_extra, run_of
-from moetrain.config.flat import flat, lies_in, shown
 from moetrain.config.hydra.compose import load_yaml
-from moetrain.config.init_from import CONFIG, TOKENIZER
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.flat import flat, lies_in, shown
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER
 
 IDENTITY = "identity"  # in the extra
 _FUNCTION = ("model", "router", "experts", "data.cross_document_attention", "data.reset_positions")

@@ -22,13 +22,13 @@ from torch.futures import Future
 from moetrain.checkpoint.peers import Peers
 from moetrain.checkpoint.read import fill, fill_from, find_checkpoint
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
-from moetrain.config.init_from import CONFIG, TOKENIZER
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import fill_block
 from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
 from moetrain.train.identity import require_same_files
+from moetrain.train.run_files import CONFIG, TOKENIZER
 
 
 def load_initial(

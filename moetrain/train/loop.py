@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.config.schema import CheckpointConfig, LoopConfig, OnNonFinite, ScheduleConfig
+from moetrain.checkpoint.options import CheckpointConfig
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
@@ -16,7 +16,9 @@ from moetrain.train.log.metrics import load_every, step_row
 from moetrain.train.log.progress import Progress
 from moetrain.train.log.trackers import Tracker
 from moetrain.train.optim.build import set_lr
+from moetrain.train.optim.options import ScheduleConfig
 from moetrain.train.optim.schedule import lr_factor
+from moetrain.train.options import LoopConfig, OnNonFinite
 from moetrain.train.run_dir import RunDir
 from moetrain.train.state import TrainState
 from moetrain.train.step import StepResult, TrainStep

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from moetrain.checkpoint.peers import Peers
 from moetrain.checkpoint.read import run_of
-from moetrain.config.init_from import CONFIG
 from moetrain.config.resume import compare, stored_config
-from moetrain.config.schema import TrainConfig
 from moetrain.train.identity import compare_resumed
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG
 
 
 def check_resume(cfg: TrainConfig, checkpoint: Path | None) -> list[str]:

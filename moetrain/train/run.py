@@ -20,8 +20,6 @@ import yaml  # type: ignore[import-untyped]
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.peers import from_rank_0
 from moetrain.config.hydra.compose import to_yaml
-from moetrain.config.init_from import TOKENIZER
-from moetrain.config.schema import TrainConfig
 from moetrain.config.validate import validate
 from moetrain.data import val_batches
 from moetrain.errors import write_error_file
@@ -46,8 +44,10 @@ from moetrain.train.log.metrics import EvalSums, eval_row
 from moetrain.train.log.progress import build_progress
 from moetrain.train.log.trackers import build_tracker
 from moetrain.train.loop import Loop, RunServices
+from moetrain.train.options import TrainConfig
 from moetrain.train.resume import check_resume
 from moetrain.train.run_dir import RunDir, new_folder
+from moetrain.train.run_files import TOKENIZER
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.start import Built, start

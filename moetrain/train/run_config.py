@@ -13,11 +13,12 @@ import torch
 from moetrain.checkpoint.read import CHECKPOINTS, listing, read_metadata, step_folder, steps_in
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
 from moetrain.config.hydra.compose import load_yaml
-from moetrain.config.init_from import CONFIG
-from moetrain.config.schema import AttentionBackend, ModelConfig, TrainConfig
 from moetrain.config.validate import validate_stored
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
+from moetrain.models.options import AttentionBackend, ModelConfig
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -9,8 +9,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.read import find_checkpoint, load_checkpoint, run_of
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
-from moetrain.config.init_from import TOKENIZER
-from moetrain.config.schema import GenerateConfig, LoopConfig, Precision
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
@@ -20,8 +18,10 @@ from moetrain.parallel.distributed import is_main
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
 from moetrain.train.identity import require_same_files
+from moetrain.train.options import GenerateConfig, LoopConfig, Precision
 from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
+from moetrain.train.run_files import TOKENIZER
 from moetrain.train.task import NextToken
 from moetrain.train.unloaded import unloaded_decoder
 from moetrain.writing import write_atomic

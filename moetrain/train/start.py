@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
-from moetrain.config.schema import TrainConfig
 from moetrain.data import Corpus, TrainLoader, prepare
 from moetrain.errors import UserError
 from moetrain.models.count import flops_per_token
@@ -26,6 +25,7 @@ from moetrain.parallel.watchdog.flight_recorder import patiently
 from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
 from moetrain.train.log.monitor import ThroughputMeter
+from moetrain.train.options import TrainConfig
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.checkpoint.format import EXTRA, read_manifest
+from moetrain.checkpoint.format import EXTRA
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.saved_state import SavedState
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
 from moetrain.data import TrainLoader

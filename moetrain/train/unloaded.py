@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.init import on_meta_device
 from moetrain.parallel.materialize import allocate

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.moe import build_router
+from moetrain.moe.routers import full_options
 from moetrain.upcycle.calibration import LayerCalibration, need
 from moetrain.upcycle.cluster import balanced_kmeans
-from moetrain.upcycle.combine import full_options
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.options import MethodOptions, RouterStart
 from moetrain.upcycle.target import Target

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError
 from moetrain.models.decoder import is_moe_layer
+from moetrain.models.options import ModelConfig
+from moetrain.moe.combine import Combine
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.routers import full_options
 from moetrain.ops.activations import is_gated
-from moetrain.upcycle.combine import Combine, combine_of
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,8 @@ class Target:
         return [i for i in range(self.model.num_layers) if is_moe_layer(self.model, i)]
 
     @property
-    def d_ff_shared(self) -> int:
-        """Hidden units of all shared experts together."""
-        cfg = self.model
-        if cfg.num_shared_experts and cfg.d_ff_shared is not None:
-            return cfg.d_ff_shared
-        return cfg.num_shared_experts * cfg.d_ff_expert
-
-    @property
     def combine(self) -> Combine:
-        return combine_of(self.router, self.model.num_experts)
+        return full_options(self.router).combine(self.model.num_experts)
 
     @property
     def activation(self) -> str:

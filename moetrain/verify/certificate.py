@@ -11,20 +11,17 @@ from typing import Any
 from pydantic import JsonValue
 
 import moetrain
+from moetrain.checkpoint.options import CheckpointConfig
 from moetrain.config.hydra.compose import config_hash
-from moetrain.config.schema import (
-    CheckpointConfig,
-    LoopConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainConfig,
-    VerifyOptions,
-)
-from moetrain.config.schema_data import StdlibData
+from moetrain.data.options import StdlibData
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.parallel.options import ParallelConfig
+from moetrain.train.optim.options import ScheduleConfig
+from moetrain.train.options import LoopConfig, TrainConfig
 from moetrain.train.run_dir import environment, git_state
 from moetrain.verify.compare import Check
+from moetrain.verify.options import VerifyOptions
 from moetrain.verify.twin import Twin, dp_shard, twin_of
 from moetrain.writing import write_atomic
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moetrain.config.schema import MuonConfig, Precision, VerifyConfig
 from moetrain.config.validate import smallest_world
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 from moetrain.terminal import console, show
+from moetrain.train.optim.options import MuonConfig
+from moetrain.train.options import Precision
 from moetrain.verify.certificate import certificate_path, write_certificate
 from moetrain.verify.compare import Check, compare, replicas
 from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, measure_rounded, resume
+from moetrain.verify.options import VerifyConfig
 from moetrain.verify.rounding import bound, compare_rounded, roundings
 from moetrain.verify.twin import Twin, dp_shard, twin_of
 

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.hydra.store import import_plugins
-from moetrain.config.schema import Precision, TrainConfig
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
@@ -28,6 +27,7 @@ from moetrain.moe.routers import ROUTERS
 from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
 from moetrain.parallel.clip import global_norm
 from moetrain.train.assemble import Assembled, assemble
+from moetrain.train.options import Precision, TrainConfig
 from moetrain.train.state import state_tensors
 from moetrain.train.step import StepResult
 from moetrain.verify.batches import Scenario, cut, mixed, scenarios, without_targets

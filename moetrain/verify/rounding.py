@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig
+from moetrain.models.options import ModelConfig
 from moetrain.verify.compare import Check
 from moetrain.verify.measure import DEMAND, Findings
 

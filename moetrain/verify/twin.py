@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moetrain.config.schema import (
-    AttentionBackend,
-    ExpertDispatch,
-    ModelConfig,
-    ParallelConfig,
-    Precision,
-    TrainConfig,
-)
+from moetrain.models.options import AttentionBackend, ModelConfig
+from moetrain.parallel.options import ExpertDispatch, ParallelConfig
+from moetrain.train.options import Precision, TrainConfig
 
 SEQ = 11  # positions of a sequence
 VOCAB = 211

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import TrainConfig
+from moetrain.train.options import TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, run_ranks
 from moetrain.checkpoint.checkpointer import Checkpointer

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.config.schema import ExpertDispatch, ParallelConfig
+from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.dispatch.all_gather import AllGatherDispatcher
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher

@@ -9,7 +9,7 @@ import pytest
 from invariance import MODEL, ROUTER, Recorder, V, batch, cut
 from moetrain.parallel.ranks import run_ranks
 
-from moetrain.config.schema import ParallelConfig
+from moetrain.parallel.options import ParallelConfig
 from moetrain.models.decoder import Decoder
 from moetrain.moe.dispatch.collectives import Collective
 from moetrain.moe.options import ExpertsConfig

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from moetrain.parallel.ranks import RankError, run_ranks
 
-from moetrain.config.schema import ParallelConfig
+from moetrain.parallel.options import ParallelConfig
 from moetrain.errors import UserError
 from moetrain.parallel import distributed
 from moetrain.parallel.mesh import build_meshes

@@ -17,7 +17,8 @@ from moetrain.parallel.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.schema import AdamWConfig, MuonConfig, OptimConfig, ParallelConfig
+from moetrain.train.optim.options import AdamWConfig, MuonConfig, OptimConfig
+from moetrain.parallel.options import ParallelConfig
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.routing import Routing
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import Precision
+from moetrain.train.options import Precision
 from moetrain.verify.command import prove
 from moetrain.verify.compare import Check
 from moetrain.verify.twin import twin_of

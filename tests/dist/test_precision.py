@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import ModelConfig, ParallelConfig, Precision, QKNorm
+from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.parallel.options import ParallelConfig
+from moetrain.train.options import Precision
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.options import ExpertsConfig

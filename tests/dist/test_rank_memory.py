@@ -17,7 +17,7 @@ import rank_memory
 import rehearsal
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import TrainConfig
+from moetrain.train.options import TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.parallel.ranks import run_ranks

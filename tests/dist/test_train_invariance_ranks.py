@@ -20,7 +20,7 @@ from invariance import (
 )
 from moetrain.parallel.ranks import run_ranks
 
-from moetrain.config.schema import ParallelConfig
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep

@@ -19,7 +19,7 @@ from lives import Lives
 from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema_data import DataConfig
+from moetrain.data.options import DataConfig
 from moetrain.data import Corpus
 from moetrain.data import prepare as data_prepare
 from moetrain.errors import STOPPED

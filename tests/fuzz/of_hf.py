@@ -14,8 +14,8 @@ from fuzz.forms import json_file, safetensors_file
 from fuzz.gguf_form import gguf_file
 from fuzz.target import Target, Way, command, same
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.init_from import read_spec
 from moetrain.convert.importing import _open, _tokenizer
+from moetrain.convert.model_spec import read_spec
 from moetrain.convert.open_model import open_model
 from moetrain.models.hf.source import SafetensorsFolder, open_source
 

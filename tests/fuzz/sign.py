@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain.checkpoint.format import FileRecord, Manifest, encode_manifest, read_manifest
+from moetrain.checkpoint.manifest import FileRecord, Manifest, encode_manifest, read_manifest
 from moetrain.data.manifest import write_manifest
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models.feed_forward import register_feed_forward
+from moetrain.models.options import ModelConfig
 from moetrain.moe import RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.options import ExpertsConfig, RouterConfig

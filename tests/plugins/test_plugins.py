@@ -17,11 +17,11 @@ from torch import nn
 from moetrain.cli import main
 from moetrain.config.hydra import store
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import ModelConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
 from moetrain.models.feed_forward import FEED_FORWARDS, register_feed_forward
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer
 from moetrain.moe.balance import CONTROLLERS, LOSSES
 from moetrain.moe.options import ExpertsConfig, RouterConfig

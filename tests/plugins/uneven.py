@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models.feed_forward import DenseFeedForward, register_feed_forward
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 

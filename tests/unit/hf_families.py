@@ -13,9 +13,9 @@ import torch
 from hf_weights import from_hf
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig, QKNorm
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models import Decoder
+from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 

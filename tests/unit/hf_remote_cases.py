@@ -15,14 +15,14 @@ from torch import Tensor
 
 from moetrain.config.hydra.compose import compose_train
 from moetrain.config.init_from import spec_overrides
-from moetrain.config.schema import ModelConfig, QKNorm
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.convert.model_folder import write_model_folder
 from moetrain.data import load_tokenizer
 from moetrain.models import Decoder
 from moetrain.models.hf import ModelSpec
 from moetrain.models.hf.own import exported_routers
 from moetrain.models.hf.source import TensorInfo
+from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import Backend, ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 

@@ -15,11 +15,11 @@ from balance_cases import FORMS, balance_loss, step_totals, z_loss
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from moetrain.config.schema_balance import LossConfig, LossScope
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.balance import LossTerm, RunningLoad, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.base import SCOPES
 from moetrain.moe.balance.load_share import first_choices_BE
+from moetrain.moe.balance.settings import LossConfig, LossScope
 
 ALL = list(itertools.product(FORMS, SCOPES))
 PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two are the same

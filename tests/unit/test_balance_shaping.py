@@ -17,12 +17,12 @@ from invariance import B, Recorder, assert_same, batch, build, cut, gradients, r
 from scipy import stats
 from torch import Tensor
 
-from moetrain.config.schema_balance import LossConfig, LossScope
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.base import probabilities
 from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, LocalityOptions, beta_cdf
+from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.log.monitor import LossMonitor

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.checkpoint.format import verify
+from moetrain.checkpoint.manifest import verify
 from moetrain.checkpoint.read import find_checkpoint, load_checkpoint
 from moetrain.errors import UserError
 

@@ -17,15 +17,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moetrain.checkpoint.format import (
-    FileRecord,
-    FormatError,
-    Manifest,
-    decode_manifest,
-    decode_metadata,
-    encode_manifest,
-    encode_metadata,
-)
+from moetrain.checkpoint.format import FormatError, decode_metadata, encode_metadata
+from moetrain.checkpoint.manifest import FileRecord, Manifest, decode_manifest, encode_manifest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
 

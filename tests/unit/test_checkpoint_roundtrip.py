@@ -157,6 +157,7 @@ class Evil:
 def test_planted_pickles_are_never_run(tmp_path):
     """DCP would unpickle ``.metadata`` and byte entries; a payload in a tensor's place is refused."""
     from moetrain.checkpoint import format as f
+    from moetrain.checkpoint import manifest as m
 
     checkpointer = Checkpointer(tmp_path)
     path = checkpointer.save(3, {"w": torch.ones(3)}, {})
@@ -171,8 +172,8 @@ def test_planted_pickles_are_never_run(tmp_path):
     text = metadata.read_text().replace(f'"length": {_length(metadata)}', f'"length": {data.stat().st_size}')
     metadata.write_text(text)
     names = (data.name, f.METADATA, f.EXTRA)
-    records = [f.FileRecord(n, (path / n).stat().st_size, f.hash_file(path / n)) for n in names]
-    (path / f.MANIFEST).write_bytes(f.encode_manifest(f.Manifest(3, tuple(records))))
+    records = [m.FileRecord(n, (path / n).stat().st_size, m.hash_file(path / n)) for n in names]
+    (path / f.MANIFEST).write_bytes(m.encode_manifest(m.Manifest(3, tuple(records))))
     with pytest.raises(UserError, match=r"cannot be read: rank 0: .*its pickle asks for __builtin__ exec"):
         Checkpointer(tmp_path).load(path, {"w": torch.zeros(3)})
 

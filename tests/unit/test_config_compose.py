@@ -20,12 +20,13 @@ from moetrain.config.hydra.compose import (
     to_yaml,
 )
 from moetrain.config.hydra.overrides import normalize
-from moetrain.config.names import near_miss, nearest
-from moetrain.config.schema import CompareConfig, GenerateConfig, RunConfig, TrainConfig, WandbTracker
-from moetrain.config.schema_data import LocalData, MixturePart, SourceKind
+from moetrain.data.options import LocalData, MixturePart, SourceKind
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import Score, TopKOptions
+from moetrain.nearest import near_miss, nearest
+from moetrain.train.log.options import WandbTracker
+from moetrain.train.options import CompareConfig, GenerateConfig, RunConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")

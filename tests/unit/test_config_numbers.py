@@ -14,9 +14,6 @@ import tiny
 
 from moetrain.cli import main
 from moetrain.config.hydra.compose import compose_app, compose_train
-from moetrain.config.schema import GenerateConfig, TrainConfig, VerifyConfig
-from moetrain.config.schema_convert import ExportConfig
-from moetrain.config.schema_eval import EvalConfig
 from moetrain.config.validate import (
     validate,
     validate_eval,
@@ -24,8 +21,12 @@ from moetrain.config.validate import (
     validate_generate,
     validate_verify,
 )
+from moetrain.convert.options import ExportConfig
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig
 from moetrain.moe.routers import ROUTERS
+from moetrain.train.options import GenerateConfig, TrainConfig
+from moetrain.verify.options import VerifyConfig
 
 WHOLE = [-1, 0, 4_000_000_001, 2**62, 2**63, 10**400]
 BROKEN = [-1.0, 1e300, math.nan, math.inf]

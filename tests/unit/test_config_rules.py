@@ -15,17 +15,8 @@ from moetrain.config.rules import model as rules_model
 from moetrain.config.rules import rope as rules_rope
 from moetrain.config.rules import train as rules_train
 from moetrain.config.rules.checks import is_installed
-from moetrain.config.schema import (
-    AttentionBackend,
-    EngineConfig,
-    ExpertDispatch,
-    GenerateConfig,
-    MuonConfig,
-    Residual,
-    WandbTracker,
-)
-from moetrain.config.schema_balance import LossConfig, LossScope
-from moetrain.config.schema_data import (
+from moetrain.config.validate import validate, validate_generate
+from moetrain.data.options import (
     DomainsData,
     HubData,
     LocalData,
@@ -35,9 +26,14 @@ from moetrain.config.schema_data import (
     TokenizerConfig,
     TokenizerKind,
 )
-from moetrain.config.schema_rope import RopeKind, RopeScaling
-from moetrain.config.validate import validate, validate_generate
 from moetrain.errors import UserError
+from moetrain.models.options import AttentionBackend
+from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.moe.balance.settings import LossConfig, LossScope
+from moetrain.parallel.options import ExpertDispatch
+from moetrain.train.log.options import WandbTracker
+from moetrain.train.optim.options import MuonConfig
+from moetrain.train.options import EngineConfig, GenerateConfig, Residual
 
 SHAPE = {"model.d_model": 240, "model.num_heads": 6, "model.num_layers": 4, "model.num_experts": 12}
 LOOP = {

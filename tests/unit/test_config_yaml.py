@@ -9,11 +9,11 @@ import pytest
 from moetrain.config.help import group_options
 from moetrain.config.hydra.compose import compose_app, compose_train, load_yaml, to_yaml
 from moetrain.config.hydra.store import CONFIG_DIR, TAGS, variants
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_upcycle import UpcycleConfig
 from moetrain.config.validate import validate, validate_upcycle
+from moetrain.convert.options import UpcycleConfig
 from moetrain.errors import UserError
 from moetrain.moe.options import Activation, RouterConfig
+from moetrain.train.options import TrainConfig
 from moetrain.upcycle import METHODS
 
 GROUPS = group_options()

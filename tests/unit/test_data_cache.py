@@ -8,8 +8,8 @@ import tempfile
 import pytest
 from test_data_prepare import documents, text_folder
 
-from moetrain.config.schema_data import TokenizerConfig
 from moetrain.data import cache_root, prepare
+from moetrain.data.options import TokenizerConfig
 from moetrain.data.sources.local import LocalSource
 from moetrain.errors import UserError
 

@@ -11,8 +11,8 @@ from invariance import batch, build, terms
 from test_data_prepare import with_key
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from moetrain.config.schema_data import LocalData, TextFormat, TokenizerConfig, TokenizerKind
 from moetrain.data import IGNORE, Packing, TrainLoader, load_tokenizer, prepare, val_batches, whole_files
+from moetrain.data.options import LocalData, TextFormat, TokenizerConfig, TokenizerKind
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.evaluate import evaluate

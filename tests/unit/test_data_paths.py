@@ -8,8 +8,8 @@ import pytest
 from test_data_prepare import BYTES, documents, stored_documents
 from test_data_sources import texts, write
 
-from moetrain.config.schema_data import LocalData
 from moetrain.data import prepare
+from moetrain.data.options import LocalData
 from moetrain.data.sources.domains import DomainsSource
 from moetrain.data.sources.local import LocalSource, find_files
 from moetrain.data.sources.stdlib import StdlibSource

@@ -8,14 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moetrain.config.schema_data import (
-    LocalData,
-    MixtureData,
-    MixturePart,
-    SourceKind,
-    TokenizerConfig,
-    TokenizerKind,
-)
 from moetrain.data import (
     MixtureOrder,
     SampleOrder,
@@ -27,6 +19,14 @@ from moetrain.data import (
 from moetrain.data.batch import IGNORE
 from moetrain.data.documents import content_key
 from moetrain.data.heldout import HeldOut, scan
+from moetrain.data.options import (
+    LocalData,
+    MixtureData,
+    MixturePart,
+    SourceKind,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
 from moetrain.data.tokenizer import EOS

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config.schema_data import (
+from moetrain.data.documents import Document, Part
+from moetrain.data.options import (
     DataConfig,
     DomainsData,
     LocalData,
@@ -18,7 +19,6 @@ from moetrain.config.schema_data import (
     SourceKind,
     TextFormat,
 )
-from moetrain.data.documents import Document, Part
 from moetrain.data.sources import build_parts
 from moetrain.data.sources.domains import DOMAINS, DomainsSource, fetch_domains
 from moetrain.data.sources.hub import HubSource

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_data_prepare import documents, text_folder
 
-from moetrain.config.schema_data import TokenizerConfig
 from moetrain.data import cache_root, prepare, shards
 from moetrain.data.cache import build_once
 from moetrain.data.manifest import write_manifest
+from moetrain.data.options import TokenizerConfig
 from moetrain.data.shards import StreamWriter, open_store
 from moetrain.errors import UserError
 

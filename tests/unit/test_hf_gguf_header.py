@@ -16,12 +16,12 @@ from hf_cases import convert, load_ours, refused
 from hf_families import transformers
 from test_hf_gguf import HEAD_DIM, their_model, write_gguf
 
-from moetrain.config.schema_rope import RopeKind
 from moetrain.errors import UserError
 from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_keys import unknown_key
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.rope import rope_table
+from moetrain.models.rope_options import RopeKind
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra: hf)")
 THETA = 5000.0

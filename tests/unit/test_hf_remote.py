@@ -14,7 +14,8 @@ import torch
 from hf_cases import assert_same_tensors, convert, export, refused, tensors_of, transformers
 from hf_remote_cases import CASES, MIXED, YARN, batch, exported, load, random_model, routed, write_ours
 
-from moetrain.config.init_from import read_spec, spec_overrides
+from moetrain.config.init_from import spec_overrides
+from moetrain.convert.model_spec import read_spec
 from moetrain.errors import UserError
 from moetrain.models import cross_entropy_sum, generate
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.models import Decoder
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
+from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions

@@ -12,10 +12,10 @@ from model_cases import TINY, decoder, tokens
 from torch import Tensor
 
 from moetrain.compat import compiles_gradients
-from moetrain.config.schema import AttentionBackend, QKNorm
 from moetrain.errors import UserError
 from moetrain.models.attention import Attention, plan_of, require_backend
 from moetrain.models.cache import KVCache
+from moetrain.models.options import AttentionBackend, QKNorm
 from moetrain.models.rope import apply_rope, rope_table
 from moetrain.ops.attention import SeenKeys, seen_keys
 from moetrain.ops.cpu import product as cpu_product

@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import ModelConfig, QKNorm, TrainConfig
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown
+from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
+from moetrain.train.options import TrainConfig
 
 # Hugging Face's names of the same shapes (config.json of the published checkpoints).
 PUBLISHED: dict[str, tuple[int, str, dict[str, Any]]] = {

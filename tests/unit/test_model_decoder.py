@@ -15,10 +15,10 @@ from model_cases import TINY, VOCAB, decoder, tokens
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.errors import UserError
 from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, register_feed_forward
+from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import Activation, ExpertsConfig, RouterConfig
 from moetrain.ops.init import on_meta_device

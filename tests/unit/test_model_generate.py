@@ -8,10 +8,10 @@ import torch
 from model_cases import VOCAB, decoder, tokens
 from torch import Tensor
 
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.errors import UserError
 from moetrain.models import Decoder, KVCache, generate
 from moetrain.models.generate import choose
+from moetrain.models.rope_options import RopeKind, RopeScaling
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])

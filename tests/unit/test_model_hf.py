@@ -14,9 +14,9 @@ from hf_families import BATCH, FAMILIES, ORIGINAL, SCALED, transformers
 from hf_weights import from_hf
 from torch import Tensor
 
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models import Decoder, cross_entropy_sum, generate
 from moetrain.models.rope import rope_table
+from moetrain.models.rope_options import RopeKind, RopeScaling
 
 
 def assert_alike(theirs: Any, ours: Decoder, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import apply_rope, rope_table
+from moetrain.models.rope_options import RopeKind, RopeScaling
 
 
 def norm_of(width: int, dtype: torch.dtype, eps: float = 1e-3) -> RMSNorm:

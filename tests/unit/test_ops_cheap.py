@@ -27,7 +27,7 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     "options", [{}, {"qk_norm": "head"}, {"qk_norm": "full"}, {"num_shared_experts": 1}], ids=str
 )
 def test_gradients_have_the_same_bits(options):
-    from moetrain.config.schema import QKNorm
+    from moetrain.models.options import QKNorm
 
     options = {key: QKNorm(value) if key == "qk_norm" else value for key, value in options.items()}
     plain, dropping = decoder(torch.float32, **options), decoder(torch.float32, **options)

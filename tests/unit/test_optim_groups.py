@@ -7,7 +7,6 @@ import torch
 from model_cases import decoder
 from torch import nn
 
-from moetrain.config.schema import AdamWConfig, MuonConfig
 from moetrain.errors import UserError
 from moetrain.train.optim.build import (
     build_optimizer,
@@ -16,6 +15,7 @@ from moetrain.train.optim.build import (
     group_parameters,
     set_lr,
 )
+from moetrain.train.optim.options import AdamWConfig, MuonConfig
 
 E, D, F, V = 3, 5, 7, 11
 

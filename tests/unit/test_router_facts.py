@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_balance import BalanceConfig, LossConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.models.count import experts_per_token
 from moetrain.models.hf.own import exported_routers
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
+from moetrain.moe.balance.settings import BalanceConfig, LossConfig
 from moetrain.moe.options import DropOrder, RouterConfig
 from moetrain.moe.routers import ROUTERS, Router, RouterSpec, full_options
 from moetrain.moe.routers.topk import TopKOptions, TopKRouter
+from moetrain.train.options import TrainConfig
 
 NAMES = sorted(ROUTERS)
 D, E, T = 5, 7, 53

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetrain.config.schema import ScheduleConfig, ScheduleKind
 from moetrain.errors import UserError
+from moetrain.train.optim.options import ScheduleConfig, ScheduleKind
 from moetrain.train.optim.schedule import lr_factor
 
 DECAYING = [ScheduleKind.cosine, ScheduleKind.wsd]

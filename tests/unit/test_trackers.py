@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from moetrain.config.schema import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from moetrain.errors import UserError
 from moetrain.train.log import trackers
+from moetrain.train.log.options import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from moetrain.train.log.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
 
 ROWS = [
@@ -107,7 +107,7 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
 _SCRIPT = """
 import json, logging, sys
 from pathlib import Path
-from moetrain.config.schema import WandbMode, WandbTracker
+from moetrain.train.log.options import WandbMode, WandbTracker
 from moetrain.errors import UserError
 from moetrain.train.log.trackers import build_tracker
 

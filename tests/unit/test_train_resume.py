@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from moetrain.checkpoint import format as checkpoint_format
+from moetrain.checkpoint import manifest as checkpoint_manifest
 
 pytestmark = pytest.mark.usefixtures("training")
 
@@ -185,7 +186,8 @@ def test_another_run_is_refused_and_nothing_is_touched(
 def test_a_run_of_another_format_is_refused(corpus, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as older:
-        older.setattr(checkpoint_format, "VERSION", 1)
+        for module in (checkpoint_format, checkpoint_manifest):
+            older.setattr(module, "VERSION", 1)
         assert tiny.train(corpus, run, *tiny.TRAINED) == 0
     before = {name: (run / name).read_bytes() for name in tiny.files(run)}
     capsys.readouterr()

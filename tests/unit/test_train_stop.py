@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from moetrain.cli import main
-from moetrain.config.launch import stopped
 from moetrain.errors import STOPPED
+from moetrain.parallel.environment import stopped
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moetrain.config.schema import ModelConfig
+from moetrain.models.options import ModelConfig
 from moetrain.verify.measure import DEMAND
 from moetrain.verify.rounding import bound, compare_rounded, roundings
 

@@ -12,8 +12,8 @@ import torch
 from model_cases import TINY, VOCAB, tokens
 from torch import Tensor
 
-from moetrain.config.schema import ModelConfig
 from moetrain.models import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import Activation, Backend, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions

@@ -25,9 +25,9 @@ from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.hydra.overrides import normalize, plugins_in, refuse_empty
 from moetrain.config.hydra.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
 from moetrain.config.init_from import source_overrides
-from moetrain.config.schema import CompareConfig, GenerateConfig, TrainConfig
 from moetrain.errors import UserError, shortened
 from moetrain.files import MB, bounded_yaml, read_bytes
+from moetrain.train.options import CompareConfig, GenerateConfig, TrainConfig
 
 T = TypeVar("T")
 

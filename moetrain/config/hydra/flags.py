@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from moetrain.config.names import nearest
 from moetrain.errors import UserError
+from moetrain.nearest import nearest
 
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 

@@ -9,9 +9,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from moetrain.config.flat import flat, lies_in
 from moetrain.config.hydra.store import variants
 from moetrain.errors import UserError
+from moetrain.flat import flat, lies_in
 
 _MAY_BE_EMPTY = ("prompt", "train.sample_prompt")  # a document's beginning
 _HYDRA_ALWAYS = ("hydra.searchpath", "hydra.mode")

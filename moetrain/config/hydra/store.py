@@ -19,14 +19,16 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from moetrain.config import schema as s
-from moetrain.config import schema_convert as c
-from moetrain.config import schema_data as d
-from moetrain.config import schema_eval as e
-from moetrain.config import schema_upcycle as u
 from moetrain.config.editable import editable
-from moetrain.config.names import nearest
+from moetrain.convert.options import ConvertConfig, ExportConfig, UpcycleConfig
+from moetrain.data.options import DomainsData, HubData, LocalData, MixtureData, StdlibData
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig
+from moetrain.nearest import nearest
+from moetrain.train.log.options import JsonlTracker, TensorboardTracker, WandbTracker
+from moetrain.train.optim.options import AdamWConfig, MuonConfig
+from moetrain.train.options import EngineConfig, GenerateConfig, TrainConfig
+from moetrain.verify.options import VerifyConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -55,15 +57,15 @@ def variants() -> dict[str, dict[str, type]]:
     return {
         "router": {name: spec.options for name, spec in ROUTERS.items()},
         "data": {
-            "stdlib": d.StdlibData,
-            "local": d.LocalData,
-            "hub": d.HubData,
-            "mixture": d.MixtureData,
-            "domains": d.DomainsData,
+            "stdlib": StdlibData,
+            "local": LocalData,
+            "hub": HubData,
+            "mixture": MixtureData,
+            "domains": DomainsData,
         },
-        "optim": {"adamw": s.AdamWConfig, "muon": s.MuonConfig},
-        "engine": {"native": s.EngineConfig},
-        "tracker": {"jsonl": s.JsonlTracker, "wandb": s.WandbTracker, "tensorboard": s.TensorboardTracker},
+        "optim": {"adamw": AdamWConfig, "muon": MuonConfig},
+        "engine": {"native": EngineConfig},
+        "tracker": {"jsonl": JsonlTracker, "wandb": WandbTracker, "tensorboard": TensorboardTracker},
         "method": {name: spec.options for name, spec in METHODS.items()},
     }
 
@@ -97,13 +99,13 @@ def register() -> None:
 @cache
 def _register(routers: tuple[str, ...]) -> None:
     store = ConfigStore.instance()
-    store.store(name="_train", node=editable(s.TrainConfig))
-    store.store(name="_verify", node=editable(s.VerifyConfig))
-    store.store(name="_generate", node=editable(s.GenerateConfig))
-    store.store(name="_convert", node=editable(c.ConvertConfig))
-    store.store(name="_export", node=editable(c.ExportConfig))
-    store.store(name="_eval", node=editable(e.EvalConfig))
-    store.store(name="_upcycle", node=editable(u.UpcycleConfig))
+    store.store(name="_train", node=editable(TrainConfig))
+    store.store(name="_verify", node=editable(VerifyConfig))
+    store.store(name="_generate", node=editable(GenerateConfig))
+    store.store(name="_convert", node=editable(ConvertConfig))
+    store.store(name="_export", node=editable(ExportConfig))
+    store.store(name="_eval", node=editable(EvalConfig))
+    store.store(name="_upcycle", node=editable(UpcycleConfig))
     for group, classes in variants().items():
         for name, cls in classes.items():
             node = OmegaConf.structured(editable(cls))

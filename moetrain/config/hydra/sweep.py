@@ -17,13 +17,13 @@ from moetrain.config.explain import explain
 from moetrain.config.hydra.compose import compose_train, from_node, prepare
 from moetrain.config.hydra.overrides import is_sweep
 from moetrain.config.init_from import source_overrides
-from moetrain.config.launch import is_rank_0, stopped, world_size
 from moetrain.config.pages import hydra_main
 from moetrain.config.resume import check_start, keys_of
-from moetrain.config.schema import RunConfig, TrainConfig
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
+from moetrain.parallel.environment import is_rank_0, stopped, world_size
 from moetrain.terminal import tell
+from moetrain.train.options import RunConfig, TrainConfig
 
 
 class SweepStoppedError(BaseException):

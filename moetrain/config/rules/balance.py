@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from moetrain.config.rules.checks import at_least
 from moetrain.config.rules.router import built_router
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from moetrain.moe.routers import Router

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from moetrain.config.rules.checks import above_zero, at_least, within
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_data import (
+from moetrain.data.options import (
     DomainsData,
     HubData,
     LocalData,
@@ -16,6 +15,7 @@ from moetrain.config.schema_data import (
     TokenizerKind,
 )
 from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
 
 _MIN_BPE = 257  # 256 bytes and the end-of-text token
 

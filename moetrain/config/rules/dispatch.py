@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moetrain.config.rules.checks import at_least
-from moetrain.config.schema import ExpertDispatch, TrainConfig
 from moetrain.errors import UserError
+from moetrain.parallel.options import ExpertDispatch
+from moetrain.train.options import TrainConfig
 
 
 def overlap_has_chunks(cfg: TrainConfig, world: int) -> None:

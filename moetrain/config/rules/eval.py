@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moetrain.config.rules.checks import at_least, check_device, is_installed
-from moetrain.config.schema_eval import EvalConfig, EvalData
 from moetrain.errors import UserError
+from moetrain.evaluation.options import EvalConfig, EvalData
 
 
 def eval_numbers(cfg: EvalConfig) -> None:

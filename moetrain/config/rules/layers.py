@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moetrain.config.names import nearest
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
+from moetrain.nearest import nearest
+from moetrain.train.options import TrainConfig
 
 OWN = "moe"  # what other rules are written for
 

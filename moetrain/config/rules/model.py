@@ -7,10 +7,11 @@ import re
 from moetrain.arithmetic import divisor_near
 from moetrain.config.rules.checks import above_zero, at_least
 from moetrain.config.rules.router import router_accepts_its_options
-from moetrain.config.schema import ModelConfig, TrainConfig
-from moetrain.config.schema_data import TokenizerKind
+from moetrain.data.options import TokenizerKind
 from moetrain.errors import UserError
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import Repair
+from moetrain.train.options import TrainConfig
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from moetrain.config.rules.checks import above_zero, at_least
-from moetrain.config.schema import TrainConfig
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.errors import UserError
+from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.train.options import TrainConfig
 
 _SECTION = "model.rope_scaling"
 _READ = {

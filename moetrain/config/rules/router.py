@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moetrain.config.schema import TrainConfig
 from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from moetrain.moe.routers import Router

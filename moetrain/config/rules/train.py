@@ -7,15 +7,10 @@ import re
 import shutil
 
 from moetrain.config.rules.checks import above_zero, at_least, check_device, is_installed, within
-from moetrain.config.schema import (
-    AttentionBackend,
-    GenerateConfig,
-    MuonConfig,
-    Precision,
-    Residual,
-    TrainConfig,
-)
 from moetrain.errors import UserError
+from moetrain.models.options import AttentionBackend
+from moetrain.train.optim.options import MuonConfig
+from moetrain.train.options import GenerateConfig, Precision, Residual, TrainConfig
 
 _ENGINES = ("native",)
 _TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # module -> extra of the same project

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.schema_data import (
+from moetrain.data.documents import Part, Source
+from moetrain.data.options import (
     DataConfig,
     DomainsData,
     HubData,
@@ -14,7 +15,6 @@ from moetrain.config.schema_data import (
     SourceKind,
     StdlibData,
 )
-from moetrain.data.documents import Part, Source
 from moetrain.data.sources.domains import DOMAINS, DomainsSource
 from moetrain.data.sources.hub import HubSource
 from moetrain.data.sources.local import LocalSource

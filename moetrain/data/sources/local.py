@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetrain.config.schema_data import TextFormat
 from moetrain.data.documents import Document, digest_of
+from moetrain.data.options import TextFormat
 from moetrain.data.sources.json_rows import json_rows
 from moetrain.data.sources.opening import SUFFIXES, opened
 from moetrain.data.sources.parquet_rows import listed, parquet_rows

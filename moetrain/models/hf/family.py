@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.schema import ModelConfig
 from moetrain.errors import UserError, quoted
 from moetrain.models.hf.fields import MAX_LAYERS, Fields
 from moetrain.models.hf.keys import check_keys
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.tables import MoENames, decoder_table
+from moetrain.models.options import ModelConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.models.rope import rope_table
+from moetrain.models.rope_options import RopeKind, RopeScaling
 
 _LOW, _HIGH = 1.0, 4.0  # which the converter takes where a config does not say others
 _ORIGINAL = 8192  # likewise

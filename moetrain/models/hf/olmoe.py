@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moetrain.config.schema import QKNorm
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
@@ -19,6 +18,7 @@ from moetrain.models.hf.translate import (
     write_decoder,
     write_topk,
 )
+from moetrain.models.options import QKNorm
 
 
 def _read(fields: Fields) -> ModelSpec:

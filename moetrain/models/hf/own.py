@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from moetrain.config.schema import QKNorm
 from moetrain.errors import quoted
 from moetrain.files import parse_json
 from moetrain.models.decoder import Decoder
@@ -24,6 +23,7 @@ from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, reg
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.hf.translate import read_decoder, require, window, write_decoder
+from moetrain.models.options import QKNorm
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS, build_router, full_options
 from moetrain.moe.routers.topk import TopKOptions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.config.schema import QKNorm
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.translate import (
@@ -20,6 +19,7 @@ from moetrain.models.hf.translate import (
     write_sparse_layers,
     write_topk,
 )
+from moetrain.models.options import QKNorm
 
 
 def _read(fields: Fields) -> ModelSpec:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moetrain.config.schema import ModelConfig
-from moetrain.config.schema_rope import RopeKind, RopeScaling
 from moetrain.errors import quoted
 from moetrain.models.hf.fields import Fields
+from moetrain.models.options import ModelConfig
+from moetrain.models.rope_options import RopeKind, RopeScaling
 
 THETA = 10000.0
 _KINDS = {

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.models.attention import head_shape
 from moetrain.models.decoder import is_moe_layer
 from moetrain.models.hf.pieces import Piece, Table, Tiled
+from moetrain.models.options import ModelConfig, QKNorm
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
     if cfg.num_shared_experts:
-        shared = cfg.d_ff_shared or cfg.num_shared_experts * width
+        shared = cfg.shared_width
         table |= _dense(cfg, "feed_forward.shared", names.shared, shared)
     if cfg.shared_gate:
         table["feed_forward.shared_gate_1D"] = _whole(names.shared_gate, (1, d_model))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.config.schema import ModelConfig, QKNorm
 from moetrain.errors import UserError, quoted
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
+from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 

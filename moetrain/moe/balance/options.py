@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moetrain.errors import shortened
+from moetrain.nearest import nearest
 
 Opts = TypeVar("Opts")
 
@@ -40,14 +40,6 @@ def above_zero(options: object, *names: str) -> None:
         value = getattr(options, name)
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be above 0")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; known: a, b"``, plus ``" (did you mean a?)"`` where one is near."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word[:100], names, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"; known: {', '.join(names)}{hint}" if names else "; there are none"
 
 
 def _typed(key: str, hint: Any, value: object) -> object:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.balance.base import LOSSES, LossSpec, Seen
-from moetrain.moe.balance.options import nearest, read_options
+from moetrain.moe.balance.options import read_options
 from moetrain.moe.routing import RoutingRecord
+from moetrain.nearest import nearest
 
 ByLayer = Mapping[int, Tensor]
 Records = Mapping[int, RoutingRecord]

@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.files import MB, read_bytes
 from moetrain.moe.assign import from_token_choice
+from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
@@ -33,6 +34,10 @@ class HashOptions(RouterConfig):
     top_k: Optional[int] = None  # different experts for one id, of weight 1 / k each
     salt: int = 0  # another table
     frequencies: Optional[str] = None  # a JSON file {token id: count}; null: ids alike; needs top_k 1
+
+    def combine(self, num_experts: int) -> Combine:
+        k = resolve_top_k(self.top_k, num_experts)
+        return Combine(top_k=k, even_weight=1 / k, total=1.0, drops=self.drops)
 
 
 @register("hash", HashOptions, "Roller et al. 2021, arXiv:2106.04426", "k experts of a token id")

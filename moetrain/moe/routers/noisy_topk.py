@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
+from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
@@ -32,6 +33,10 @@ class NoisyTopKOptions(RouterConfig):
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(resolve_top_k(self.top_k, num_experts), select="logits", weights="softmax")
+
+    def combine(self, num_experts: int) -> Combine:
+        k = resolve_top_k(self.top_k, num_experts)
+        return Combine(top_k=k, even_weight=1 / k, total=1.0, drops=self.drops)
 
 
 @register("noisy_topk", NoisyTopKOptions, "Shazeer et al. 2017, arXiv:1701.06538", "k experts a token")

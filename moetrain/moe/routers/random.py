@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
+from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register, resolve_top_k
@@ -35,6 +36,10 @@ class RandomOptions(RouterConfig):
     top_k: Optional[int] = None
     draw: Draw = Draw.random
     zipf: float = 0.0  # expert e is drawn in proportion to 1 / (e + 1)^zipf; 0: all alike
+
+    def combine(self, num_experts: int) -> Combine:
+        k = resolve_top_k(self.top_k, num_experts)
+        return Combine(top_k=k, even_weight=1 / k, total=1.0, drops=self.drops)
 
 
 @register("random", RandomOptions, "a baseline", "k experts a token, by chance")

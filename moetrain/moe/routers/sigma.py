@@ -11,6 +11,7 @@ from typing import Optional
 from torch import Tensor
 
 from moetrain.moe.assign import from_token_choice
+from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
@@ -29,6 +30,9 @@ class SigmaOptions(RouterConfig):
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(resolve_top_k(self.top_k, num_experts), score="sigmoid")
+
+    def combine(self, num_experts: int) -> Combine:
+        return Combine(drops=self.drops, own_scores=True)
 
 
 @register("sigma", SigmaOptions, "Csordas et al. 2023, arXiv:2310.10837", "k experts a token")

@@ -7,7 +7,7 @@ chosen); DeepSeek-AI 2024 (V3: sigmoid scores, a bias for selection only, group-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Optional
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.arithmetic import divisor_near
 from moetrain.moe.assign import from_token_choice
+from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
@@ -66,6 +67,23 @@ class TopKOptions(RouterConfig):
             words |= {"num_groups": self.num_groups, "top_groups": self.top_groups}
             words["group_best"] = 2 if self.group_score is GroupScore.top2 else 1
         return token_choice(top_k, **words)
+
+    def combine(self, num_experts: int) -> Combine:
+        k, scale = resolve_top_k(self.top_k, num_experts), self.route_scale
+        limited = self.top_groups not in (None, self.num_groups)
+        own_scores = self.score is Score.sigmoid
+        facts = Combine(
+            top_k=k,
+            ties_whole=True,
+            drops=self.drops,
+            own_scores=own_scores,
+            num_groups=self.num_groups if limited else 1,
+        )
+        if self.renormalize or self.score is Score.softmax_after:
+            return replace(facts, even_weight=scale / k, total=scale)
+        if own_scores:
+            return replace(facts, even_weight=scale / 2)
+        return replace(facts, even_weight=scale / num_experts, total=scale if k == num_experts else None)
 
     def expert_groups(self) -> int:
         return self.num_groups

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from moetrain.config.schema import TrackerConfig, WandbTracker
 from moetrain.errors import UserError
 from moetrain.files import read_bytes
 from moetrain.terminal import as_text
+from moetrain.train.log.options import TrackerConfig, WandbTracker
 from moetrain.train.log.wandb_rows import LoggedRows, kind_of
 from moetrain.writing import write_atomic
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from moetrain.config.schema import MuonConfig, OptimConfig
 from moetrain.errors import UserError
 from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
+from moetrain.train.optim.options import MuonConfig, OptimConfig
 
 Named = tuple[str, nn.Parameter]
 MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"

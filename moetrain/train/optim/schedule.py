@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moetrain.config.schema import ScheduleConfig, ScheduleKind
 from moetrain.errors import UserError
+from moetrain.train.optim.options import ScheduleConfig, ScheduleKind
 
 
 def lr_factor(cfg: ScheduleConfig, step: int) -> float:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moetrain.moe.combine import CAPACITY
+from moetrain.moe.routers import full_options
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 from moetrain.upcycle.calibration import LayerCalibration
-from moetrain.upcycle.combine import CAPACITY, combine_of, full_options
 from moetrain.upcycle.method import Job, Method, Promise, register, same_share
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, whole_networks
@@ -54,7 +55,7 @@ class Grow(Method[GrowOptions]):
         old, new = full_options(job.source_router), full_options(job.target.router)
         if not isinstance(old, TopKOptions) or not isinstance(new, TopKOptions):
             return f"routers {old.name} and {new.name} are not both top-k routers"
-        before, after = combine_of(old, job.sources), combine_of(new, job.sources * copies)
+        before, after = old.combine(job.sources), new.combine(job.sources * copies)
         if before.top_k is None or after.top_k != copies * before.top_k:
             return f"router.top_k={after.top_k} is not {copies} times the source's {before.top_k}"
         if replace(old, top_k=None) != replace(new, top_k=None):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.moe.combine import CAPACITY
 from moetrain.upcycle.calibration import LayerCalibration, need
 from moetrain.upcycle.cluster import balanced_kmeans
-from moetrain.upcycle.combine import CAPACITY
 from moetrain.upcycle.draw import generator
 from moetrain.upcycle.method import Job, Method, Promise, register
 from moetrain.upcycle.options import MethodOptions, RouterStart
@@ -53,7 +53,7 @@ class Split(Method[SplitOptions]):
     fills_shared = True
 
     def check(self, job: Job) -> None:
-        cfg, shared = job.target.model, job.target.d_ff_shared
+        cfg, shared = job.target.model, job.target.model.shared_width
         held = cfg.num_experts * cfg.d_ff_expert + shared
         if held != job.d_ff:
             raise UserError(
@@ -71,7 +71,7 @@ class Split(Method[SplitOptions]):
             hidden_TN = need(calibration, "hidden_TF", job.d_ff, layer, wanted_by).double().abs()
         if cfg.num_shared_experts and hidden_TN is not None:
             order_N = hidden_TN.mean(0).sort(descending=True, stable=True).indices
-            width = job.target.d_ff_shared
+            width = job.target.model.shared_width
             shared_Q, rest = order_N[:width].sort().values, order_N[width:].sort().values
         groups_EF = self._deal(rest, hidden_TN, cfg.num_experts, generator(job.seed, layer, "split"))
         source_E = torch.zeros(cfg.num_experts, dtype=torch.int64)

@@ -14,9 +14,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from moetrain.moe.balance.options import Opts, nearest, read_options
+from moetrain.moe.balance.options import Opts, read_options
 from moetrain.moe.balance.terms import LossTerm
 from moetrain.moe.routers import Router
+from moetrain.nearest import nearest
 
 
 class Controller:

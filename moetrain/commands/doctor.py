@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import moetrain
+from moetrain.errors import UserError
 from moetrain.parallel.cores import busy_cores, usable_cores
 from moetrain.terminal import show
 
@@ -32,6 +33,12 @@ _OPTIONAL = {
     "triton": "train.compile on a GPU (moetrain[triton])",
 }
 _COMPILERS = ("g++", "clang++", "c++")
+
+
+def run(args: list[str]) -> int:
+    if args and args[0] not in ("-h", "--help"):
+        raise UserError(f"doctor takes no arguments, not {args[0]}")
+    return doctor()
 
 
 def doctor() -> int:

@@ -18,8 +18,9 @@ def near_miss(word: str, known: Iterable[str]) -> str | None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; known: a, b"``, plus ``" (did you mean a?)"`` where one is near. Names like ``_a`` stay hidden."""
+    """``"; known: a, b"``, plus ``" (did you mean a?)"`` where one is near. Names like ``_a`` stay
+    hidden."""
     names = sorted(k for k in known if not k.startswith("_"))
     close = near_miss(word, names)
     hint = f" (did you mean {close}?)" if close else ""
-    return f"; known: {', '.join(names)}{hint}" if names else ""
+    return f"; known: {', '.join(names)}{hint}" if names else "; there are none"

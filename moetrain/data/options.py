@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from omegaconf import MISSING
+from moetrain.missing import MISSING
 
 
 class TokenizerKind(Enum):

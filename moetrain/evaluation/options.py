@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from omegaconf import MISSING
-
-from moetrain.config.schema import Precision
-from moetrain.config.schema_data import TextFormat
+from moetrain.data.options import TextFormat
+from moetrain.missing import MISSING
+from moetrain.train.options import Precision
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""``moetrain generate``: text from a trained model."""
+
+from __future__ import annotations
+
+from moetrain.commands.composed import composed
+from moetrain.config.validate import validate_generate
+from moetrain.parallel.cores import choose_waiting
+from moetrain.parallel.environment import local_ranks
+from moetrain.train.options import GenerateConfig
+
+
+def run(args: list[str]) -> int:
+    choose_waiting(local_ranks())  # before torch is imported
+    cfg = composed("generate", GenerateConfig, args)
+    if cfg is None:
+        return 0
+    validate_generate(cfg)
+    from moetrain.train.sample import generate_app
+
+    return generate_app(cfg)

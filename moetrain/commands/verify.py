@@ -1,0 +1,18 @@
+"""``moetrain verify``: a layout against one process."""
+
+from __future__ import annotations
+
+from moetrain.commands.composed import composed, refuse_ranks
+from moetrain.config.validate import validate_verify
+from moetrain.verify.options import VerifyConfig
+
+
+def run(args: list[str]) -> int:
+    cfg = composed("verify", VerifyConfig, args)
+    if cfg is None:
+        return 0
+    refuse_ranks("verify", "starts its own ranks")
+    validate_verify(cfg)
+    from moetrain.verify.command import verify
+
+    return verify(cfg)

@@ -1,0 +1,130 @@
+"""The roots of ``moetrain train`` and ``moetrain generate``, and the sections of the training loop."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+from moetrain.checkpoint.options import CheckpointConfig
+from moetrain.data.options import DataConfig
+from moetrain.missing import MISSING
+from moetrain.models.options import ModelConfig
+from moetrain.moe.balance.settings import BalanceConfig
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.parallel.options import ParallelConfig
+from moetrain.train.log.options import TrackerConfig
+from moetrain.train.optim.options import OptimConfig, ScheduleConfig
+
+
+class Precision(Enum):
+    """``bf16``: weights are gathered and used, products and activations computed in bf16; weights, sums of
+    gradients and optimizer state kept, and norms, routers, softmax and losses computed in fp32.
+    """
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class Residual(Enum):
+    """The stream that blocks add to: in the precision of their activations, or in fp32 under bf16."""
+
+    same = "same"
+    fp32 = "fp32"
+
+
+class OnNonFinite(Enum):
+    """What to do with a step whose loss or gradient norm is not finite, or spikes."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: str = "native"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """``dir`` wins, then ``root/name``, then ``root/<time, by rank 0>``; a sweep adds its job number."""
+
+    root: str = "runs"
+    name: Optional[str] = None
+    dir: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
+
+    steps: int = 400
+    seed: int = 0
+    deterministic: bool = False
+    threads: Optional[int] = None  # CPU threads per rank; null: OMP_NUM_THREADS, else cores / local ranks
+    device: str = "auto"  # auto | cpu | cuda
+    micro_batch_size: int = 8
+    global_batch_tokens: int = 8192
+    precision: Precision = Precision.fp32
+    residual: Residual = Residual.same
+    recompute: bool = False
+    compile: bool = False
+    eval_every: int = 100  # steps; 0: only at the end
+    eval_samples: Optional[int] = None  # sequences; null: the whole held-out split
+    on_nonfinite: OnNonFinite = OnNonFinite.stop
+    spike_factor: Optional[float] = None  # a loss this many times its running mean counts as non-finite
+    sample_prompt: str = "def "
+    sample_tokens: int = 96
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train several variants of one config, each over all seeds, as a resumable queue of runs.
+
+    Without arms there is no comparison: one run.
+    """
+
+    arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The root of ``moetrain train``."""
+
+    model: ModelConfig = MISSING
+    router: RouterConfig = MISSING
+    balance: BalanceConfig = MISSING
+    experts: ExpertsConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    engine: EngineConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
+    init_optimizer: bool = False  # take the optimizer's state from there too
+    resume: str = "auto"  # auto | none | a checkpoint's path
+    resume_changes: list[str] = field(default_factory=list)  # keys that may differ then; docs/resume.md
+    plugins: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The root of ``moetrain generate``. ``temperature`` 0 is greedy."""
+
+    checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint
+    prompt: Optional[str] = None
+    prompt_file: Optional[str] = None
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: Optional[int] = None
+    top_p: Optional[float] = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = Precision.fp32
+    plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs
