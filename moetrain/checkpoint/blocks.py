@@ -1,9 +1,9 @@
-"""The blocks that a checkpoint's tensors are cut into: do they tile the tensors, and is each stored plainly?
+"""Checks of a checkpoint's blocks, the stored pieces of its tensors: they tile them, stored plainly.
 
-A block is what torch.save wrote of one piece: a zip archive inside a ``.distcp`` file, which holds a small
-pickle and the values. Its directory is read here before torch opens it: the values lie uncompressed and take
-just the bytes that dtype and shape say, and the pickle names nothing but what rebuilds a dense tensor. So
-that no block becomes larger in memory than it is on disk.
+A block is one piece as torch.save writes it: a zip archive inside a ``.distcp`` file, with a small pickle and
+the values. This module reads the archive's directory before torch opens it. The values must be uncompressed
+and take exactly the bytes that dtype and shape need, and the pickle may name only what rebuilds a dense
+tensor. So no block becomes larger in memory than it is on disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _GLOBALS = _REBUILDS | {f"{module} {name}" for module in ("torch", "torch.storag
 
 
 class BlockError(ValueError):
-    """A block that is not what a save writes; the message says how."""
+    """A block differs from what a save writes; the message says how."""
 
 
 def tiles(shape: Sequence[int], blocks: Sequence[Box]) -> bool:
@@ -45,7 +45,7 @@ def tiles(shape: Sequence[int], blocks: Sequence[Box]) -> bool:
 
     The number of blocks over an element, differenced along every dimension, is a sum of signed corners. The
     difference determines the number, so blocks tile the shape just if their corners add up to the shape's.
-    Takes a time proportional to their number. Raises BlockError where they have too many corners to count.
+    Takes time in proportion to their number. Raises BlockError if they have too many corners to count.
     """
     filled = [block for block in blocks if math.prod(block[1])]
     cut = [d for d in range(len(shape)) if any(sizes[d] != shape[d] for _, sizes in filled)]
@@ -91,7 +91,7 @@ def check_places(blocks: Iterable[tuple[str, int, _StorageInfo]], files: Mapping
 
 
 class Slice(io.RawIOBase):
-    """``length`` bytes of an open file from ``start`` on, as a file of its own that zipfile can search."""
+    """``length`` bytes of an open file from ``start`` on, as a file that zipfile can search."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -118,7 +118,7 @@ class Slice(io.RawIOBase):
 
 
 def check_block(stream: BinaryIO | Slice, dtype: torch.dtype, sizes: Sequence[int]) -> None:
-    """Raise BlockError unless ``stream``, a block's bytes, plainly holds ``sizes`` values of ``dtype``.
+    """Raise BlockError unless ``stream``, the bytes of a block, holds just values of ``dtype`` and ``sizes``.
 
     zipfile and torch must find the same directory, so the archive has to end as torch ends it.
     """

@@ -1,4 +1,4 @@
-"""Saving and loading the whole training state, under any layout, never half and never unnoticed when damaged.
+"""Saving and loading the whole training state under any layout, atomically and with a check for damage.
 
 A checkpoint is the folder ``step_00000100`` (see :mod:`moetrain.checkpoint.format`), written by
 torch.distributed.checkpoint (see :mod:`moetrain.checkpoint.write`): tensors keyed by name with global
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Save:
-    """One save, finished or under way; ``nbytes`` is the size of all its tensors, over all ranks."""
+    """One save, finished or under way. ``nbytes``: the size of all its tensors, over all ranks."""
 
     step: int
     target: Path
@@ -129,7 +129,7 @@ class Checkpointer:
         return target
 
     def wait(self) -> None:
-        """Returns when no save is under way; raises what made the last one fail."""
+        """Wait until no save is under way; raises the error that made the last one fail."""
         if self._pending is None:
             return
         (future, save), self._pending = self._pending, None
@@ -138,11 +138,11 @@ class Checkpointer:
             self.last_saved = save.step
 
     def close(self) -> None:
-        """Waits for a save under way; call it before the process group is destroyed."""
+        """Wait for a save under way. Call it before the process group is destroyed."""
         self.wait()
 
     def latest_valid(self) -> Path | None:
-        """The newest checkpoint whose files are all there and match their hashes; None if there is none.
+        """The newest checkpoint whose files are complete and match their hashes; None if there is none.
 
         A damaged one is named in a warning with what is wrong, and passed over.
         """
@@ -153,7 +153,7 @@ class Checkpointer:
         return path
 
     def resolve(self, resume: str) -> Path | None:
-        """The checkpoint that the ``resume`` key means, or None for a fresh start.
+        """The checkpoint that the value of ``resume`` names, or None for a fresh start.
 
         ``auto``: the newest valid one here, None when there is none at all, and an error when every one is
         damaged, since a fresh start would replace them. ``none``: None, and an error when there are any here.

@@ -1,4 +1,4 @@
-"""Folders that appear and disappear whole, whatever kills the process in between."""
+"""Replacing and removing folders atomically, even if the process is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def clean_folder(folder: Path) -> None:
-    """Remove what a killed process left; what :func:`replace_folder` had set aside gets its name back."""
+    """Remove what a killed process left, and rename back what :func:`replace_folder` had set aside."""
     for old in folder.glob(f"{_OLD}*"):
         target = folder / old.name.removeprefix(_OLD)
         if not target.exists():
@@ -34,7 +34,7 @@ def clean_folder(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove ``path`` if it is there. A checkpoint first loses its name, so that none is ever half there."""
+    """Remove ``path`` if it exists. It is renamed first, so that no checkpoint is ever incomplete."""
     with contextlib.suppress(FileNotFoundError):
         if not path.name.startswith(TEMPORARY):
             hidden = path.parent / f"{TEMPORARY}delete_{path.name}"

@@ -27,7 +27,7 @@ _Blocks = dict[MetadataIndex, list[ReadItem]]  # of one file, and what is to be 
 
 
 class JsonReader(FileSystemReader):
-    """Reads a checkpoint whose metadata has been decoded already; never opens ``.metadata``.
+    """DCP's reader of a checkpoint whose metadata is already decoded; it never opens ``.metadata``.
 
     Each block that a plan asks for is looked at before the first is read, see :func:`check_block`.
     """

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Peers:
-    """The ranks that save and load together, over a gloo group of their own: making one is collective.
+    """The ranks that save and load together, over their own gloo group. All of them must construct it.
 
     The group is not the training's, whose collectives may run at the same time and whose time-out is shorter
     than a large checkpoint may take. ``group`` None means all ranks; without a process group there is one.
@@ -35,7 +35,7 @@ class Peers:
         self.rank, self.world = dist.get_rank(self.group), len(ranks)
 
     def gather(self, value: T) -> list[T]:
-        """``value`` of every rank, on every rank, in rank order."""
+        """Every rank's ``value``, in rank order, on every rank."""
         if self.world == 1:
             return [value]
         values = cast(list[T], [None] * self.world)
@@ -44,7 +44,7 @@ class Peers:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank."""
+        """Call ``make()`` on rank 0; every rank returns its result, or raises its UserError."""
         value, error = None, None
         if self.rank == 0:
             try:
@@ -55,7 +55,7 @@ class Peers:
         return cast(T, self.gather(value)[0])
 
     def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, done by every rank; a UserError of any rank is raised on all."""
+        """Call ``work()`` on every rank and return its result; a UserError of any rank is raised on all."""
         try:
             value, error = [work()], None
         except UserError as found:
@@ -64,16 +64,16 @@ class Peers:
         return value[0]
 
     def raise_together(self, error: UserError | str | None) -> None:
-        """Raise the first rank's error on every rank when any rank has one; a text as a UserError."""
+        """If any rank has an error, raise the first rank's on every rank; a text is raised as a UserError."""
         for found in self.gather(error):
             if found is not None:
                 raise UserError(found) if isinstance(found, str) else found
 
 
 def from_rank_0(make: Callable[[], T], name: str) -> T:
-    """What ``make()`` returns on rank 0, on every rank; a UserError that it raises, on every rank.
+    """Call ``make()`` on rank 0; every rank returns its result, or raises its UserError.
 
-    For before there are :class:`Peers`; ``name`` says what is done, for the watchdog. ``make`` may take long.
+    For use before :class:`Peers` exist. ``name``: for the watchdog's report. ``make`` may take long.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return make()

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The checkpoint after ``step`` optimizer steps, in a run's ``folder`` of checkpoints."""
+    """The path of the checkpoint after ``step`` optimizer steps, in ``folder``, the run's checkpoints."""
     return folder / f"step_{step:08d}"
 
 
@@ -64,7 +64,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def problems_of(path: Path, peers: Peers) -> list[str]:
-    """What is wrong with the checkpoint at ``path``, one line per file, the same on every rank.
+    """The faults of the checkpoint at ``path``, one line per file, the same on every rank.
 
     Raises UserError for one that is of another version of the format.
     """
@@ -100,7 +100,7 @@ def newest_valid(folder: Path, peers: Peers) -> Path | None:
 
 
 def find_checkpoint(path: Path, peers: Peers | None = None) -> Path:
-    """The intact checkpoint that ``path`` means: itself, or the newest valid one of a run folder.
+    """The intact checkpoint at ``path``: itself, or the newest valid one of a run folder.
 
     Raises UserError when there is none or it is damaged.
     """
@@ -125,17 +125,17 @@ def run_of(checkpoint: Path) -> Path:
 def load_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], prefix: str = "", cast: bool = False
 ) -> dict[str, Any]:
-    """Find the checkpoint that ``path`` means, fill ``tensors`` from it and return its extra; see the others.
+    """Find the checkpoint at ``path`` (:func:`find_checkpoint`) and :func:`fill` ``tensors`` from it.
 
-    ``cast``: stored values may have another dtype and become that of ``tensors``. Writes nothing, so that it
-    may look into the folder of a running training.
+    Returns its extra. ``cast``: stored values may have another dtype, and are cast to that of ``tensors``.
+    Writes nothing, so ``path`` may be the folder of a run that still trains.
     """
     peers = Peers()
     return fill(find_checkpoint(path, peers), tensors, prefix, peers, cast)
 
 
 def read_extra(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
+    """The extra of a checkpoint: everything that is not a tensor."""
     extra: dict[str, Any] = read_json(path / EXTRA, dict[str, JsonValue], _EXTRA_LIMIT)
     return extra
 
@@ -176,7 +176,7 @@ def fill_from(
     peers: Peers,
     cast: bool,
 ) -> None:
-    """Fill ``tensors`` with what ``reader`` reads; ``where`` names it in messages."""
+    """Fill ``tensors`` from ``reader``. ``where``: its name in messages."""
     peers.raise_together(_difference(where, metadata, tensors, prefix, cast))
     try:
         with torch.no_grad(), raising_peer_lost(f"loading {where}"):
@@ -194,7 +194,7 @@ def fill_from(
 
 
 def read_metadata(path: Path) -> tuple[Metadata, str | None]:
-    """A checkpoint's metadata, each block inside the files that the manifest lists; else a complaint."""
+    """A checkpoint's metadata, with each block inside a file of the manifest; else an error message."""
     try:
         metadata = decode_metadata(read_file(path, METADATA))
         check_places(stored_blocks(metadata), {file.name: file.size for file in read_manifest(path).files})
@@ -230,6 +230,6 @@ def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
 
 
 def listing(items: Sequence[str], separator: str) -> str:
-    """At most ten of ``items``, and how many more there are."""
+    """At most ten of ``items`` as text, and the number of the others."""
     more = len(items) - _LISTED
     return separator.join([*items[:_LISTED], *([f"and {more} more"] if more > 0 else [])])

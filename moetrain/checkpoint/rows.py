@@ -1,6 +1,6 @@
 """Reading a part of a stored block a few rows at a time, so that memory never holds the block.
 
-A block is what torch.save wrote of one tensor (:mod:`moetrain.checkpoint.blocks` checks that it is).
+A block is one tensor as torch.save writes it (:mod:`moetrain.checkpoint.blocks` checks that it is).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `extra.json` of a training's checkpoint holds: types and ranges, checked before any of it is used."""
+"""The schema of `extra.json` of a run's checkpoint: types and ranges, checked before use."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SavedPython:
 
 @dataclass(frozen=True)
 class SavedNumpy:
-    """``position`` beyond the words would make numpy read other memory."""
+    """The state of numpy's generator. A ``position`` beyond its words would make numpy read other memory."""
 
     generator: Annotated[str, Field(pattern="^MT19937$")]
     words: Annotated[Hex, Field(min_length=8 * _WORDS, max_length=8 * _WORDS)]
@@ -64,7 +64,7 @@ class SavedRng:
 
 @dataclass(frozen=True)
 class SavedState:
-    """Keys that are not named here are left alone: a later version may write more."""
+    """The fields of `extra.json`. Unknown keys are ignored: a later version may write more."""
 
     step: Count
     tokens: Count
@@ -77,7 +77,7 @@ class SavedState:
 
     @staticmethod
     def of(extra: Mapping[str, Any], where: str) -> SavedState:
-        """Raises UserError that begins with ``where`` for what no training can have saved."""
+        """The state in ``extra``. Raises UserError, from ``where`` on, for values that no run can save."""
         saved = parse_json(json.dumps(extra), SavedState, where)
         consumed, counted = saved.loader.samples, saved.monitor.count
         if consumed < saved.step or (saved.step == 0 and (consumed or saved.tokens)):

@@ -1,4 +1,4 @@
-"""Checkpoints tensor by tensor, in one process: what converters read and write without holding a model."""
+"""Checkpoints read and written tensor by tensor in one process, for converters that hold no model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StoredTensors:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors of the meta device and asks for their values one by one, when they are written."""
+    """Plans with tensors of the meta device, and reads their values one by one as they are written."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -92,7 +92,7 @@ def write_streamed(
 
 
 def large_then_small(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """``tensors`` in an order in which no large one follows another: DCP holds the last while it asks on."""
+    """``tensors``, sorted so that no large one follows another: DCP holds one while it reads the next."""
     by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
     half = len(by_size) // 2
     small, large = reversed(by_size[:half]), by_size[half:]
@@ -100,7 +100,7 @@ def large_then_small(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]
 
 
 class _LateWriter(JsonWriter):
-    """Knows what ``extra.json`` says (the tensors' hashes) only after they were written."""
+    """A writer whose ``extra.json`` (with the tensors' hashes) is known only after the tensors."""
 
     def __init__(self, target: Path, step: int, extra: Callable[[], Mapping[str, Any]]) -> None:
         super().__init__(target, step, "", hashed=True, on_complete=lambda: None, one_file_each=True)

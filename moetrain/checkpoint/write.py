@@ -2,7 +2,7 @@
 
 DCP plans, deduplicates and reshards; this module changes what it leaves on disk. Its ``.metadata`` is a
 pickle: here it is JSON. Its byte entries are unpickled on load: here there are none, and loading one is an
-error. ``checkpoint_rows.py`` reads tensor blocks by ``torch.load(weights_only=True)``.
+error. ``rows.py`` reads tensor blocks by ``torch.load(weights_only=True)``.
 
 A save is one pass of DCP's own protocol, so a failure on any rank reaches all of them: every rank hashes its
 file while writing it (:class:`JsonWriter.write_data`), and the coordinator writes the JSON files, then the
@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class _HashedFile(io.BufferedIOBase):
-    """A file under construction: counts and hashes what passes and remembers why a write failed.
+    """A file being written: counts and hashes the bytes, and keeps the error of a failed write.
 
     torch.save reports a full disk as a RuntimeError about stream positions; ``error`` keeps the cause.
     """
@@ -196,7 +196,7 @@ def save_planner() -> SavePlanner:
 
 
 def save_error(error: CheckpointException, target: Path, nbytes: int) -> Exception:
-    """What a failed save raises, on every rank: the first failing rank's cause, and the free space."""
+    """The error of a failed save, the same on every rank: the first rank's cause, and the free space."""
     rank, (cause, _) = sorted(error.failures.items())[0]
     if isinstance(cause, UserError):
         return cause
@@ -214,7 +214,7 @@ def save_error(error: CheckpointException, target: Path, nbytes: int) -> Excepti
 
 
 def raise_interrupt(error: CheckpointException) -> None:
-    """Ctrl-C while a checkpoint was handled, which DCP takes for a failure like any other, goes on up."""
+    """Raise a KeyboardInterrupt that DCP has caught as a failure like any other."""
     for cause, _ in error.failures.values():
         if isinstance(cause, KeyboardInterrupt):
             raise cause

@@ -28,7 +28,7 @@ def from_token_choice(
     logits_TE: Tensor | None = None,
     ragged: bool = False,
 ) -> Routing:
-    """Every valid token's distinct experts, K at most, as a Routing (differentiable in ``weights_TK``).
+    """A Routing of each valid token's distinct experts, K at most; differentiable in ``weights_TK``.
 
     An id of ``num_experts`` is no expert; ``ragged`` says that there may be such ids.
     """
@@ -66,7 +66,7 @@ def from_mask(
     scores_TE: Tensor | None = None,
     logits_TE: Tensor | None = None,
 ) -> Routing:
-    """Each pair of a valid token and an expert that ``mask_TE`` marks, as a Routing; any number of pairs."""
+    """A Routing of the pairs of a valid token and an expert that ``mask_TE`` marks; any number of pairs."""
     if ctx.valid_T is not None:
         mask_TE = mask_TE & ctx.valid_T[:, None]
     counts_E, num_experts = mask_TE.sum(0), mask_TE.shape[1]
@@ -89,7 +89,7 @@ def from_mask(
 
 
 def stable_order(keys: Tensor, num_keys: int) -> Tensor:
-    """argsort of small non-negative integers, stable; in 16 bits where they fit, several times faster."""
+    """The stable argsort of small non-negative integers; several times faster where they fit 16 bits."""
     small = keys.to(torch.int16) if num_keys < 2**15 else keys
     return torch.sort(small, stable=True).indices
 
@@ -125,7 +125,7 @@ def count_BE(ids_TK: Tensor, ctx: RouterContext, num_experts: int) -> Tensor:
 
 
 def sequences_per_group(group: str, batch: int) -> int:
-    """How many of this rank's sequences share a routing group; ValueError where they do not divide them."""
+    """How many of this rank's sequences form a routing group; ValueError if that does not divide them."""
     if group == ALL:
         return max(batch, 1)
     if group != "sequence" and not (group.isdecimal() and int(group)):

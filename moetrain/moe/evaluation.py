@@ -1,4 +1,4 @@
-"""The words in which a router says what it does in evaluation, for code outside this package to act on.
+"""The description of a router's rule in evaluation, as plain values for code outside this package.
 
 ``models/hf/remote/routing_moetrain.py`` reads them: ``rule`` names a function there, the rest is its own.
 """

@@ -36,10 +36,10 @@ class Experts(nn.Module):
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
 
     def forward(self, work: Work) -> list[Tensor]:
-        """Compute each chunk's rows, times their routing weights, and give them to ``work.done``.
+        """Compute each chunk's rows times their routing weights, and pass them to ``work.done``.
 
-        Returns what ``work.combine`` wants. Results are in the autocast dtype where one is on. One call for
-        all chunks, so that sharded weights are gathered once.
+        Returns the input of ``work.combine``, a tensor a chunk, in autocast's dtype if it is on. One call
+        computes all chunks, so that sharded weights are gathered once.
         """
         ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
         return [

@@ -25,12 +25,12 @@ class Groups:
     tokens: int  # T
 
     def own(self, found_GL: Tensor) -> Tensor:
-        """Of what was found for every token [G, L, ...], this rank's part [T, ...]."""
+        """This rank's part [T, ...] of a result [G, L, ...] for all tokens of the groups."""
         return found_GL.flatten(0, 1)[self.first : self.first + self.tokens]
 
 
 def by_group(values_TC: Tensor, ctx: RouterContext, group: str) -> Groups:
-    """``values_TC`` (without gradient) by routing group. ValueError as of sequences_per_group.
+    """``values_TC`` (without gradient) by routing group. Raises ValueError as sequences_per_group does.
 
     The group ``all`` has the tokens of every rank of ``ctx.group``, in rank order, which must hold equally
     many: one all-gather, after which every rank solves the same problem.

@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
         router_input: Tensor | None = None,
         shared_input: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """y in the dtype of the experts' products, and the routing.
+        """(y [B, S, D] in the dtype of the experts' products, the Routing).
 
         ``router_input`` and ``shared_input``, of x's shape, are what the router and the shared experts read;
         None: x. Raises ValueError where ``ctx`` is of another number of tokens.

@@ -1,4 +1,4 @@
-"""What a router says of its tokens: the assignment that dispatchers read, and a record for everybody else.
+"""The output of a router: the assignment, which dispatchers read, and the record, which all else reads.
 
 Shapes: T tokens (B sequences of S, flattened), E experts overall, N assignments, B sequences.
 """
@@ -17,9 +17,9 @@ from moetrain.moe.assignment import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRecord:
-    """What losses, metrics and controllers read of one layer. Immutable; a pytree.
+    """The routing figures of one layer, for losses, metrics and controllers. Immutable; a pytree.
 
-    A layer that mixes its experts without assigning tokens to them returns a record alone.
+    A layer that mixes its experts without an assignment of tokens returns a record alone.
 
     num_tokens_B  int64, valid (unpadded) tokens of each sequence.
     demand_BE     int64, assignments that the router wanted per sequence and expert, before any capacity.
@@ -27,8 +27,8 @@ class RoutingRecord:
     logits_TE     at least fp32: what the scores were made of.
     valid_T       bool, or None where every token is valid.
     load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
-    stats         detached sums over tokens that the router's ``after_step`` wants of the whole step, or None.
-    price_E       what a balance loss multiplies an expert's term with; capacities go by its inverse. None: 1.
+    stats         detached sums over tokens for the router's ``after_step``, or None.
+    price_E       the factor of an expert's term in balance losses; capacities divide by it. None: 1.
     penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
     """
 

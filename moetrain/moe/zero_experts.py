@@ -1,6 +1,6 @@
 """Experts without a feed-forward network: zero, copy and constant (MoE++; Jin et al. 2024, arXiv:2410.07348).
 
-They are the last experts of an assignment and act where the token is: no layout sends anything to them.
+They are the last experts of an assignment. Every rank has them, so no layout sends tokens to them.
 
 Shapes: T tokens, D model, Z zero-computation experts (zero, then copy, then constant), C constant ones.
 """
@@ -19,7 +19,7 @@ from moetrain.ops.init import Normal, parameter
 
 @dataclass(frozen=True)
 class ZeroKinds:
-    """How many there are of each kind, in the order in which they follow the feed-forward experts."""
+    """The number of experts of each kind, in the order in which they follow the feed-forward experts."""
 
     zero: int
     copy: int

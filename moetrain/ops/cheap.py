@@ -1,8 +1,8 @@
-"""Cheap results are not kept for backward: norms and rotations are computed again from what is kept anyway.
+"""Cheap results, such as norms and rotations, are not saved for the backward pass but computed again.
 
-Within :func:`dropping_cheap` a tensor that was made known by :func:`cheap` is replaced, wherever an operation
-keeps it, by how to make it again. Operation, operands and shapes are the same, and so are the bits. What
-several operations want is made once, and given up when the last has had it.
+Within :func:`dropping_cheap`, wherever autograd would save a tensor that :func:`cheap` has registered, it
+saves how to compute it instead. Operation, operands and shapes are the same, and so are the bits. A result
+that several operations need is computed once, and freed after the last has used it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Again = Callable[[], Tensor]
 
 
 class _Cheap:
-    """A result that can be made again; ``held`` only so long that no other tensor can take its storage."""
+    """A result that can be computed again. ``held`` keeps its storage from reuse for as long as needed."""
 
     def __init__(self, held: Tensor, again: Again) -> None:
         self.held: Tensor | None = held
@@ -27,7 +27,7 @@ class _Cheap:
         self.made: Tensor | None = None
 
     def want(self, view: Tensor) -> Again:
-        """How to get at a view of it once."""
+        """A function that returns a view of the result; it may be called once."""
         self.wanted += 1
         place = (view.size(), view.stride(), view.storage_offset())
         return lambda: self._once().as_strided(*place)
@@ -44,7 +44,7 @@ _known: ContextVar[dict[int, _Cheap] | None] = ContextVar("_known", default=None
 
 @contextmanager
 def dropping_cheap() -> Iterator[None]:
-    """Of one block: what is cheap is held until the block ends, and forgotten then."""
+    """A context for one block: registered results are held until it ends."""
     known: dict[int, _Cheap] = {}
     token = _known.set(known)
     try:
@@ -57,12 +57,12 @@ def dropping_cheap() -> Iterator[None]:
 
 
 def dropping() -> bool:
-    """Whether it is of use to call :func:`cheap`: within a block, and not while it is compiled."""
+    """Whether :func:`cheap` has an effect: within a block, and not while it is compiled."""
     return not torch.compiler.is_compiling() and _known.get() is not None and torch.is_grad_enabled()
 
 
 def cheap(result: Tensor, again: Again) -> Tensor:
-    """``result``, which ``again`` makes once more with the same strides; it should hold nothing by itself."""
+    """``result``, registered. ``again`` computes it anew with the same strides, and must hold no tensors."""
     known = _known.get()
     if known is not None:
         known[_key(result)] = _Cheap(result.detach(), again)
@@ -70,7 +70,7 @@ def cheap(result: Tensor, again: Again) -> Tensor:
 
 
 def source(operand: Tensor) -> Again:
-    """How a cheap result gets at its operand later: from memory, or made again where that is cheap too."""
+    """A function that returns an operand later: from memory, or computed again if that is cheap too."""
     found = (_known.get() or {}).get(_key(operand))
     if found is not None:
         return found.want(operand)

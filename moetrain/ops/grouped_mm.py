@@ -60,7 +60,7 @@ def offsets(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 def refusal(rows_RK: Tensor, weights_EKN: Tensor) -> str | None:
-    """Why torch's grouped_mm cannot take these operands, or None where it can."""
+    """The reason why torch's grouped_mm cannot take these operands; None if it can."""
     if rows_RK.dtype not in _GROUPED_DTYPES:
         return f"torch's grouped_mm does not take {rows_RK.dtype}"
     if rows_RK.device.type != "cpu" and rows_RK.dtype is not torch.bfloat16:
@@ -78,7 +78,7 @@ _said: set[str] = set()
 
 
 def say_once(message: str) -> None:
-    """A warning that is given once a process, however many layers would give it."""
+    """Log a warning once a process, whatever the number of layers that give it."""
     if message not in _said and "zero rows" not in message:
         _said.add(message)
         warnings.warn(message, stacklevel=2)

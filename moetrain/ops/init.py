@@ -47,7 +47,7 @@ Initializer = Normal | Constant | Orthogonal
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Parameters made by :func:`parameter` meanwhile lie on torch's meta device; buffers are as ever."""
+    """A context in which :func:`parameter` allocates on torch's meta device; buffers are not affected."""
     token = _on_meta.set(True)
     try:
         yield
@@ -57,7 +57,7 @@ def on_meta_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_memory() -> Iterator[None]:
-    """Undoes :func:`on_meta_device` for a while: for modules that may write initial values of their own."""
+    """A context that suspends :func:`on_meta_device`, for modules that may write their own initial values."""
     token = _on_meta.set(False)
     try:
         yield
@@ -74,7 +74,7 @@ def parameter(shape: Sequence[int], initializer: Initializer) -> nn.Parameter:
 
 @torch.no_grad()
 def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
-    """Give a parameter another initializer, and initialise it anew if it holds memory."""
+    """Replace a parameter's initializer, and initialise the parameter again if it has memory."""
     if isinstance(initializer, Normal):
         made.normal_(0.0, initializer.std)
     elif isinstance(initializer, Constant):
@@ -85,14 +85,14 @@ def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
 
 
 def drop_overwritten_initializers(module: nn.Module) -> None:
-    """What ``module`` wrote into a parameter after it was made is its initial value, and no other."""
+    """Remove the initializer of each parameter that ``module`` has written to: the written value is kept."""
     for made in module.parameters():
         if initializer_of(made) is not None and made._version != made.init_version:  # type: ignore[attr-defined]
             del made.initializer  # type: ignore[attr-defined]
 
 
 def initializer_of(made: Tensor) -> Initializer | None:
-    """None for a parameter that was made otherwise."""
+    """A parameter's initializer; None if :func:`parameter` did not make it."""
     return getattr(made, "initializer", None)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer whose products with the weight go through the faster of torch's libraries on a CPU.
+"""A linear layer that uses the faster of torch's libraries for its products on a CPU.
 
 Shapes: leading dimensions of x are free, n rows in all; K inputs, N outputs.
 """

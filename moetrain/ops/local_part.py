@@ -1,4 +1,4 @@
-"""What of a tensor lies on this rank."""
+"""The part of a tensor that is on this rank."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch.distributed.tensor import DTensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, of which there may be nothing; any other tensor as it is."""
+    """This rank's part of a DTensor, which may be empty; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Which dtype a matrix product runs in."""
+"""The dtype in which matrix products run."""
 
 from __future__ import annotations
 

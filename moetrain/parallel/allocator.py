@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees: the next step asks for it again."""
+"""The C library's allocator, set to keep the memory that a step frees, which the next step uses again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _LARGEST = 32 * 2**20  # bytes of the largest block that comes from the heap: gl
 
 
 def keep_freed_memory() -> bool:
-    """Whether it could be set (glibc only). On a CPU a step's fresh pages cost about a seventh of its time.
+    """Set the allocator; returns whether that was possible (glibc only).
 
-    What the process has once used stays with it until it ends.
+    On a CPU the fresh pages of a step cost about a seventh of its time. The process then keeps its largest
+    use of memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

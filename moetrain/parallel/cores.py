@@ -1,4 +1,4 @@
-"""How many cores this process may use, and how its threads wait for each other; it imports no torch.
+"""The cores that this process may use, and how its threads wait for each other. Imports no torch.
 
 OpenMP's threads spin while they wait. On cores of their own that is the fastest way; beside other busy
 processes a thread spins for a partner that is not running, and takes the core away from it.
@@ -18,7 +18,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores by affinity, or fewer where a container's CPU quota allows less; 1 at least."""
+    """The number of cores by affinity, or fewer if a container's CPU quota is lower; 1 at least."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -37,9 +37,9 @@ def threads_per_rank(local_ranks: int) -> int:
 
 
 def choose_waiting(local_ranks: int) -> None:
-    """Tell OpenMP how threads wait, unless the environment says so. torch reads it while it is imported.
+    """Set how OpenMP's threads wait, unless the environment does. Call it before torch is imported.
 
-    Asleep where others are using the cores, which is measured; else they spin for a millisecond first.
+    Threads sleep if other processes use the cores, which is measured; otherwise they first spin for 1 ms.
     """
     threads = threads_per_rank(local_ranks)
     if threads == 1 or any(name in os.environ for name in _POLICIES):
@@ -51,7 +51,7 @@ def choose_waiting(local_ranks: int) -> None:
 
 
 def busy_cores(seconds: float) -> float:
-    """How many of this process's cores others keep busy, on average while it sleeps ``seconds``; else 0."""
+    """The mean number of this process's cores that others use, measured for ``seconds``; 0 if unknown."""
     before = _busy_ticks()
     time.sleep(seconds if before is not None else 0)
     after = _busy_ticks()
@@ -74,7 +74,7 @@ def _busy_ticks() -> int | None:
 
 
 def cpu_quota(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that control groups allow, of either version; None where nothing limits it."""
+    """The number of cores that control groups (version 1 or 2) allow; None without a limit."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

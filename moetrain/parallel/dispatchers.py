@@ -18,9 +18,9 @@ from moetrain.parallel.options import ExpertDispatch
 def build_dispatcher(
     meshes: Meshes, exchange: Exchange, placement: Placement, device: torch.device, block: int | None
 ) -> Dispatcher:
-    """As ``meshes.cfg`` says, over the ranks of ``exchange``, which are an ep group.
+    """The dispatcher that ``meshes.cfg`` names, over the ranks of ``exchange``, which are an ep group.
 
-    All ranks make equally many rounds, since they gather sharded experts together.
+    All ranks of the run make equally many rounds, since they gather sharded experts together.
     """
     cfg, everyone = meshes.cfg, dist.group.WORLD
     if cfg.dispatcher is ExpertDispatch.all_gather:

@@ -28,7 +28,7 @@ _prefix = ""  # of this start's keys in the store
 
 
 def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
-    """Join the process group that torchrun's variables describe; nothing to do for one process.
+    """Join the process group that torchrun's variables describe; does nothing for one process.
 
     ``timeout`` (seconds) bounds the start and every collective. With ``device="cuda"`` the process takes
     the GPU of its local rank. Raises UserError where a variable is missing or not a number, or where the
@@ -68,9 +68,9 @@ def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
 
 
 def run_store(seconds: float, serve: bool = False) -> TCPStore:
-    """A client of the run's store whose requests take no longer; ``serve``: the store itself too.
+    """A client of the run's store, with a time-out of ``seconds`` a request. ``serve``: start the store too.
 
-    Raises DistError where it cannot be reached, UserError where MASTER_PORT is not a number.
+    Raises DistError if the store cannot be reached, UserError if MASTER_PORT is not a number.
     """
     host, port = os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0)
     limit = timedelta(seconds=seconds)
@@ -78,17 +78,17 @@ def run_store(seconds: float, serve: bool = False) -> TCPStore:
 
 
 def agent_serves() -> bool:
-    """Whether the run's store is in torchrun's process; else it is in rank 0's and ends with it."""
+    """Whether torchrun's process serves the run's store; if not, rank 0 does, and it ends with rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def start_prefix() -> str:
-    """What the keys of this start begin with, in the store that restarted ranks meet again."""
+    """The prefix of this start's keys in the run's store, which outlives a restart."""
     return _prefix
 
 
 def new_gloo_group(timeout: timedelta, ranks: list[int] | None = None) -> dist.ProcessGroup:
-    """A gloo group of ``ranks``, None for all; collective over all ranks, and watched."""
+    """A new gloo group of ``ranks`` (None: all). All ranks of the run must call it; the watchdog sees it."""
     with watched("a new process group", ""):
         group = dist.new_group(ranks, timeout=timeout, backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
@@ -130,8 +130,8 @@ def barrier() -> None:
 def all_reduce_sum_(*tensors: Tensor, name: str = "a sum", group: dist.ProcessGroup | None = None) -> None:
     """Sum every tensor over ``group`` (None: all ranks) in place, in one collective per dtype and device.
 
-    Shapes and dtypes must agree across ranks. All ranks end with the same bits. ``name`` says what is summed,
-    for the report when a rank does not come.
+    Shapes and dtypes must agree across ranks. All ranks get the same bits. ``name``: for the watchdog's
+    report, what is summed.
     """
     if not dist.is_initialized():
         return

@@ -1,6 +1,6 @@
-"""A rank ends when the launcher that started it is gone: else it would train on and write what nobody owns.
+"""The end of a rank whose launcher is gone: it would otherwise go on and write beside the next start.
 
-Imports no torch, so that a rank is watched from its first line on. A process that no launcher started, as one
+Imports no torch, so that a rank is watched from its first line on. A process without a launcher, such as one
 under nohup, outlives its shell.
 """
 
@@ -20,7 +20,7 @@ _watched = 0  # the process whose thread runs: a forked child has none
 
 
 def launcher() -> int | None:
-    """The process that started this one as a rank; None where the environment tells of no launcher.
+    """The id of the process that started this one as a rank; None if the environment names no launcher.
 
     Without torchrun's own variable, a process that ignores SIGHUP (nohup) is meant to outlive its parent.
     """
@@ -31,7 +31,7 @@ def launcher() -> int | None:
 
 
 def end_with_launcher() -> None:
-    """Start the thread that ends this process within seconds after its launcher; once a process."""
+    """Start a thread, once a process, that ends this process a few seconds after its launcher ends."""
     global _watched
     parent = launcher()
     if parent is None or _watched == os.getpid():

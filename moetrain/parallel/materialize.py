@@ -1,6 +1,6 @@
-"""Give a model that was laid out on the meta device its memory, and each rank its own blocks' initial values.
+"""Allocate a model that was laid out on the meta device, and draw each rank's part of its initial values.
 
-Each rank allocates its shards and no more; nobody sends weights to anybody.
+Each rank allocates its own shards only. No rank sends weights to another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moetrain.ops.init import init_block, initializer_of
 
 
 def allocate(model: nn.Module, device: str) -> None:
-    """Memory on ``device`` for what lies on the meta device, values undefined; the rest moves there."""
+    """Allocate meta tensors on ``device``, their values undefined, and move all others there."""
     attributes = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for name, parameter in model.named_parameters():
@@ -21,7 +21,7 @@ def allocate(model: nn.Module, device: str) -> None:
 
 
 def draw(model: nn.Module, seed: int) -> None:
-    """Initialise every parameter that has an initializer: a function of (seed, its name)."""
+    """Initialise every parameter that has an initializer; the values are a function of (seed, its name)."""
     for name, parameter in model.named_parameters():
         initializer = initializer_of(parameter)
         if initializer is not None:

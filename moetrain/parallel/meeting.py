@@ -1,7 +1,7 @@
-"""How the ranks of one start find each other in a store where an earlier start may have left its keys.
+"""The meeting of one start's ranks in a store in which an earlier start may have left keys.
 
 torchrun restarts ranks on the same store, and addresses of dead ranks are among the keys. Its count of
-restarts does not tell the starts apart: after a node has failed the counts of the nodes differ, and when one
+restarts does not identify a start: after a node has failed the counts of the nodes differ, and when one
 has joined no count changes.
 """
 
@@ -17,11 +17,11 @@ _NAMED = 8  # ranks that a message lists
 
 
 def meet(store: Store, rank: int, world: int, seconds: float) -> str:
-    """The prefix of this start's keys, the same on all its ranks; returns when all of them are there.
+    """The prefix of this start's keys, the same on all its ranks; returns when all ranks have joined.
 
-    Each process has a random token. Rank 0 makes a prefix for the tokens that it finds and tells it under
-    each of them, again when one has changed, until every rank has answered under that very prefix. Raises
-    TimeoutError that names the ranks which have not come within ``seconds``.
+    Each process has a random token. Rank 0 makes a prefix for the tokens that it finds and writes it under
+    each of them, again if one changes, until every rank has answered under that prefix. Raises
+    TimeoutError, which names the ranks that have not joined within ``seconds``.
     """
     token = secrets.token_hex(8)
     store.set(_here(rank), token)
@@ -36,7 +36,7 @@ def meet(store: Store, rank: int, world: int, seconds: float) -> str:
 
 
 class _Host:
-    """Rank 0's part."""
+    """The side of rank 0."""
 
     def __init__(self, store: Store, world: int) -> None:
         self._store, self._ranks = store, range(world)
@@ -59,7 +59,7 @@ class _Host:
 
 
 class _Guest:
-    """Any other rank's part."""
+    """The side of any other rank."""
 
     def __init__(self, store: Store, rank: int, token: str) -> None:
         self._store, self._rank, self._token = store, rank, token

@@ -1,4 +1,4 @@
-"""Device meshes: how the ranks are laid out. Dimensions are looked up by name, never by position.
+"""Device meshes: the layout of the ranks. Dimensions are looked up by name, never by index.
 
 Two meshes lie over the same ranks: ``dense`` [dp_replicate, dp_shard] carries every ordinary parameter,
 ``sparse`` [dp_replicate, efsdp, ep] the experts, with dp_shard = efsdp * ep: expert parallelism borrows
@@ -23,10 +23,10 @@ NODE, PLACE = "ep_node", "ep_place"
 
 @dataclass(frozen=True)
 class DataGroups:
-    """Ranks by what they do with data; None: all ranks, as long as every axis of a layout splits samples.
+    """The groups of ranks by their use of data; None: all ranks, if every axis of the layout splits samples.
 
-    batch  ranks with different samples: who reads what.
-    loss   ranks whose tokens add up: counts, losses, load, metrics, what routers couple.
+    batch  the ranks that read different samples.
+    loss   the ranks whose tokens are summed: counts, losses, load, metrics, and what routers couple.
     """
 
     batch: dist.ProcessGroup | None = None
@@ -52,21 +52,21 @@ class Meshes:
 
     @property
     def fsdp(self) -> DeviceMesh | None:
-        """What FSDP2 takes: 1-D to shard, 2-D to shard inside and replicate across (HSDP)."""
+        """The mesh for FSDP2: 1-D to shard, 2-D to shard inside and replicate across (HSDP)."""
         if self.dense is None:
             return None
         return self.dense if self.dp_replicate > 1 else self.dense[SHARD]
 
     @property
     def experts_fsdp(self) -> DeviceMesh | None:
-        """What FSDP2 takes for experts, which ep has spread already; None without ep."""
+        """The mesh for FSDP2 of experts, which ep has spread already; None without ep."""
         if self.sparse is None:
             return None
         return self.sparse[REPLICATE, EFSDP] if self.dp_replicate > 1 else self.sparse[EFSDP]
 
 
 def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> Meshes:
-    """Lay ``world`` ranks out as ``cfg`` says; an unset dp_shard fills the world.
+    """The meshes of ``world`` ranks by ``cfg``. A dp_shard that is not set takes all ranks that are left.
 
     Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
     ``world``, and where ep does not divide dp_shard.
@@ -96,7 +96,7 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
 
 
 def ranks_per_node(cfg: ParallelConfig) -> int:
-    """Consecutive ranks that share a machine."""
+    """The number of consecutive ranks that share a machine."""
     return local_world() if cfg.ranks_per_node is None else cfg.ranks_per_node
 
 

@@ -1,4 +1,4 @@
-"""bf16 over fp32 weights: FSDP2 gathers shards in bf16; one process gathers nothing, and rounds as it uses.
+"""bf16 over fp32 weights: FSDP2 gathers shards in bf16; one process rounds a block's weights as it runs.
 
 Either way a module sees every parameter but the routers' in the dtype of the products, gradients come back in
 it, and their sums over micro-batches and ranks are fp32.
@@ -16,16 +16,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def gathered_in(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """FSDP2's policy for modules whose products are in ``dtype``; None: in that of the parameters.
+    """The policy of FSDP2 for modules whose products run in ``dtype``; None: in that of the parameters.
 
-    Inputs are left alone: among them are routings, whose fp32 weights and scores a cast would round.
+    It casts no inputs: among them are Routings, whose fp32 weights and scores a cast would round.
     """
     reduce_dtype = None if dtype is None else torch.float32
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
 
 def rounded_to(dtype: torch.dtype, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward``, to which ``module``'s parameters, less those of routers, appear in ``dtype``."""
+    """``forward`` with ``module``'s parameters, except those of routers, seen in ``dtype``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _rounded(module, dtype):
@@ -35,13 +35,13 @@ def rounded_to(dtype: torch.dtype, module: nn.Module, forward: Callable[..., Any
 
 
 def round_for_inference(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the parameters of ``model``, less those of routers, to ``dtype`` for good."""
+    """Convert the parameters of ``model``, except those of routers, to ``dtype`` in place."""
     for owner, key, parameter in list(_but_routers(model)):
         owner._parameters[key] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
 
 
 def is_router(module: nn.Module) -> bool:
-    """Routers carry a mark: their parameters stay in fp32."""
+    """Whether ``module`` is marked as a router, whose parameters stay in fp32."""
     return getattr(module, "is_router", False) is True
 
 

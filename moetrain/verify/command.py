@@ -49,9 +49,9 @@ def verify(cfg: VerifyConfig) -> int:
         return 1
     console().print(_table(checks))
     broken = [check for check in checks if check.binding and not check.holds]
-    told = {check.scenario: check for check in sorted(broken, key=lambda check: -_TELLING.index(check.kind))}
+    worst = {check.scenario: check for check in sorted(broken, key=lambda check: -_TELLING.index(check.kind))}
     for scenario in dict.fromkeys(check.scenario for check in broken):
-        show(f"NOT equal to one process: {told[scenario].problem}")
+        show(f"NOT equal to one process: {worst[scenario].problem}")
     if broken:
         return 1
     if cfg.train.precision is Precision.bf16:
@@ -118,7 +118,7 @@ def _table(checks: list[Check]) -> Table:
     for scenario in dict.fromkeys(check.scenario for check in checks):
         own = [check for check in checks if check.scenario == scenario]
         broken = [check for check in own if not check.holds]
-        verdict = "ok" if not broken else "FAILED" if any(check.binding for check in broken) else "told"
+        verdict = "ok" if not broken else "FAILED" if any(check.binding for check in broken) else "reported"
         worst = max(own, key=lambda check: check.worst)
         compared = ", ".join(f"{check.number} {check.what}" for check in own)
         table.add_row(verdict, scenario, compared, f"{worst.worst:.0e}" if worst.worst else "0")

@@ -59,7 +59,7 @@ def compare(
 ) -> list[Check]:
     """Every quantity of every rank against ``reference``; ``bits`` must be equal, others to ``tolerance``.
 
-    ``loose``: scenarios whose weights and what follows from them are told but need not agree.
+    ``loose``: scenarios whose weights and what follows from them are reported but need not agree.
     """
     checks = []
     for scenario, quantities in reference.items():

@@ -43,7 +43,7 @@ def compare_rounded(model: ModelConfig, reference: Findings, ranks: Sequence[Fin
     """Losses, norms and the gradient of every module, by scenario.
 
     A token whose scores are nearer to each other than their rounding may go to another expert, which no bound
-    of roundings covers: a scenario in which ranks and process assigned differently is told, and not binding.
+    of roundings covers: where ranks and process assigned differently, the scenario is reported, not binding.
     """
     checks = []
     for scenario, expected in reference.items():

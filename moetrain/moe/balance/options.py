@@ -1,4 +1,4 @@
-"""A loss's or a controller's options: from what a config says, to the dataclass that stands beside it."""
+"""Options of losses and controllers: from a config's values to the dataclass of the loss or controller."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of what has none."""
+    """The options of a loss without options."""
 
 
 def read_options(cls: type[Opts], given: Mapping[str, object]) -> Opts:

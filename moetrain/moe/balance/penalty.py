@@ -1,4 +1,4 @@
-"""What a router charges for its own parameters (DynMoE's "diverse and simple" loss; Guo et al. 2024)."""
+"""The loss of a router's own parameters (DynMoE's "diverse and simple" loss; Guo et al. 2024)."""
 
 from __future__ import annotations
 

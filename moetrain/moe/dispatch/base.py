@@ -1,4 +1,4 @@
-"""The seam between a layer and whatever brings its tokens to experts and back.
+"""The interface of dispatchers, which bring a layer's tokens to experts and their results back.
 
 ``work = dispatcher.dispatch(x, assignment)``, ``out = experts(work)``, ``y = dispatcher.combine(out, work)``:
 the same for one process and for ranks. What a layer computes between dispatch and experts overlaps with rows
@@ -21,7 +21,7 @@ from moetrain.ops import Rows
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What some experts compute: ``rows`` names rows of ``source_XD``; each carries its routing weight."""
+    """The rows of a chunk of experts: ``rows`` indexes ``source_XD``; ``weights_R``: routing weights."""
 
     source_XD: Tensor
     rows: Rows
@@ -29,20 +29,20 @@ class ExpertRows:
 
 
 class Work(ABC):
-    """One dispatch: the rows of this rank's experts, in chunks of whole experts. A value, used once."""
+    """One dispatch: the rows of this rank's experts, in chunks of whole experts. It is used once."""
 
     @property
     @abstractmethod
     def sizes(self) -> list[int]:
-        """Experts of each chunk, in the order of this rank's experts."""
+        """The number of experts in each chunk, in the order of this rank's experts."""
 
     @abstractmethod
     def arrivals(self) -> Iterator[ExpertRows]:
-        """The rows of each chunk, as soon as they are on this rank."""
+        """Yield the rows of each chunk, in order; waits until they are on this rank."""
 
     @abstractmethod
     def done(self, out_RD: Tensor, chunk: int) -> Tensor:
-        """Take the result of a chunk; returns what :meth:`combine` wants of it."""
+        """Take the result [R, D] of a chunk, by its number; returns its part of :meth:`combine`'s input."""
 
     @abstractmethod
     def combine(self, done: Sequence[Tensor]) -> Tensor:
@@ -50,10 +50,10 @@ class Work(ABC):
 
 
 class Dispatcher(ABC):
-    """Brings tokens to the ranks of their experts. ``block``: rows that each expert's segment is rounded up
-    to; None: the device's default.
+    """Brings tokens to the ranks of their experts, and results back.
 
-    Raises ValueError for a ``block`` below 1.
+    ``block``: each expert's rows are padded to a multiple of it; None: the device's default. Raises
+    ValueError for a ``block`` below 1.
     """
 
     def __init__(self, block: int | None = None) -> None:
@@ -65,12 +65,12 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> Work:
-        """Send the rows of ``x_TD`` towards their experts."""
+        """Start to send the rows of ``x_TD`` to the experts of ``assignment``."""
 
     def combine(self, done: Sequence[Tensor], work: Work) -> Tensor:
-        """y [T, D] of what the experts made of ``work``."""
+        """y [T, D]. ``done``: what the experts returned for ``work``, a tensor a chunk."""
         return work.combine(done)
 
     @abstractmethod
     def agree(self, rounds: int) -> int:
-        """The most rounds of any rank that dispatches together with this one."""
+        """The largest number of rounds among the ranks that dispatch together with this one."""

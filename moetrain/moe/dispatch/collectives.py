@@ -1,4 +1,4 @@
-"""The collectives of dispatch, each told to an observer: a watchdog, or one that counts."""
+"""The collectives of dispatch, each reported to an observer such as the watchdog or a test's counter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moetrain.compat import all_gather_single, reduce_scatter_single
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of one layer, as this rank is about to make it.
+    """One collective of one layer, reported just before this rank starts it.
 
     layer     the layer's name in the model.
     name      what travels: ``counts``, ``rows``, ``weights``, ``results``, their gradients, ``rounds``.
@@ -46,18 +46,18 @@ def unobserved(collective: Collective) -> AbstractContextManager[object]:
 
 
 class OutOfStepError(RuntimeError):
-    """Ranks of one exchange are in different layers or passes: their rows do not belong together."""
+    """The ranks of one exchange are in different layers or passes, so their rows must not be combined."""
 
 
 @dataclass
 class Calls:
-    """Counts the dispatches that this rank makes, recomputed ones included. ``layers``: the layers' names."""
+    """Counts this rank's dispatches, recomputed ones included. ``layers``: the names of the MoE layers."""
 
     layers: Sequence[str] = ()
     made: int = 0
 
     def next(self, layer: str) -> int:
-        """A stamp that ranks in step agree on."""
+        """The stamp of the next dispatch: a number that ranks agree on if they are in the same dispatch."""
         self.made += 1
         place = self.layers.index(layer) + 1 if layer in self.layers else 0
         return self.made * (len(self.layers) + 1) + place
@@ -69,7 +69,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class PendingCollective:
-    """A collective that was started; ``given`` is what it reads from meanwhile."""
+    """A collective that was started. ``given`` is its input, kept until it has finished."""
 
     given: Tensor
     rows: Tensor
@@ -77,7 +77,7 @@ class PendingCollective:
     watched: AbstractContextManager[object]
 
     def wait(self) -> Tensor:
-        """The rows that arrived; once only."""
+        """Wait, and return the rows that arrived. Call it once."""
         with self.watched:
             self.work.wait()
         return self.rows
@@ -85,10 +85,10 @@ class PendingCollective:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The ranks of a layer's experts and the collectives among them; every one goes through here.
+    """The ranks of a layer's experts, and the collectives among them.
 
-    Those named ``start_`` return at once. All ranks must make the same ones in the same order. ``calls`` is
-    shared by all layers of a model; ``layer`` is one of its.
+    Methods named ``start_`` return at once. All ranks must call the same methods in the same order.
+    ``calls`` is shared by all layers of a model; ``layer`` is the name of this one.
     """
 
     group: dist.ProcessGroup
@@ -97,7 +97,7 @@ class Exchange:
     calls: Calls = field(default_factory=Calls)
 
     def over(self, group: dist.ProcessGroup) -> Exchange:
-        """The same layer's collectives over other ranks."""
+        """An exchange of the same layer over other ranks."""
         return replace(self, group=group)
 
     @property
@@ -107,7 +107,7 @@ class Exchange:
     def start_all_to_all(
         self, name: str, rows: Tensor, sent: Sequence[int] = (), received: Sequence[int] = ()
     ) -> PendingCollective:
-        """Rows [sum(received), ...] from all ranks, in rank order; without splits every rank gets one."""
+        """Rows [sum(received), ...] of all ranks, in rank order. Without splits each rank gets one row."""
         rows = rows.contiguous()
         watched = self._observed(name, "all_to_all", rows, sent, received)
         out = rows.new_empty(sum(received) if sent else rows.shape[0], *rows.shape[1:])
@@ -141,17 +141,17 @@ class Exchange:
         return PendingCollective(rows, out, work, watched)
 
     def largest(self, name: str, value: int, device: torch.device) -> int:
-        """The most of any rank; a host synchronisation."""
+        """The largest ``value`` of any rank. The host waits once."""
         most = torch.full((), value, device=device)
         with self._observed(name, "all_reduce", most):
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return int(self.read(name, most)[0])
 
     def counts(self, sent_Pf: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-        """What each rank has for us, of ``sent_Pf``'s shape, and (sent, received) on the host.
+        """Exchange ``sent_Pf``: (the received counts [P, f], the sent and the received ones on the host).
 
-        One host synchronisation. A stamp travels with the counts, by which ranks out of step are found before
-        their rows are mixed up. Raises OutOfStepError.
+        The host waits once. A stamp is sent along with the counts. Raises OutOfStepError if the stamps of
+        the ranks differ, before any rows are mixed up.
         """
         stamp = self.calls.next(self.layer)
         stamped_Pg = F.pad(sent_Pf, (0, 1), value=stamp)
@@ -191,14 +191,14 @@ class Exchange:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many rows go to and come from each rank of ``exchange``; results return in the same numbers."""
+    """The rows sent to and received from each rank of ``exchange``. Results return in the same numbers."""
 
     exchange: Exchange
     sent: list[int]
     received: list[int]
 
     def out(self, name: str, rows: Tensor) -> PendingCollective:
-        """``sum(sent)`` rows, by receiver; those that arrive are by sender."""
+        """Start to send ``sum(sent)`` rows, sorted by receiver. The rows that arrive are sorted by sender."""
         return self.exchange.start_all_to_all(name, rows, self.sent, self.received)
 
     def back(self, name: str, rows: Tensor) -> PendingCollective:

@@ -1,6 +1,6 @@
-"""Rows between the ranks of their tokens and of their experts: dispatch, combine, and both with gradients.
+"""Rows in flight between the ranks of tokens and of experts: dispatch and combine, with their gradients.
 
-Four autograd functions. What one of them starts in the forward pass another waits for, and likewise in the
+There are four autograd functions. One starts a collective and another waits for it, in the forward and in the
 backward pass, so that a rank computes while rows travel. The backward pass takes the last chunk first, on all
 ranks alike.
 
@@ -20,30 +20,30 @@ from moetrain.moe.dispatch.collectives import PendingCollective
 
 
 class Route(Protocol):
-    """Where the rows of one dispatch go, in ``chunks`` of experts; a value."""
+    """The way of one dispatch's rows to the experts and back, in ``chunks`` chunks of experts."""
 
     @property
     def chunks(self) -> int: ...
 
     def dispatch_start(self, name: str, x_TD: Tensor, chunk: int) -> PendingCollective:
-        """Send tokens' rows towards the experts of a chunk."""
+        """Start to send the tokens' rows to the experts of ``chunk``. ``name``: for the observer."""
         ...
 
     def dispatch_wait(self, name: str, pending: PendingCollective, chunk: int) -> Tensor:
-        """The rows [X, D] where the experts are."""
+        """Wait for the rows [X, D] that arrive for this rank's experts."""
         ...
 
     def combine_start(self, name: str, rows_XD: Tensor, chunk: int) -> PendingCollective:
-        """Send as many rows back towards their tokens."""
+        """Start to return the chunk's rows [X, D] to their tokens."""
         ...
 
     def combine_wait(self, pending: list[PendingCollective], with_scale: bool) -> Tensor:
-        """The sum [T, D] of each token's rows of all chunks; ``with_scale``: times their forward scale."""
+        """Wait for all chunks; each token's rows summed, [T, D]. ``with_scale``: times the forward scale."""
         ...
 
 
 class InFlight:
-    """The collectives that are under way on a route, by chunk.
+    """The collectives of a route that have started and not finished, by chunk.
 
     No dataclass: FSDP2 looks for tensors in a module's dataclasses, and puts copies in their place.
     """

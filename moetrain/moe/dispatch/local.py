@@ -1,4 +1,4 @@
-"""All experts on this process: the source is x itself, and nothing travels.
+"""The dispatcher of one process: it has all experts, the source is x itself, and no row is sent.
 
 Shapes: T tokens, D model, R computed rows, block-aligned by expert.
 """
@@ -38,7 +38,7 @@ class LocalWork(Work):
 
 
 class LocalDispatcher(Dispatcher):
-    """One host synchronisation a call: the counts, from which the rows follow, unless they are known."""
+    """The host waits once a call, for the experts' counts, unless the router has them on the host already."""
 
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> LocalWork:
         useful = assignment.counts_on_host()[: assignment.num_ffn_experts]

@@ -1,4 +1,4 @@
-"""Where each expert lives: the rank that holds it, and its slot among that rank's experts.
+"""The placement of experts: the rank that holds each, and its slot among that rank's experts.
 
 Shapes: E experts with a feed-forward network, P ranks, e experts (slots) a rank, N assignments.
 """
@@ -19,9 +19,9 @@ from moetrain.ops.transfer import to_device
 
 @dataclass(frozen=True)
 class Placement:
-    """``experts`` lists all experts rank by rank, slot by slot; each rank holds equally many.
+    """Which rank holds which expert. ``experts`` lists them rank by rank, slot by slot, equally many a rank.
 
-    Raises ValueError where the ranks do not divide the experts, or an expert is not there exactly once.
+    Raises ValueError if the ranks do not divide the experts, or if an expert is not listed exactly once.
     """
 
     ranks: int
@@ -29,7 +29,7 @@ class Placement:
 
     @staticmethod
     def contiguous(num_experts: int, ranks: int) -> Placement:
-        """Blocks of experts in rank order."""
+        """The placement of ``num_experts`` in blocks of consecutive experts, in rank order."""
         return Placement(ranks, tuple(range(num_experts)))
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def per_rank(self) -> int:
-        """Experts of one rank."""
+        """The number of experts on each rank."""
         return len(self.experts) // self.ranks
 
     def of_rank(self, rank: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which row an expert computes, and how computed rows return to their source.
+"""The plan of rows: which source rows each expert computes, and how results return to their source.
 
 Rows are named, not copied: the experts' operator gathers them itself.
 
@@ -22,7 +22,7 @@ _BLOCK_GPU = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """Computed rows, the routing weight of each (0 on padding), and what scales their forward value."""
+    """Computed rows, the routing weight of each (0 on padding), and the factor of its value forward."""
 
     rows: Rows
     weights_R: Tensor
@@ -38,7 +38,7 @@ def sum_by_source(out_RD: Tensor, plan: Plan) -> Tensor:
 
 
 def block_of(x: Tensor, block: int | None) -> int:
-    """Rows of a block: as asked, or the device's default."""
+    """The number of rows in a block: ``block``, or if that is None the default of ``x``'s device."""
     return block or _BLOCK.get(x.device.type, _BLOCK_GPU)
 
 

@@ -1,4 +1,4 @@
-"""What all dispatchers over ranks share: rows in flight, chunks of experts, and weights that travel along.
+"""The base of dispatchers over ranks: rows in flight, chunks of experts, weights that are sent along.
 
 Shapes: T tokens, D model, n assignments of this rank's tokens, X source rows, R computed rows, block-aligned.
 """
@@ -31,7 +31,7 @@ from moetrain.moe.dispatch.plan import Plan, sum_by_source
 
 @dataclass(frozen=True)
 class RemoteWork(Work):
-    """``plans`` are of the chunks' rows, which are in flight; ``tickets`` carry the autograd graph."""
+    """The rows of all chunks, in flight. ``plans``: a plan a chunk. ``tickets`` carry the autograd graph."""
 
     in_flight: InFlight
     tickets: tuple[Tensor, ...]
@@ -53,8 +53,10 @@ class RemoteWork(Work):
 
 
 class RemoteDispatcher(Dispatcher):
-    """``placement``: which rank holds which expert. ``company``: the ranks that must make equally many rounds
-    as this one, because they gather sharded experts together.
+    """A dispatcher to experts that ``placement`` spreads over ranks.
+
+    ``company``: the ranks that must make equally many rounds as this one, because they gather sharded
+    experts together.
     """
 
     def __init__(
@@ -65,9 +67,9 @@ class RemoteDispatcher(Dispatcher):
 
     @abstractmethod
     def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[Route, list[Plan]]:
-        """Agree with the other ranks on what goes where, by messages much smaller than rows.
+        """The route of the rows, and a plan for each chunk; exchanges messages much smaller than rows.
 
-        ``by_slot``: the assignment whose experts are the placement's slots.
+        ``by_slot``: the assignment with the placement's slots as its experts.
         """
 
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> RemoteWork:
@@ -79,18 +81,18 @@ class RemoteDispatcher(Dispatcher):
         return RemoteWork(in_flight, dispatch_start(x_TD, in_flight), plans)
 
     def agree(self, rounds: int) -> int:
-        """One small all-reduce and a host synchronisation, for layers with a bound on rows only."""
+        """As of Dispatcher: one small all-reduce and one wait. Only layers with a bound on rows call it."""
         return self.company.largest("rounds", rounds, self.device)
 
 
 def pack(numbers_n: Tensor, values: list[Tensor]) -> Tensor:
-    """int32 [n, w]: of each assignment a row's number and fp32 or fp64 values, for one message."""
+    """One message, int32 [n, w]: of each assignment its number and its values, which are fp32 or fp64."""
     bits_nW = torch.stack([value.detach() for value in values], 1).view(torch.int32)
     return torch.cat([numbers_n.to(torch.int32)[:, None], bits_nW], 1)
 
 
 def unpack(packed_nW: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """What :func:`pack` was given: the numbers as int64, and values of ``dtype``."""
+    """The inverse of :func:`pack`: the numbers as int64, and the values in ``dtype``."""
     bits_nW = packed_nW[:, 1:].clone(memory_format=torch.contiguous_format)  # aligned as dtype wants it
     return packed_nW[:, 0].long(), list(bits_nW.view(dtype).unbind(1))
 
@@ -100,7 +102,7 @@ def with_gradient_to(
 ) -> Tensor:
     """``received_X``, the received copies of ``weights_n``, with an autograd edge back to the weights.
 
-    ``hops``: the exchanges that brought them, each with the permutation applied before it (None: none was).
+    ``hops``: the exchanges that sent them, each with the permutation that was applied before it, or None.
     The backward pass sends gradients along the hops in reverse.
     """
     weights: Tensor = _Received.apply(weights_n, received_X, hops)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A bound on rows: an assignment with more than that is dispatched in rounds of whole tokens.
+"""Rounds: an assignment with more rows than a bound is split by tokens, and dispatched part by part.
 
 Each round dispatches, computes and combines by itself and keeps only its input for backward, which computes
 it again. So memory is bounded whatever the router does, and nothing is dropped.
@@ -23,9 +23,9 @@ from moetrain.ops.transfer import to_device
 
 
 def round_starts(assignment: Assignment, num_tokens: int, max_rows: float) -> list[int]:
-    """The first token of each round, from 0: as many tokens as have ``max_rows`` assignments, at least one.
+    """The first token of each round, from 0. A round has at most ``max_rows`` assignments, or one token.
 
-    No more than ``max_rows`` in all are one round, without a look at them; else one host synchronisation.
+    At most ``max_rows`` assignments in all are one round, without a wait; otherwise the host waits once.
     """
     starts = [0]
     if assignment.token_ids_N.shape[0] <= max_rows:
@@ -40,10 +40,10 @@ def round_starts(assignment: Assignment, num_tokens: int, max_rows: float) -> li
 def in_rounds(
     x_TD: Tensor, assignment: Assignment, starts: list[int], compute: Callable[[Tensor, Assignment], Tensor]
 ) -> Tensor:
-    """y [T, D]: ``compute(x_tD, assignment of these tokens)`` of each round, put together.
+    """y [T, D]: the results of ``compute(x_tD, assignment of these tokens)`` of all rounds, concatenated.
 
-    ``starts`` as of :func:`round_starts`. A start at T is a round without tokens: a rank with fewer rounds
-    than another makes it, because all of them take part in each round's collectives.
+    ``starts`` as of :func:`round_starts`. A start at T is a round without tokens, for a rank with fewer
+    rounds than another: all ranks take part in each round's collectives.
     """
     parts = []
     for tokens, part in split(assignment, x_TD.shape[0], starts):

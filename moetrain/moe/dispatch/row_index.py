@@ -1,4 +1,4 @@
-"""Rows that are taken from source rows, and their way back.
+"""An index of rows taken from source rows, and of their sums back at the source.
 
 Shapes: X source rows, D model, u rows taken (a source row any number of times).
 """

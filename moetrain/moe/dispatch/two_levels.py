@@ -1,4 +1,4 @@
-"""The ways of rows over two levels: between nodes, then inside one.
+"""Routes over two levels: between nodes, then inside a node.
 
 Shapes: T tokens, D model; rows of an assignment each (n at home, m in its node, x at its expert) and distinct
 rows (u leave home, v leave the rank that they reached in the node, X arrive).
@@ -16,7 +16,7 @@ from moetrain.moe.dispatch.row_index import RowIndex, inverse, scaled
 
 @dataclass(frozen=True)
 class Level:
-    """Distinct rows out over ``rows``; one row an assignment over ``each``, whose order is ``order_n``."""
+    """One level: ``rows`` sends distinct rows, ``each`` one row an assignment, in the order ``order_n``."""
 
     rows: SplitSizes
     each: SplitSizes
@@ -26,7 +26,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Summed:
-    """A node's rows of a token are summed on their ranks, then in the node, then at home."""
+    """The route that sums a token's rows on each rank, then in each node, then on the token's rank."""
 
     nodes: Level
     node: Level
@@ -48,7 +48,7 @@ class Summed:
 
 @dataclass(frozen=True)
 class Unsummed:
-    """One row an assignment comes back, and all sums are made at home, in expert order."""
+    """The route that returns one row an assignment; the token's rank sums them in expert order."""
 
     nodes: Level
     node: Level

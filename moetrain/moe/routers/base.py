@@ -1,4 +1,4 @@
-"""The router seam: a base class, a registry, and the one way to build a router.
+"""The interface of routers: the base class, the registry, and :func:`build_router`.
 
 Shapes: T tokens, D model, E experts.
 """
@@ -25,10 +25,10 @@ from moetrain.ops.linear import wide_linear
 
 
 class Router(nn.Module):
-    """Maps tokens to a Routing. Subclasses write ``route``; capacity and repair are applied to what it gives.
+    """Maps tokens to a Routing. A subclass defines ``route``; capacity and repair are applied to its result.
 
-    What a router is, it says itself: the attributes below are all that trainer, config and reports ask.
-    ``moetrain router check`` compares them with what its Routings hold.
+    The attributes below describe the router to the trainer, the rules of the config and reports, which ask
+    nothing else. ``moetrain router check`` compares them with the router's Routings.
 
     ``bias_E`` is added to the scores for selection only (Wang et al. 2024, "Auxiliary-loss-free load
     balancing"); a controller moves it, autograd never does. It stays fp32 through every cast.
@@ -61,10 +61,10 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def after_step(self, stats: Tensor) -> None:
-        """Follow the finished step: ``stats`` is the sum of its Routings' over ranks and micro-batches.
+        """Update the router's state after an optimizer step.
 
-        Called once per optimizer step, on every rank with the same figures, if the Routings carry any. The
-        only place where a router may change its state.
+        ``stats``: the sum of the Routings' ``stats`` over ranks and micro-batches, the same on every rank.
+        Called once a step, if the Routings have any. A router may change its state nowhere else.
         """
 
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
@@ -150,9 +150,9 @@ class LinearRouter(Router):
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """What the registry knows of a router.
+    """The specification of a registered router.
 
-    ``paper`` names its source, ``returns`` says in a few words what it assigns.
+    ``paper`` names its source; ``returns`` describes its assignment in a few words.
     """
 
     name: str
@@ -207,7 +207,7 @@ def build_router(
 
 
 def full_options(options: RouterConfig) -> RouterConfig:
-    """The router's own options, also where only what all routers share was given."""
+    """The router's own options; if ``options`` has the common fields only, the others take their defaults."""
     if type(options) is not RouterConfig:
         return options
     return ROUTERS[options.name].options(**{f.name: getattr(options, f.name) for f in fields(options)})

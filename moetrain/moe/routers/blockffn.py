@@ -32,7 +32,7 @@ class BlockFFNOptions(RouterConfig):
 class BlockFFNRouter(LinearRouter):
     """ReLU decides who is active, RMSNorm with a learnt scale how much; scores are before the norm.
 
-    NaN is active, so that the step's loss tells of it.
+    A NaN counts as active, so that the loss of the step shows it.
     """
 
     target_k = 1  # where ReMoE's loss and controller stand in for its own

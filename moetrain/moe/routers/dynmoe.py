@@ -90,7 +90,7 @@ class DynMoERouter(Router):
         scores_TE = logits_TE.sigmoid() * self.awake_E
         thresholds_E = (self._tau(scores_TE.dtype) * self.threshold_E.to(scores_TE.dtype)).sigmoid()
         over_TE = scores_TE - thresholds_E
-        # a score of 0, asleep, is over no threshold; NaN is, so that the step's loss tells of it
+        # a score of 0, asleep, is over no threshold; NaN is, so that the step's loss shows it
         active_TE = ~(over_TE.detach() <= 0)
         missed_T = ~active_TE.any(-1)
         if not self.training:
@@ -125,10 +125,11 @@ class DynMoERouter(Router):
 
     @torch.no_grad()
     def after_step(self, stats: Tensor) -> None:
-        """Count; every ``interval`` steps put unused experts to sleep and wake one where tokens were missed.
+        """Add up the statistics. Every ``interval`` steps unused experts are put to sleep, and one may wake.
 
-        Its direction is the missed tokens' sum, its threshold 0, its network as it lies there. At least one
-        expert stays awake. All ranks have the same figures and so decide the same.
+        One wakes if tokens took no expert: its direction becomes the sum of these tokens, its threshold 0,
+        and its network stays as it is. At least one expert stays awake. All ranks get the same statistics, so
+        they decide alike.
         """
         stats = stats.to(self.missed_D.device)
         self.taken_E += stats[: self.num_experts].long()

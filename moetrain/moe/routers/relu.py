@@ -33,7 +33,7 @@ class ReLUOptions(RouterConfig):
 
 @register("relu", ReLUOptions, "Wang et al. 2024, arXiv:2412.14711", "any number of experts a token")
 class ReLURouter(LinearRouter):
-    """Weights are relu(W x), not normalised. NaN is active, so that the step's loss tells of it."""
+    """Weights are relu(W x), not normalised. A NaN counts as active, so that the step's loss shows it."""
 
     target_k: int
 

@@ -1,4 +1,4 @@
-"""What a backend is asked for, and what it answers: both are made once a forward pass, for all layers.
+"""The request to an attention backend and its plan; both are made once a forward pass, for all layers.
 
 Shapes: B batch, S queries, N documents.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention, without its values.
+    """The description of one call of attention, without its values.
 
     ``seen`` None: plainly causal, or one query that sees all keys. ``batch`` rows of ``seq`` queries;
     ``heads``: of queries, of keys; each ``width`` wide. ``dtype`` is what the products run in.
@@ -48,7 +48,7 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the layers of one forward pass attend: a key of ``BACKENDS`` and what that backend needs."""
+    """The plan of one forward pass: a key of ``BACKENDS``, and what that backend has prepared."""
 
     backend: str
     seen: SeenKeys | None

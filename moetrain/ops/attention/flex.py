@@ -1,4 +1,4 @@
-"""torch's FlexAttention: a kernel that skips the blocks of a table, and asks a function in the others.
+"""torch's FlexAttention: a kernel that skips blocks by a table, and evaluates a mask function in others.
 
 The table is made of the least and largest document id of each block of 128 tokens, the window and the
 order: (S / 128)^2 numbers, without a look at the ids by the host and without a mask of all pairs, which

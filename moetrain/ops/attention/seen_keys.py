@@ -1,4 +1,4 @@
-"""Which keys each query sees, told by the few numbers that decide it instead of a mask of all pairs.
+"""The keys that each query sees, described by a few numbers instead of a mask of all pairs.
 
 Shapes: B batch (1 where all rows share it), S queries, K keys; the queries are the last S of the K positions.
 n queries and m keys of a block.
@@ -18,7 +18,7 @@ Bounds = tuple[int, int, int]  # of a block: first query, end of the queries, fi
 
 @dataclass(frozen=True)
 class SeenKeys:
-    """No key after the query, none outside its window, none of another document.
+    """A query sees no key after it, none outside its window, and none of another document.
 
     ``window`` counts the query's own token. ``doc_ids_BS`` [B, S]: tokens of one id are one document,
     wherever they lie; documents and cached keys do not go together. ``documents``: no row holds more of
@@ -75,7 +75,7 @@ class SeenKeys:
         return of
 
     def bias(self, start: int, end: int, low: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """That of one block, in memory of its own."""
+        """The bias of one block, in memory of its own."""
         return self.biases([(start, end, low)], dtype, device)(start, end, low)
 
     def _lowest(self, start: int, end: int) -> int:

@@ -1,4 +1,4 @@
-"""Whether a backend computes what the formula says, on this device: tried once a process.
+"""The self-test of an attention backend on this device, once a process, against the formula.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width.
 """
@@ -24,7 +24,7 @@ _COARSEST = 2**-10  # an accelerator may take products of fp32 in ten bits
 
 
 def written_out(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys | None) -> Tensor:
-    """[B, S, Q, H] by the formula, with the scores of all pairs."""
+    """Attention [B, S, Q, H] by the formula, with the scores of all pairs."""
     seq, repeats = q_BQSH.shape[2], q_BQSH.shape[1] // k_BGKH.shape[1]
     k_BQKH, v_BQKH = k_BGKH.repeat_interleave(repeats, 1), v_BGKH.repeat_interleave(repeats, 1)
     bias = (seen or SeenKeys(seq)).bias(0, seq, 0, q_BQSH.dtype, q_BQSH.device)
@@ -34,7 +34,7 @@ def written_out(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys |
 
 
 def failure(attend: Attend, case: Case) -> str | None:
-    """None where output and gradients are right up to rounding; else what was wrong.
+    """What is wrong with a backend's output or gradients, as a phrase; None if they are right up to rounding.
 
     It runs in a thread of its own, free of the caller's autocast, inference mode, tracing and counting.
     """

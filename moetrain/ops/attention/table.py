@@ -19,16 +19,16 @@ AUTO = "auto"
 
 
 class Backend(Protocol):
-    """A module of this package."""
+    """The interface of a backend, which is a module of this package."""
 
     def refusal(self, case: Case) -> str | None:
-        """Why it cannot compute ``case``; None where it can."""
+        """The reason why it cannot compute ``case``; None if it can."""
 
     def worthwhile(self, case: Case) -> bool:
         """Whether ``auto`` should take it for ``case``."""
 
     def prepare(self, case: Case) -> Plan:
-        """What it needs to know of ``case``, made once for all layers. Waits for no device."""
+        """The plan for ``case``, made once for all layers. Does not wait for the device."""
 
     def attend(self, q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
         """:func:`attend`, differentiable in all three."""
@@ -62,7 +62,7 @@ def plan_attention(backend: str, case: Case) -> Plan:
 
 
 def refusal(backend: str, case: Case, tested: bool = True) -> str | None:
-    """Why ``backend`` cannot compute ``case``; ``tested``: or what its self-test on this device says of it.
+    """The reason why ``backend`` cannot compute ``case``, or None. ``tested``: its self-test counts too.
 
     Raises ValueError for an unknown backend.
     """

@@ -1,1 +1,1 @@
-"""What is faster on a CPU: products through oneDNN, experts one by one."""
+"""Faster paths on a CPU: products by oneDNN, experts one at a time."""

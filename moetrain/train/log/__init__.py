@@ -1,1 +1,1 @@
-"""What a run says: metrics, progress, trackers."""
+"""The output of a run: metrics, progress, trackers."""

@@ -1,4 +1,4 @@
-"""Rows of JSON, one a line, in files that grow by one row a step and that a crash may have torn.
+"""JSON-lines files that grow by one row a step, and whose last line a crash may have cut.
 
 Files are read line by line and never held whole. What is no row (see :func:`row_in`) is set aside when a run
 goes on, passed over by readers that only look, and an error for those that need every row.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Line:
-    """A line without its end. ``row`` is None where it holds none; ``ended`` says whether it had an end."""
+    """A line without its line end. ``row``: None if it holds none. ``ended``: whether it had a line end."""
 
     number: int
     start: int  # its first byte's place in the file
@@ -39,10 +39,10 @@ class Line:
 
 
 class JsonlFile:
-    """Rows of JSON, one a line, each on disk (in the system's hands) when :meth:`append` returns.
+    """A file of JSON rows, one a line. :meth:`append` returns after the row is passed to the system.
 
-    ``write=False`` makes every method do nothing. The first row appended to an existing file first mends a
-    last line that a killed process left unfinished.
+    ``write=False``: every method does nothing. The first append to an existing file completes a last line
+    that a killed process left unfinished.
     """
 
     def __init__(self, path: Path, write: bool = True) -> None:

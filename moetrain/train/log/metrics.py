@@ -1,4 +1,4 @@
-"""What a step is measured by: routing statistics, and the rows of ``metrics.jsonl``.
+"""The metrics of a step: routing statistics, and the rows of ``metrics.jsonl``.
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
@@ -180,7 +180,7 @@ def step_row(
 ) -> dict[str, float]:
     """A row of ``metrics.jsonl`` for one optimizer step.
 
-    ``aux``: loss name -> one value per MoE layer. ``control``: what the balance controllers tell.
+    ``aux``: loss name -> one value per MoE layer. ``control``: figures of the balance controllers.
     """
     row: dict[str, float] = {
         "step": step,

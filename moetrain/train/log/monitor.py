@@ -1,4 +1,4 @@
-"""What watches over a run: its speed, and whether a step's loss is sound."""
+"""Monitors of a run: its throughput, and whether a step's loss is finite and no spike."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For evaluation, checkpoints and sampling. May be nested."""
+        """A context whose time does not count: evaluation, checkpoints, sampling. May be nested."""
         before, self._depth = self._clock(), self._depth + 1
         try:
             yield
@@ -53,7 +53,7 @@ class ThroughputMeter:
 
 
 class LossMonitor:
-    """Tells a broken step by its loss and gradient norm (values that all ranks share).
+    """Finds a broken step by its loss and gradient norm, which are the same on all ranks.
 
     The running mean is exponential with ``decay``, bias-corrected, over the losses that passed.
     ``spike_factor`` None: only non-finite values are reported.
@@ -71,7 +71,7 @@ class LossMonitor:
         return self._sum / (1 - self.decay**self._count) if self._count else math.nan
 
     def check(self, loss: float, grad_norm: float | None = None) -> str | None:
-        """What is wrong with this step, as a phrase for a message; None for a sound one, which is counted."""
+        """What is wrong with the step, as a phrase; None if nothing is, and then the loss enters the mean."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if grad_norm is not None and not math.isfinite(grad_norm):

@@ -1,4 +1,4 @@
-"""What the terminal shows during training: a bar on a terminal, short plain lines anywhere else."""
+"""The display of training: a bar on a terminal, short plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Silent: what every rank but the first uses, and the base of the two that print.
+    """The silent display, for every rank but the first; also the base class of the two that print.
 
     A context manager. ``step`` takes each optimizer step's row of ``metrics.jsonl``, ``evaluation`` each
     evaluation's; ``say`` prints one line. ``total`` is ``train.steps``, ``done`` the steps already trained.

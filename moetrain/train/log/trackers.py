@@ -1,6 +1,6 @@
-"""Where metrics go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, or nowhere.
+"""Trackers, which receive metrics besides ``metrics.jsonl``: TensorBoard, Weights & Biases, or none.
 
-A tracker lives on rank 0 only. One that fails during training warns once and falls silent; the run goes on.
+A tracker exists on rank 0 only. If it fails during training it warns once and stops; the run goes on.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _FINISH_SECONDS = 120.0  # how long the end of a run may wait for an upload
 
 
 class Tracker(Protocol):
-    """``step`` of :meth:`start` is the last finished step of a resumed run, 0 for a fresh one.
+    """The interface of a tracker.
 
-    ``config`` is the composed config as plain values. ``finish(ok=False)`` marks the run as failed.
+    ``step`` of :meth:`start` is the last finished step of a resumed run, 0 for a fresh one. ``config``:
+    the composed config as plain values. ``finish(ok=False)`` marks the run as failed.
     """
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None: ...
@@ -43,7 +44,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """``tracker=jsonl``, and every rank but the first."""
+    """The tracker that does nothing: of ``tracker=jsonl``, and of every rank but the first."""
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         pass
@@ -170,7 +171,7 @@ class WandbRun:
 
 
 class _Guarded:
-    """A tracker that may fail after its start: the first error is a warning, the rest is silence."""
+    """Wraps a tracker: its first error after the start is logged as a warning, and it is not called again."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Which rows a Weights & Biases run has already, so that a resumed run writes none of them twice.
+"""The rows that a Weights & Biases run has already, so that a resumed run writes none of them twice.
 
 Offline a row that is written stays, and online it cannot be taken back without losing what follows. What
 training does again after a resume or a rollback is equal, bit for bit, to what was logged; with another
@@ -46,7 +46,7 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Logged:
-    """The last step whose row of training (``train``) or evaluation (``val``) the run ``id`` has."""
+    """The last steps of which the run ``id`` has the row of training (``train``) and evaluation (``val``)."""
 
     id: str = Field(max_length=64)
     config: str = Field(max_length=64)
@@ -55,7 +55,7 @@ class Logged:
 
 
 class LoggedRows:
-    """Reads and keeps ``<run>/wandb_logged.json``; ``now`` is what the run ``run_id`` has."""
+    """Reads and writes ``<run>/wandb_logged.json``. ``now``: the rows that the run ``run_id`` has."""
 
     def __init__(self, run_dir: Path, run_id: str, config: Mapping[str, Any]) -> None:
         self._path = run_dir / LOGGED_FILE
@@ -64,11 +64,11 @@ class LoggedRows:
         self.now = self._read(run_id) or Logged(run_id, self._config)
 
     def diverge(self, step: int) -> bool:
-        """Whether steps after ``step`` are there that will come again with other values."""
+        """Whether the run has rows after ``step`` that will be computed again with other values."""
         return self.now.train > step and self.now.config != self._config
 
     def begin(self, run_id: str) -> None:
-        """From here on rows go to the run ``run_id``: the one that was read, or a new one."""
+        """Set the run that gets all further rows: the one that was read, or a new one."""
         same = self.now.id == run_id
         self.now = (
             dataclasses.replace(self.now, config=self._config) if same else Logged(run_id, self._config)
