@@ -17,7 +17,6 @@ from moetrain.config.schema import (
 )
 from moetrain.errors import UserError
 
-_ENGINES = ("native",)
 _TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # module -> extra of the same project
 _WEEK = 7 * 86400.0
 _COMPILERS = ("g++", "clang++", "c++")
@@ -166,8 +165,10 @@ def attention_fits_device(cfg: TrainConfig, world: int) -> None:
 
 
 def engine_is_known(cfg: TrainConfig, world: int) -> None:
-    if cfg.engine.name not in _ENGINES:
-        raise UserError(f"engine.name={cfg.engine.name} is not known; known: {', '.join(_ENGINES)}")
+    from moetrain.train.engine import ENGINES
+
+    if cfg.engine.name not in ENGINES:
+        raise UserError(f"engine.name={cfg.engine.name} is not known; known: {', '.join(sorted(ENGINES))}")
 
 
 def tracker_is_installed(cfg: TrainConfig, world: int) -> None:
