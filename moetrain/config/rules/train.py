@@ -152,7 +152,7 @@ def compiler_is_right(cfg: TrainConfig, world: int) -> None:
 
 def attention_fits_device(cfg: TrainConfig, world: int) -> None:
     """What the device has not, without a test on it."""
-    if cfg.model.attention is AttentionBackend.auto:
+    if cfg.model.attention_backend is AttentionBackend.auto:
         return
     import torch
 
