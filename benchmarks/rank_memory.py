@@ -38,7 +38,9 @@ from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.ops.cpu.product import product
 from moetrain.parallel.materialize import allocate
-from moetrain.train.assemble import Assembled, lay_out, with_step
+from moetrain.train.assemble import Assembled, build_task, with_step
+from moetrain.train.engine import NativeEngine, lay_out
+from moetrain.train.optim.build import build_optimizer
 from moetrain.train.options import Precision, TrainConfig
 
 GATHERED = "Unsharded Param"  # FSDPMemTracker's names
@@ -74,10 +76,12 @@ def build(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> Assemble
     """
     if cfg.model.vocab_size is None:
         raise UserError("model.vocab_size=null is the tokenizer's, and there is none here: set a number")
-    task, counts, data = lay_out(cfg, cfg.model.vocab_size, "cpu", world)
+    task, counts = build_task(cfg, cfg.model.vocab_size, "cpu")
+    data = lay_out(task, cfg, "cpu", world)
     with fake or nullcontext():
         allocate(task, "cpu")
-        made = with_step(cfg, task, counts, data, partial(Rehearsal, world=world))
+        engine = NativeEngine(task, build_optimizer(task, cfg.optim), data)
+        made = with_step(cfg, engine, counts, partial(Rehearsal, world=world))
     for (layer,) in task.model.moe_layers().values():
         deal_in_turn(layer)
         if fake is not None:
@@ -88,7 +92,8 @@ def build(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> Assemble
 def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[str, Any]:
     """Bytes of this rank's first step, by kind. ``fake`` None: real tensors, over the real process group."""
     made = build(cfg, world, fake)
-    task, optimizer = made.task, made.optimizer
+    assert isinstance(made.engine, NativeEngine)
+    task, optimizer = made.task, made.engine.optimizer
     after_forward: list[dict[str, int]] = []
     with fake or nullcontext():
         batch = micro_batch(cfg, world)

@@ -25,7 +25,6 @@ from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.ops.local_part import local_part
-from moetrain.parallel.clip import clip_
 from moetrain.train.step import TrainStep
 
 Counts = list[list[int]]
@@ -152,7 +151,7 @@ class Rehearsal(TrainStep):
 
     def _finish(self, *args: Any) -> None:  # type: ignore[override]
         if self.clip_norm is not None:
-            clip_(self.task.parameters(), self.clip_norm)
+            self.engine.clip(self.clip_norm)
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -24,6 +24,7 @@ from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.hydra.compose import compose_train, to_yaml
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
+from moetrain.train.engine import NativeEngine
 from moetrain.train.options import TrainConfig
 from moetrain.train.run_files import CONFIG, TOKENIZER
 from moetrain.train.start import start
@@ -52,8 +53,10 @@ def begin(rank: int, world: int, cfg: TrainConfig, checkpoint: Path | None) -> d
     folder = Path(cfg.run.dir or ".") / "checkpoints"
     built = start(cfg, "cpu", Checkpointer(folder), checkpoint)
     peak = peak_memory()
-    optimizer = built.state.optimizer.state.values()
-    held = [*built.state.task.parameters(), *(v for state in optimizer for v in state.values())]
+    engine = built.state.engine
+    assert isinstance(engine, NativeEngine)
+    optimizer = engine.optimizer.state.values()
+    held = [*engine.task.parameters(), *(v for state in optimizer for v in state.values())]
     shards = sum(local_part(tensor).nbytes for tensor in held if isinstance(tensor, Tensor))
     built.state.loader.close()
     return {"shards": shards, "peak": peak}

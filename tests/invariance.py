@@ -22,6 +22,7 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import Meshes
+from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import build_optimizer
 from moetrain.train.optim.options import AdamWConfig
@@ -95,7 +96,7 @@ def gradients(
     loads = torch.arange((MODEL.num_layers - 1) * E).view(-1, E) % 5
     running.update(dict(zip(running.shares, loads, strict=True)))
     controllers = [running] if any(term.scope == "running" for term in losses) else []
-    step = TrainStep(task, recorder, losses, controllers, LossMonitor(), clip_norm=None, seed=2)
+    step = TrainStep(NativeEngine(task, recorder), losses, controllers, LossMonitor(), clip_norm=None, seed=2)
     for _ in range(repeat):
         result = step.run(3, cut(whole or batch(), micro, rank, world))
     names = [name for name, _ in task.named_parameters()]
@@ -110,7 +111,9 @@ def weights_after_three_steps(
     """Three AdamW steps on three batches, every one of them clipped."""
     task = build(recompute, meshes or Meshes(), router)
     optimizer = build_optimizer(task, AdamWConfig(lr=0.01))
-    step = TrainStep(task, optimizer, terms("switch", "global_batch"), [], LossMonitor(), 0.5, seed=2)
+    step = TrainStep(
+        NativeEngine(task, optimizer), terms("switch", "global_batch"), [], LossMonitor(), 0.5, seed=2
+    )
     results = [step.run(number, cut(batch(number), micro, rank, world)) for number in range(3)]
     assert all(result.grad_norm > 1 and result.problem is None for result in results)
     weights = {name: whole_tensor(parameter).clone() for name, parameter in task.named_parameters()}

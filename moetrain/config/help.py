@@ -109,12 +109,14 @@ def app_help(command: str, config_dir: str | None = None) -> str:
 
 def registered() -> dict[str, list[str]]:
     """Key -> the names that it may hold, of plugins too."""
+    from moetrain.models.attention import ATTENTIONS
     from moetrain.models.feed_forward import FEED_FORWARDS
     from moetrain.moe.balance import CONTROLLERS, LOSSES
 
     return {
         "balance.losses": sorted(LOSSES),
         "balance.controllers": sorted(CONTROLLERS),
+        "model.attention": sorted(ATTENTIONS),
         "model.feed_forward": sorted(FEED_FORWARDS),
     }
 

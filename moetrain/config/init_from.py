@@ -92,7 +92,7 @@ def spec_overrides(spec: ModelSpec) -> list[str]:
     """Hydra overrides under which a config describes just ``spec``."""
     router = [f"router={spec.router.name}", *_values("router", spec.router, without=("name",))]
     return [
-        *_values("model", spec.model, without=("attention",)),
+        *_values("model", spec.model, without=("attention_backend",)),
         *(router if spec.model.num_experts else []),
         f"experts.kind={spec.experts.kind.name}",
         f"experts.activation={spec.experts.activation.name}",

@@ -48,7 +48,7 @@ RULES = (
     Rule(("model.vocab_size",), Change.free, "null is the tokenizer's; the embedding's shape is compared"),
     Rule(
         (
-            *("model.attention", "experts.backend", "experts.block", "experts.max_rows_per_rank"),
+            *("model.attention_backend", "experts.backend", "experts.block", "experts.max_rows_per_rank"),
             *("train.recompute", "train.compile"),
         ),
         Change.free,

@@ -19,6 +19,7 @@ from moetrain.data import Tokenizer
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.data.tokenizer_bytes import bytes_as_json
 from moetrain.errors import UserError
+from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
 from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece
@@ -45,6 +46,10 @@ def export(cfg: ExportConfig) -> int:
     if (layers := model.spec.model.feed_forward) != "moe":
         raise UserError(
             f"{cfg.checkpoint}: model.feed_forward={layers} is a plug-in's: no family has such layers"
+        )
+    if (attention := model.spec.model.attention) != OWN_ATTENTION:
+        raise UserError(
+            f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"
         )
     family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)

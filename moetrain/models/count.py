@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.models.attention import head_shape
 from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer
@@ -123,13 +122,14 @@ def flops_breakdown(
     vocab_size = cfg.vocab_size if vocab_size is None else vocab_size
     if vocab_size is None:
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
-    counts = count_parameters(abstract_decoder(cfg, router, experts, vocab_size))
-    num_heads, _, head_dim = head_shape(cfg)
+    model = abstract_decoder(cfg, router, experts, vocab_size)
+    counts = count_parameters(model)
+    scored = sum(heads.num_heads * heads.head_dim for heads in (a.heads for a in model.attentions()))
     window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
     seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
     return Flops(
         projections=2 * counts.attention,
-        scores=cfg.num_layers * 2 * 2 * num_heads * head_dim * seen / seq_len,
+        scores=2 * 2 * scored * seen / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * counts.experts_active,

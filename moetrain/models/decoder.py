@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.errors import UserError
-from moetrain.models.attention import Attention, plan_of
+from moetrain.models.attention import AttentionLayer, build_attention, plan_of
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
@@ -50,7 +50,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attention = Attention(cfg)
+        self.attention = build_attention(cfg, layer)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         kind = cfg.feed_forward if is_moe_layer(cfg, layer) else "dense"
         self.feed_forward = build_feed_forward(kind, cfg, router, experts, layer)
@@ -71,8 +71,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
 
-    Raises UserError where widths and heads do not fit, ValueError for a feed-forward layer that is not known
-    or refuses its options.
+    Raises UserError where widths and heads do not fit, ValueError for an attention or a feed-forward
+    layer that is not known or refuses its options.
     It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
 
     ``compute_dtype`` is that of products and activations, None the parameters' own; whoever sets it lets
@@ -119,7 +119,8 @@ class Decoder(nn.Module):
         ``doc_ids_BS``: attention stays within tokens of one id; None is plainly causal. ``positions_BS``:
         None counts from 0, or from the end of ``cache``, which the new tokens then join. ``documents``: no
         row of ``doc_ids_BS`` holds more of them, and each is one run of tokens; None: not known.
-        Raises ValueError for documents together with a cache; UserError where ``cfg.attention`` does not fit.
+        Raises ValueError for documents together with a cache; UserError where
+        ``cfg.attention_backend`` does not fit.
         """
         if cache is not None and doc_ids_BS is not None:
             raise ValueError("doc_ids_BS and cache do not go together: a cache holds one document a row")
@@ -133,13 +134,21 @@ class Decoder(nn.Module):
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
         compute_dtype = x_BSD.dtype
-        rope = self._rope(positions_BS, compute_dtype)
+        attentions = self.attentions()
+        ropes = {
+            width: self._rope(positions_BS, width, compute_dtype)
+            for width in dict.fromkeys(attention.rope_dim for attention in attentions)
+        }
         seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
-        plan = plan_of(self.cfg, x_BSD, seen, None if cache is None else cached)
+        plans = {
+            heads: plan_of(self.cfg, heads, x_BSD, seen, None if cache is None else cached)
+            for heads in dict.fromkeys(attention.heads for attention in attentions)
+        }
         x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
         records: dict[int, RoutingRecord] = {}
         previous: RoutingRecord | None = None
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
+            rope, plan = ropes[attention.rope_dim], plans[attention.heads]
             layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]
             x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
@@ -150,6 +159,10 @@ class Decoder(nn.Module):
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products."""
         return F.linear(hidden_BSD, self.head_weight.to(hidden_BSD.dtype))
+
+    def attentions(self) -> list[AttentionLayer]:
+        """Each block's, by its place."""
+        return [block.attention for block in self.blocks]  # type: ignore[misc]
 
     def moe_layers(self) -> dict[int, list[MoELayer]]:
         """The MoELayers in each block that has any, by its place: its feed-forward layer, or parts of it."""
@@ -178,10 +191,9 @@ class Decoder(nn.Module):
                 projects_out = ".w_out_" in name or ".w_down_" in name
                 set_initializer(made, Normal(out_std if projects_out else std))
 
-    def _rope(self, positions_BS: Tensor, dtype: torch.dtype) -> Rope:
-        head_dim: int = self.blocks[0].attention.head_dim  # type: ignore[assignment, union-attr]
+    def _rope(self, positions_BS: Tensor, width: int, dtype: torch.dtype) -> Rope:
         wide = torch.promote_types(dtype, torch.float32)
-        return rope_table(positions_BS, head_dim, self.cfg.rope_theta, wide, self.cfg.rope_scaling)
+        return rope_table(positions_BS, width, self.cfg.rope_theta, wide, self.cfg.rope_scaling)
 
 
 def _found(blocks: nn.ModuleList, kind: type[M]) -> dict[int, list[M]]:

@@ -19,7 +19,7 @@ from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options
-from moetrain.ops.init import drop_overwritten_initializers, in_memory
+from moetrain.ops.init import with_own_values
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
 FEED_FORWARDS: dict[str, Builder] = {}
@@ -56,11 +56,7 @@ def build_feed_forward(
     builder = FEED_FORWARDS[name]
     if builder in _ON_META:
         return builder(cfg, router, experts, layer)
-    with in_memory():
-        made = builder(cfg, router, experts, layer)
-    drop_overwritten_initializers(made)
-    made.keeps_own_init = True  # type: ignore[assignment]
-    return made
+    return with_own_values(lambda: builder(cfg, router, experts, layer))
 
 
 class DenseFeedForward(MLP):

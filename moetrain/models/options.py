@@ -49,7 +49,8 @@ class ModelConfig:
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     sliding_window: Optional[int] = None  # in tokens, the query's own included
-    attention: AttentionBackend = AttentionBackend.auto
+    attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
+    attention_backend: AttentionBackend = AttentionBackend.auto
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.ops.counter import normal, stream_key
+
+M = TypeVar("M", bound=nn.Module)
 
 _CHUNK = 2**15  # elements drawn at once: their fp64 intermediates stay in a cache
 _on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
@@ -89,6 +92,15 @@ def drop_overwritten_initializers(module: nn.Module) -> None:
     for made in module.parameters():
         if initializer_of(made) is not None and made._version != made.init_version:  # type: ignore[attr-defined]
             del made.initializer  # type: ignore[attr-defined]
+
+
+def with_own_values(make: Callable[[], M]) -> M:
+    """What ``make`` builds, with the values that it drew or wrote itself, which no model changes."""
+    with in_memory():
+        made = make()
+    drop_overwritten_initializers(made)
+    made.keeps_own_init = True  # type: ignore[assignment]
+    return made
 
 
 def initializer_of(made: Tensor) -> Initializer | None:

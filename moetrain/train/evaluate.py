@@ -15,7 +15,6 @@ from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
 from moetrain.moe import Router
-from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.train.log.metrics import EvalSums
 from moetrain.train.task import NextToken, batch_arguments
@@ -35,7 +34,8 @@ def evaluate(
     ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``). The tokens of
     ``group`` add up; None: all ranks'.
     Changes nothing that training sees: no gradient, no router state, no random state. Raises UserError, on
-    every rank, where no batch of any has a label.
+    every rank, where no batch of any has a label. A task that an engine laid out is evaluated within the
+    engine's ``forward_only``.
     """
     device = next(task.parameters()).device
     sums = torch.zeros(3, max(len(domains), 1), dtype=torch.float64, device=device)  # nats, tokens, bytes
@@ -49,7 +49,6 @@ def evaluate(
             domain_n = batch.domain_ids_BS[asked_BS]
             for row, values_BS in enumerate((output.nll_BS, asked_BS, batch.byte_counts_BS)):
                 sums[row].index_add_(0, domain_n, values_BS[asked_BS].double())
-        reshard(task)
     finally:
         task.train(was_training)
     all_reduce_sum_(sums, name="the evaluation's losses", group=group)

@@ -15,7 +15,6 @@ from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import load_every, step_row
 from moetrain.train.log.progress import Progress
 from moetrain.train.log.trackers import Tracker
-from moetrain.train.optim.build import set_lr
 from moetrain.train.optim.options import ScheduleConfig
 from moetrain.train.optim.schedule import lr_factor
 from moetrain.train.options import LoopConfig, OnNonFinite
@@ -96,8 +95,7 @@ class Loop:
         if state.step in state.skipped:  # after a rollback: the batch that broke the run is left out
             state.step += 1
             return
-        factor = lr_factor(self.schedule, state.step)
-        set_lr(state.optimizer, factor)
+        lr = state.engine.set_lr(lr_factor(self.schedule, state.step))
         result = self.step.run(state.step, batches)
         if result.problem is None:
             self._broken_in_a_row = 0
@@ -105,7 +103,7 @@ class Loop:
             return
         state.step += 1
         state.tokens += result.tokens
-        self._report(result, state.optimizer.param_groups[0]["peak_lr"] * factor)
+        self._report(result, lr)
 
     def _report(self, result: StepResult, lr: float) -> None:
         state, services = self.state, self.services

@@ -120,16 +120,17 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
 
 def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     """The row of an evaluation: by the routers' default way, and the loss alone by any other they have."""
-    corpus, state = built.corpus, built.state
+    corpus, state, data = built.corpus, built.state, built.state.engine.data
 
     def scored() -> tuple[EvalSums, dict[str, EvalSums]]:
-        batch_rank, batch_ranks = rank(built.data.batch), world(built.data.batch)
+        batch_rank, batch_ranks = rank(data.batch), world(data.batch)
         batches = val_batches(
             corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, batch_rank, batch_ranks
         )
-        return evaluate(
-            state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale, built.data.loss
-        )
+        with state.engine.forward_only():
+            return evaluate(
+                state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale, data.loss
+            )
 
     total, domains = scored()
     modes = {}
@@ -201,7 +202,7 @@ def _close(
             tell(line)
         return
     at("the sample at the end")
-    text = write_sample(state.task, built.corpus.tokenizer, cfg.train, run_dir, state.step)
+    text = write_sample(state.engine, built.corpus.tokenizer, cfg.train, run_dir, state.step)
     if not is_main():
         return
     last = last_row(run_dir.metrics.path, "val/loss") or {}

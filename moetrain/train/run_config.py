@@ -42,7 +42,7 @@ def run_config(run_dir: Path) -> TrainConfig:
     validate_stored(cfg, where)
     if shapes:
         _check_shapes(cfg, shapes, where, checkpoint)
-    return replace(cfg, model=replace(cfg.model, attention=AttentionBackend.auto))
+    return replace(cfg, model=replace(cfg.model, attention_backend=AttentionBackend.auto))
 
 
 def _newest(run_dir: Path) -> tuple[Path | None, Shapes]:

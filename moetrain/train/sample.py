@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.read import find_checkpoint, load_checkpoint, run_of
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
@@ -13,32 +12,26 @@ from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
-from moetrain.parallel.apply import reshard
 from moetrain.parallel.distributed import is_main
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
+from moetrain.train.engine import Engine
 from moetrain.train.identity import require_same_files
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
 from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
 from moetrain.train.run_files import TOKENIZER
-from moetrain.train.task import NextToken
 from moetrain.train.unloaded import unloaded_decoder
 from moetrain.writing import write_atomic
 
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
 
-def write_sample(task: NextToken, tokenizer: Tokenizer, cfg: LoopConfig, run_dir: RunDir, step: int) -> str:
+def write_sample(engine: Engine, tokenizer: Tokenizer, cfg: LoopConfig, run_dir: RunDir, step: int) -> str:
     """Continue ``train.sample_prompt``, keep the text in ``samples/`` and return it. All ranks take part."""
-    if isinstance(task, FSDPModule):
-        task.unshard()
-    try:
-        text = continue_text(
-            task.model, tokenizer, cfg.sample_prompt, cfg.sample_tokens, _TEMPERATURE, None, _TOP_P, cfg.seed
-        )
-    finally:
-        reshard(task)
+    model, prompt, length = engine.task.model, cfg.sample_prompt, cfg.sample_tokens
+    with engine.gathered():
+        text = continue_text(model, tokenizer, prompt, length, _TEMPERATURE, None, _TOP_P, cfg.seed)
     if is_main():
         write_atomic(run_dir.samples / f"step_{step:08d}.txt", text + "\n")
     return text

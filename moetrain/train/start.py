@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.data import Corpus, TrainLoader, prepare
 from moetrain.errors import UserError
 from moetrain.models.count import flops_per_token
@@ -20,7 +19,6 @@ from moetrain.parallel.distributed import (
     rank,
     world,
 )
-from moetrain.parallel.mesh import DataGroups
 from moetrain.parallel.watchdog.flight_recorder import patiently
 from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
@@ -39,7 +37,6 @@ class Built:
     corpus: Corpus
     state: TrainState
     step: TrainStep
-    data: DataGroups
     summary: dict[str, Any]
 
 
@@ -54,9 +51,9 @@ def start(cfg: TrainConfig, device: str, checkpointer: Checkpointer, resume_from
             checkpointer.set_aside_after(state.step)
     elif cfg.init_from is not None:
         path = Path(cfg.init_from).expanduser()
-        optimizer = optimizer_tensors(state.task.model, state.optimizer) if cfg.init_optimizer else {}
+        optimizer = state.engine.optimizer_tensors() if cfg.init_optimizer else {}
         with patiently("loading the first weights"):
-            load_initial(path, model_tensors(state.task.model), optimizer, built.corpus.tokenizer)
+            load_initial(path, state.engine.model_tensors(), optimizer, built.corpus.tokenizer)
     return built
 
 
@@ -69,11 +66,12 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     vocab_size = _vocab_size(cfg, corpus)
     made = assemble(cfg, vocab_size, device, world(), drawn=drawn)
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
-    batch_rank, batch_ranks = rank(made.data.batch), world(made.data.batch)
+    data = made.engine.data
+    batch_rank, batch_ranks = rank(data.batch), world(data.batch)
     loader = TrainLoader(
         corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, batch_rank, batch_ranks
     )
-    state = TrainState(made.task, made.optimizer, made.controllers, loader, made.monitor, ThroughputMeter())
+    state = TrainState(made.engine, made.controllers, loader, made.monitor, ThroughputMeter())
     summary = {
         "params_total": made.counts.total,
         "params_active": made.counts.active,
@@ -82,7 +80,7 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
         "train_tokens": corpus.train.num_tokens,
         "val_tokens": corpus.val.num_tokens,
     }
-    return Built(corpus, state, made.step, made.data, summary)
+    return Built(corpus, state, made.step, summary)
 
 
 def _prepare_in_turn(cfg: TrainConfig) -> Corpus:

@@ -10,27 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.format import EXTRA
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.saved_state import SavedState
-from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors, rng_state, set_rng_state
+from moetrain.checkpoint.state_dict import rng_state, set_rng_state
 from moetrain.data import TrainLoader
 from moetrain.errors import UserError
 from moetrain.moe.balance import Controller
+from moetrain.train.engine import Engine
 from moetrain.train.identity import IDENTITY
 from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
 from moetrain.train.task import NextToken
 
 
-def state_tensors(
-    task: NextToken, optimizer: torch.optim.Optimizer, controllers: Sequence[Controller]
-) -> dict[str, Tensor]:
+def state_tensors(engine: Engine, controllers: Sequence[Controller]) -> dict[str, Tensor]:
     """Name -> live tensor of model, optimizer and controllers."""
-    tensors = model_tensors(task.model) | optimizer_tensors(task.model, optimizer)
+    tensors = engine.model_tensors() | engine.optimizer_tensors()
     for controller in controllers:
         tensors |= {f"controller.{name}": tensor for name, tensor in controller.tensors().items()}
     return tensors
@@ -40,8 +38,7 @@ def state_tensors(
 class TrainState:
     """The live objects of a run, and its position. ``step`` counts finished optimizer steps."""
 
-    task: NextToken
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     controllers: Sequence[Controller]
     loader: TrainLoader
     monitor: LossMonitor
@@ -52,9 +49,13 @@ class TrainState:
     rng: dict[str, Any] | None = None  # of the checkpoint that was loaded
     identity: Mapping[str, str] | None = None  # of the run folder's files; rank 0 knows it
 
+    @property
+    def task(self) -> NextToken:
+        return self.engine.task
+
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor; a load fills them in place."""
-        return state_tensors(self.task, self.optimizer, self.controllers)
+        return state_tensors(self.engine, self.controllers)
 
     def save(self, checkpointer: Checkpointer) -> Path:
         """Write a checkpoint of the state after ``step`` steps."""

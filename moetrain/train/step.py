@@ -24,13 +24,12 @@ from moetrain.moe import RoutingRecord
 from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
-from moetrain.parallel.apply import sync_gradients
-from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.engine import Engine
 from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 from moetrain.train.log.monitor import LossMonitor
-from moetrain.train.task import NextToken, batch_arguments
+from moetrain.train.task import batch_arguments
 
 _Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place
 
@@ -51,15 +50,14 @@ class StepResult:
 
 
 class TrainStep:
-    """Runs optimizer steps on a task; holds no state of its own beyond what it was given.
+    """Runs optimizer steps on an engine's task; holds no state of its own beyond what it was given.
 
     ``group``: the ranks whose tokens add up to the step's; None: all ranks.
     """
 
     def __init__(
         self,
-        task: NextToken,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         terms: Sequence[LossTerm],
         controllers: Sequence[Controller],
         monitor: LossMonitor,
@@ -67,15 +65,16 @@ class TrainStep:
         seed: int,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.task, self.optimizer, self.terms, self.controllers = task, optimizer, terms, controllers
+        self.engine, self.task, self.terms, self.controllers = engine, engine.task, terms, controllers
         self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
         self.group = group or (dist.group.WORLD if dist.is_initialized() else None)
         self.needs_targets = True  # a proof about balance losses alone has none
-        self.device = next(task.parameters()).device
+        self.update = engine.update  # a proof about gradients looks at them instead
+        self.device = next(self.task.parameters()).device
         self.stats = RoutingStats(self.device)
-        self._routers = task.model.routers()
+        self._routers = self.task.model.routers()
         self._router_stats: dict[int, Tensor] = {}
-        self._has_moe_layers = has_moe_layers(task.model.cfg)
+        self._has_moe_layers = has_moe_layers(self.task.model.cfg)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -95,11 +94,12 @@ class TrainStep:
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            sync_gradients(self.task, last=index == len(batches) - 1)
-            output = self.task(**batch_arguments(batch, self.seed, step, self.group))
+            arguments = batch_arguments(batch, self.seed, step, self.group)
+            output = self.engine.forward(arguments, last=index == len(batches) - 1)
+            assert output.nll_sum is not None  # a batch has labels
             extra, raw = self._balance(step, tokens, output.records, counts)
             loss = output.nll_sum / max(targets, 1)
-            (loss if extra is None else loss + extra).backward()
+            self.engine.backward(loss if extra is None else loss + extra)
             nll_sum += output.nll_sum.detach()
             self.stats.add({layer: record.detach() for layer, record in output.records.items()})
             self._add_router_stats(output.records)
@@ -110,8 +110,7 @@ class TrainStep:
     def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
         all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses", group=self.group)
         routing = self.stats.reduce(self.group)
-        parameters = list(self.task.parameters())
-        norm = global_norm(parameters) if self.clip_norm is None else clip_(parameters, self.clip_norm)
+        norm = self.engine.clip(self.clip_norm)
         # The first of two waits: whether to update at all. What else is read of the step comes along.
         nll, norm, sums_F, *aux_L = _on_host([nll_sum, norm, routing.sums_F, *aux_sums.values()])
         routing, aux_sums = replace(routing, sums_F=sums_F), dict(zip(aux_sums, aux_L, strict=True))
@@ -119,15 +118,15 @@ class TrainStep:
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:
-            self.optimizer.step()
+            self.update()
             for controller in self.controllers:
                 controller.update(routing.demand, float(tokens), aux_sums)
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):
-            name = self._first_not_finite([p.grad for p in parameters])
+            name = self._first_not_finite(list(self.engine.gradients().values()))
             problem += f"; first parameter with a gradient that is not finite: {name}" if name else ""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.drop_gradients()
         aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
         control = {k: v for controller in self.controllers for k, v in controller.metrics().items()}
         messages = [line for controller in self.controllers if applied for line in controller.messages()]

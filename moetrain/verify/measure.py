@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     found[f"{again.name}, recompute {_on(other)}"] = _one_step(build(other), split(again.whole, 2))
     made = build(cfg)
     found[f"{STEPS} steps"] = _steps(made, twin, split, range(STEPS))
-    tensors = state_tensors(made.task, made.optimizer, made.controllers)
+    tensors = state_tensors(made.engine, made.controllers)
     found["checkpoint"] = _whole("bits", tensors)
     checkpointer = Checkpointer(folder)
     checkpointer.save(STEPS, tensors, {})
@@ -73,7 +72,7 @@ def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     """A model of other weights takes the checkpoint in ``folder`` over, and goes on."""
     cfg = _prepare(twin, world)
     made = build(replace(cfg, train=replace(cfg.train, seed=cfg.train.seed + 1)))
-    tensors = state_tensors(made.task, made.optimizer, made.controllers)
+    tensors = state_tensors(made.engine, made.controllers)
     checkpointer = Checkpointer(folder)
     path = checkpointer.latest_valid()
     assert path is not None
@@ -156,30 +155,23 @@ def _gradients(made: Assembled, twin: Twin, split: _Split) -> Findings:
     return found
 
 
-class _Recorder(torch.optim.Optimizer):
-    """Keeps the norms and the gradients it is given, and changes nothing."""
-
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
-        super().__init__([parameter for _, parameter in named], {"lr": 0.0})
-        self.named, self.found = named, dict[str, Tensor]()
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        parameters = [parameter for _, parameter in self.named]
-        self.found["norm: largest"] = global_norm(parameters, math.inf)
-        for name, p in self.named:
-            self.found[f"gradient: {name}"] = whole(torch.zeros_like(p) if p.grad is None else p.grad)
-
-
 def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
     """Figures and gradients of one step, which leaves the weights alone."""
-    step = made.step
-    recorder = _Recorder([(n.removeprefix("model."), p) for n, p in made.task.named_parameters()])
-    optimizer, clip = step.optimizer, step.clip_norm
-    step.optimizer, step.clip_norm = recorder, None
+    step, found = made.step, dict[str, Tensor]()
+
+    def record() -> None:
+        parameters = dict(made.task.named_parameters())
+        found["norm: largest"] = global_norm(parameters.values(), math.inf)
+        for name, grad in made.engine.gradients().items():
+            grad = torch.zeros_like(parameters[name]) if grad is None else grad
+            found[f"gradient: {name.removeprefix('model.')}"] = whole(grad)
+
+    update, clip = step.update, step.clip_norm
+    step.update, step.clip_norm = record, None
     result = step.run(0, batches)
-    step.optimizer, step.clip_norm = optimizer, clip
+    step.update, step.clip_norm = update, clip
     demand = list(result.routing.demand.values())
-    return _figures(result) | recorder.found | {DEMAND: torch.cat(demand) if demand else torch.zeros(0)}
+    return _figures(result) | found | {DEMAND: torch.cat(demand) if demand else torch.zeros(0)}
 
 
 def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Tensor]:
@@ -187,7 +179,7 @@ def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[s
     for number in numbers:
         result = made.step.run(number, split(mixed(twin.sequences, SEQ, VOCAB, seed=number + 10), 2))
         found |= {f"{key} of step {number}": value for key, value in _figures(result).items()}
-    return found | _whole("weight", state_tensors(made.task, made.optimizer, made.controllers))
+    return found | _whole("weight", state_tensors(made.engine, made.controllers))
 
 
 def _later() -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 from moetrain.train.options import Precision, TrainConfig
@@ -69,7 +70,7 @@ def _model(m: ModelConfig) -> ModelConfig:
 
     A plug-in's layers may go by their places, and all of them stay where they are.
     """
-    alike = m.feed_forward == "moe"
+    alike = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
@@ -84,7 +85,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         num_heads=kv_heads * min(m.num_heads // kv, 3),
         num_kv_heads=kv_heads,
         head_dim=4,
-        attention=AttentionBackend.auto,  # the run's device may have what a CPU has not
+        attention_backend=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
         d_ff_expert=7,
         num_shared_experts=min(m.num_shared_experts, 2),

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import moetrain.parallel.apply as apply
+import moetrain.train.engine as engine
 import moetrain.train.run as run
 import moetrain.train.step as step
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.ops.local_part import local_part
-from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.train.log.metrics import RoutingStats
 
 
@@ -32,7 +33,7 @@ def experts_averaged_twice() -> None:
 
 
 def router_gradient_not_reduced() -> None:
-    sync = step.sync_gradients
+    sync = engine.sync_gradients
 
     def broken(task: Any, last: bool) -> None:
         sync(task, last)
@@ -40,17 +41,17 @@ def router_gradient_not_reduced() -> None:
             if getattr(module, "is_router", False) and hasattr(module, "set_requires_gradient_sync"):
                 module.set_requires_gradient_sync(False, recurse=False)
 
-    step.sync_gradients = broken
+    engine.sync_gradients = broken
 
 
 def norm_misses_the_experts() -> None:
-    clip, norm = step.clip_, step.global_norm
+    clip, norm = engine.clip_, engine.global_norm
 
     def others(parameters: Any) -> list[Any]:
         return [p for p in parameters if "ep" not in p.device_mesh.mesh_dim_names]
 
-    step.clip_ = lambda parameters, most: clip(others(parameters), most)
-    step.global_norm = lambda parameters, kind=2.0: norm(others(parameters), kind)
+    engine.clip_ = lambda parameters, most: clip(others(parameters), most)
+    engine.global_norm = lambda parameters, kind=2.0: norm(others(parameters), kind)
 
 
 def an_expert_skipped_on_save() -> None:

@@ -16,14 +16,13 @@ import tiny
 import torch
 from torch.distributed.tensor import DTensor
 
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.hydra.compose import compose_train
 from moetrain.train.options import TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, run_ranks
-from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.train.optim.build import set_lr
-from moetrain.train.start import Built, build
 from moetrain.train.optim.schedule import lr_factor
+from moetrain.train.start import Built, build
 
 LAYOUTS = {
     "one process": (1, []),
@@ -54,7 +53,7 @@ def _advance(cfg: TrainConfig, built: Built, steps: int) -> list[float]:
     losses, state = [], built.state
     for _ in range(steps):
         batches = state.loader.next_step()
-        set_lr(state.optimizer, lr_factor(cfg.schedule, state.step))
+        state.engine.set_lr(lr_factor(cfg.schedule, state.step))
         losses.append(built.step.run(state.step, batches).loss)
         state.step += 1
     return losses

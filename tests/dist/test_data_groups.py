@@ -18,6 +18,7 @@ from moetrain.moe.routers.dynmoe import DynMoEOptions
 from moetrain.parallel.distributed import rank, world
 from moetrain.parallel.mesh import DataGroups, Meshes
 from moetrain.parallel.ranks import run_ranks
+from moetrain.train.engine import NativeEngine
 from moetrain.train.evaluate import evaluate
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
@@ -42,8 +43,7 @@ def step_of(meshes: Meshes, name: str) -> tuple[Outcome, tuple[float, int], dict
         RunningLoad(dict.fromkeys(range(1, MODEL.num_layers), E)),
     )
     step = TrainStep(
-        task,
-        recorder,
+        NativeEngine(task, recorder),
         terms("sum_over_k", "global_batch"),
         [running],
         LossMonitor(),

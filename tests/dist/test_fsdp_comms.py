@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 from invariance import MODEL, ROUTER, Recorder, V, batch, cut
-from moetrain.parallel.ranks import run_ranks
 
 from moetrain.parallel.options import ParallelConfig
 from moetrain.models.decoder import Decoder
@@ -15,6 +14,8 @@ from moetrain.moe.dispatch.collectives import Collective
 from moetrain.moe.options import ExpertsConfig
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.ranks import run_ranks
+from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 from moetrain.train.task import NextToken
@@ -40,7 +41,8 @@ def told(rank: int, world: int, layout: ParallelConfig) -> tuple[dict[str, list[
 
     task = NextToken(Decoder(MODEL, ROUTER, ExpertsConfig(), V).double())
     parallelize(task, build_meshes(layout, world), observer=observer)
-    step = TrainStep(task, Recorder(list(task.parameters())), [], [], LossMonitor(), clip_norm=None, seed=2)
+    engine = NativeEngine(task, Recorder(list(task.parameters())))
+    step = TrainStep(engine, [], [], LossMonitor(), clip_norm=None, seed=2)
     step.run(0, cut(batch(), 4 // world, rank, world))
     return heard, len(within)
 

@@ -18,10 +18,11 @@ from invariance import (
     terms,
     weights_after_three_steps,
 )
-from moetrain.parallel.ranks import run_ranks
 
 from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes
+from moetrain.parallel.ranks import run_ranks
+from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 
@@ -64,7 +65,8 @@ def test_no_gradient_and_no_update_depends_on_the_ranks(name):
 
 def _first_of_all(rank: int, world: int) -> str | None:
     task = build(False, build_meshes(ParallelConfig(), world))
-    step = TrainStep(task, Recorder(list(task.parameters())), [], [], LossMonitor(), None, seed=2)
+    engine = NativeEngine(task, Recorder(list(task.parameters())))
+    step = TrainStep(engine, [], [], LossMonitor(), None, seed=2)
     tensors = [torch.zeros(3) for _ in task.parameters()]
     for index in (5, 9) if rank == 1 else (7,):
         tensors[index][1] = math.nan

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from torch import nn
 
 from moetrain.cli import main
@@ -19,7 +20,9 @@ from moetrain.config.hydra import store
 from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
-from moetrain.models.count import abstract_decoder
+from moetrain.models.attention import ATTENTIONS
+from moetrain.models.cache import KVCache
+from moetrain.models.count import abstract_decoder, flops_breakdown
 from moetrain.models.feed_forward import FEED_FORWARDS, register_feed_forward
 from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer
@@ -30,6 +33,7 @@ from moetrain.train.evaluate import routing_by
 
 FOLDER = Path(__file__).parent
 OVERLOAD = "balance.losses=[{name: overload, coef: 0.5, options: {slack: 0.125}}, {name: switch}]"
+LATENT = ["plugins=[latent_attention]", "model.attention=latent"]
 UNEVEN = ["plugins=[uneven]", "model.feed_forward=uneven", "model.num_layers=3", "model.num_experts=4"]
 # plug-in -> (overrides, keys of a step's row that are its own)
 PLUGINS = {
@@ -47,6 +51,7 @@ PLUGINS = {
         [*UNEVEN, "balance=running", "balance.controllers.bias.rate=0.01"],
         ["moe/0/max_load", "moe/1/max_load", "moe/1/aux/switch_running"],
     ),
+    "latent_attention": (LATENT, ["train/loss", "train/grad_norm"]),
 }
 LAYOUT = ["parallel.ep=2", "model.num_experts=4"]
 
@@ -57,7 +62,9 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    kept = [(registry, dict(registry)) for registry in (LOSSES, CONTROLLERS, ROUTERS, FEED_FORWARDS)]
+    kept = [
+        (registry, dict(registry)) for registry in (LOSSES, CONTROLLERS, ROUTERS, FEED_FORWARDS, ATTENTIONS)
+    ]
     yield
     for registry, before in kept:
         registry.clear()
@@ -103,8 +110,61 @@ def test_layers_that_differ_are_told_apart(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("training")
+def test_an_attention_of_ones_own_writes_and_counts(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert tiny.train(corpus, run, *LATENT, "train.steps=2") == 0
+    tensors, _ = tiny.contents(tiny.checkpoint(run, 2))
+    name = "model.blocks.1.attention.w_latent_LD"
+    assert tensors[name].shape == (5, 16)
+    assert tensors[name.replace("model.", "optim.", 1) + ".exp_avg"].any()
+    cfg = compose_train([*tiny.OVERRIDES, f"data.path={corpus}", *LATENT])
+    flops = flops_breakdown(cfg.model, cfg.router, 7, 11)
+    assert flops.projections == 2 * 2 * (16 * 16 + 5 * 16 + 2 * 16 * 5 + 16 * 16)
+    assert flops.scores == 2 * 2 * 2 * 16 * 4  # 4 keys on average, 16 elements in all heads
+    model = abstract_decoder(cfg.model, cfg.router, cfg.experts, 11).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+        ids, cache = torch.arange(7)[None], KVCache(2, 7)
+        whole = model(ids).hidden_BSD
+        parts = [model(part, cache=cache).hidden_BSD for part in ids.split(3, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    command = ["plugins=[latent_attention]", f"checkpoint={run}"]
+    assert main(["generate", *command, "prompt=ab", "max_new_tokens=3"]) == 0
+    assert main(["export", *command, f"target={tmp_path / 'out'}"]) == 2
+    assert "model.attention=latent is a plug-in's: no family has such attention" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
-    "names", [("own_loss", "own_controller", "own_router"), ("soft_merging",), ("uneven",)]
+    ("overrides", "line"),
+    [
+        (["model.attention=latnt"], "model.attention=latnt is not known; known: grouped_query, latent (did"),
+        (["model.attention=flex"], "a backend's name belongs in model.attention_backend"),
+        (["model.head_dim=6"], "model.attention=latent: layer 0: half of a head turns, and model.head_dim=6"),
+    ],
+)
+def test_what_an_attention_refuses_is_one_line(
+    overrides: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *LATENT, *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("own_loss", "own_controller", "own_router"), ("soft_merging",), ("uneven",), ("latent_attention",)],
 )
 def test_a_plugin_is_the_same_on_two_ranks(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

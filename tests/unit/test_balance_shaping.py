@@ -25,6 +25,7 @@ from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, Lo
 from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.parallel.mesh import Meshes
+from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
 
@@ -144,7 +145,8 @@ def test_a_follower_sees_the_loss_of_the_whole_step(micro: int) -> None:
     task = build(False, Meshes(), ReLUOptions())
     recorder = Recorder(list(task.parameters()))
     follower = LossFollower("chunk_sparsity", task.model.routers(), 9.0, every=1, hold=0)
-    step = TrainStep(task, recorder, [TERMS["chunk_sparsity"]], [follower], LossMonitor(), None, seed=2)
+    engine = NativeEngine(task, recorder)
+    step = TrainStep(engine, [TERMS["chunk_sparsity"]], [follower], LossMonitor(), None, seed=2)
     whole = gradients([TERMS["chunk_sparsity"]], B, router=ReLUOptions()).figures
     want = sum(value for key, value in whole.items() if key.startswith("chunk_sparsity/"))
     step.run(3, cut(batch(), micro))

@@ -54,12 +54,12 @@ def _sections(key: str) -> Iterator[str]:
 
 def test_the_attention_backend_is_none_of_the_model():
     """Another one computes the same, and another machine may lack it."""
-    before, now = (compose_train([f"model.attention={name}"]) for name in ("auto", "blocks"))
+    before, now = (compose_train([f"model.attention_backend={name}"]) for name in ("auto", "blocks"))
     assert function_of(before) == function_of(now)
     assert compare(before, now, "runs/a") == []
-    assert twin_of(now, 1, 1).cfg.model.attention is AttentionBackend.auto
+    assert twin_of(now, 1, 1).cfg.model.attention_backend is AttentionBackend.auto
     described = spec_overrides(ModelSpec(now.model, now.router, now.experts))
-    assert [line for line in described if line.startswith("model.attention")] == []
+    assert [line for line in described if line.startswith("model.attention_backend")] == []
 
 
 def test_the_docs_show_the_table():
@@ -72,7 +72,7 @@ def test_the_docs_show_the_table():
         ("router.top_k", Change.named),
         ("experts.activation", Change.named),
         ("experts.backend", Change.free),
-        ("model.attention", Change.free),
+        ("model.attention_backend", Change.free),
         ("optim.lr", Change.named),
         ("schedule.horizon", Change.named),
         ("train.seed", Change.fixed),

@@ -75,6 +75,7 @@ def with_options(loss, **options):
     return dataclasses.replace(loss, options=options)
 
 
+BACKEND = "model.attention_backend"
 ON_CPU = {"train.device": "cpu"}
 
 REFUSED = [
@@ -88,8 +89,8 @@ REFUSED = [
     ({"model.d_ff_shared": 7}, "model.d_ff_shared=7 is of shared experts", "model.num_shared_experts=1"),
     ({"model.shared_gate": True}, "model.shared_gate=True is of shared experts"),
     ({"model.sliding_window": 0}, "model.sliding_window=0 must be 1 or more"),
-    (ON_CPU | {"model.attention": AttentionBackend.flex}, "model.attention=flex: on a cpu device", "=auto"),
-    (ON_CPU | {"model.attention": AttentionBackend.varlen}, "model.attention=varlen: its kernel is CUDA's"),
+    (ON_CPU | {BACKEND: AttentionBackend.flex}, f"{BACKEND}=flex: on a cpu device", f"set {BACKEND}=auto"),
+    (ON_CPU | {BACKEND: AttentionBackend.varlen}, f"{BACKEND}=varlen: its kernel is CUDA's"),
     ({"model.rope_theta": 0.0}, "model.rope_theta=0.0 must be above 0"),
     ({"model.rope_scaling.factor": 2.0}, "model.rope_scaling.factor=2.0 is not used by", "linear or llama3"),
     ({"model.rope_scaling": RopeScaling(RopeKind.linear, 0.5)}, "model.rope_scaling.factor=0.5 must be 1 or"),
@@ -188,6 +189,7 @@ REFUSED = [
         "controllers.chunk_sparsity.max_factor=2.0 is not used by balance.losses=['switch']",
     ),
     ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
+    ({"model.attention": "auto"}, "model.attention=auto is not known; known: grouped_query", BACKEND),
     ({"model.feed_forward": "dense"}, "model.feed_forward=dense has no experts, but model.num_experts=12"),
     (
         {"model.feed_forward": "mo"},
@@ -298,7 +300,7 @@ ACCEPTED = [
     {"model.num_experts": 0, "model.moe_every": 5},
     {"model.num_heads": 7, "model.head_dim": 32},
     {"model.num_kv_heads": 3},
-    ON_CPU | {"model.attention": AttentionBackend.blocks},
+    ON_CPU | {BACKEND: AttentionBackend.blocks},
     {"model.first_dense": 3},
     {"model.moe_every": 4},
     {"model.rope_scaling": YARN},
@@ -348,6 +350,7 @@ def test_every_rule_refuses_something(base):
     rules = [*rules_model.RULES, *rules_balance.RULES, *rules_layers.RULES, *rules_rope.RULES]
     rules += [*rules_data.RULES, *rules_train.RULES]
     own_tests = {
+        rules_layers.attention_accepts_its_options,
         rules_layers.layers_accept_their_options,
         rules_train.compiler_is_there,
         rules_train.compiler_is_right,

@@ -15,6 +15,7 @@ from moetrain.data import IGNORE, Packing, TrainLoader, load_tokenizer, prepare,
 from moetrain.data.options import LocalData, TextFormat, TokenizerConfig, TokenizerKind
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.mesh import Meshes
+from moetrain.train.engine import NativeEngine
 from moetrain.train.evaluate import evaluate
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.step import TrainStep
@@ -122,7 +123,8 @@ def test_a_step_without_a_target_is_no_step():
     task = build(False, Meshes())
     before = [p.detach().clone() for p in task.parameters()]
     optimizer = torch.optim.SGD(task.parameters(), 1.0)
-    step = TrainStep(task, optimizer, terms("switch", "global_batch"), [], LossMonitor(), None, seed=0)
+    engine = NativeEngine(task, optimizer)
+    step = TrainStep(engine, terms("switch", "global_batch"), [], LossMonitor(), None, seed=0)
     with pytest.raises(TrainingError, match=r"step 8: none of its \d+ tokens is to be predicted"):
         step.run(7, [blank()])
     assert all(torch.equal(p, old) for p, old in zip(task.parameters(), before, strict=True))

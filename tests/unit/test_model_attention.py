@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.compat import compiles_gradients
 from moetrain.errors import UserError
-from moetrain.models.attention import Attention, plan_of, require_backend
+from moetrain.models.attention import Attention, head_shape, plan_of, require_backend
 from moetrain.models.cache import KVCache
 from moetrain.models.options import AttentionBackend, QKNorm
 from moetrain.models.rope import apply_rope, rope_table
@@ -70,7 +70,9 @@ def build(
 
 def run(attention: Attention, x_BSD: Tensor, window: int | None, doc_ids_BS: Tensor | None) -> Tensor:
     table = rope_table(torch.arange(SEQ)[None], attention.head_dim, TINY.rope_theta, torch.float64)
-    return attention(x_BSD, table, plan_of(TINY, x_BSD, seen_keys(SEQ, 0, window, doc_ids_BS)))
+    return attention(
+        x_BSD, table, plan_of(TINY, head_shape(TINY), x_BSD, seen_keys(SEQ, 0, window, doc_ids_BS))
+    )
 
 
 @pytest.mark.parametrize("qk_norm", list(QKNorm))
@@ -134,18 +136,20 @@ def test_a_backend_that_is_asked_for_by_name(name: str, changes: dict[str, int])
     ids_BS, docs_BS = tokens(2, 600), torch.arange(600).expand(2, 600) // 250
     outputs = []
     for attention in (AttentionBackend(name), AttentionBackend.auto):
-        model = decoder(attention=attention, num_layers=1, **changes)
+        model = decoder(attention_backend=attention, num_layers=1, **changes)
         outputs.append(model(ids_BS, doc_ids_BS=docs_BS, documents=3).hidden_BSD)
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
 def test_an_unfit_backend_is_refused_but_not_for_a_cache() -> None:
-    model, cpu = decoder(attention=AttentionBackend.flex), torch.device("cpu")
-    with pytest.raises(UserError, match=r"model.attention=flex: on a cpu device .*model.attention=auto"):
+    model, cpu = decoder(attention_backend=AttentionBackend.flex), torch.device("cpu")
+    with pytest.raises(
+        UserError, match=r"model.attention_backend=flex: on a cpu device .*model.attention_backend=auto"
+    ):
         model(tokens(2, 7))
     model(tokens(2, 7), cache=KVCache(TINY.num_layers, 7))
-    cfg = replace(TINY, attention=AttentionBackend.varlen)
-    with pytest.raises(UserError, match=r"model.attention=varlen: its kernel is CUDA's"):
+    cfg = replace(TINY, attention_backend=AttentionBackend.varlen)
+    with pytest.raises(UserError, match=r"model.attention_backend=varlen: its kernel is CUDA's"):
         require_backend(cfg, 7, torch.bfloat16, cpu)
 
 
@@ -168,7 +172,7 @@ def test_compiling_keeps_numbers_and_may_pick_libraries() -> None:
         torch.nn.init.normal_(parameter, 0, 0.1)
     x = torch.randn(BATCH, seq, width)
     rope = rope_table(torch.arange(seq)[None], 16, TINY.rope_theta, torch.float32)
-    plan = plan_of(cfg, x, None)
+    plan = plan_of(cfg, head_shape(cfg), x, None)
     assert plan.backend == "blocks"
     results = []
     for function in (torch.compile(attention, backend=backend), attention):

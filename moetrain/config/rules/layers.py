@@ -1,4 +1,4 @@
-"""Rules about the feed-forward layers that ``model.feed_forward`` builds."""
+"""Rules about what ``model.attention`` and ``model.feed_forward`` build."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ def feed_forward_is_known(cfg: TrainConfig, world: int) -> None:
             f"model.feed_forward=dense has no experts, but model.num_experts={cfg.model.num_experts}: "
             "set model.num_experts=0 for a dense model"
         )
+
+
+def attention_is_known(cfg: TrainConfig, world: int) -> None:
+    from moetrain.models.attention import ATTENTIONS
+
+    if (name := cfg.model.attention) not in ATTENTIONS:
+        raise UserError(
+            f"model.attention={name} is not known{nearest(name, ATTENTIONS)}; a plugin's attention needs "
+            "plugins=[package] on the command line, and a backend's name belongs in model.attention_backend"
+        )
+
+
+def attention_accepts_its_options(cfg: TrainConfig, world: int) -> None:
+    """What a plug-in's builder refuses of any layer; without memory."""
+    import torch
+
+    from moetrain.models.attention import OWN_ATTENTION, build_attention
+
+    if cfg.model.attention == OWN_ATTENTION:
+        return
+    for place in range(cfg.model.num_layers):
+        try:
+            with torch.device("meta"):
+                build_attention(cfg.model, place)
+        except ValueError as e:
+            raise UserError(f"model.attention={cfg.model.attention}: layer {place}: {e}") from e
 
 
 def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
@@ -71,5 +97,10 @@ def feed_forward_is_own(cfg: TrainConfig, world: int) -> None:
         )
 
 
-RULES = (feed_forward_is_known, layers_accept_their_options)
-UPCYCLE_RULES = (feed_forward_is_own,)
+RULES = (
+    attention_is_known,
+    attention_accepts_its_options,
+    feed_forward_is_known,
+    layers_accept_their_options,
+)
+UPCYCLE_RULES = (attention_is_known, feed_forward_is_own)

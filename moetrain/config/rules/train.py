@@ -12,7 +12,6 @@ from moetrain.models.options import AttentionBackend
 from moetrain.train.optim.options import MuonConfig
 from moetrain.train.options import GenerateConfig, Precision, Residual, TrainConfig
 
-_ENGINES = ("native",)
 _TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # module -> extra of the same project
 _WEEK = 7 * 86400.0
 _COMPILERS = ("g++", "clang++", "c++")
@@ -148,7 +147,7 @@ def compiler_is_right(cfg: TrainConfig, world: int) -> None:
 
 def attention_fits_device(cfg: TrainConfig, world: int) -> None:
     """What the device has not, without a test on it."""
-    if cfg.model.attention is AttentionBackend.auto:
+    if cfg.model.attention_backend is AttentionBackend.auto:
         return
     import torch
 
@@ -161,8 +160,10 @@ def attention_fits_device(cfg: TrainConfig, world: int) -> None:
 
 
 def engine_is_known(cfg: TrainConfig, world: int) -> None:
-    if cfg.engine.name not in _ENGINES:
-        raise UserError(f"engine.name={cfg.engine.name} is not known; known: {', '.join(_ENGINES)}")
+    from moetrain.train.engine import ENGINES
+
+    if cfg.engine.name not in ENGINES:
+        raise UserError(f"engine.name={cfg.engine.name} is not known; known: {', '.join(sorted(ENGINES))}")
 
 
 def tracker_is_installed(cfg: TrainConfig, world: int) -> None:
