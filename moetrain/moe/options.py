@@ -53,7 +53,7 @@ class DropOrder(Enum):
 
 
 class Repair(Enum):
-    """What becomes of assignments over capacity, or of the places that it leaves free; see ``repair.py``.
+    """The rule for assignments over capacity, or for the places that capacity leaves free (``repair.py``).
 
     ``none``: dropped; ``next_expert``: to the token's next best expert with room; ``local``: to the best
     expert of the token's own device, whatever its load; ``fill_in``: dropped, but free places go to the
@@ -78,7 +78,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """What every router shares. ``name`` is its key in ROUTERS.
+    """The options that all routers share. ``name`` is the router's key in ROUTERS.
 
     ``group``: how many sequences form a routing group, the tokens that a capacity couples:
     ``sequence`` (one), a number that divides the micro-batch, or ``all``: the step's, over all ranks.
@@ -93,7 +93,7 @@ class RouterConfig:
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
 
     def evaluation_rule(self, num_experts: int) -> Optional[Words]:
-        """What the router does in evaluation over E experts, in words of ``evaluation.py``, or None.
+        """The router's rule in evaluation over E experts, as ``evaluation.py`` describes it, or None.
 
         It does not pass to a subclass, whose router may do otherwise (``RouterSpec.exported``).
         """

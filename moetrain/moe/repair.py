@@ -1,10 +1,10 @@
-"""Repair of capacity overflow, as a transform of a Routing: what refused assignments do instead.
+"""Repair of capacity overflow: a transform of a Routing that assigns refused assignments anew.
 
 Shapes: T tokens, E experts, N wanted assignments, L lost ones (over capacity), M kept ones, A added ones,
 X the tokens concerned, G routing groups, Q = E G queues, one of each expert and group.
 
 Every rule ranks experts by ``scores_TE``, ties to the lower expert. What it adds is counted in ``repaired_E``
-and not in ``demand_BE``: balance losses and controllers go on seeing what the router itself wanted.
+and not in ``demand_BE``: balance losses and controllers still get the demand of the router itself.
 
 Sources: next choices as in Lepikhin et al. 2020 (GShard's overflow), taken further; ``local`` and ``fill_in``
 are Rectify-Router's intra-GPU and fill-in rectification (Zeng et al. 2024, arXiv:2402.12399).

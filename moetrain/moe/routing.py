@@ -58,7 +58,7 @@ class RoutingRecord:
 
     @property
     def granted_E(self) -> Tensor:
-        """Assignments that capacity left of the demand, without what a repair added."""
+        """The part of the demand that capacity granted, without the assignments that a repair added."""
         return self.demand_E
 
     @property
@@ -74,7 +74,7 @@ class RoutingRecord:
         raise ValueError("this layer assigns nothing, so it has no combine weights")
 
     def detach(self) -> RoutingRecord:
-        """The same without an autograd graph: what metrics and controllers may keep."""
+        """A copy without an autograd graph, which metrics and controllers may keep."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value.detach() for name, value in given.items() if value is not None})
 

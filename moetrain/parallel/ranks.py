@@ -58,7 +58,7 @@ class RanksTimeoutError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank sends back: pickled bytes of its result, or the text of its failure."""
+    """The message that a rank sends back: pickled bytes of its result, or the text of its failure."""
 
     time: float
     result: bytes | None = None

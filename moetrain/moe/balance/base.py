@@ -49,12 +49,12 @@ V = TypeVar("V", bound=Callable[..., Tensor])
 
 
 def without_scores(router: Router) -> str | None:
-    """Why a router can have no loss of its scores, as a phrase; None where it can."""
+    """The reason why a router can have no loss of its scores, as a phrase; None if it can."""
     return None if router.has_scores else "returns no scores"
 
 
 def without_logits(router: Router) -> str | None:
-    """Why a router can have no loss of its logits."""
+    """The reason why a router can have no loss of its logits, as a phrase; None if it can."""
     return None if router.has_logits else "returns no logits"
 
 

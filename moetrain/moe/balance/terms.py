@@ -71,7 +71,7 @@ class LossTerm:
 
     @property
     def key(self) -> str:
-        """What metrics call it."""
+        """The name of the term in metrics."""
         return f"{self.name}_{self.scope}" if self.spec.scopes else self.name
 
     @property
@@ -93,13 +93,13 @@ class LossTerm:
         return self.spec.value(routing, seen)
 
     def count(self, routing: RoutingRecord) -> Tensor:
-        """What of this micro-batch belongs to the sum over the global batch that ``value`` needs."""
+        """This micro-batch's part of the sum over the global batch that ``value`` needs."""
         assert self.spec.ahead is not None
         return self.spec.ahead(routing, self.options)
 
 
 class LossOptions(Protocol):
-    """What a config says of one loss; ``scope`` is a string or an enum of strings."""
+    """The fields of one loss in a config. ``scope`` is a string or an enum of strings."""
 
     @property
     def name(self) -> str: ...

@@ -20,7 +20,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class View:
-    """What one rank knows of the run.
+    """One rank's knowledge of the run.
 
     rank         its number in the run.
     own          its own status.

@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank does at the moment.
+    """The current activity of a rank.
 
     phase    what its collectives belong to, such as ``step 8``.
     place    the collective that it is in; None outside any.
