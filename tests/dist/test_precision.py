@@ -82,11 +82,8 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
         module.register_forward_hook(after)
     output = forward(task, batches()[0])
     (output.nll_sum + sum(r.logits_TE.square().mean() for r in output.records.values())).backward()
-    records = {
-        getattr(r, name).dtype
-        for r in output.records.values()
-        for name in ("logits_TE", "scores_TE", "weights_N")
-    }
+    told = output.records.values()
+    records = {t.dtype for r in told for t in (r.logits_TE, r.scores_TE, r.assignment.weights_N)}
     left = {p.dtype for p in task.parameters()} | {p.grad.dtype for p in task.parameters()}
     return {"seen": seen, "records": records, "after": left, "loss": output.nll_sum.dtype}
 

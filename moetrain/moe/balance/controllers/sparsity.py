@@ -61,6 +61,7 @@ class SparsityController(Controller):
     def update(
         self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor] | None = None
     ) -> None:
+        self._messages = []
         routed = [layer for layer in self.experts if layer in demand]
         pairs = num_tokens * sum(self.experts[layer] for layer in routed)
         if pairs:
@@ -70,7 +71,6 @@ class SparsityController(Controller):
 
     def _follow(self) -> None:
         """The stage, which never goes back, and the line that says so."""
-        self._messages = []
         if int(self.stage) == 0:
             self.first.fill_(self.sparsity)
         started = self.sparsity > self.first + 0.1 * (self.target - self.first)
