@@ -59,7 +59,7 @@ def ours(bf16: bool) -> tuple[nn.Module, Loss]:
         out = task(ids_BS, labels_BS)
         totals = StepTotals(ids_BS.numel(), count_ahead([out.records], terms))
         extra, _ = total_loss(out.records, terms, totals)
-        return out.nll_sum / (labels_BS != -100).sum() + extra
+        return out.loss_sum / (labels_BS != -100).sum() + extra
 
     return task, loss
 

@@ -112,12 +112,14 @@ def registered() -> dict[str, list[str]]:
     from moetrain.models.attention import ATTENTIONS
     from moetrain.models.feed_forward import FEED_FORWARDS
     from moetrain.moe.balance import CONTROLLERS, LOSSES
+    from moetrain.train.task import TASKS
 
     return {
         "balance.losses": sorted(LOSSES),
         "balance.controllers": sorted(CONTROLLERS),
         "model.attention": sorted(ATTENTIONS),
         "model.feed_forward": sorted(FEED_FORWARDS),
+        "train.task": sorted(TASKS),
     }
 
 

@@ -18,7 +18,7 @@ from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import freeze
 from moetrain.train.options import Precision, Residual, TrainConfig
 from moetrain.train.step import TrainStep
-from moetrain.train.task import NextToken
+from moetrain.train.task import TASKS, Task
 
 _PRODUCTS = {
     Precision.fp32: torch.float32,
@@ -38,7 +38,7 @@ class Assembled:
     counts: Counts
 
     @property
-    def task(self) -> NextToken:
+    def task(self) -> Task:
         return self.engine.task
 
 
@@ -62,7 +62,7 @@ def assemble(
 
 def build_task(
     cfg: TrainConfig, vocab_size: int, device: str, adjust: Callable[[Decoder], None] = lambda model: None
-) -> tuple[NextToken, Counts]:
+) -> tuple[Task, Counts]:
     """The task, whole and without memory, and the model's counts."""
     require_backend(cfg.model, cfg.data.seq_len, _PRODUCTS[cfg.train.precision], _current(device))
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
@@ -78,7 +78,11 @@ def build_task(
         model.residual_dtype = torch.float32
     adjust(model)
     freeze(model, cfg.optim.frozen)
-    return NextToken(model), count_parameters(model)
+    try:
+        task = TASKS[cfg.train.task](model)
+    except ValueError as error:
+        raise UserError(f"train.task={cfg.train.task}: {error}") from None
+    return task, count_parameters(model)
 
 
 def with_step(

@@ -24,13 +24,13 @@ from moetrain.parallel.mesh import DataGroups, build_meshes
 from moetrain.parallel.watchdog.flight_recorder import observe, watched
 from moetrain.train.optim.build import build_optimizer, set_lr
 from moetrain.train.options import Precision, TrainConfig
-from moetrain.train.task import NextToken, TaskOutput
+from moetrain.train.task import Task, TaskOutput
 
 
 class Engine(Protocol):
     """A task that is laid out over the ranks. All ranks call a method together, unless it says otherwise."""
 
-    task: NextToken
+    task: Task
     data: DataGroups  # which ranks read the same batch, and whose tokens add up
 
     def forward(self, arguments: Mapping[str, object], last: bool) -> TaskOutput:
@@ -79,9 +79,7 @@ class NativeEngine:
     ``task`` is laid out, or whole; ``data`` as its layout has it.
     """
 
-    def __init__(
-        self, task: NextToken, optimizer: torch.optim.Optimizer, data: DataGroups | None = None
-    ) -> None:
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, data: DataGroups | None = None) -> None:
         self.task, self.optimizer = task, optimizer
         self.data = DataGroups() if data is None else data
 
@@ -132,7 +130,7 @@ class NativeEngine:
             yield
 
 
-def prepare(task: NextToken, cfg: TrainConfig, device: str, world: int, drawn: bool) -> NativeEngine:
+def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) -> NativeEngine:
     """Lay ``task``, which has no memory yet, out over ``world`` ranks; each allocates its own shards.
 
     Weights are drawn as functions of ``train.seed`` and their names; not ``drawn``: they are loaded next.
@@ -144,7 +142,7 @@ def prepare(task: NextToken, cfg: TrainConfig, device: str, world: int, drawn: b
     return NativeEngine(task, build_optimizer(task, cfg.optim), data)
 
 
-def lay_out(task: NextToken, cfg: TrainConfig, device: str, world: int) -> DataGroups:
+def lay_out(task: Task, cfg: TrainConfig, device: str, world: int) -> DataGroups:
     """Lay ``task`` out over ``world`` ranks, without memory. Returns who reads what."""
     with watched("the process groups of the layout", ""):
         meshes = build_meshes(cfg.parallel, world, device)
@@ -156,5 +154,5 @@ def lay_out(task: NextToken, cfg: TrainConfig, device: str, world: int) -> DataG
 
 
 # (task without memory, config, device, number of ranks, whether to draw the weights) -> engine
-Prepare = Callable[[NextToken, TrainConfig, str, int, bool], Engine]
+Prepare = Callable[[Task, TrainConfig, str, int, bool], Engine]
 ENGINES: dict[str, Prepare] = {"native": prepare}  # by engine.name

@@ -17,12 +17,12 @@ from moetrain.models.decoder import Decoder
 from moetrain.moe import Router
 from moetrain.parallel.distributed import all_reduce_sum_
 from moetrain.train.log.metrics import EvalSums
-from moetrain.train.task import NextToken, batch_arguments
+from moetrain.train.task import Task, batch_arguments
 
 
 @torch.no_grad()
 def evaluate(
-    task: NextToken,
+    task: Task,
     batches: Iterable[Batch],
     domains: Sequence[str],
     seed: int,

@@ -58,6 +58,7 @@ class RunConfig:
 class LoopConfig:
     """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
 
+    task: str = "next_token"  # what the loss is of; a plug-in may register another
     steps: int = 400
     seed: int = 0
     deterministic: bool = False

@@ -23,7 +23,7 @@ from moetrain.moe.balance import Controller
 from moetrain.train.engine import Engine
 from moetrain.train.identity import IDENTITY
 from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
-from moetrain.train.task import NextToken
+from moetrain.train.task import Task
 
 
 def state_tensors(engine: Engine, controllers: Sequence[Controller]) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class TrainState:
     identity: Mapping[str, str] | None = None  # of the run folder's files; rank 0 knows it
 
     @property
-    def task(self) -> NextToken:
+    def task(self) -> Task:
         return self.engine.task
 
     def tensors(self) -> dict[str, Tensor]:

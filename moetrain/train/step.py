@@ -91,30 +91,30 @@ class TrainStep:
         ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
         counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
         self._router_stats = {}
-        nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             arguments = batch_arguments(batch, self.seed, step, self.group)
             output = self.engine.forward(arguments, last=index == len(batches) - 1)
-            assert output.nll_sum is not None  # a batch has labels
+            assert output.loss_sum is not None  # a batch has labels
             extra, raw = self._balance(step, tokens, output.records, counts)
-            loss = output.nll_sum / max(targets, 1)
+            loss = output.loss_sum / max(targets, 1)
             self.engine.backward(loss if extra is None else loss + extra)
-            nll_sum += output.nll_sum.detach()
+            loss_sum += output.loss_sum.detach()
             self.stats.add({layer: record.detach() for layer, record in output.records.items()})
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
-        return self._finish(nll_sum, aux_sums, targets, tokens)
+        return self._finish(loss_sum, aux_sums, targets, tokens)
 
-    def _finish(self, nll_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
-        all_reduce_sum_(nll_sum, *aux_sums.values(), name="the losses", group=self.group)
+    def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
+        all_reduce_sum_(loss_sum, *aux_sums.values(), name="the losses", group=self.group)
         routing = self.stats.reduce(self.group)
         norm = self.engine.clip(self.clip_norm)
         # The first of two waits: whether to update at all. What else is read of the step comes along.
-        nll, norm, sums_F, *aux_L = _on_host([nll_sum, norm, routing.sums_F, *aux_sums.values()])
+        total, norm, sums_F, *aux_L = _on_host([loss_sum, norm, routing.sums_F, *aux_sums.values()])
         routing, aux_sums = replace(routing, sums_F=sums_F), dict(zip(aux_sums, aux_L, strict=True))
-        loss, grad_norm = float(nll) / max(targets, 1), float(norm)
+        loss, grad_norm = float(total) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
         applied = problem is None
         if problem is None:

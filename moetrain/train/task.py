@@ -1,10 +1,11 @@
-"""The training task: a batch becomes a sum of losses, a count, and the routings of its MoE layers.
+"""Training tasks: a batch becomes a sum of losses, and the records of its MoE layers; a registry of them.
 
-Shapes: B batch, S sequence, T = B S tokens, V vocabulary. Next-token prediction is the one task today.
+Shapes: B batch, S sequence, T = B S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -20,14 +21,28 @@ from moetrain.moe import RouterContext, RoutingRecord
 class TaskOutput(NamedTuple):
     """A pytree, as FSDP2 wants of a module's output; what was not asked for is None."""
 
-    nll_sum: Tensor | None
+    loss_sum: Tensor | None
     nll_BS: Tensor | None
     logits_BSV: Tensor | None
     records: dict[int, RoutingRecord]  # a block's place -> what its layer told
 
 
-class NextToken(nn.Module):
-    """The root module of training: decoder and loss, so that FSDP gathers the head's weight once for both."""
+class Inputs(NamedTuple):
+    """What a decoder read, and what is asked of each position: no loss where the label is IGNORE."""
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    doc_ids_BS: Tensor | None
+    positions_BS: Tensor | None
+    documents: int | None
+
+
+class Task(nn.Module):
+    """The root module of training: decoder and loss, so that FSDP gathers the head's weight once for both.
+
+    A task says what the loss is of; held-out text is scored by its next tokens whatever that is. What a task
+    holds beside the decoder is in no checkpoint: it must not train, and be the same in every run.
+    """
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -37,6 +52,10 @@ class NextToken(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """What ``parallelize`` wraps one by one."""
         return self.model.blocks
+
+    def loss_sum(self, hidden_BSD: Tensor, inputs: Inputs) -> Tensor:
+        """The sum of all positions' losses, in nats; the step divides it by the global batch's labels."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -49,21 +68,51 @@ class NextToken(nn.Module):
         per_token: bool = False,
         documents: int | None = None,
     ) -> TaskOutput:
-        """With labels: the summed loss in nats, or each token's (``per_token``, no gradient); else logits."""
+        """With labels: the summed loss, or each token's nats (``per_token``, no gradient); else logits."""
         hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache, documents)
         if labels_BS is None:
             return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
         if per_token:
             nll_BS = token_nll(hidden_BSD, self.model.head_weight, labels_BS)
             return TaskOutput(None, nll_BS, None, records)
-        nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, labels_BS)
-        return TaskOutput(nll_sum, None, None, records)
+        inputs = Inputs(input_ids_BS, labels_BS, doc_ids_BS, positions_BS, documents)
+        return TaskOutput(self.loss_sum(hidden_BSD, inputs), None, None, records)
+
+
+Builder = Callable[[Decoder], Task]
+TASKS: dict[str, Builder] = {}
+
+
+def register_task(name: str) -> Callable[[Builder], Builder]:
+    """Decorator: make a :class:`Task`, or what builds one around a decoder, known as ``train.task``.
+
+    The decoder has no memory yet. A second use of a name is an error. What the builder refuses it says by
+    ValueError, in one line.
+    """
+
+    def add(builder: Builder) -> Builder:
+        if TASKS.setdefault(name, builder) is not builder:
+            raise ValueError(f"task {name!r} is registered already")
+        return builder
+
+    return add
+
+
+class NextToken(Task):
+    """Cross-entropy of the label, the token that follows."""
+
+    def loss_sum(self, hidden_BSD: Tensor, inputs: Inputs) -> Tensor:
+        nll_sum, _ = cross_entropy_sum(hidden_BSD, self.model.head_weight, inputs.labels_BS)
+        return nll_sum
+
+
+register_task("next_token")(NextToken)
 
 
 def batch_arguments(
     batch: Batch, seed: int, step: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, object]:
-    """The keyword arguments of :class:`NextToken` for a batch (labels included).
+    """The keyword arguments of a :class:`Task` for a batch (labels included).
 
     ``group``: the ranks whose tokens a router may couple; None: this one's.
     """

@@ -18,7 +18,7 @@ def _local_gradients(rank: int, world: int, twin: Twin) -> dict[str, float | Non
     whole = alike(mixed(twin.sequences, SEQ, VOCAB, seed=0))
     (batch,) = cut(whole, twin.sequences // world, rank, world)
     output = made.task(**batch_arguments(batch, seed=0, step=0))
-    output.nll_sum.backward()
+    output.loss_sum.backward()
     gradients = {name: p.grad for name, p in made.task.named_parameters() if ".experts." in name}
     return {name: None if g is None else float(g.to_local().abs().sum()) for name, g in gradients.items()}
 

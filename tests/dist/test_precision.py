@@ -81,11 +81,11 @@ def dtypes_seen(number: int, ranks: int, layout: ParallelConfig | None, recomput
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
     output = forward(task, batches()[0])
-    (output.nll_sum + sum(r.logits_TE.square().mean() for r in output.records.values())).backward()
+    (output.loss_sum + sum(r.logits_TE.square().mean() for r in output.records.values())).backward()
     told = output.records.values()
     records = {t.dtype for r in told for t in (r.logits_TE, r.scores_TE, r.assignment.weights_N)}
     left = {p.dtype for p in task.parameters()} | {p.grad.dtype for p in task.parameters()}
-    return {"seen": seen, "records": records, "after": left, "loss": output.nll_sum.dtype}
+    return {"seen": seen, "records": records, "after": left, "loss": output.loss_sum.dtype}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -103,7 +103,7 @@ def test_dtypes_of_products_routers_losses_and_gradients(layout, recompute):
 
 def gradients(number: int, ranks: int, layout: ParallelConfig | None, **how: bool) -> dict[str, Tensor]:
     task = build(layout, **how)
-    forward(task, batches()[0]).nll_sum.backward()
+    forward(task, batches()[0]).loss_sum.backward()
     return {name: whole(p.grad) for name, p in task.named_parameters()}
 
 
@@ -132,9 +132,9 @@ def sums(
     total: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
         sync_gradients(together, last=index == 1)
-        forward(together, part).nll_sum.backward()
+        forward(together, part).loss_sum.backward()
         sync_gradients(apart, last=True)
-        forward(apart, part).nll_sum.backward()
+        forward(apart, part).loss_sum.backward()
         for name, p in apart.named_parameters():
             total[name] = total.get(name, 0.0) + whole(p.grad)
         apart.zero_grad()
@@ -173,7 +173,7 @@ def test_the_residual_stream(residual):
         block.attention.register_forward_hook(
             lambda module, args, out: inside.update({args[0].dtype, out.dtype})
         )
-    hidden = forward(task, batches()[0]).nll_sum
+    hidden = forward(task, batches()[0]).loss_sum
     hidden.backward()
     assert stream == {residual or NARROW}
     assert inside == {NARROW}
@@ -210,7 +210,7 @@ def plugin_gradients(number: int, ranks: int, layout: ParallelConfig | None) -> 
     decoder.blocks[0].feed_forward = Plugin()
     task = NextToken(decoder)
     parallelize(task, Meshes() if layout is None else build_meshes(layout, ranks), compute_dtype=NARROW)
-    forward(task, batches()[0]).nll_sum.backward()
+    forward(task, batches()[0]).loss_sum.backward()
     return whole(decoder.blocks[0].feed_forward.up.weight.grad)
 
 

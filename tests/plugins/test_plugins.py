@@ -6,6 +6,7 @@ A plug-in's registrations end with its test.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,13 @@ from moetrain.moe.balance import CONTROLLERS, LOSSES
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
 from moetrain.train.evaluate import routing_by
+from moetrain.train.task import TASKS
 
 FOLDER = Path(__file__).parent
 OVERLOAD = "balance.losses=[{name: overload, coef: 0.5, options: {slack: 0.125}}, {name: switch}]"
+REGISTRIES = (LOSSES, CONTROLLERS, ROUTERS, FEED_FORWARDS, ATTENTIONS, TASKS)
 LATENT = ["plugins=[latent_attention]", "model.attention=latent"]
+DISTILLATION = ["plugins=[distillation]", "train.task=distillation"]
 UNEVEN = ["plugins=[uneven]", "model.feed_forward=uneven", "model.num_layers=3", "model.num_experts=4"]
 # plug-in -> (overrides, keys of a step's row that are its own)
 PLUGINS = {
@@ -51,6 +55,7 @@ PLUGINS = {
         [*UNEVEN, "balance=running", "balance.controllers.bias.rate=0.01"],
         ["moe/0/max_load", "moe/1/max_load", "moe/1/aux/switch_running"],
     ),
+    "distillation": (DISTILLATION, ["train/loss", "train/grad_norm"]),
     "latent_attention": (LATENT, ["train/loss", "train/grad_norm"]),
 }
 LAYOUT = ["parallel.ep=2", "model.num_experts=4"]
@@ -62,9 +67,7 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    kept = [
-        (registry, dict(registry)) for registry in (LOSSES, CONTROLLERS, ROUTERS, FEED_FORWARDS, ATTENTIONS)
-    ]
+    kept = [(registry, dict(registry)) for registry in REGISTRIES]
     yield
     for registry, before in kept:
         registry.clear()
@@ -139,6 +142,28 @@ def test_an_attention_of_ones_own_writes_and_counts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("training")
+def test_a_task_of_ones_own_decides_the_loss(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It falls as the teacher is learnt; text is no likelier for that, and no checkpoint has the teacher."""
+    run, steps = tmp_path / "run", ["train.steps=20", "optim.lr=0.03"]
+    assert tiny.train(corpus, run, *DISTILLATION, *steps) == 0
+    losses = [row["train/loss"] for row in tiny.steps(run)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert tiny.evaluations(run)[-1]["val/loss"] > math.log(257)
+    assert tiny.train(corpus, tmp_path / "text", *steps) == 0
+    tensors = [set(tiny.contents(tiny.checkpoint(tmp_path / name, 20))[0]) for name in ("run", "text")]
+    assert tensors[0] == tensors[1]
+    assert tiny.train(corpus, run, *steps, "train.steps=21") == 2
+    assert "train.task" in capsys.readouterr().err
+    assert tiny.train(corpus, tmp_path / "none", "train.task=distilation") == 2
+    said = capsys.readouterr().err
+    assert "train.task=distilation is not known; known: distillation, next_token (did" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -164,7 +189,13 @@ def test_what_an_attention_refuses_is_one_line(
 
 @pytest.mark.parametrize(
     "names",
-    [("own_loss", "own_controller", "own_router"), ("soft_merging",), ("uneven",), ("latent_attention",)],
+    [
+        ("own_loss", "own_controller", "own_router"),
+        ("soft_merging",),
+        ("uneven",),
+        ("latent_attention",),
+        ("distillation",),
+    ],
 )
 def test_a_plugin_is_the_same_on_two_ranks(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

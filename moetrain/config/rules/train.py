@@ -9,6 +9,7 @@ import shutil
 from moetrain.config.rules.checks import above_zero, at_least, check_device, is_installed, within
 from moetrain.errors import UserError
 from moetrain.models.options import AttentionBackend
+from moetrain.nearest import nearest
 from moetrain.train.optim.options import MuonConfig
 from moetrain.train.options import GenerateConfig, Precision, Residual, TrainConfig
 
@@ -159,6 +160,16 @@ def attention_fits_device(cfg: TrainConfig, world: int) -> None:
     require_backend(cfg.model, cfg.data.seq_len, dtype or torch.float32, device, tested=False)
 
 
+def task_is_known(cfg: TrainConfig, world: int) -> None:
+    from moetrain.train.task import TASKS
+
+    if (name := cfg.train.task) not in TASKS:
+        raise UserError(
+            f"train.task={name} is not known{nearest(name, TASKS)}; a plugin's task needs plugins=[package] "
+            "on the command line"
+        )
+
+
 def engine_is_known(cfg: TrainConfig, world: int) -> None:
     from moetrain.train.engine import ENGINES
 
@@ -244,7 +255,7 @@ def generate_checkpoint(cfg: GenerateConfig) -> None:
         )
 
 
-LAYOUT_RULES = (optimizer_numbers, layout_is_built, layout_fills_world, experts_spread_evenly)
+LAYOUT_RULES = (task_is_known, optimizer_numbers, layout_is_built, layout_fills_world, experts_spread_evenly)
 RULES = (
     loop_numbers,
     checkpoint_numbers,
