@@ -51,8 +51,7 @@ def main(steps: int = 60) -> list[float]:
             model.moe.router.bias_E += BIAS_STEP * torch.sign(load_E.mean() - load_E)
         losses.append(loss.item())
         if (step + 1) % 20 == 0:
-            counts = routing.assignment.counts_E.tolist()
-            print(f"step {step + 1:3}  loss {loss:.3f}  tokens of each expert {counts}")
+            print(f"step {step + 1:3}  loss {loss:.3f}  tokens of each expert {load_E.tolist()}")
     return losses
 
 

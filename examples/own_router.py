@@ -51,8 +51,7 @@ def main() -> list[str]:
     broken = [outcome.failure for outcome in check_router("top_share") if outcome.failure is not None]
     print("\n".join(broken) or "every check holds")
     y_BSD, routing = MoELayer(16, 24, 5, router="top_share")(torch.randn(2, 11, 16))
-    assignments = len(routing.assignment.token_ids_N)
-    print(f"{tuple(y_BSD.shape)}: {assignments} assignments of {int(routing.num_tokens)} tokens")
+    print(f"{tuple(y_BSD.shape)}: {len(routing.assignment.weights_N)} assignments of 22 tokens")
     return broken
 
 

@@ -191,10 +191,10 @@ def test_what_an_attention_refuses_is_one_line(
     "names",
     [
         ("own_loss", "own_controller", "own_router"),
-        ("soft_merging",),
+        pytest.param(("soft_merging",), marks=pytest.mark.real),
         ("uneven",),
-        ("latent_attention",),
-        ("distillation",),
+        pytest.param(("latent_attention",), marks=pytest.mark.real),
+        pytest.param(("distillation",), marks=pytest.mark.real),
     ],
 )
 def test_a_plugin_is_the_same_on_two_ranks(

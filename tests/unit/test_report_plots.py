@@ -90,7 +90,8 @@ def test_load_maps_of_layers_that_differ(monkeypatch: pytest.MonkeyPatch) -> Non
     written: list[tuple[int, int]] = []
     monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **style: written.append((y, x)))
     shares = tuple(loads(2, 1, experts).shares[0] for experts in (3, 5))
-    assert heatmap.over_time(Loads(np.arange(1.0, 3.0), (1, 4), shares), "x").image.startswith("<img")
+    plot = heatmap.over_time(Loads(np.arange(1.0, 3.0), (1, 4), shares), "x")
+    assert plot.image.source.startswith("data:image/")
     heatmap.final_map(Loads(np.arange(1.0, 3.0), (1, 4), shares), "x")
     assert written == [(0, 0), (0, 1), (0, 2), *((1, expert) for expert in range(5))]
 

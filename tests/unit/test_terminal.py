@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from moetrain import terminal
-from moetrain.cli import COMMANDS, main
+from moetrain.cli import main
 from moetrain.errors import UserError
 from moetrain.terminal import as_text, console, one_line, printable
 
@@ -186,7 +186,7 @@ def test_memory_that_is_not_there_is_one_line(error, monkeypatch, capsys):
     def fail(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "doctor", fail)
+    monkeypatch.setattr("moetrain.commands.doctor.run", fail)
     assert main(["doctor"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("moetrain: error: out of memory: ")

@@ -37,7 +37,7 @@ def whole(form: str, scope: str) -> Outcome:
 @pytest.mark.parametrize("scope", ["sequence", "global_batch", "running"])
 def test_no_gradient_depends_on_the_split_or_on_recompute(scope, form):
     one = whole(form, scope)
-    assert len(one.tensors) == 26
+    assert len(one.tensors) == 35
     assert one.figures["tokens"] == 48
     assert one.figures["moe/1/drop_rate"] > 0.02
     for micro, recompute in SPLITS:

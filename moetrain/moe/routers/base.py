@@ -190,9 +190,7 @@ def build_router(
 
     Raises ValueError for an unknown name or option, with the nearest known one.
     """
-    spec = ROUTERS.get(name)
-    if spec is None:
-        raise ValueError(f"unknown router {name!r}; {_nearest(name, ROUTERS)}")
+    spec = _spec(name)
     if num_experts < 1 or d_model < 1:
         raise ValueError(f"num_experts={num_experts} and d_model={d_model} must be at least 1")
     if options is None:
@@ -206,11 +204,17 @@ def build_router(
     return router
 
 
+def _spec(name: str) -> RouterSpec:
+    if name not in ROUTERS:
+        raise ValueError(f"unknown router {name!r}; {_nearest(name, ROUTERS)}")
+    return ROUTERS[name]
+
+
 def full_options(options: RouterConfig) -> RouterConfig:
     """The router's own options; if ``options`` has the common fields only, the others take their defaults."""
     if type(options) is not RouterConfig:
         return options
-    return ROUTERS[options.name].options(**{f.name: getattr(options, f.name) for f in fields(options)})
+    return _spec(options.name).options(**{f.name: getattr(options, f.name) for f in fields(options)})
 
 
 def _with_overrides(options: RouterConfig, overrides: dict[str, Any]) -> RouterConfig:
