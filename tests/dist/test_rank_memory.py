@@ -48,7 +48,7 @@ CASES = {
     ],
 }
 EVEN = [
-    "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=6", "model.head_dim=4",
+    "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=8", "model.head_dim=4",
     "model.num_experts=8", "model.first_dense=0",
 ]  # fmt: skip
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from moetrain.errors import STOPPED
+
 pytestmark = pytest.mark.real
 LONG = ["train.steps=100000", "train.eval_every=0", "checkpoint.every=5"]
 
@@ -57,7 +59,7 @@ def test_a_start_beside_a_running_one_and_a_batch_warning(corpus, tmp_path):
         assert contents(run) == before
         first.popen.send_signal(signal.SIGCONT)
         first.popen.send_signal(signal.SIGUSR1)
-        assert first.wait() == 0, first.output()
+        assert first.wait() == STOPPED, first.output()
         assert "SIGUSR1: stopping after this step and saving" in first.output()
     assert tiny.checkpoints(run)[-1] == tiny.steps(run)[-1]["step"]
 
