@@ -2,7 +2,7 @@
 
 Shapes: B batch (1 where all rows share their positions), S sequence, N heads, H head width, h = H / 2.
 Source: Su et al. 2021, "RoFormer"; element i is rotated together with element i + h. The scalings' sources
-stand in ``config/schema_rope.py``.
+stand in ``rope_options.py``.
 """
 
 from __future__ import annotations

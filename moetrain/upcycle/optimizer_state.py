@@ -77,7 +77,8 @@ def _steps(
             "become one parameter: set method.carry_optimizer=false"
         )
     yield from zip((optim_name(name, STEP) for name in experts), (steps[0], steps[-1]), strict=True)
-    yield from zip((optim_name(name, STEP) for name in shared), steps, strict=False)
+    if shared:
+        yield from zip((optim_name(name, STEP) for name in shared), steps, strict=True)
 
 
 def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:

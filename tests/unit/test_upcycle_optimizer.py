@@ -163,6 +163,15 @@ def test_a_shared_experts_moments_are_scaled_where_it_is(gated: bool) -> None:
     assert moments(result, "step")[FF + "shared.w_up_FD"] == 11
 
 
+def test_gate_and_up_of_other_step_counts_are_refused() -> None:
+    """They become one parameter, which has one count."""
+    state = with_optimizer(dense_state())
+    name = f"optim.{FF}w_gate_FD.step"
+    state[name] = state[name] + 1
+    with pytest.raises(UserError, match=r"w_gate_FD has made 12\.0 steps and .*w_up_FD 11\.0, but they"):
+        carried(CopyOptions(carry_optimizer=True), state)
+
+
 def test_joined_models_bring_their_own() -> None:
     first, second = (with_optimizer(dense_state(seed=seed), seed) for seed in (0, 1))
     options = JoinOptions(carry_optimizer=True, rest=Rest.mean)
