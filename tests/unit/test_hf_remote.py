@@ -189,6 +189,15 @@ def test_every_config_is_read_back() -> None:
         own.read(Fields(broken, "config.json"))
 
 
+@pytest.mark.parametrize("given", [{}, {"weights_format": 3}])
+def test_weights_of_another_format_are_refused(given: dict[str, int]) -> None:
+    """Format 1 said nothing of it."""
+    config = FAMILIES["moetrain"].config(CASES["topk"])
+    config = {key: value for key, value in config.items() if key != "weights_format"} | given
+    with pytest.raises(UserError, match=r"weights are in format [13], and this moetrain reads format 2"):
+        FAMILIES["moetrain"].read(Fields(config, "config.json"))
+
+
 @pytest.mark.real
 def test_it_is_read_back(tmp_path: Path) -> None:
     """Every key and bit: by transformers, by export and by import, which do not run its code."""

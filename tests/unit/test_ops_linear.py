@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moetrain.ops.linear import linear
+from moetrain.ops.linear import linear, linears
 
 
 def operands(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -36,6 +36,24 @@ def test_equals_f_linear(shape: tuple[int, ...], dtype: torch.dtype, bound: floa
     for grad, right in zip(ours, torch.autograd.grad(expected, wide, dy), strict=True):
         assert grad.dtype is dtype
         torch.testing.assert_close(grad.double(), right, rtol=bound, atol=bound * 40)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (0, 3, 7), (13, 7)])
+def test_several_weights_share_an_input_and_its_gradient(shape: tuple[int, ...]) -> None:
+    """Of outputs of other widths, each with or without a bias."""
+    draw = torch.Generator().manual_seed(1)
+    sizes = [shape, (11, 7), (5, 7), (3, 7), (11,), (3,)]
+    x, a, b, c, a_bias, c_bias = tensors = [
+        torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_() for size in sizes
+    ]
+    found = linears(x, [a, b, c], [a_bias, None, c_bias])
+    expected = [F.linear(x, a, a_bias), F.linear(x, b), F.linear(x, c, c_bias)]
+    grads = [torch.randn(y.shape, generator=draw, dtype=torch.float64) for y in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    ours, theirs = (torch.autograd.grad(ys, tensors, grads) for ys in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("bias", [False, True])
