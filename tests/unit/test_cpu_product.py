@@ -12,6 +12,13 @@ LARGE = (97, 251, 211)  # above the size from which oneDNN is asked
 assert LARGE[0] * LARGE[1] * LARGE[2] > cpu_product._MIN_WORK
 
 
+@pytest.fixture(params=[True, False], ids=["mkl", "onednn"])
+def library(request, monkeypatch):
+    """Both choices on every machine, whoever made its processor."""
+    monkeypatch.setattr(cpu_product, "_prefers_mkl", lambda: request.param)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("shape", [LARGE, (3, 5, 7), (0, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("into", [False, True])
@@ -29,7 +36,8 @@ def test_equals_matmul(shape, dtype, into):
 
 
 @pytest.mark.skipif(not cpu_product._available(), reason="this build of torch has no oneDNN linear operator")
-def test_large_products_go_to_onednn_unless_it_is_switched_off(monkeypatch):
+def test_onednn_is_used_unless_switched_off(monkeypatch):
+    monkeypatch.setattr(cpu_product, "_prefers_mkl", lambda: False)
     asked = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: asked.append(args) or mm(*args, **kwargs))
@@ -41,6 +49,16 @@ def test_large_products_go_to_onednn_unless_it_is_switched_off(monkeypatch):
     assert len(asked) == 1
 
 
+def test_processor_of_intel_takes_mkl(monkeypatch, tmp_path):
+    for maker, expected in (("GenuineIntel", torch.backends.mkl.is_available()), ("AuthenticAMD", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(cpu_product, "_CPUINFO", tmp_path / "cpuinfo")
+        assert cpu_product._prefers_mkl.__wrapped__() == expected
+    monkeypatch.setattr(cpu_product, "_CPUINFO", tmp_path / "none")
+    assert not cpu_product._prefers_mkl.__wrapped__()
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("shape", [LARGE, (97, 251, 499), (3, 5, 7), (0, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_outer_is_the_product_with_the_transposed(shape, dtype):
