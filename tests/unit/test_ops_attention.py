@@ -100,6 +100,21 @@ def test_gradients_of_keys_add_up_in_fp32() -> None:
     assert abs(dv[0, 0, 0, 0].item() - right) <= right * 2**-8 * 2  # of each term, and of the sum
 
 
+def test_backward_in_bf16_is_given_fp32() -> None:
+    """torch's own kernel takes many times as long in bf16, most where the processor does not multiply it."""
+    dtypes = set()
+
+    def backward(*operands: Tensor) -> tuple[Tensor, ...]:
+        dtypes.update(x.dtype for x in operands)
+        return CPU.backward(*operands)
+
+    q, k, v = (x.bfloat16().requires_grad_() for x in inputs(19, 2))
+    y = attend_by_blocks(q, k, v, SeenKeys(19), 7, CPU._replace(backward=backward))
+    gradients = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+    assert dtypes == {torch.float32}
+    assert {x.dtype for x in gradients} == {torch.bfloat16}
+
+
 def scores_computed(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], seen: SeenKeys | None) -> int:
     """Pairs of a query and a key, of one head and row."""
     plan_attention(AUTO, case_of(tensors, seen))  # the self-test is not counted

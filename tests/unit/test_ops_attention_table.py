@@ -58,12 +58,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch, case: Case, broken: tuple[str, ...] 
     [
         (None, 8192, torch.float32, "sdpa"),
         (None, 600, torch.float32, "blocks"),
-        (None, 500, torch.bfloat16, "sdpa"),
+        (None, 2, torch.bfloat16, "blocks"),
+        (None, 8192, torch.bfloat16, "blocks"),
         (None, 383, torch.float32, "sdpa"),
         (MASKED, 383, torch.float32, "sdpa"),
         (MASKED, 384, torch.float32, "blocks"),
-        (MASKED, 511, torch.bfloat16, "sdpa"),
-        (MASKED, 512, torch.bfloat16, "blocks"),
+        (MASKED, 383, torch.bfloat16, "blocks"),
         (MASKED, 8192, torch.float64, "blocks"),
     ],
 )
@@ -71,6 +71,11 @@ def test_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, seen: SeenKeys | None, seq: int, dtype: torch.dtype, backend: str
 ) -> None:
     assert chosen(monkeypatch, case(seen, seq, CPU, dtype)) == backend
+
+
+def test_bf16_on_a_cpu_with_a_cache_is_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seq, backend in ((1, "sdpa"), (383, "sdpa"), (384, "blocks")):
+        assert chosen(monkeypatch, case(MASKED, seq, CPU, torch.bfloat16, cached=11)) == backend
 
 
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

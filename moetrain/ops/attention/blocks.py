@@ -5,7 +5,8 @@ keys where none is, though causality, windows and documents throw most of them a
 made when the block is computed, in the backward pass once more: nothing of S x K elements exists, and between
 the passes only the inputs, the output and one number a query and head are kept.
 
-The kernels are those that torch's scaled_dot_product_attention calls on a CPU.
+The kernels are those that torch's scaled_dot_product_attention calls on a CPU; the backward one is given fp32,
+since in bf16 it is slower everywhere.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
@@ -24,6 +25,7 @@ from moetrain.ops.attention.case import Case, Plan
 from moetrain.ops.attention.seen_keys import SeenKeys
 
 _MOST_ROWS = 512  # of a block; more save no time, and the bias of a block grows with them
+_LEAST_SEQ = 384  # queries from which fewer keys are worth more calls
 _LARGE_BLOCKS_FROM = 768  # queries from which torch's own causal kernel takes blocks as good as ours
 
 
@@ -45,9 +47,14 @@ def refusal(case: Case) -> str | None:
 
 
 def worthwhile(case: Case) -> bool:
-    """Whether it is faster than the whole sequence at once (``benchmarks/attention.py``)."""
-    least_seq = 512 if case.dtype.itemsize < 4 else 384  # narrower products need more rows to be worth a call
-    return case.seq >= least_seq and (case.seen is not None or case.seq < _LARGE_BLOCKS_FROM)
+    """Whether it is faster than the whole sequence at once (``benchmarks/attention.py``).
+
+    In bf16 without a cache, as in training, always: torch's own backward pass takes up to three times as long
+    where the processor multiplies bf16, and up to 26 times elsewhere.
+    """
+    if case.dtype.itemsize < 4 and not case.cached and case.seq > 1:
+        return True
+    return case.seq >= _LEAST_SEQ and (case.seen is not None or case.seq < _LARGE_BLOCKS_FROM)
 
 
 def prepare(case: Case) -> Plan:
@@ -82,7 +89,7 @@ def _cpu_backward(
     return gradients
 
 
-CPU = Kernel(_cpu_forward, _cpu_backward, wide_backward=True)  # in bf16 it takes 1.3 times as long
+CPU = Kernel(_cpu_forward, _cpu_backward, wide_backward=True)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
