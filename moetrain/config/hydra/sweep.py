@@ -14,13 +14,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from moetrain.config.explain import explain
-from moetrain.config.hydra.compose import compose_train, from_node, prepare
+from moetrain.config.hydra.compose import compose_train, from_node, load_yaml, prepare
 from moetrain.config.hydra.overrides import is_sweep
 from moetrain.config.init_from import source_overrides
 from moetrain.config.pages import hydra_main
-from moetrain.config.resume import check_start, keys_of
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
+from moetrain.flat import keys_of
 from moetrain.parallel.environment import is_rank_0, stopped, world_size
 from moetrain.terminal import tell
 from moetrain.train.options import RunConfig, TrainConfig
@@ -70,8 +70,7 @@ def train_job(node: DictConfig) -> int:
     if is_rank_0():
         tell(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}")
     try:
-        validate(cfg, world_size())
-        finished = train(cfg)
+        finished = train(cfg, load_yaml, validate(cfg, world_size()))
     except UserError as e:
         raise type(e)(f"job {num}: {e}") from e
     if not finished:
@@ -93,6 +92,8 @@ def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
 
     A job is named by its number, so what is swept must be what it was. Returns the first's ``run`` section.
     """
+    from moetrain.train.resume import check_start
+
     first, swept = None, keys_of([o for o in flags.overrides if is_sweep(o)])
     numbered = not any(o.startswith("hydra/sweeper=") for o in flags.overrides)  # else values come as it goes
     for i, job in enumerate(jobs):
@@ -100,7 +101,7 @@ def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
         try:
             validate(cfg, world_size())
             if numbered and (cfg.run.dir is not None or cfg.run.name is not None):
-                check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), swept)
+                check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), load_yaml, swept)
         except UserError as e:
             raise UserError(f"job {i} ({' '.join(job)}): {e}") from e
         if cfg.compare.arms:
