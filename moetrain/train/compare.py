@@ -43,7 +43,7 @@ def compare(cfg: TrainConfig, arms: Arms, read: ReadConfig) -> int:
     """
     init_from_env(backend_timeout(cfg.parallel.timeout), resolve_device(cfg.train.device))
     try:
-        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
+        with watching(cfg.parallel.timeout), owning(*run_path(cfg)) as lock:
             return _compare(cfg, arms, read, lock.folder)
     finally:
         shutdown()

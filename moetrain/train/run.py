@@ -42,7 +42,7 @@ from moetrain.train.log.progress import build_progress
 from moetrain.train.log.trackers import build_tracker
 from moetrain.train.loop import Loop, RunServices
 from moetrain.train.options import TrainConfig
-from moetrain.train.resume import check_resume
+from moetrain.train.resume import check_resume, run_folder
 from moetrain.train.run_dir import RunDir, new_folder
 from moetrain.train.run_files import TOKENIZER, ReadConfig
 from moetrain.train.run_lock import FolderLock, owning
@@ -66,7 +66,7 @@ def train(cfg: TrainConfig, read: ReadConfig, notes: Sequence[str] = ()) -> bool
     init_from_env(backend_timeout(cfg.parallel.timeout), device)
     _set_up_logging()
     try:
-        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
+        with watching(cfg.parallel.timeout), owning(*run_path(cfg)) as lock:
             return _train(cfg, device, read, notes, lock)
     finally:
         if not joined:
@@ -138,13 +138,11 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     return eval_row(state.step, state.tokens, total, domains, modes)
 
 
-def run_path(cfg: TrainConfig) -> Path:
-    """The run's folder, the same on all ranks. One without a name is made anew, and named by the clock."""
-    if cfg.run.dir is not None:
-        return Path(cfg.run.dir)
-    if cfg.run.name is not None:
-        return Path(cfg.run.root) / cfg.run.name
-    return Path(from_rank_0(partial(new_folder, Path(cfg.run.root)), "making the run folder"))
+def run_path(cfg: TrainConfig) -> tuple[Path, list[Path]]:
+    """The run's folder, the same on all ranks, and what was made of it: all of one that the clock names."""
+    if (folder := run_folder(cfg)) is not None:
+        return folder, []
+    return from_rank_0(partial(new_folder, Path(cfg.run.root)), "making the run folder")
 
 
 def resolve_device(device: str) -> str:

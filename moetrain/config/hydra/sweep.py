@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +27,8 @@ from moetrain.flat import keys_of
 from moetrain.parallel.environment import is_rank_0, stopped, world_size
 from moetrain.terminal import tell
 from moetrain.train.options import RunConfig, TrainConfig
+
+_NOTE = "multirun.yaml"  # Hydra's
 
 
 class SweepStoppedError(BaseException):
@@ -53,11 +58,27 @@ def sweep(flags: argparse.Namespace) -> int:
     quoted = "'" + folder.replace("'", r"\'") + "'"
     places = [f"hydra.sweep.dir={quoted}", f"hydra.run.dir={quoted}"]
     try:
-        return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
+        with _unused_removed(Path(folder)):
+            return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
     except SweepStoppedError as e:
         if is_rank_0():
             tell(f"moetrain: {e}")
         return stopped()
+
+
+@contextlib.contextmanager
+def _unused_removed(folder: Path) -> Iterator[None]:
+    """Where no job wrote anything, leave no folder that the sweep made for Hydra's own note of it."""
+    from moetrain.train.run_dir import missing, remove_empty
+
+    made = missing(folder)
+    try:
+        yield
+    except UserError:
+        if made and is_rank_0() and folder.is_dir() and os.listdir(folder) == [_NOTE]:
+            (folder / _NOTE).unlink()
+            remove_empty(made)
+        raise
 
 
 def train_job(node: DictConfig) -> int:
