@@ -173,7 +173,7 @@ def test_a_reader_that_went_away_is_no_error(trained):
 
 def test_a_sweep_names_each_jobs_folder(trained, capsys):
     logger, level = logging.getLogger("moetrain.data"), logging.getLogger().level
-    assert main(["train", "-m", "run.name=s", "train.seed=3,5", "model=tiny"]) == 0
+    assert main(["train", "-m", "run.name=s", "train.seed=3,5", "model=tiny", "train.steps=9"]) == 0
     assert not logger.disabled
     assert logging.getLogger().level == level
     assert [c.train.seed for c in trained.configs] == [3, 5]
@@ -183,10 +183,10 @@ def test_a_sweep_names_each_jobs_folder(trained, capsys):
     assert os.listdir(".") == ["runs"]
     out = capsys.readouterr().out
     assert re.findall(r"job \d: .*", out) == [
-        "job 0: run.name=s train.seed=3 model=tiny",
-        "job 1: run.name=s train.seed=5 model=tiny",
+        "job 0: run.name=s train.seed=3 model=tiny train.steps=9",
+        "job 1: run.name=s train.seed=5 model=tiny train.steps=9",
     ]
-    assert trained.notes == [validate(cfg) for cfg in trained.configs]
+    assert trained.notes == [validate(cfg) for cfg in trained.configs] != [[], []]
 
 
 def test_a_sweep_without_a_name_is_named_by_its_time(trained):
