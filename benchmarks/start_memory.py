@@ -21,9 +21,10 @@ from timing import machine, write_json
 from torch import Tensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.config.hydra.compose import compose_train, to_yaml
+from moetrain.config.hydra.compose import compose_train, load_yaml
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
+from moetrain.plain import to_yaml
 from moetrain.train.engine import NativeEngine
 from moetrain.train.options import TrainConfig
 from moetrain.train.run_files import CONFIG, TOKENIZER
@@ -51,7 +52,7 @@ def peak_memory(reset: bool = False) -> int:
 def begin(rank: int, world: int, cfg: TrainConfig, checkpoint: Path | None) -> dict[str, int]:
     peak_memory(reset=True)
     folder = Path(cfg.run.dir or ".") / "checkpoints"
-    built = start(cfg, "cpu", Checkpointer(folder), checkpoint)
+    built = start(cfg, "cpu", Checkpointer(folder), checkpoint, load_yaml)
     peak = peak_memory()
     engine = built.state.engine
     assert isinstance(engine, NativeEngine)
@@ -73,7 +74,7 @@ def write_text(folder: Path) -> None:
 def write_run(rank: int, world: int, cfg: TrainConfig, folder: Path) -> None:
     """A run folder with a checkpoint of before the first step, optimizer state included."""
     checkpointer = Checkpointer(folder / "checkpoints")
-    built = start(cfg, "cpu", checkpointer, None)
+    built = start(cfg, "cpu", checkpointer, None, load_yaml)
     built.state.save(checkpointer)
     checkpointer.close()
     built.state.loader.close()

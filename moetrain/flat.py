@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from typing import Any
 
 from moetrain.errors import shortened
 
 Leaf = str | int | float | bool | None | list[Any]
+
+# The key of each polymorphic group that names the class of its other keys.
+TAGS = {
+    "router": "name",
+    "data": "source",
+    "optim": "name",
+    "engine": "name",
+    "tracker": "name",
+    "method": "name",
+}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Leaf]:
@@ -37,6 +47,11 @@ def prefixes(keys: Iterable[str]) -> set[str]:
 def lies_in(key: str, sections: Iterable[str]) -> bool:
     """Whether ``key`` is one of ``sections``, or lies in one."""
     return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def keys_of(overrides: Collection[str]) -> list[str]:
+    """The keys and sections that overrides speak of: ``router`` of ``router=switch``."""
+    return [o.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".") for o in overrides]
 
 
 def shown(value: Leaf) -> str:

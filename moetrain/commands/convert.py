@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetrain.commands.composed import composed
+from moetrain.config.hydra.compose import compose_train
 from moetrain.convert.options import ConvertConfig
 
 
@@ -12,4 +13,4 @@ def run(args: list[str]) -> int:
         return 0
     from moetrain.convert.importing import convert
 
-    return convert(cfg)
+    return convert(cfg, defaults=compose_train([]))

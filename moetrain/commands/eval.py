@@ -16,6 +16,7 @@ def run(args: list[str]) -> int:
         return 0
     refuse_ranks("eval", "runs in one process")
     validate_eval(cfg)
+    from moetrain.config.stored import trained_config
     from moetrain.evaluation.command import eval_app
 
-    return eval_app(cfg)
+    return eval_app(cfg, trained_config)

@@ -12,6 +12,7 @@ def run(args: list[str]) -> int:
     if cfg is None:
         return 0
     validate_export(cfg)
+    from moetrain.config.stored import trained_config
     from moetrain.convert.exporting import export
 
-    return export(cfg)
+    return export(cfg, trained_config)

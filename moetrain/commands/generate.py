@@ -15,6 +15,7 @@ def run(args: list[str]) -> int:
     if cfg is None:
         return 0
     validate_generate(cfg)
+    from moetrain.config.stored import trained_config
     from moetrain.train.sample import generate_app
 
-    return generate_app(cfg)
+    return generate_app(cfg, trained_config)

@@ -5,12 +5,11 @@ A single run is composed here and handed over as a frozen object; nothing is wri
 
 from __future__ import annotations
 
-from moetrain.config.hydra.compose import compose_arms, compose_train
+from moetrain.config.checked import checked, checked_arms
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.hydra.flags import parse_flags
 from moetrain.config.hydra.overrides import refuse_hydra
 from moetrain.config.pages import print_page
-from moetrain.config.validate import validate
-from moetrain.errors import UserError
 from moetrain.parallel.cores import choose_waiting
 from moetrain.parallel.environment import is_rank_0, local_ranks, stopped, world_size
 from moetrain.train.options import TrainConfig
@@ -27,24 +26,16 @@ def run(args: list[str]) -> int:
         refuse_hydra(flags.overrides, sweep=True)
         return sweep(flags)
     refuse_hydra(flags.overrides, sweep=False)
-    cfg = compose_train(flags.overrides, flags.config_name, flags.config_dir)
-    validate(cfg, world_size())
+    world, files = world_size(), (flags.config_name, flags.config_dir)
+    cfg, notes = checked(flags.overrides, world, *files)
     if cfg.compare.arms:
-        return _compare(cfg, compose_arms(cfg, flags.overrides, flags.config_name, flags.config_dir))
+        arms = checked_arms(cfg, flags.overrides, world, *files)
+        from moetrain.train.compare import compare
+
+        return compare(cfg, arms, load_yaml)
     from moetrain.train.run import train
     from moetrain.verify.certificate import certificate_line
 
-    world = world_size()
-    finished = train(cfg, [certificate_line(cfg, world)] if world > 1 and is_rank_0() else [])
-    return 0 if finished else stopped()
-
-
-def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
-    for name, arm in arms.items():
-        try:
-            validate(arm, world_size())
-        except UserError as e:
-            raise UserError(f"compare.arms.{name}: {e}") from e
-    from moetrain.train.compare import compare
-
-    return compare(cfg, arms)
+    if world > 1 and is_rank_0():
+        notes = [*notes, certificate_line(cfg, world)]
+    return 0 if train(cfg, load_yaml, notes) else stopped()

@@ -12,6 +12,7 @@ def run(args: list[str]) -> int:
     if cfg is None:
         return 0
     validate_upcycle(cfg)
+    from moetrain.config.stored import trained_config
     from moetrain.convert.upcycling import upcycle
 
-    return upcycle(cfg)
+    return upcycle(cfg, trained_config)

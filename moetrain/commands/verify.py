@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moetrain.commands.composed import composed, refuse_ranks
-from moetrain.config.validate import validate_verify
+from moetrain.config.validate import smallest_world, validate_verify
 from moetrain.verify.options import VerifyConfig
 
 
@@ -15,4 +15,4 @@ def run(args: list[str]) -> int:
     validate_verify(cfg)
     from moetrain.verify.command import verify
 
-    return verify(cfg)
+    return verify(cfg, cfg.verify.world or smallest_world(cfg.parallel))

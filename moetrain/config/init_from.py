@@ -12,8 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.convert.model_spec import read_spec
 from moetrain.convert.options import UpcycleConfig
+from moetrain.flat import keys_of
+from moetrain.train.changes import same_path
 from moetrain.train.options import TrainConfig
 from moetrain.train.run_files import CONFIG, TOKENIZER
 from moetrain.verify.options import VerifyConfig
@@ -40,6 +41,8 @@ def source_overrides(
     value = given.get(key, "null").strip("'\"") if key is not None else "null"
     if value in ("null", ""):
         return []
+    from moetrain.config.stored import read_spec  # late: composing most configs needs no torch
+
     own = _begun_run(root, overrides, value, config_name, config_dir) if key == "init_from" else None
     path = own or Path(value).expanduser()
     spec = read_spec(path, str(key))
@@ -61,7 +64,6 @@ def _begun_run(
     from moetrain.checkpoint.read import CHECKPOINTS, run_of, steps_in
     from moetrain.config.hydra.compose import check_composes, load_yaml
     from moetrain.config.hydra.overrides import is_sweep
-    from moetrain.config.resume import keys_of, same_path
 
     plain = [o for o in overrides if keys_of([o])[0].partition(".")[0] not in _DESCRIBED and not is_sweep(o)]
     node = check_composes(root, plain, config_name, config_dir)

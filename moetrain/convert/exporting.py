@@ -26,6 +26,7 @@ from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
 from moetrain.terminal import tell
+from moetrain.train.run_files import ReadTrained
 
 MANIFEST = "moetrain_export.json"
 _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
@@ -39,9 +40,9 @@ _FP32 = (".router.bias_E", ".router.threshold_E")  # in whatever dtype the rest 
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # by another family too
 
 
-def export(cfg: ExportConfig) -> int:
+def export(cfg: ExportConfig, read: ReadTrained) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
-    model = open_model(Path(cfg.checkpoint).expanduser())
+    model = open_model(Path(cfg.checkpoint).expanduser(), read)
     before = _config_before(model)
     if (layers := model.spec.model.feed_forward) != "moe":
         raise UserError(
@@ -67,8 +68,8 @@ def export(cfg: ExportConfig) -> int:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in family.code:
             shutil.copyfile(file, folder / file.name)
-        read = _reader(model, pieces, infos, advance)
-        hashes = write_shards(folder, infos, read, int(cfg.max_shard_gb * 1e9))
+        tensors = _reader(model, pieces, infos, advance)
+        hashes = write_shards(folder, infos, tensors, int(cfg.max_shard_gb * 1e9))
         manifest = {"checkpoint": _name(model), "family": family.model_type, "tensors": hashes}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     tell(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from moetrain.checkpoint.stream import large_then_small
-from moetrain.config.hydra.compose import compose_train
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.convert.options import ConvertConfig
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
@@ -22,10 +21,14 @@ from moetrain.models.hf.gguf import GGUFFile
 from moetrain.models.hf.gguf_tokenizer import tokenizer_of
 from moetrain.models.hf.source import Part, SafetensorsFolder, Source, open_source
 from moetrain.terminal import tell
+from moetrain.train.options import TrainConfig
 
 
-def convert(cfg: ConvertConfig) -> int:
-    """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
+def convert(cfg: ConvertConfig, defaults: TrainConfig) -> int:
+    """Returns the exit code. Raises UserError for what the user can mend; nothing is written then.
+
+    ``defaults``: what the folder's config says besides the model.
+    """
     path = Path(cfg.source).expanduser()
     source = _open(path)
     opened = open_source(source)
@@ -35,7 +38,7 @@ def convert(cfg: ConvertConfig) -> int:
     family, spec = opened.family.model_type, opened.spec
     write_model_folder(
         target=Path(cfg.target).expanduser(),
-        cfg=replace(compose_train([]), model=spec.model, router=spec.router, experts=spec.experts),
+        cfg=replace(defaults, model=spec.model, router=spec.router, experts=spec.experts),
         tokenizer=tokenizer,
         carry=partial(_carry, source, cfg.tokenizer is None),
         tensors=large_then_small(opened.infos),

@@ -21,13 +21,13 @@ from moetrain.checkpoint.folders import TEMPORARY, remove_folder, sync_folder
 from moetrain.checkpoint.read import CHECKPOINTS, step_folder
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.checkpoint.stream import write_streamed
-from moetrain.config.hydra.compose import to_yaml
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
 from moetrain.data.options import TokenizerConfig, TokenizerKind
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED
 from moetrain.models.hf.source import TensorInfo, bytes_of
+from moetrain.plain import to_yaml
 from moetrain.train.identity import IDENTITY, identity_of
 from moetrain.train.options import TrainConfig
 from moetrain.train.run_files import CONFIG, TOKENIZER

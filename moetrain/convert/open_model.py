@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor
 from moetrain.checkpoint.read import run_of
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.checkpoint.stream import StoredTensors
-from moetrain.convert.model_spec import read_spec
 from moetrain.convert.tokenizers import fitted, folder_tokenizer
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.models.decoder import Decoder
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import SafetensorsFolder, TensorInfo, open_source
-from moetrain.train.identity import require_same_files
-from moetrain.train.run_files import CONFIG, TOKENIZER
+from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import CONFIG, TOKENIZER, ReadTrained
 from moetrain.train.unloaded import unloaded_decoder
 
 
@@ -29,11 +28,12 @@ class StoredModel(Mapping[str, Tensor]):
     """A model's tensors by our names, each read when it is asked for.
 
     Optimizer state, where there is any, stands beside them as ``optim.<parameter>.<key>``. ``run_dir``: the
-    run or converted folder; None for Hugging Face's files.
+    run or converted folder, and ``trained`` its config; None for Hugging Face's files.
     """
 
     path: Path
     run_dir: Path | None
+    trained: TrainConfig | None
     spec: ModelSpec
     infos: Mapping[str, TensorInfo]
     tokenizer: Tokenizer
@@ -68,23 +68,25 @@ class StoredModel(Mapping[str, Tensor]):
         return model.eval()
 
 
-def open_model(path: Path) -> StoredModel:
+def open_model(path: Path, read: ReadTrained) -> StoredModel:
     """Raises UserError where there is no model, or one that is damaged or not understood."""
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         opened = open_source(SafetensorsFolder(path))
         advice = f"moetrain convert source={path} target=NAME tokenizer=FILE makes a model of both"
         tokenizer = fitted(folder_tokenizer(path, advice), opened.spec.vocab_size)
-        return StoredModel(path, None, opened.spec, opened.infos, tokenizer, path, opened.read)
+        return StoredModel(path, None, None, opened.spec, opened.infos, tokenizer, path, opened.read)
     stored = StoredTensors(path)
     names = {name.removeprefix(MODEL): name for name in stored.tensors if name.startswith((MODEL, OPTIM))}
-    run_dir = run_of(stored.path)
-    require_same_files(stored.path)
+    run_dir, trained = run_of(stored.path), read(stored.path)
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    vocab_size = trained.model.vocab_size or tokenizer.vocab_size
     return StoredModel(
         path=stored.path,
         run_dir=run_dir,
-        spec=read_spec(run_dir),
+        trained=trained,
+        spec=ModelSpec(replace(trained.model, vocab_size=vocab_size), trained.router, trained.experts),
         infos={ours: stored.tensors[name] for ours, name in names.items()},
-        tokenizer=load_tokenizer(run_dir / TOKENIZER),
+        tokenizer=tokenizer,
         carried_from=run_dir / CARRIED,
         read=lambda name: stored.read(names[name]),
     )

@@ -20,14 +20,15 @@ from moetrain.models.hf.family import ModelSpec
 from moetrain.models.hf.source import TensorInfo
 from moetrain.terminal import tell
 from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import ReadTrained
 from moetrain.upcycle import Target, Upcycling
 from moetrain.upcycle import prepare as prepare_upcycling
 
 
-def upcycle(cfg: UpcycleConfig) -> int:
+def upcycle(cfg: UpcycleConfig, read: ReadTrained) -> int:
     """Returns the exit code. Raises UserError for what the user can mend; nothing is written then."""
-    source = open_model(Path(cfg.source).expanduser())
-    donors = [open_model(Path(path).expanduser()) for path in cfg.donors]
+    source = open_model(Path(cfg.source).expanduser(), read)
+    donors = [open_model(Path(path).expanduser(), read) for path in cfg.donors]
     for donor in donors:
         if donor.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise UserError(f"donors: {donor.path} has another tokenizer than {source.path}")
@@ -46,7 +47,7 @@ def upcycle(cfg: UpcycleConfig) -> int:
 
     def check(folder: Path) -> None:
         if corpus is not None and cfg.prove:
-            tell(prove(source, open_model(folder), _proof_text(corpus, cfg), work.promise))
+            tell(prove(source, open_model(folder, read), _proof_text(corpus, cfg), work.promise))
 
     write_model_folder(
         target=Path(cfg.target).expanduser(),

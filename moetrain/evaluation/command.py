@@ -23,16 +23,16 @@ from moetrain.train.evaluate import evaluate
 from moetrain.train.log.metrics import EvalSums
 from moetrain.train.options import Precision
 from moetrain.train.run import resolve_device
-from moetrain.train.run_config import run_config
+from moetrain.train.run_files import ReadTrained
 from moetrain.train.task import NextToken
 from moetrain.writing import write_atomic
 
 Figures = dict[str, Any]
 
 
-def eval_app(cfg: EvalConfig) -> int:
+def eval_app(cfg: EvalConfig, read: ReadTrained) -> int:
     """The exit code. Raises UserError for a model or a text that cannot be read; writes nothing then."""
-    stored = open_model(Path(cfg.checkpoint).expanduser())
+    stored = open_model(Path(cfg.checkpoint).expanduser(), read)
     data = _data_of(stored, cfg.data.seq_len)
     model = stored.build(cfg.precision is Precision.fp64, resolve_device(cfg.device))
     if cfg.precision is Precision.bf16:
@@ -59,8 +59,8 @@ def eval_app(cfg: EvalConfig) -> int:
 
 def _data_of(stored: StoredModel, seq_len: int | None) -> DataConfig:
     """How documents become sequences: as in training, but windows of ``seq_len`` where that is set."""
-    if stored.run_dir is not None:
-        data = run_config(stored.run_dir).data
+    if stored.trained is not None:
+        data = stored.trained.data
         return data if seq_len is None else replace(data, seq_len=seq_len)
     if seq_len is None:
         raise UserError(f"{stored.path} is no run and tells no length of windows: give data.seq_len=...")

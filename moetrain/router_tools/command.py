@@ -6,10 +6,10 @@ import argparse
 
 from rich.table import Table
 
-from moetrain.config.hydra.store import import_plugins
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS, build_router
 from moetrain.nearest import nearest
+from moetrain.plugins import import_plugins
 from moetrain.router_tools.check import check_router
 from moetrain.terminal import console, show
 

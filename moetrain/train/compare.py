@@ -6,23 +6,28 @@ A run that has a ``summary.json`` is done and is not repeated; an unfinished one
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from moetrain.config.resume import check_start, keys_of
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.flat import keys_of
 from moetrain.parallel.distributed import broadcast_object, init_from_env, is_main, shutdown
 from moetrain.parallel.environment import stopped
 from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.terminal import tell
 from moetrain.train.options import CompareConfig, TrainConfig
+from moetrain.train.resume import check_start
 from moetrain.train.run import resolve_device, run_path, train
+from moetrain.train.run_files import ReadConfig
 from moetrain.train.run_lock import owning
 from moetrain.writing import write_atomic
+
+Arms = Mapping[str, tuple[TrainConfig, Sequence[str]]]  # name -> a validated config, and its warnings
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class _Summary:
     steps: Annotated[int, Field(ge=0)]
 
 
-def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
+def compare(cfg: TrainConfig, arms: Arms, read: ReadConfig) -> int:
     """Train every arm over every seed, then write the table and the figure; returns the exit code.
 
     Runs lie in ``<folder>/<arm>/seed_<n>``; the folder is ``run.dir`` or ``run.root/run.name``, and without
@@ -38,24 +43,24 @@ def compare(cfg: TrainConfig, arms: dict[str, TrainConfig]) -> int:
     """
     init_from_env(backend_timeout(cfg.parallel.timeout), resolve_device(cfg.train.device))
     try:
-        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
-            return _compare(cfg, arms, lock.folder)
+        with watching(cfg.parallel.timeout), owning(*run_path(cfg)) as lock:
+            return _compare(cfg, arms, read, lock.folder)
     finally:
         shutdown()
 
 
-def _compare(cfg: TrainConfig, arms: dict[str, TrainConfig], folder: Path) -> int:
+def _compare(cfg: TrainConfig, arms: Arms, read: ReadConfig, folder: Path) -> int:
     runs = {name: [folder / name / f"seed_{seed}" for seed in cfg.compare.seeds] for name in arms}
-    for name, arm in arms.items():
+    for name, (arm, _) in arms.items():
         for seed, run_dir in zip(cfg.compare.seeds, runs[name], strict=True):
-            check_start(_one(arm, seed, run_dir), keys_of(cfg.compare.arms[name]))
+            check_start(_one(arm, seed, run_dir), read, keys_of(cfg.compare.arms[name]))
     for seed in cfg.compare.seeds:  # arms inside seeds: an interrupted queue still compares like with like
-        for name, arm in arms.items():
+        for name, (arm, notes) in arms.items():
             run_dir = folder / name / f"seed_{seed}"
             if _is_done(run_dir, arm.train.steps):
                 _say(f"{run_dir} is done already")
                 continue
-            if not train(_one(arm, seed, run_dir)):
+            if not train(_one(arm, seed, run_dir), read, notes):
                 _say(f"comparison stopped in {run_dir}; the same command with run.dir={folder} goes on")
                 return stopped()
     if is_main():

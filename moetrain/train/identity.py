@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.read import read_extra, run_of
-from moetrain.config.hydra.compose import load_yaml
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.flat import flat, lies_in, shown
 from moetrain.train.options import TrainConfig
-from moetrain.train.run_files import CONFIG, TOKENIZER
+from moetrain.train.run_files import CONFIG, TOKENIZER, ReadConfig
 
 IDENTITY = "identity"  # in the extra
 _FUNCTION = ("model", "router", "experts", "data.cross_document_attention", "data.reset_positions")
@@ -42,12 +41,12 @@ def function_of(cfg: TrainConfig) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in kept.items()}
 
 
-def require_same_files(checkpoint: Path) -> None:
+def require_same_files(checkpoint: Path, read: ReadConfig) -> None:
     """UserError that names the file of the run folder that was changed since ``checkpoint`` was written."""
     stored, run_dir = _stored(checkpoint), run_of(checkpoint)
     if not stored:
         return
-    now = identity_of(load_yaml(run_dir / CONFIG), run_dir)
+    now = identity_of(read(run_dir / CONFIG), run_dir)
     changed = _changed(stored, now)
     if changed:
         raise UserError(

@@ -28,11 +28,15 @@ from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import fill_block
 from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
 from moetrain.train.identity import require_same_files
-from moetrain.train.run_files import CONFIG, TOKENIZER
+from moetrain.train.run_files import CONFIG, TOKENIZER, ReadConfig
 
 
 def load_initial(
-    path: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], tokenizer: Tokenizer
+    path: Path,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    read: ReadConfig,
 ) -> None:
     """Fill ``model`` (``model.<name>`` -> tensor), whatever dtype and layout its values are stored in.
 
@@ -45,7 +49,7 @@ def load_initial(
     peers.together(lambda: _check_tokenizer(path, tokenizer))
     if (path / CONFIG).is_file():
         checkpoint = find_checkpoint(path, peers)
-        peers.from_first(lambda: require_same_files(checkpoint))
+        peers.from_first(lambda: require_same_files(checkpoint, read))
         fill(checkpoint, model, MODEL, peers, cast=True)
         if optimizer:
             fill(checkpoint, optimizer, OPTIM, peers, cast=True)

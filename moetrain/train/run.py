@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -15,12 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml  # type: ignore[import-untyped]
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.peers import from_rank_0
-from moetrain.config.hydra.compose import to_yaml
-from moetrain.config.validate import validate
 from moetrain.data import val_batches
 from moetrain.errors import write_error_file
 from moetrain.parallel.allocator import keep_freed_memory
@@ -35,6 +31,7 @@ from moetrain.parallel.distributed import (
 )
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
 from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
+from moetrain.plain import plain, to_yaml
 from moetrain.terminal import tell
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.identity import identity_of
@@ -45,9 +42,9 @@ from moetrain.train.log.progress import build_progress
 from moetrain.train.log.trackers import build_tracker
 from moetrain.train.loop import Loop, RunServices
 from moetrain.train.options import TrainConfig
-from moetrain.train.resume import check_resume
+from moetrain.train.resume import check_resume, run_folder
 from moetrain.train.run_dir import RunDir, new_folder
-from moetrain.train.run_files import TOKENIZER
+from moetrain.train.run_files import TOKENIZER, ReadConfig
 from moetrain.train.run_lock import FolderLock, owning
 from moetrain.train.sample import write_sample
 from moetrain.train.start import Built, start
@@ -57,25 +54,26 @@ from moetrain.writing import write_atomic
 _SUMMARY = "summary.json"
 
 
-def train(cfg: TrainConfig, notes: Sequence[str] = ()) -> bool:
+def train(cfg: TrainConfig, read: ReadConfig, notes: Sequence[str] = ()) -> bool:
     """Train as ``cfg`` says. True where all steps are made, False where it was asked to stop; on all ranks.
 
-    ``notes`` are said at the start, after the warnings. Raises UserError for what the user can mend.
+    ``cfg`` was validated for the ranks of this start, as :mod:`moetrain.config.checked` does; ``notes`` are
+    said at the start: its warnings, and what else the caller knows. ``read`` reads the config of the run that
+    is resumed, or of ``init_from``. Raises UserError for what the user can mend.
     """
     device = resolve_device(cfg.train.device)
-    told = [*validate(cfg, int(os.environ.get("WORLD_SIZE", "1"))), *notes]
     joined = dist.is_initialized()  # a comparison joins once, for all its runs
     init_from_env(backend_timeout(cfg.parallel.timeout), device)
     _set_up_logging()
     try:
-        with watching(cfg.parallel.timeout), owning(run_path(cfg)) as lock:
-            return _train(cfg, device, told, lock)
+        with watching(cfg.parallel.timeout), owning(*run_path(cfg)) as lock:
+            return _train(cfg, device, read, notes, lock)
     finally:
         if not joined:
             shutdown()
 
 
-def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> bool:
+def _train(cfg: TrainConfig, device: str, read: ReadConfig, notes: Sequence[str], lock: FolderLock) -> bool:
     started = time.monotonic()
     _set_up_torch(cfg, device)
     run_dir = RunDir(lock.folder, rank())
@@ -83,8 +81,8 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
     with patiently("looking for a checkpoint"):
         checkpointer = Checkpointer(run_dir.checkpoints, keep, in_background, guard=lock.check)
         resume_from = checkpointer.resolve(cfg.resume)
-        told = [*told, *check_resume(cfg, resume_from)]
-    built = start(cfg, device, checkpointer, resume_from)
+        told = [*notes, *check_resume(cfg, resume_from, read)]
+    built = start(cfg, device, checkpointer, resume_from, read)
     state = built.state
     if resume_from is None and cfg.init_from is not None and is_main():
         carry_over(Path(cfg.init_from).expanduser(), run_dir.path)
@@ -96,7 +94,7 @@ def _train(cfg: TrainConfig, device: str, told: list[str], lock: FolderLock) -> 
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
         state.identity = identity_of(cfg, run_dir.path)
     tracker = build_tracker(cfg.tracker, rank())
-    tracker.start(run_dir.path, yaml.safe_load(to_yaml(cfg)) | {"counts": built.summary}, state.step)
+    tracker.start(run_dir.path, plain(cfg) | {"counts": built.summary}, state.step)
     ok = False
     try:
         with (
@@ -140,13 +138,11 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     return eval_row(state.step, state.tokens, total, domains, modes)
 
 
-def run_path(cfg: TrainConfig) -> Path:
-    """The run's folder, the same on all ranks. One without a name is made anew, and named by the clock."""
-    if cfg.run.dir is not None:
-        return Path(cfg.run.dir)
-    if cfg.run.name is not None:
-        return Path(cfg.run.root) / cfg.run.name
-    return Path(from_rank_0(partial(new_folder, Path(cfg.run.root)), "making the run folder"))
+def run_path(cfg: TrainConfig) -> tuple[Path, list[Path]]:
+    """The run's folder, the same on all ranks, and what was made of it: all of one that the clock names."""
+    if (folder := run_folder(cfg)) is not None:
+        return folder, []
+    return from_rank_0(partial(new_folder, Path(cfg.run.root)), "making the run folder")
 
 
 def resolve_device(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -10,7 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moetrain.train.log.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
 from moetrain.writing import write_atomic
 
+PLACES = ("checkpoints", "samples")  # folders in it
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
 _GIT_SECONDS = 10
 
@@ -39,8 +41,8 @@ class RunDir:
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.samples = self.path / "samples"
+        self.checkpoints = self.path / PLACES[0]
+        self.samples = self.path / PLACES[1]
         self.config_file = self.path / "config.yaml"
         self.environment_file = self.path / "environment.json"
         self.report_file = self.path / "report.html"
@@ -96,21 +98,34 @@ class RunDir:
         self.load.close()
 
 
-def new_folder(root: Path) -> Path:
-    """A new folder in ``root``, named by the clock and, where that name is taken, a number."""
+def new_folder(root: Path) -> tuple[Path, list[Path]]:
+    """A new folder in ``root``, named by the clock and, where that is taken, a number; and all it made."""
+    made = missing(root)
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         path = root / (now if number == 1 else f"{now}_{number}")
         try:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir()
-            return path
+            return path, [path, *made]
         except FileExistsError as error:
             if not root.is_dir():
                 raise cannot_be_used(path, error) from error
         except OSError as error:
             raise cannot_be_used(path, error) from error
     raise AssertionError("unreachable")
+
+
+def missing(path: Path) -> list[Path]:
+    """``path`` and the folders above it that are still to be made, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of ``folders`` that hold nothing, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def cannot_be_used(path: Path, error: OSError) -> UserError:

@@ -16,14 +16,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moetrain.checkpoint.peers import from_rank_0
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.watchdog.watchdog import end_run
-from moetrain.train.run_dir import cannot_be_used
+from moetrain.train.run_dir import PLACES, cannot_be_used, missing, remove_empty
 from moetrain.train.run_owner import (
     RECORD,
     Owner,
@@ -63,10 +63,12 @@ class FolderLock:
     """The ownership of ``folder`` from :meth:`acquire` to :meth:`release`, or to the end of the process.
 
     While it lasts a thread renews the record, and ends the run when the folder is gone or another's.
+    ``made``: what this start has made already, ``folder`` and those above it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made: Sequence[Path] = ()) -> None:
         self.folder = Path(folder)
+        self._made = list(made)
         self._key = os.path.realpath(folder)
         self._owner = this_process()
         self._descriptor = self._place = -1  # of the lock's file, once it is locked; of the folder
@@ -78,6 +80,7 @@ class FolderLock:
         if self._key in _held:
             raise FolderInUseError(f"the run folder {self.folder} is in use by this process itself")
         try:
+            self._made += missing(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._place = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._record(locked=self._lock())
@@ -103,6 +106,15 @@ class FolderLock:
         self._thread.join()
         self._leave()
         _held.discard(self._key)
+
+    def give_back(self) -> None:
+        """Leave the folder; remove it, and those above it, where this start made them and wrote nothing."""
+        if self._made:
+            with contextlib.suppress(OSError):  # of a folder that was never owned too
+                if self._lost() is None and set(os.listdir(self.folder)) <= {LOCK, RECORD, *PLACES}:
+                    remove_empty(self.folder / place for place in PLACES)
+        self.release()
+        remove_empty(self._made)
 
     def _lock(self) -> bool:
         """Take the kernel's lock; False where the file system has none."""
@@ -218,11 +230,16 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def owning(folder: Path) -> Iterator[FolderLock]:
-    """Own a run folder, by rank 0 for all ranks; collective. Raises FolderInUseError on all of them."""
-    lock = FolderLock(folder)
+def owning(folder: Path, made: Sequence[Path]) -> Iterator[FolderLock]:
+    """Own a run folder, by rank 0 for all ranks; collective. Raises FolderInUseError on all of them.
+
+    A start that fails before anything was written leaves no folder that it made, ``made`` included.
+    """
+    lock = FolderLock(folder, made)
     try:
         from_rank_0(lock.acquire, "taking the run folder")
         yield lock
-    finally:
-        lock.release()
+    except BaseException:
+        lock.give_back()
+        raise
+    lock.release()

@@ -16,11 +16,9 @@ from moetrain.parallel.distributed import is_main
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
 from moetrain.train.engine import Engine
-from moetrain.train.identity import require_same_files
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
-from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
-from moetrain.train.run_files import TOKENIZER
+from moetrain.train.run_files import TOKENIZER, ReadTrained
 from moetrain.train.unloaded import unloaded_decoder
 from moetrain.writing import write_atomic
 
@@ -68,14 +66,12 @@ def continue_text(
     return prompt + tokenizer.decode(new_ids)
 
 
-def generate_app(cfg: GenerateConfig) -> int:
+def generate_app(cfg: GenerateConfig, read: ReadTrained) -> int:
     """``moetrain generate``: print the prompt and its continuation. Returns the exit code."""
     prompt = _prompt(cfg)
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
-    run_dir = run_of(checkpoint)
-    require_same_files(checkpoint)
-    trained = run_config(run_dir)
-    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    trained = read(checkpoint)
+    tokenizer = load_tokenizer(run_of(checkpoint) / TOKENIZER)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device
     vocab_size = trained.model.vocab_size or tokenizer.vocab_size

@@ -24,6 +24,7 @@ from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
 from moetrain.train.log.monitor import ThroughputMeter
 from moetrain.train.options import TrainConfig
+from moetrain.train.run_files import ReadConfig
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
 
@@ -40,7 +41,13 @@ class Built:
     summary: dict[str, Any]
 
 
-def start(cfg: TrainConfig, device: str, checkpointer: Checkpointer, resume_from: Path | None) -> Built:
+def start(
+    cfg: TrainConfig,
+    device: str,
+    checkpointer: Checkpointer,
+    resume_from: Path | None,
+    read: ReadConfig,
+) -> Built:
     """All that a step needs, with the weights of ``resume_from``, of ``cfg.init_from``, or drawn anew."""
     built = build(cfg, device, drawn=resume_from is None and cfg.init_from is None)
     state = built.state
@@ -53,7 +60,7 @@ def start(cfg: TrainConfig, device: str, checkpointer: Checkpointer, resume_from
         path = Path(cfg.init_from).expanduser()
         optimizer = state.engine.optimizer_tensors() if cfg.init_optimizer else {}
         with patiently("loading the first weights"):
-            load_initial(path, state.engine.model_tensors(), optimizer, built.corpus.tokenizer)
+            load_initial(path, state.engine.model_tensors(), optimizer, built.corpus.tokenizer, read)
     return built
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +13,11 @@ from pydantic import JsonValue
 
 import moetrain
 from moetrain.checkpoint.options import CheckpointConfig
-from moetrain.config.hydra.compose import config_hash
 from moetrain.data.options import StdlibData
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
 from moetrain.parallel.options import ParallelConfig
+from moetrain.plain import plain, to_yaml
 from moetrain.train.optim.options import ScheduleConfig
 from moetrain.train.options import LoopConfig, TrainConfig
 from moetrain.train.run_dir import environment, git_state
@@ -26,6 +27,7 @@ from moetrain.verify.twin import Twin, dp_shard, twin_of
 from moetrain.writing import write_atomic
 
 _FOLDER = "certificates"
+_NOT_TRAINED = ("run", "resume", "resume_changes", "compare", "tracker", "verify")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def proof_hash(cfg: TrainConfig, world: int) -> str:
         plugins=[],
     )
     return config_hash(kept)
+
+
+def config_hash(cfg: TrainConfig) -> str:
+    """16 hex digits of what is trained: ``run``, ``resume*``, ``compare``, ``tracker`` do not take part."""
+    kept = {key: value for key, value in plain(cfg).items() if key not in _NOT_TRAINED}
+    return hashlib.sha256(to_yaml(kept).encode()).hexdigest()[:16]
 
 
 def write_certificate(cfg: TrainConfig, world: int, twin: Twin, checks: Sequence[Check]) -> Path:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moetrain.config.validate import smallest_world
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 from moetrain.terminal import console, show
@@ -27,9 +26,11 @@ _TELLING = ("gradient", "weight", "bits", "norm", "loss", "state")  # nearest to
 _AFTER, _LATER = f"{STEPS} steps", f"{STEPS + MORE_STEPS} steps"
 
 
-def verify(cfg: VerifyConfig) -> int:
-    """The exit code: 0 where every binding check holds, else 1. Raises UserError for what cannot be run."""
-    world = cfg.verify.world or smallest_world(cfg.parallel)
+def verify(cfg: VerifyConfig, world: int) -> int:
+    """The exit code: 0 where every binding check holds, else 1. Raises UserError for what cannot be run.
+
+    ``world``: the ranks of the run to come.
+    """
     twin = twin_of(cfg, world, cfg.verify.ranks)
     if twin.world > cfg.verify.ranks:
         raise UserError(

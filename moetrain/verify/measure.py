@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.config.hydra.store import import_plugins
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
 from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
 from moetrain.parallel.clip import global_norm
+from moetrain.plugins import import_plugins
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.options import Precision, TrainConfig
 from moetrain.train.state import state_tensors

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.cli import main
-from moetrain.config.hydra.compose import compose_train, to_yaml
+from moetrain.config.hydra.compose import compose_train, load_yaml
+from moetrain.plain import to_yaml
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.checkpoint.checkpointer import Checkpointer
@@ -71,7 +72,7 @@ def loaded(arguments: list[str], starts: list[str]) -> tuple[list[dict[str, Tens
         with torch.no_grad():
             for tensor in model_tensors(built.state.task.model).values():
                 tensor.fill_(torch.nan)
-        load_initial(Path(start), model_tensors(built.state.task.model), {}, built.corpus.tokenizer)
+        load_initial(Path(start), model_tensors(built.state.task.model), {}, built.corpus.tokenizer, load_yaml)
         found.append(whole(built))
     return found, built, cfg
 
@@ -104,7 +105,7 @@ def largest(rank: int, world: int, arguments: list[str], start: str) -> tuple[in
     built = build(compose_train(arguments), "cpu", drawn=False)
     tensors = model_tensors(built.state.task.model)
     with Largest() as seen:
-        load_initial(Path(start), tensors, {}, built.corpus.tokenizer)
+        load_initial(Path(start), tensors, {}, built.corpus.tokenizer, load_yaml)
     built.state.loader.close()
     return seen.numel, max(local_part(t).numel() for t in tensors.values())
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moetrain.cli import main
-from moetrain.config.hydra.compose import compose_train
+from moetrain.config.hydra.compose import compose_train, load_yaml
+from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
 from moetrain.data import load_tokenizer
 from moetrain.parallel.ranks import run_ranks
@@ -59,7 +60,7 @@ def logits(folder: str, world: int, layout: list[str]) -> Tensor:
     cfg = compose_train([f"init_from={folder}", "train.precision=fp64", *layout])
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     made = assemble(cfg, tokenizer.vocab_size, "cpu", world)
-    load_initial(Path(folder), model_tensors(made.task.model), {}, tokenizer)
+    load_initial(Path(folder), model_tensors(made.task.model), {}, tokenizer, load_yaml)
     made.task.eval()
     logits_BSV = made.task(ids()).logits_BSV
     assert logits_BSV is not None
@@ -76,7 +77,7 @@ def logits(folder: str, world: int, layout: list[str]) -> Tensor:
 )
 def test_the_function_is_kept(models: tuple[Path, dict[str, Path]], layout: str) -> None:
     dense, made = models
-    model = open_model(dense).build()
+    model = open_model(dense, trained_config).build()
     with torch.no_grad():
         expected_BSV = model.logits(model(ids()).hidden_BSD)
     assert expected_BSV.dtype is torch.float64

@@ -14,8 +14,8 @@ from fuzz.forms import json_file, safetensors_file
 from fuzz.gguf_form import gguf_file
 from fuzz.target import Target, Way, command, same
 from moetrain.config.hydra.compose import compose_train
+from moetrain.config.stored import read_spec, trained_config
 from moetrain.convert.importing import _open, _tokenizer
-from moetrain.convert.model_spec import read_spec
 from moetrain.convert.open_model import open_model
 from moetrain.models.hf.source import SafetensorsFolder, open_source
 
@@ -29,7 +29,7 @@ def _folder() -> dict[str, Any]:
     """The logits of whichever folder is there, and its config as read beside what the file says."""
     found: dict[str, Any] = {}
     for path in sorted(file.parent for file in Path().glob("*/config.json")):
-        model = open_model(path)
+        model = open_model(path, trained_config)
         decoder = model.build()
         logits = decoder.logits(decoder(_IDS).hidden_BSD)
         document = json.loads((path / "config.json").read_bytes())

@@ -17,9 +17,10 @@ import yaml
 from fuzz.forms import json_file, jsonl_file, yaml_file
 from fuzz.target import Target, Way, anything, command
 from fuzz.trees import MARKUP
-from moetrain.config.hydra.compose import compose_train, load_yaml, to_yaml
+from moetrain.config.hydra.compose import compose_train, load_yaml
 from moetrain.config.validate import validate
 from moetrain.files import parse_yaml
+from moetrain.plain import to_yaml
 from moetrain.train.log.jsonl import read_metrics
 from moetrain.train.run_dir import RunDir
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moetrain.checkpoint.read import load_checkpoint
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
 from moetrain.cli import main
-from moetrain.convert.model_spec import read_spec
+from moetrain.config.stored import read_spec
 from moetrain.models import Decoder
 from moetrain.models.hf import ModelSpec
 

@@ -54,17 +54,18 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Configs that reached training, in order; ``trained.outcome(cfg)`` decides how each run ends."""
+    """Configs and notes that reached training, in order; ``trained.outcome(cfg)`` decides a run's end."""
     seen = []
     module = types.ModuleType("run")
 
-    def train(cfg, notes=()):
+    def train(cfg, read, notes=()):
         seen.append(cfg)
+        calls.notes.append(list(notes))
         folder = Path(cfg.run.dir or os.path.join(cfg.run.root, cfg.run.name or "unnamed"))
         folder.mkdir(parents=True)
         return calls.outcome(cfg)
 
-    calls = types.SimpleNamespace(configs=seen, outcome=lambda cfg: True)
+    calls = types.SimpleNamespace(configs=seen, notes=[], outcome=lambda cfg: True)
     module.train = train
     monkeypatch.setitem(sys.modules, "moetrain.train.run", module)
     return calls
@@ -76,6 +77,20 @@ def test_a_run_gets_its_composed_config(trained):
     assert cfg == compose_train(["run.name=a", "model.d_model=64"])
     assert os.listdir("runs") == ["a"]
     assert os.listdir(".") == ["runs"]
+
+
+def test_a_run_is_validated_once_and_told_its_warnings(trained, monkeypatch):
+    seen = []
+
+    def counted(cfg, world=1):
+        seen.append(cfg)
+        return validate(cfg, world)
+
+    monkeypatch.setattr("moetrain.config.checked.validate", counted)
+    assert main(["train", "run.name=a", "train.steps=9"]) == 0
+    assert seen == trained.configs
+    assert trained.notes == [validate(seen[0])]
+    assert trained.notes[0][0].startswith("train.steps=9 but schedule.horizon=")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +173,7 @@ def test_a_reader_that_went_away_is_no_error(trained):
 
 def test_a_sweep_names_each_jobs_folder(trained, capsys):
     logger, level = logging.getLogger("moetrain.data"), logging.getLogger().level
-    assert main(["train", "-m", "run.name=s", "train.seed=3,5", "model=tiny"]) == 0
+    assert main(["train", "-m", "run.name=s", "train.seed=3,5", "model=tiny", "train.steps=9"]) == 0
     assert not logger.disabled
     assert logging.getLogger().level == level
     assert [c.train.seed for c in trained.configs] == [3, 5]
@@ -168,9 +183,10 @@ def test_a_sweep_names_each_jobs_folder(trained, capsys):
     assert os.listdir(".") == ["runs"]
     out = capsys.readouterr().out
     assert re.findall(r"job \d: .*", out) == [
-        "job 0: run.name=s train.seed=3 model=tiny",
-        "job 1: run.name=s train.seed=5 model=tiny",
+        "job 0: run.name=s train.seed=3 model=tiny train.steps=9",
+        "job 1: run.name=s train.seed=5 model=tiny train.steps=9",
     ]
+    assert trained.notes == [validate(cfg) for cfg in trained.configs] != [[], []]
 
 
 def test_a_sweep_without_a_name_is_named_by_its_time(trained):
@@ -224,14 +240,16 @@ def test_a_wrong_job_stops_the_sweep_before_its_first(trained, capsys):
 def test_a_comparison_gets_its_arms(monkeypatch, trained):
     seen = []
     module = types.ModuleType("compare")
-    module.compare = lambda cfg, arms: seen.append((cfg, arms)) or 4
+    module.compare = lambda cfg, arms, read: seen.append((cfg, arms)) or 4
     monkeypatch.setitem(sys.modules, "moetrain.train.compare", module)
     assert main(["train", "experiment=moe_vs_dense", "train.steps=9", "compare.seeds=[3]"]) == 4
     ((cfg, arms),) = seen
     assert cfg.compare.seeds == [3]
     assert list(arms) == ["moe", "dense"]
-    assert [a.train.steps for a in arms.values()] == [9, 9]
-    assert arms["dense"].model.num_experts == 0 < arms["moe"].model.num_experts
+    (moe, told), (dense, _) = arms.values()
+    assert [a.train.steps for a in (moe, dense)] == [9, 9]
+    assert dense.model.num_experts == 0 < moe.model.num_experts
+    assert told == validate(moe) != []
     assert trained.configs == []
     assert os.listdir(".") == []
 
@@ -302,7 +320,7 @@ def test_only_rank_0_prints_pages(capsys, monkeypatch):
 def test_generate_reaches_its_app(monkeypatch, tmp_path):
     seen = []
     module = types.ModuleType("sample")
-    module.generate_app = lambda cfg: seen.append(cfg) or 0
+    module.generate_app = lambda cfg, read: seen.append(cfg) or 0
     monkeypatch.setitem(sys.modules, "moetrain.train.sample", module)
     assert main(["generate", f"checkpoint={tmp_path}", "prompt=def f(x):", "top_k=5"]) == 0
     assert (seen[0].prompt, seen[0].top_k, seen[0].temperature) == ("def f(x):", 5, 0.8)

@@ -15,9 +15,7 @@ from moetrain.config.hydra.compose import (
     compose_app,
     compose_arms,
     compose_train,
-    config_hash,
     load_yaml,
-    to_yaml,
 )
 from moetrain.config.hydra.overrides import normalize
 from moetrain.data.options import LocalData, MixturePart, SourceKind
@@ -25,8 +23,10 @@ from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import Score, TopKOptions
 from moetrain.nearest import near_miss, nearest
+from moetrain.plain import to_yaml
 from moetrain.train.log.options import WandbTracker
 from moetrain.train.options import CompareConfig, GenerateConfig, RunConfig, TrainConfig
+from moetrain.verify.certificate import config_hash
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from moetrain.cli import main
 from moetrain.config.hydra.compose import compose_train
 from moetrain.config.hydra.store import variants
 from moetrain.config.init_from import spec_overrides
-from moetrain.config.resume import RULES, Change, compare, differences, rule_of, table
 from moetrain.flat import flat
 from moetrain.models.hf.family import ModelSpec
 from moetrain.models.options import AttentionBackend
+from moetrain.train.changes import RULES, Change, compare, differences, rule_of, table
 from moetrain.train.identity import function_of
 from moetrain.train.options import TrainConfig
 from moetrain.verify.twin import twin_of

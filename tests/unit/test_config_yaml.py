@@ -5,14 +5,17 @@ import re
 from functools import cache
 
 import pytest
+from omegaconf import OmegaConf
 
 from moetrain.config.help import group_options
-from moetrain.config.hydra.compose import compose_app, compose_train, load_yaml, to_yaml
-from moetrain.config.hydra.store import CONFIG_DIR, TAGS, variants
+from moetrain.config.hydra.compose import compose_app, compose_train, load_yaml
+from moetrain.config.hydra.store import CONFIG_DIR, variants
 from moetrain.config.validate import validate, validate_upcycle
 from moetrain.convert.options import UpcycleConfig
 from moetrain.errors import UserError
+from moetrain.flat import TAGS
 from moetrain.moe.options import Activation, RouterConfig
+from moetrain.plain import plain, to_yaml
 from moetrain.train.options import TrainConfig
 from moetrain.upcycle import METHODS
 
@@ -52,6 +55,27 @@ def test_every_option_composes_is_valid_and_reads_back(group, name, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(cfg))
     assert load_yaml(file) == cfg
+    assert to_yaml(cfg) == OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
+
+
+# What YAML, or a reader of it, may take for something else than text; the last ones need no quotes.
+WORDS = [
+    *("y", "No", "ON", "true", "null", "~", "1", "1_0", "-1", "1e3", "1e-5", ".5", "inf", "nan"),
+    *("0x1f", "0o7", "12:30", "2001-01-01", "=", "<<", "", " a ", "a: b", "# a", "[a", "- a"),
+    *("a\nb", "\t", "\x1b", "'\"", "x y " * 50, "yEs", "a", "a b", "é", "a'b"),
+]
+
+
+def test_text_is_written_as_omegaconf_writes_it():
+    """Configs of before are compared with new ones by the hash of these bytes."""
+    for word in WORDS:
+        assert to_yaml({word: [word]}) == OmegaConf.to_yaml(OmegaConf.create({word: [word]})), word
+
+
+def test_numbers_and_empty_values_are_written_as_before():
+    values = {"a": [1e-5, 1e22, -0.0, 2**70, True, None], "b": {}, "c": [], "d": [1.5, "relu"]}
+    ours = values | {"d": (1.5, Activation.relu)}
+    assert to_yaml(ours) == OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 @pytest.mark.parametrize("name", GROUPS["method"])

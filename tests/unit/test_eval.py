@@ -12,6 +12,7 @@ import torch
 
 from moetrain.cli import main
 from moetrain.config.rules import eval as rules_eval
+from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
 
 SEQ = tiny.SEQ
@@ -42,7 +43,7 @@ def by_loop(run: Path, documents: list[str], seq: int) -> tuple[float, int, int]
 
     The documents of a file are one stream, cut into windows that share a token; none looks beyond its own.
     """
-    model = open_model(run).build()
+    model = open_model(run, trained_config).build()
     stream = [(number, token) for number, text in enumerate(documents) for token in [*text.encode(), 256]]
     nats, tokens, size = 0.0, 0, 0
     for start in range(0, len(stream) - 1, seq):

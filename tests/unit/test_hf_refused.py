@@ -16,7 +16,7 @@ from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.format import decode_metadata
 from moetrain.checkpoint.read import load_checkpoint
 from moetrain.cli import main
-from moetrain.convert.model_spec import read_spec
+from moetrain.config.stored import read_spec
 from moetrain.models.hf import FAMILIES
 from moetrain.models.hf.source import SafetensorsFolder
 

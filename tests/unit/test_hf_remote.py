@@ -15,7 +15,7 @@ from hf_cases import assert_same_tensors, convert, export, refused, tensors_of, 
 from hf_remote_cases import CASES, MIXED, YARN, batch, exported, load, random_model, routed, write_ours
 
 from moetrain.config.init_from import spec_overrides
-from moetrain.convert.model_spec import read_spec
+from moetrain.config.stored import read_spec
 from moetrain.errors import UserError
 from moetrain.models import cross_entropy_sum, generate
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec

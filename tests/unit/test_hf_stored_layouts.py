@@ -28,6 +28,7 @@ from hf_families import VOCAB, transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
 from moetrain.errors import UserError
 from moetrain.models.hf.source import SafetensorsFolder, open_source
@@ -140,7 +141,7 @@ def test_a_tied_model_in_other_words(layout: str, tmp_path: Path) -> None:
     if layout != "head alone":
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.testing.assert_close(loaded(ids()).logits, theirs(ids()).logits, rtol=0, atol=1e-5)
-    ours = open_model(folder).build()
+    ours = open_model(folder, trained_config).build()
     found_BSV = ours.logits(ours(ids()).hidden_BSD)
     torch.testing.assert_close(found_BSV, theirs(ids()).logits, rtol=0, atol=1e-5)
 
@@ -150,7 +151,7 @@ def test_an_untied_model_needs_its_head(tmp_path: Path) -> None:
     theirs.model.save_pretrained(tmp_path / "bare")
     write_tokenizer(tmp_path / "bare")
     with pytest.raises(UserError, match=r"lm_head\.weight is missing"):
-        open_model(tmp_path / "bare")
+        open_model(tmp_path / "bare", trained_config)
 
 
 def test_shards_in_folders(sources: dict[str, Path], tmp_path: Path) -> None:

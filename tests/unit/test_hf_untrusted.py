@@ -18,7 +18,7 @@ from hf_cases import CASES, convert, export, refused, sources, write_theirs, wri
 from hf_families import transformers
 from hf_remote_cases import CASES as SPECS
 
-from moetrain.convert.model_spec import read_spec
+from moetrain.config.stored import read_spec
 from moetrain.data import load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf import FAMILIES

@@ -11,10 +11,10 @@ import tiny
 import yaml
 
 from moetrain.config.hydra.compose import load_yaml
+from moetrain.config.stored import run_config, trained_config
 from moetrain.convert.open_model import open_model
 from moetrain.errors import UserError
 from moetrain.report.runs import read_run
-from moetrain.train.run_config import run_config
 
 DEEP = "[" * 10**5 + "]" * 10**5
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -25,6 +25,10 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def opened(run: Path) -> None:
+    open_model(run, trained_config)
 
 
 def _set(run: Path, key: str, value: object) -> None:
@@ -67,7 +71,7 @@ def _set(run: Path, key: str, value: object) -> None:
 def test_numbers_that_fit_the_types_only(run, key, value, said):
     _set(run, key, value)
     began = time.monotonic()
-    for read, line in ((run_config, said), (open_model, f"({said}|was changed since)")):
+    for read, line in ((run_config, said), (opened, f"({said}|was changed since)")):
         with pytest.raises(UserError, match=rf"run/config.yaml.*{line}") as caught:
             read(run)
         assert "\n" not in str(caught.value)

@@ -44,7 +44,9 @@ def test_folders_named_by_the_clock_are_new(tmp_path, monkeypatch):
             return datetime(2026, 3, 1, 8, 30, 12)
 
     monkeypatch.setattr(run_dir, "datetime", Still)
-    names = [new_folder(tmp_path / "runs").name for _ in range(3)]
+    found = [new_folder(tmp_path / "runs") for _ in range(3)]
+    names = [path.name for path, _ in found]
+    assert [made for _, made in found] == [[found[0][0], tmp_path / "runs"], [found[1][0]], [found[2][0]]]
     assert names == ["2026-03-01_08-30-12", "2026-03-01_08-30-12_2", "2026-03-01_08-30-12_3"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/2026-03-01_08-30-12 cannot be used: "):

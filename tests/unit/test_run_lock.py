@@ -23,7 +23,8 @@ from moetrain.checkpoint import write as checkpoint_write
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.errors import UserError
 from moetrain.train import run_lock, run_owner
-from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, FolderLostError
+from moetrain.train.run_dir import RunDir, new_folder
+from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, FolderLostError, owning
 from moetrain.train.run_owner import RECORD, Owner, read_owner, this_process, write_owner
 
 OTHER_BOOT = "01234567-89ab-cdef-0123-456789abcdef"
@@ -110,6 +111,64 @@ def test_a_clean_end_leaves_no_trace(tmp_path):
     lock.release()
     assert tiny.files(tmp_path) == []
     held(tmp_path / "runs" / "a").release()
+
+
+def begun(run: Path, *files: str) -> FolderLock:
+    """What a start has made before it has anything to write, and then ``files``."""
+    lock = held(run)
+    RunDir(run)
+    for name in files:
+        (run / name).touch()
+    return lock
+
+
+def test_a_start_that_wrote_nothing_leaves_no_folder(tmp_path):
+    begun(tmp_path / "runs" / "a").give_back()
+    assert os.listdir(tmp_path) == []
+    folder, made = new_folder(tmp_path / "runs")
+    with pytest.raises(UserError, match="no text"), owning(folder, made):
+        raise UserError("no text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_start_removes_no_folder_but_its_own(tmp_path):
+    for name in ("a/samples", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    begun(tmp_path / "a").give_back()
+    begun(tmp_path / "b" / "c").give_back()
+    begun(tmp_path / "d" / "e", "config.yaml").give_back()
+    begun(tmp_path / "d" / "f").give_back()
+    with owning(tmp_path / "g", []):
+        pass
+    places = {"checkpoints", "samples"}
+    assert set(os.listdir(tmp_path / "a")) == places
+    assert os.listdir(tmp_path / "b") == []
+    assert os.listdir(tmp_path / "d") == ["e"]
+    assert set(os.listdir(tmp_path / "d" / "e")) == {*places, "config.yaml"}
+    assert os.listdir(tmp_path / "g") == []
+
+
+def test_a_folder_that_is_anothers_by_now_is_left_whole(tmp_path, ended):
+    lock = begun(tmp_path / "run")
+    take_away(tmp_path / "run")
+    lock.give_back()
+    assert set(os.listdir(tmp_path / "run")) == {"checkpoints", "samples", RECORD}
+
+
+def test_one_who_is_refused_removes_nothing(tmp_path, monkeypatch):
+    """The folder was missing when he looked, and somebody else's when he came to own it."""
+    other = begun(tmp_path / "run")
+    monkeypatch.setattr(run_lock, "_held", set())
+    monkeypatch.setattr(run_lock, "missing", lambda folder: [folder])
+    monkeypatch.setattr(FolderLock, "_lock", refused)
+    with pytest.raises(FolderInUseError), owning(tmp_path / "run", []):
+        pass
+    assert {"checkpoints", "samples"} <= set(os.listdir(tmp_path / "run"))
+    other.check()
+
+
+def refused(lock: FolderLock) -> bool:
+    raise FolderInUseError(f"{lock.folder} is in use")
 
 
 def test_the_same_process_twice(tmp_path):

@@ -118,7 +118,7 @@ def test_a_corrupt_shard_in_the_cache(corpus, tmp_path, capsys):
     capsys.readouterr()
     assert tiny.train(own, tmp_path / "run") == 2
     refused(capsys, str(shard), "does not match its recorded hash")
-    assert tiny.files(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,27 @@ def test_text_that_cannot_be_trained_on(texts, fragments, tmp_path, capsys):
         (folder / "text" / f"{number}.txt").write_text(text)
     assert tiny.train(folder, tmp_path / "run") == 2
     refused(capsys, *fragments)
-    assert tiny.files(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
     assert not list((folder / "cache").rglob("*.tmp-*"))
+
+
+RUNS = {
+    "named": ["train", "run.root=runs", "run.name=a/b"],
+    "unnamed": ["train", "run.root=runs"],
+    "comparison": ["train", "run.root=runs", "compare.arms={a: [], b: ['optim.lr=0.01']}"],
+    "sweep": ["train", "-m", "run.root=runs", "train.seed=0,1"],
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_no_folder_is_left_where_there_is_no_text(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("short")
+    line = [argument for argument in tiny.command(tmp_path, tmp_path) if not argument.startswith("run.dir=")]
+    assert main([*RUNS[kind], *line[1:]]) == 2
+    assert "data.path=" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["cache", "text"]
 
 
 def test_a_vocabulary_smaller_than_that_of_a_tokenizer_file(corpus, tmp_path, capsys):
@@ -150,7 +169,7 @@ def test_a_vocabulary_smaller_than_that_of_a_tokenizer_file(corpus, tmp_path, ca
     capsys.readouterr()
     assert tiny.train(corpus, tmp_path / "run", *given, "model.vocab_size=299") == 2
     refused(capsys, "model.vocab_size=299", "the tokenizer's 300")
-    assert tiny.files(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
     assert tiny.train(corpus, tmp_path / "run", *given, "model.vocab_size=301", "train.steps=1") == 0
 
 
@@ -158,7 +177,7 @@ def test_a_checkpoint_to_resume_from_that_is_none(corpus, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert tiny.train(corpus, tmp_path / "run", f"resume={tmp_path}/empty") == 2
     refused(capsys, f"{tmp_path}/empty", "damaged or incomplete")
-    assert tiny.files(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
 
 
 def broken(trained: Path, run: Path, *names: str) -> Path:

@@ -12,7 +12,8 @@ import tiny
 import torch
 
 from moetrain.cli import main
-from moetrain.config.hydra.compose import compose_train
+from moetrain.config.checked import checked
+from moetrain.config.hydra.compose import load_yaml
 from moetrain.data import prepare
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.train.log.jsonl import read_metrics
@@ -157,8 +158,9 @@ def test_bits_per_byte_count_the_bytes_of_the_text(corpus, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     given = ["data.tokenizer.kind=file", f"data.tokenizer.path={tmp_path}/tokenizer.json"]
     run = tmp_path / "run"
-    cfg = compose_train(tiny.command(corpus, run, *given, "train.steps=1", "train.eval_samples=null")[1:])
-    assert train(cfg)
+    command = tiny.command(corpus, run, *given, "train.steps=1", "train.eval_samples=null")
+    cfg, notes = checked(command[1:])
+    assert train(cfg, load_yaml, notes)
     held_out = prepare(cfg.data, cfg.train.seed).val
     (evaluation,) = tiny.evaluations(run)
     # every token but the stream's first and the first of each later document is a label

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.cli import main
+from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
 
 COMMANDS = {
@@ -48,12 +49,12 @@ def test_what_is_loaded_is_not_drawn(command: str, run: Path, drawn: list[int], 
     (tmp_path / "text.txt").write_text("a few words")
     names = {"run": run, "text": tmp_path / "text.txt", "out": tmp_path / "out"}
     assert main([part.format(**names) for part in COMMANDS[command]]) == 0
-    weights = open_model(run).weights.items()
+    weights = open_model(run, trained_config).weights.items()
     assert sum(drawn) <= sum(torch.Size(t.shape).numel() for name, t in weights if ".router." in name)
 
 
 def test_every_value_of_a_built_model_is_loaded(run: Path) -> None:
-    stored = open_model(run)
+    stored = open_model(run, trained_config)
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN then
     try:
         model = stored.build()

@@ -17,6 +17,7 @@ from hf_families import FAMILIES, VOCAB
 from torch import Tensor
 
 from moetrain.cli import main
+from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
 from moetrain.upcycle.method import Method
 from moetrain.upcycle.plan import Plan
@@ -43,7 +44,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Pat
 
 def logits(folder: Path) -> Tensor:
     """[B, S, V] of random ids."""
-    model = open_model(folder).build()
+    model = open_model(folder, trained_config).build()
     ids_BS = torch.randint(VOCAB, (3, 13), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         return model.logits(model(ids_BS).hidden_BSD)
@@ -73,7 +74,7 @@ def test_copies_keep_the_function(
     target = tmp_path / "moe"
     assert upcycle(sources[family][how], target, f"router.top_k={top_k}", *layers, *EIGHT) == 0
     assert_kept(sources[family]["single"], target)
-    moe = {name for name in open_model(target) if "experts" in name}
+    moe = {name for name in open_model(target, trained_config) if "experts" in name}
     assert len(moe) == {(): 6, ("model.moe_every=2",): 2, ("model.first_dense=2",): 2}[layers]
 
 
@@ -98,7 +99,7 @@ def test_the_seed_decides_all(sources: dict[str, dict[str, Path]], tmp_path: Pat
     def made(name: str, seed: int) -> dict[str, Tensor]:
         said = ("method=drop", f"train.seed={seed}", *EIGHT)
         assert upcycle(sources["qwen2"]["single"], tmp_path / name, *said) == 0
-        return dict(open_model(tmp_path / name))
+        return dict(open_model(tmp_path / name, trained_config))
 
     first, again, other = made("a", 0), made("b", 0), made("c", 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -170,7 +171,7 @@ def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, tra
     moe = tmp_path / "moe"
     said = ["method=copy", "method.carry_optimizer=true", f"target={moe}"]
     assert main(["upcycle", *of_run(dense_run), *said]) == 0
-    before, after = open_model(run), open_model(moe)
+    before, after = open_model(run, trained_config), open_model(moe, trained_config)
     up = "optim.blocks.1.feed_forward.{}.exp_avg"
     gate_FD, up_FD = before[up.format("w_gate_FD")], before[up.format("w_up_FD")]
     for expert_DCF in after[up.format("experts.w_gate_up_EDCF")]:
@@ -180,7 +181,7 @@ def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, tra
     start = [f"init_from={moe}", "init_optimizer=true", "train.steps=1", "train.global_batch_tokens=64"]
     assert main(["train", *start, *text, "train.micro_batch_size=4", f"run.dir={on}"]) == 0
     step = "optim.norm.weight_D.step"
-    assert open_model(on)[step] == before[step] + 1
+    assert open_model(on, trained_config)[step] == before[step] + 1
 
 
 @pytest.mark.parametrize(

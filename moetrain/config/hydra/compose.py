@@ -1,16 +1,14 @@
-"""Overrides -> frozen config, and config <-> YAML.
+"""Overrides -> frozen config, and YAML -> frozen config.
 
-``compose_train`` is what ``moetrain train`` does with its command line; ``to_yaml`` and ``load_yaml`` write
-and read ``runs/<name>/config.yaml``. Every refusal is a UserError of one line; nothing is written anywhere.
+``compose_train`` is what ``moetrain train`` does with its command line; ``load_yaml`` reads
+``runs/<name>/config.yaml``. Every refusal is a UserError of one line; nothing is written anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import re
-from enum import Enum
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -23,11 +21,12 @@ from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 from moetrain.config.editable import editable, freeze
 from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.hydra.overrides import normalize, plugins_in, refuse_empty
-from moetrain.config.hydra.store import CONFIG_DIR, class_of, import_plugins, register, tags_of, user_folder
+from moetrain.config.hydra.store import CONFIG_DIR, class_of, register, tags_of, user_folder
 from moetrain.config.init_from import source_overrides
 from moetrain.errors import UserError, shortened
 from moetrain.files import MB, bounded_yaml, read_bytes
-from moetrain.train.options import CompareConfig, GenerateConfig, TrainConfig
+from moetrain.plugins import import_plugins
+from moetrain.train.options import CompareConfig, TrainConfig
 
 T = TypeVar("T")
 
@@ -67,11 +66,6 @@ def compose_arms(
             raise UserError(f"compare.arms.{name}: {e}") from e
         arms[name] = dataclasses.replace(arm, compare=CompareConfig())
     return arms
-
-
-def to_yaml(cfg: TrainConfig | GenerateConfig) -> str:
-    """YAML with every key, enums by name; ``load_yaml`` gives an equal config back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(cfg)))
 
 
 def load_yaml(path: str | Path) -> TrainConfig:
@@ -118,14 +112,6 @@ def _refuse_interpolations(value: object, where: str, key: str = "") -> None:
         raise UserError(
             f"{where}: {key} is an interpolation ({shortened(value)}): a saved config holds values only"
         )
-
-
-def config_hash(cfg: TrainConfig) -> str:
-    """16 hex digits of what is trained: ``run``, ``resume*``, ``compare``, ``tracker`` do not take part."""
-    kept = _plain(cfg)
-    for key in ("run", "resume", "resume_changes", "compare", "tracker", "verify"):
-        kept.pop(key, None)
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept)).encode()).hexdigest()[:16]
 
 
 def compose_node(
@@ -247,18 +233,3 @@ def _refuse_extra_keys(obj: Any, where: str, prefix: str = "") -> None:
 @cache
 def _groups(cls: type) -> list[str]:
     return [key for key, hint in get_type_hints(cls).items() if dataclasses.is_dataclass(hint)]
-
-
-def _plain(value: Any) -> Any:
-    """Lists, dicts and scalars; a ``${`` in text is escaped, since OmegaConf reads it as an interpolation."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, str) and "${" in value:
-        return _DOLLAR.sub(lambda m: m.group(1) * 2 + r"\${", value)
-    return value

@@ -7,7 +7,6 @@ option, stored as ``<group>/_<option>``: names that begin with ``_`` are never s
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from moetrain.convert.options import ConvertConfig, ExportConfig, UpcycleConfig
 from moetrain.data.options import DomainsData, HubData, LocalData, MixtureData, StdlibData
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
+from moetrain.flat import TAGS
 from moetrain.nearest import nearest
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, WandbTracker
 from moetrain.train.optim.options import AdamWConfig, MuonConfig
@@ -31,16 +31,6 @@ from moetrain.train.options import EngineConfig, GenerateConfig, TrainConfig
 from moetrain.verify.options import VerifyConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-
-# The key of each polymorphic group that names the class of its other keys.
-TAGS = {
-    "router": "name",
-    "data": "source",
-    "optim": "name",
-    "engine": "name",
-    "tracker": "name",
-    "method": "name",
-}
 
 
 def tags_of(root: type) -> dict[str, str]:
@@ -113,20 +103,6 @@ def _register(routers: tuple[str, ...]) -> None:
             store.store(group=group, name=f"_{name}", node=node)
             if not (CONFIG_DIR / group / f"{name}.yaml").exists():  # a plugin's router ships no yaml
                 store.store(group=group, name=name, node=node)
-
-
-def import_plugins(names: list[str]) -> None:
-    """Import the named packages, which register what they bring. UserError where one cannot be imported."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if e.name is None or not (name == e.name or name.startswith(f"{e.name}.")):
-                raise  # the plugin itself was found; the import that fails is its own
-            raise UserError(
-                f"plugins=[{name}]: there is no module {name}; it must be importable: "
-                "install it, or add its folder to PYTHONPATH"
-            ) from e
 
 
 def class_of(group: str, tag: object) -> type:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,16 +17,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from moetrain.config.explain import explain
-from moetrain.config.hydra.compose import compose_train, from_node, prepare
+from moetrain.config.hydra.compose import compose_train, from_node, load_yaml, prepare
 from moetrain.config.hydra.overrides import is_sweep
 from moetrain.config.init_from import source_overrides
 from moetrain.config.pages import hydra_main
-from moetrain.config.resume import check_start, keys_of
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
+from moetrain.flat import keys_of
 from moetrain.parallel.environment import is_rank_0, stopped, world_size
 from moetrain.terminal import tell
 from moetrain.train.options import RunConfig, TrainConfig
+
+_NOTE = "multirun.yaml"  # Hydra's
 
 
 class SweepStoppedError(BaseException):
@@ -53,11 +58,27 @@ def sweep(flags: argparse.Namespace) -> int:
     quoted = "'" + folder.replace("'", r"\'") + "'"
     places = [f"hydra.sweep.dir={quoted}", f"hydra.run.dir={quoted}"]
     try:
-        return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
+        with _unused_removed(Path(folder)):
+            return hydra_main(flags, ["--multirun"], [*places, *overrides], train_job)
     except SweepStoppedError as e:
         if is_rank_0():
             tell(f"moetrain: {e}")
         return stopped()
+
+
+@contextlib.contextmanager
+def _unused_removed(folder: Path) -> Iterator[None]:
+    """Where no job wrote anything, leave no folder that the sweep made for Hydra's own note of it."""
+    from moetrain.train.run_dir import missing, remove_empty
+
+    made = missing(folder)
+    try:
+        yield
+    except UserError:
+        if made and is_rank_0() and folder.is_dir() and os.listdir(folder) == [_NOTE]:
+            (folder / _NOTE).unlink()
+            remove_empty(made)
+        raise
 
 
 def train_job(node: DictConfig) -> int:
@@ -70,8 +91,7 @@ def train_job(node: DictConfig) -> int:
     if is_rank_0():
         tell(f"moetrain: job {num}: {' '.join(HydraConfig.get().overrides.task)}")
     try:
-        validate(cfg, world_size())
-        finished = train(cfg)
+        finished = train(cfg, load_yaml, validate(cfg, world_size()))
     except UserError as e:
         raise type(e)(f"job {num}: {e}") from e
     if not finished:
@@ -93,6 +113,8 @@ def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
 
     A job is named by its number, so what is swept must be what it was. Returns the first's ``run`` section.
     """
+    from moetrain.train.resume import check_start
+
     first, swept = None, keys_of([o for o in flags.overrides if is_sweep(o)])
     numbered = not any(o.startswith("hydra/sweeper=") for o in flags.overrides)  # else values come as it goes
     for i, job in enumerate(jobs):
@@ -100,7 +122,7 @@ def _check_jobs(flags: argparse.Namespace, jobs: list[list[str]]) -> RunConfig:
         try:
             validate(cfg, world_size())
             if numbered and (cfg.run.dir is not None or cfg.run.name is not None):
-                check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), swept)
+                check_start(dataclasses.replace(cfg, run=job_run(cfg.run, i)), load_yaml, swept)
         except UserError as e:
             raise UserError(f"job {i} ({' '.join(job)}): {e}") from e
         if cfg.compare.arms:

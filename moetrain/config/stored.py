@@ -1,4 +1,4 @@
-"""The config of a run folder, held against the folder's checkpoint before anything is built from it."""
+"""What a folder holds: a run's config, held against its checkpoint before anything is built from it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from typing import Any
 
 import torch
 
-from moetrain.checkpoint.read import CHECKPOINTS, listing, read_metadata, step_folder, steps_in
+from moetrain.checkpoint.read import CHECKPOINTS, listing, read_metadata, run_of, step_folder, steps_in
 from moetrain.checkpoint.state_dict import MODEL, model_tensors
 from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.validate import validate_stored
+from moetrain.data import load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
+from moetrain.models.hf import ModelSpec
+from moetrain.models.hf.source import read_folder_spec
 from moetrain.models.options import AttentionBackend, ModelConfig
+from moetrain.train.identity import require_same_files
 from moetrain.train.options import TrainConfig
-from moetrain.train.run_files import CONFIG
+from moetrain.train.run_files import CONFIG, TOKENIZER
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYERS = 10_000  # of a model whose folder has no checkpoint to compare with
 _WIDTHS = ("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "d_ff_expert", "d_ff_shared")
 _COUNTS = ("vocab_size", "num_experts", "num_shared_experts")
+
+
+def trained_config(checkpoint: Path) -> TrainConfig:
+    """The config of the run folder that ``checkpoint`` lies in, which was not changed since it was written.
+
+    Raises UserError that names the file and the key, as :func:`run_config` does.
+    """
+    require_same_files(checkpoint, load_yaml)
+    return run_config(run_of(checkpoint))
 
 
 def run_config(run_dir: Path) -> TrainConfig:
@@ -43,6 +56,25 @@ def run_config(run_dir: Path) -> TrainConfig:
     if shapes:
         _check_shapes(cfg, shapes, where, checkpoint)
     return replace(cfg, model=replace(cfg.model, attention_backend=AttentionBackend.auto))
+
+
+def read_spec(path: Path, key: str = "init_from") -> ModelSpec:
+    """What the model in a run folder, a converted one or a Hugging Face folder is; ``key`` named it."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UserError(
+            f"{key}={path} {what}: give a run folder, a folder made by moetrain convert or upcycle, or a "
+            "Hugging Face folder (a GGUF file: moetrain convert it first)"
+        )
+    if (path / CONFIG).is_file():
+        cfg = run_config(path)
+        vocab_size = cfg.model.vocab_size or load_tokenizer(path / TOKENIZER).vocab_size
+        return ModelSpec(replace(cfg.model, vocab_size=vocab_size), cfg.router, cfg.experts)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{key}={path} holds neither config.yaml (a run folder) nor config.json (Hugging Face)"
+        )
+    return read_folder_spec(path)
 
 
 def _newest(run_dir: Path) -> tuple[Path | None, Shapes]:

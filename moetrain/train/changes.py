@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from moetrain.config.hydra.compose import load_yaml
-from moetrain.config.hydra.store import TAGS
 from moetrain.errors import UserError
-from moetrain.flat import Leaf, flat, lies_in, prefixes, shown
+from moetrain.flat import TAGS, Leaf, flat, lies_in, prefixes, shown
 from moetrain.nearest import nearest
 from moetrain.train.options import TrainConfig
-from moetrain.train.run_files import CONFIG
 
 _LISTED = 4  # keys in one message
 
@@ -163,60 +160,6 @@ def compare(before: TrainConfig, now: TrainConfig, where: str, strict: Collectio
             lines.append(f"changed on resume: {d.key} was {d.before}, now {d.now}{by}")
     same = [name for name in accepted if not any(lies_in(d.key, [name]) for d, _ in found)]
     return lines + [f"resume_changes names {name}, which is as it was" for name in same]
-
-
-def stored_config(folder: Path) -> TrainConfig | None:
-    """The config in a run folder; None where it has none. UserError where it cannot be read."""
-    file = folder / CONFIG
-    if not file.exists():
-        return None
-    try:
-        return load_yaml(file)
-    except UserError as error:
-        raise UserError(
-            f"resume: {error}; without it nobody can say whether this command is that run's: restore the "
-            "file, or remove it to resume without comparing"
-        ) from error
-
-
-def resumed_folder(cfg: TrainConfig) -> Path | None:
-    """The run folder whose checkpoint ``cfg`` would resume from; None for a run that starts anew."""
-    from moetrain.checkpoint.read import CHECKPOINTS, run_of, steps_in
-
-    if cfg.resume == "none":
-        return None
-    if cfg.resume != "auto":
-        path = Path(cfg.resume)
-        return path if (path / CHECKPOINTS).is_dir() else run_of(path)
-    folder = run_folder(cfg)
-    return folder if folder is not None and steps_in(folder / CHECKPOINTS) else None
-
-
-def run_folder(cfg: TrainConfig) -> Path | None:
-    """The run's folder; None where the clock will name it."""
-    if cfg.run.dir is not None:
-        return Path(cfg.run.dir)
-    return None if cfg.run.name is None else Path(cfg.run.root) / cfg.run.name
-
-
-def check_start(cfg: TrainConfig, strict: Collection[str] = ()) -> None:
-    """One of several runs, before the first of them begins. UserError where it could not start or resume."""
-    folder = resumed_folder(cfg)
-    if folder is None:
-        require_source(cfg.init_from)
-    elif (before := stored_config(folder)) is not None:
-        compare(before, cfg, str(folder), strict)
-
-
-def require_source(init_from: str | None) -> None:
-    """UserError where a run that starts anew has no folder to start from."""
-    if init_from is not None and not Path(init_from).expanduser().is_dir():
-        raise UserError(f"init_from={init_from} does not exist, and there is no checkpoint to resume from")
-
-
-def keys_of(overrides: Collection[str]) -> list[str]:
-    """The keys and sections that overrides speak of: ``router`` of ``router=switch``."""
-    return [o.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".") for o in overrides]
 
 
 def same_path(one: str | None, other: str | None) -> bool:

@@ -1,0 +1,40 @@
+"""A config that is composed and validated, once: what ``train()`` is to be called with."""
+
+from __future__ import annotations
+
+from moetrain.config.hydra.compose import compose_arms, compose_train
+from moetrain.config.validate import validate
+from moetrain.errors import UserError
+from moetrain.train.options import TrainConfig
+
+Checked = tuple[TrainConfig, list[str]]  # a valid config, and its warnings
+
+
+def checked(
+    overrides: list[str], world: int = 1, config_name: str = "train", config_dir: str | None = None
+) -> Checked:
+    """The config that ``moetrain train <overrides>`` runs on ``world`` ranks, and its warnings.
+
+    :func:`moetrain.train.run.train` takes both, and the reader of stored configs, as in
+    ``train(cfg, load_yaml, notes)``. Raises UserError for what cannot be composed, and for the first broken
+    rule.
+    """
+    cfg = compose_train(overrides, config_name, config_dir)
+    return cfg, validate(cfg, world)
+
+
+def checked_arms(
+    cfg: TrainConfig,
+    overrides: list[str],
+    world: int = 1,
+    config_name: str = "train",
+    config_dir: str | None = None,
+) -> dict[str, Checked]:
+    """Each arm of ``cfg.compare`` likewise, under its name; ``overrides`` are those that made ``cfg``."""
+    found = {}
+    for name, arm in compose_arms(cfg, overrides, config_name, config_dir).items():
+        try:
+            found[name] = arm, validate(arm, world)
+        except UserError as e:
+            raise UserError(f"compare.arms.{name}: {e}") from e
+    return found
