@@ -62,7 +62,7 @@ def split(assignment: Assignment, num_tokens: int, starts: list[int]) -> Iterato
     """
     tokens_N, num_experts = assignment.token_ids_N, assignment.num_experts
     starts_M = to_device(torch.tensor(starts), tokens_N.device)
-    round_N = torch.bucketize(tokens_N, starts_M, right=True) - 1
+    round_N = torch.bucketize(tokens_N.contiguous(), starts_M, right=True) - 1
     order_N = stable_order(round_N, len(starts))  # stays sorted by (expert, token) within a round
     cells_N = round_N * num_experts + assignment.expert_ids_N()
     counts_ME = count(cells_N, len(starts) * num_experts).view(-1, num_experts)

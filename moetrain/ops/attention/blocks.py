@@ -5,8 +5,8 @@ keys where none is, though causality, windows and documents throw most of them a
 made when the block is computed, in the backward pass once more: nothing of S x K elements exists, and between
 the passes only the inputs, the output and one number a query and head are kept.
 
-The kernels are those that torch's scaled_dot_product_attention calls on a CPU. The backward one is given fp32:
-in bf16 it is slower everywhere.
+The kernels are those that torch's scaled_dot_product_attention calls on a CPU. The backward one is given
+fp32: in bf16 it is slower everywhere.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
