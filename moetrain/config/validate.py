@@ -5,6 +5,7 @@ One function per rule. Each raises UserError with the key, both numbers and what
 
 from __future__ import annotations
 
+from moetrain.bounds import check_ranges
 from moetrain.config.rules import (
     balance,
     data,
@@ -15,8 +16,6 @@ from moetrain.config.rules import (
     rope,
     train,
 )
-from moetrain.config.rules.checks import above_zero, at_least
-from moetrain.config.rules.numbers import numbers_fit
 from moetrain.convert.options import ExportConfig, UpcycleConfig
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
@@ -27,7 +26,7 @@ from moetrain.verify.options import VerifyConfig
 
 def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     """Check ``cfg`` for ``world`` ranks; returns warnings, raises UserError for the first broken rule."""
-    numbers_fit(cfg)
+    check_ranges(cfg)
     for rules in (model, balance, layers, rope, data, train, dispatch):
         for rule in rules.RULES:
             rule(cfg, world)
@@ -37,9 +36,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
 
 def validate_verify(cfg: VerifyConfig) -> None:
     """Check a layout that is to be proved, for the ranks it is meant for."""
-    numbers_fit(cfg)
-    at_least("verify", cfg.verify, 1, "world")
-    at_least("verify", cfg.verify, 2, "ranks")
+    check_ranges(cfg)
     if cfg.router.group == "all" and any(loss.scope.name == "micro" for loss in cfg.balance.losses):
         raise UserError(
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
@@ -52,10 +49,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
 
 def validate_upcycle(cfg: UpcycleConfig) -> None:
     """Check the model that is to be made, and the text; raises UserError for the first broken rule."""
-    numbers_fit(cfg)
-    for name in ("proof_tokens", "calibration_tokens"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name}={getattr(cfg, name)} must be 1 or more")
+    check_ranges(cfg)
     models = (*layers.UPCYCLE_RULES, *model.RULES, *balance.RULES)
     for rule in (*models, *data.RULES):
         rule(cfg, 1)
@@ -64,8 +58,9 @@ def validate_upcycle(cfg: UpcycleConfig) -> None:
 def validate_stored(cfg: TrainConfig, where: str) -> None:
     """Check what a stored config says of its model and its text; ``where`` names the file."""
     try:
-        rules = (*model.STORED_RULES, *layers.RULES, *rope.RULES)
-        for rule in (*rules, data.data_sizes):
+        for section in ("model", "router", "experts", "data"):
+            check_ranges(getattr(cfg, section), section)
+        for rule in (*model.STORED_RULES, *layers.RULES, *rope.RULES):
             rule(cfg, 1)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
@@ -73,22 +68,21 @@ def validate_stored(cfg: TrainConfig, where: str) -> None:
 
 def validate_generate(cfg: GenerateConfig) -> None:
     """Check what ``moetrain generate`` was told; raises UserError for the first broken rule."""
-    numbers_fit(cfg)
+    check_ranges(cfg)
     for rule in train.GENERATE_RULES:
         rule(cfg)
 
 
 def validate_eval(cfg: EvalConfig) -> None:
     """Check what ``moetrain eval`` was told; raises UserError for the first broken rule."""
-    numbers_fit(cfg)
+    check_ranges(cfg)
     for rule in eval.RULES:
         rule(cfg)
 
 
 def validate_export(cfg: ExportConfig) -> None:
     """Check what ``moetrain export`` was told; raises UserError for the first broken rule."""
-    numbers_fit(cfg)
-    above_zero("", cfg, "max_shard_gb")
+    check_ranges(cfg)
 
 
 def smallest_world(parallel: ParallelConfig) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetrain.bounds import check_ranges
 from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
 from moetrain.data.cache import build_once, cache_root
 from moetrain.data.documents import Part, digest_of
@@ -45,10 +46,7 @@ def prepare(cfg: DataConfig, seed: int = 0) -> Corpus:
     sources' fingerprints, the tokenizer and ``val_fraction``, so that changed text is prepared anew. Raises
     UserError for everything that the user can mend.
     """
-    if cfg.seq_len < 1:
-        raise UserError(f"data.seq_len={cfg.seq_len}: must be at least 1")
-    if not 0 < cfg.val_fraction < 1:
-        raise UserError(f"data.val_fraction={cfg.val_fraction}: must lie between 0 and 1")
+    check_ranges(cfg, "data")
     root = cache_root(cfg.cache_dir)
     tokenizer = _given_tokenizer(cfg.tokenizer)
     parts = build_parts(cfg, root)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.errors import UserError
+from moetrain.bounds import check_ranges
 from moetrain.models.attention import AttentionLayer, build_attention, plan_of
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
@@ -87,11 +87,8 @@ class Decoder(nn.Module):
         self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, vocab_size: int
     ) -> None:
         super().__init__()
-        for key, value in (("num_layers", cfg.num_layers), ("moe_every", cfg.moe_every)):
-            if value < 1:
-                raise UserError(f"model.{key}={value} must be at least 1")
-        if cfg.sliding_window is not None and cfg.sliding_window < 1:
-            raise UserError(f"model.sliding_window={cfg.sliding_window} must be at least 1, or null for none")
+        check_ranges(cfg, "model")
+        check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)

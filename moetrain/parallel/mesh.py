@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.parallel.distributed import local_world
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
@@ -71,7 +72,8 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
     Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
     ``world``, and where ep does not divide dp_shard.
     """
-    if cfg.dp_replicate < 1 or world % cfg.dp_replicate:
+    check_ranges(cfg, "parallel")
+    if world % cfg.dp_replicate:
         raise UserError(
             f"parallel.dp_replicate={cfg.dp_replicate} does not divide the {world} ranks of this run"
         )

@@ -228,11 +228,11 @@ def test_evaluation_has_its_own_capacity_and_no_jitter() -> None:
         ({"router": "topkk"}, "did you mean 'topk'"),
         ({"activation": "swiglo"}, "unknown activation 'swiglo'; known: swiglu"),
         ({"backend": "tritn"}, "unknown experts backend 'tritn'; known: auto"),
-        ({"block": 0}, "experts.block=0 must be at least 1"),
+        ({"block": 0}, "experts.block=0 must be 1 or more"),
         ({"num_experts": 0}, "num_experts=0"),
         ({"shared_gate": True}, "of shared experts, but num_shared_experts=0"),
         ({"d_ff_shared": 3}, "of shared experts, but num_shared_experts=0"),
-        ({"router_options": {"capacity_factor": -1.0}}, "router.capacity_factor=-1.0 must be positive"),
+        ({"router_options": {"capacity_factor": -1.0}}, "router.capacity_factor=-1.0 must be above 0"),
         ({"router_options": {"min_capacity": -1}}, "router.min_capacity=-1"),
     ],
 )

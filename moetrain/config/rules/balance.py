@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moetrain.config.rules.checks import at_least
 from moetrain.config.rules.router import built_router
 from moetrain.errors import UserError
 from moetrain.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from moetrain.moe.routers import Router
-
-
-def balance_numbers(cfg: TrainConfig, world: int) -> None:
-    for i, loss in enumerate(cfg.balance.losses):
-        at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
 
 
 def balance_is_accepted(cfg: TrainConfig, world: int) -> None:
@@ -60,4 +54,4 @@ def refuse_controllers(cfg: TrainConfig, routers: Sequence[Router], where: str) 
             )
 
 
-RULES = (balance_numbers, balance_is_accepted, balance_fits_the_router)
+RULES = (balance_is_accepted, balance_fits_the_router)

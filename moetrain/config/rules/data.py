@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 
-from moetrain.config.rules.checks import above_zero, at_least, within
 from moetrain.data.options import (
     DomainsData,
-    HubData,
     LocalData,
     MixtureData,
     MixturePart,
@@ -18,13 +16,6 @@ from moetrain.errors import UserError
 from moetrain.train.options import TrainConfig
 
 _MIN_BPE = 257  # 256 bytes and the end-of-text token
-
-
-def data_sizes(cfg: TrainConfig, world: int) -> None:
-    at_least("data", cfg.data, 2, "seq_len")
-    within("data.val_fraction", cfg.data.val_fraction, 0, 1, open_low=True, open_high=True)
-    if isinstance(cfg.data, HubData):
-        at_least("data", cfg.data, 1, "max_documents")
 
 
 def tokenizer_fits(cfg: TrainConfig, world: int) -> None:
@@ -68,7 +59,6 @@ def mixture_has_parts(cfg: TrainConfig, world: int) -> None:
 
 
 def _check_part(key: str, part: MixturePart) -> None:
-    above_zero(key, part, "weight")
     needs_path = part.kind in (SourceKind.local, SourceKind.hub)
     if needs_path and part.path is None:
         raise UserError(f"{key}.path is not set: {key}.kind={part.kind.name} needs one")
@@ -99,4 +89,4 @@ def _check_domains(names: list[str], key: str) -> None:
         raise UserError(f"{key}={names} must name at least one of {', '.join(DOMAINS)}, each once")
 
 
-RULES = (data_sizes, tokenizer_fits, local_path_matches, domains_are_known, mixture_has_parts)
+RULES = (tokenizer_fits, local_path_matches, domains_are_known, mixture_has_parts)

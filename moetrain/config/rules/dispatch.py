@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moetrain.config.rules.checks import at_least
 from moetrain.errors import UserError
 from moetrain.parallel.options import ExpertDispatch
 from moetrain.train.options import TrainConfig
@@ -10,7 +9,6 @@ from moetrain.train.options import TrainConfig
 
 def overlap_has_chunks(cfg: TrainConfig, world: int) -> None:
     p = cfg.parallel
-    at_least("parallel", p, 1, "overlap", "ranks_per_node")
     if p.overlap == 1:
         return
     if p.dispatcher is not ExpertDispatch.all_to_all:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.rules.checks import at_least, check_device, is_installed
+from moetrain.config.rules.checks import check_device, is_installed
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig, EvalData
 
 
-def eval_numbers(cfg: EvalConfig) -> None:
-    at_least("data", cfg.data, 2, "seq_len")
-    for name, low in (("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
-        value = getattr(cfg, name)
-        if value is not None and value < low:
-            raise UserError(f"{name}={value} must be {low} or more")
+def eval_device(cfg: EvalConfig) -> None:
     check_device("device", cfg.device)
 
 
@@ -71,7 +66,7 @@ def eval_checkpoint(cfg: EvalConfig) -> None:
 
 
 RULES = (
-    eval_numbers,
+    eval_device,
     eval_has_something_to_score,
     eval_options_are_used,
     eval_text_exists,

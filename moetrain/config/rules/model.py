@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from moetrain.arithmetic import divisor_near
-from moetrain.config.rules.checks import above_zero, at_least
 from moetrain.config.rules.router import router_accepts_its_options
 from moetrain.data.options import TokenizerKind
 from moetrain.errors import UserError
@@ -14,15 +13,6 @@ from moetrain.moe.options import Repair
 from moetrain.train.options import TrainConfig
 
 _BYTES_VOCAB = 257  # 256 bytes and the end-of-text token
-
-
-def sizes(cfg: TrainConfig, world: int) -> None:
-    m = cfg.model
-    at_least("model", m, 1, "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-    at_least("model", m, 1, "d_ff_expert", "d_ff_shared", "moe_every", "vocab_size", "sliding_window")
-    at_least("model", m, 0, "num_experts", "num_shared_experts", "first_dense", "init_std")
-    above_zero("model", m, "rope_theta", "norm_eps")
-    at_least("experts", cfg.experts, 1, "block", "max_rows_per_rank")
 
 
 def heads_divide_width(cfg: TrainConfig, world: int) -> None:
@@ -93,12 +83,6 @@ def vocabulary_is_large_enough(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def router_numbers(cfg: TrainConfig, world: int) -> None:
-    router = cfg.router
-    above_zero("router", router, "capacity_factor", "eval_capacity_factor")
-    at_least("router", router, 0, "min_capacity")
-
-
 def routing_group_divides_micro_batch(cfg: TrainConfig, world: int) -> None:
     group, micro = cfg.router.group, cfg.train.micro_batch_size
     if group == "sequence":
@@ -152,7 +136,6 @@ def repair_looks_ahead(cfg: TrainConfig) -> str | None:
 
 
 RULES = (
-    sizes,
     heads_divide_width,
     head_dim_is_even,
     kv_heads_divide_heads,
@@ -160,17 +143,14 @@ RULES = (
     moe_layers_exist,
     shared_experts_exist,
     vocabulary_is_large_enough,
-    router_numbers,
     router_accepts_its_options,
     routing_group_divides_micro_batch,
 )
 STORED_RULES = (  # of a model that was made before, whatever it was made for
-    sizes,
     heads_divide_width,
     head_dim_is_even,
     kv_heads_divide_heads,
     first_dense_fits,
-    router_numbers,
     router_accepts_its_options,
 )
 WARNINGS = (router_is_causal, repair_looks_ahead)
