@@ -19,6 +19,7 @@ from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig
 from moetrain.models.rope import Rope, rope_table
+from moetrain.models.rules import check_model
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.attention import Plan, seen_keys
@@ -71,8 +72,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
 
-    Raises UserError where widths and heads do not fit, ValueError for an attention or a feed-forward
-    layer that is not known or refuses its options.
+    Raises UserError for settings that do not fit (:func:`~moetrain.models.rules.check_model`), ValueError
+    for an attention or a feed-forward layer that is not known or refuses its options.
     It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
 
     ``compute_dtype`` is that of products and activations, None the parameters' own; whoever sets it lets
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, vocab_size: int
     ) -> None:
         super().__init__()
-        check_ranges(cfg, "model")
+        check_model(cfg)
         check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)

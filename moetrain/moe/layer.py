@@ -20,6 +20,7 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules import shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -51,10 +52,9 @@ class MoELayer(nn.Module):
         max_rows_per_rank: int | None = None,
     ) -> None:
         super().__init__()
-        if num_shared_experts == 0 and (d_ff_shared is not None or shared_gate):
-            raise ValueError("d_ff_shared and shared_gate are of shared experts, but num_shared_experts=0")
         rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
-        if line := range_refusal(rows, "experts"):
+        shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
+        if line := range_refusal(rows, "experts") or shared:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options

@@ -18,6 +18,7 @@ from moetrain.terminal import as_text, show
 from moetrain.train.engine import Engine
 from moetrain.train.identity import require_same_files
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
+from moetrain.train.rules import check_generate
 from moetrain.train.run_config import run_config
 from moetrain.train.run_dir import RunDir
 from moetrain.train.run_files import TOKENIZER
@@ -70,6 +71,7 @@ def continue_text(
 
 def generate_app(cfg: GenerateConfig) -> int:
     """``moetrain generate``: print the prompt and its continuation. Returns the exit code."""
+    check_generate(cfg)
     prompt = _prompt(cfg)
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
     run_dir = run_of(checkpoint)
