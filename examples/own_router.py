@@ -6,11 +6,12 @@ Shapes: B batch, S sequence, T = B S tokens, D model, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import within
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_mask
 from moetrain.moe.options import RouterConfig
@@ -22,7 +23,8 @@ from moetrain.router_tools import check_router
 @dataclass(frozen=True)
 class TopShareOptions(RouterConfig):
     name: str = "top_share"
-    share: float = 0.5  # experts of at least this share of the best one's score
+    # experts of at least this share of the best one's score
+    share: float = field(default=0.5, metadata=within(0, 1, open_low=True))
 
 
 @register("top_share", TopShareOptions, paper="an example", returns="one or more experts a token")
@@ -31,11 +33,6 @@ class TopShareRouter(LinearRouter):
 
     options: TopShareOptions
     reads_bias = True  # so that the controller bias may move it
-
-    def __init__(self, d_model: int, num_experts: int, options: TopShareOptions) -> None:
-        super().__init__(d_model, num_experts, options)
-        if not 0 < options.share <= 1:
-            raise ValueError(f"router.share={options.share} must lie in (0, 1]")
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least
 from moetrain.missing import MISSING
 from moetrain.train.options import TrainConfig
 from moetrain.upcycle.options import MethodOptions
@@ -41,7 +42,7 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.hf
     family: str = "auto"  # auto: one that expresses the model exactly
     dtype: StoredDtype = StoredDtype.keep
-    max_shard_gb: float = 5.0  # of one safetensors file, in 1e9 bytes
+    max_shard_gb: float = field(default=5.0, metadata=above(0))  # of one safetensors file, in 1e9 bytes
     plugins: list[str] = field(default_factory=list)  # the packages of a run's own router or family
 
 
@@ -58,5 +59,5 @@ class UpcycleConfig(TrainConfig):
     donors: list[str] = field(default_factory=list)  # method=join: further models of the source's shape
     method: MethodOptions = MISSING
     prove: bool = True  # compare the logits of source and target on held-out text
-    proof_tokens: int = 512
-    calibration_tokens: int = 4096
+    proof_tokens: int = field(default=512, metadata=at_least(1))
+    calibration_tokens: int = field(default=4096, metadata=at_least(1))

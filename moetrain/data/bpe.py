@@ -13,19 +13,9 @@ from moetrain.data.cache import build_once, log
 from moetrain.data.documents import Part, content_key
 from moetrain.data.heldout import Scan
 from moetrain.data.tokenizer import EOS, JsonTokenizer, Tokenizer, load_tokenizer
-from moetrain.errors import UserError
 
 SAMPLE_BYTES = 10_000_000  # beyond this the merges barely change, while the time grows
-MIN_VOCAB = 257  # every byte, and the end-of-text token
 _PIECE = 32_768  # characters; long documents are sampled in pieces
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    if vocab_size < MIN_VOCAB:
-        raise UserError(
-            f"data.tokenizer.vocab_size={vocab_size} is too small: byte-level BPE needs at least {MIN_VOCAB} "
-            "(256 bytes and the end-of-text token); use data/tokenizer kind=bytes or a larger one"
-        )
 
 
 def cached_bpe(parts: Iterable[Part], scanned: Scan, vocab_size: int, root: Path) -> Tokenizer:
@@ -33,7 +23,6 @@ def cached_bpe(parts: Iterable[Part], scanned: Scan, vocab_size: int, root: Path
 
     It may end up smaller than ``vocab_size`` when the text has too few distinct pairs to merge.
     """
-    check_vocab_size(vocab_size)
     pieces = list(sample(parts, scanned))
     digest = hashlib.sha256(f"{vocab_size} {tokenizers.__version__}".encode())
     for piece in pieces:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.data.bpe import SAMPLE_BYTES, check_vocab_size
+from moetrain.data.bpe import SAMPLE_BYTES
 from moetrain.data.cache import build_once, cache_root
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
@@ -14,6 +14,7 @@ from moetrain.data.manifest import FORMAT, Manifest, TokenizerEntry, damaged
 from moetrain.data.options import DataConfig, TokenizerConfig, TokenizerKind
 from moetrain.data.order import MixtureOrder, Order, SampleOrder
 from moetrain.data.packing import PackedSplit, Packing
+from moetrain.data.rules import check_data
 from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
 from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -45,10 +46,7 @@ def prepare(cfg: DataConfig, seed: int = 0) -> Corpus:
     sources' fingerprints, the tokenizer and ``val_fraction``, so that changed text is prepared anew. Raises
     UserError for everything that the user can mend.
     """
-    if cfg.seq_len < 1:
-        raise UserError(f"data.seq_len={cfg.seq_len}: must be at least 1")
-    if not 0 < cfg.val_fraction < 1:
-        raise UserError(f"data.val_fraction={cfg.val_fraction}: must lie between 0 and 1")
+    check_data(cfg)
     root = cache_root(cfg.cache_dir)
     tokenizer = _given_tokenizer(cfg.tokenizer)
     parts = build_parts(cfg, root)
@@ -69,12 +67,8 @@ def _given_tokenizer(cfg: TokenizerConfig) -> Tokenizer | None:
     if cfg.kind is TokenizerKind.bytes:
         return ByteTokenizer()
     if cfg.kind is TokenizerKind.bpe:
-        check_vocab_size(cfg.vocab_size)
         return None
-    if cfg.path is None:
-        raise UserError(
-            "data.tokenizer.path is not set: kind file needs a tokenizer.json or a folder with one"
-        )
+    assert cfg.path is not None
     return load_tokenizer(cfg.path)
 
 

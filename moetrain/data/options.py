@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least, within
 from moetrain.missing import MISSING
 
 
@@ -41,9 +42,9 @@ class DataConfig:
     """What every source shares. ``source`` tells them apart; ``val_fraction`` is a share of the documents."""
 
     source: str = MISSING
-    seq_len: int = 256
+    seq_len: int = field(default=256, metadata=at_least(2, 2**31 - 1))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    val_fraction: float = 0.02
+    val_fraction: float = field(default=0.02, metadata=within(0, 1, open_low=True, open_high=True))
     cross_document_attention: bool = False
     reset_positions: bool = True
     cache_dir: Optional[str] = None  # null: $XDG_CACHE_HOME/moetrain or ~/.cache/moetrain
@@ -72,7 +73,7 @@ class HubData(DataConfig):
     name: Optional[str] = None
     split: str = "train"
     text_key: str = "text"
-    max_documents: int = 100_000
+    max_documents: int = field(default=100_000, metadata=at_least(1))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class DomainsData(DataConfig):
 @dataclass(frozen=True)
 class MixturePart:
     kind: SourceKind = MISSING
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata=above(0))
     path: Optional[str] = None
     format: TextFormat = TextFormat.auto
     text_key: str = "text"

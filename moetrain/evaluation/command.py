@@ -17,6 +17,7 @@ from moetrain.data.options import DataConfig
 from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
+from moetrain.evaluation.rules import check_eval
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
@@ -32,6 +33,7 @@ Figures = dict[str, Any]
 
 def eval_app(cfg: EvalConfig, read: ReadTrained) -> int:
     """The exit code. Raises UserError for a model or a text that cannot be read; writes nothing then."""
+    check_eval(cfg)
     stored = open_model(Path(cfg.checkpoint).expanduser(), read)
     data = _data_of(stored, cfg.data.seq_len)
     model = stored.build(cfg.precision is Precision.fp64, resolve_device(cfg.device))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
+from moetrain.bounds import at_least
 from moetrain.data.options import TextFormat
 from moetrain.missing import MISSING
 from moetrain.train.options import Precision
@@ -15,7 +16,8 @@ class EvalData:
     path: Optional[str] = None  # a file, a directory or a glob
     format: TextFormat = TextFormat.auto
     text_key: str = "text"
-    seq_len: Optional[int] = None  # tokens of a window, of tasks' too; null: data.seq_len of the run
+    # tokens of a window, of tasks' too; null: data.seq_len of the run
+    seq_len: Optional[int] = field(default=None, metadata=at_least(2, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class EvalConfig:
     data: EvalData = field(default_factory=EvalData)
     tasks: list[str] = field(default_factory=list)
     include_path: Optional[str] = None  # a folder with tasks of one's own, as yaml
-    num_fewshot: Optional[int] = None  # examples before each question; null: the task's own number
-    limit: Optional[int] = None  # questions of each task; null: all
+    # examples before each question; null: the task's own number
+    num_fewshot: Optional[int] = field(default=None, metadata=at_least(0))
+    limit: Optional[int] = field(default=None, metadata=at_least(1))  # questions of each task; null: all
     json: Optional[str] = None  # a file for the figures
-    batch_size: int = 8  # sequences at once
+    batch_size: int = field(default=8, metadata=at_least(1))  # sequences at once
     device: str = "auto"  # auto | cpu | cuda
     precision: Precision = Precision.fp32
     plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

@@ -20,6 +20,7 @@ from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm
 from moetrain.models.rope import Rope, apply_rope
+from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter, with_own_values
 from moetrain.ops.linear import linear, linears
@@ -82,16 +83,9 @@ def build_attention(cfg: ModelConfig, layer: int) -> AttentionLayer:
 
 def head_shape(cfg: ModelConfig) -> Heads:
     """Those of the config, nulls resolved. Raises UserError if they do not fit."""
+    check_heads(cfg)
     num_kv_heads = cfg.num_heads if cfg.num_kv_heads is None else cfg.num_kv_heads
-    if num_kv_heads < 1 or cfg.num_heads % num_kv_heads:
-        raise UserError(f"model.num_kv_heads={num_kv_heads} must divide model.num_heads={cfg.num_heads}")
-    if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
-        raise UserError(
-            f"model.num_heads={cfg.num_heads} must divide model.d_model={cfg.d_model}; or set model.head_dim"
-        )
     head_dim = cfg.d_model // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
-    if head_dim < 2 or head_dim % 2:
-        raise UserError(f"a head is {head_dim} wide (model.head_dim); rotary embedding needs an even width")
     return Heads(cfg.num_heads, num_kv_heads, head_dim)
 
 

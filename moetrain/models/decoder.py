@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.errors import UserError
+from moetrain.bounds import check_ranges
 from moetrain.models.attention import AttentionLayer, build_attention, plan_of
 from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig
 from moetrain.models.rope import Rope, rope_table
+from moetrain.models.rules import check_model
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.attention import Plan, seen_keys
@@ -71,8 +72,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model over ``vocab_size`` tokens. ``logits`` is apart, so that a loss can go by chunks.
 
-    Raises UserError where widths and heads do not fit, ValueError for an attention or a feed-forward
-    layer that is not known or refuses its options.
+    Raises UserError for settings that do not fit (:func:`~moetrain.models.rules.check_model`), ValueError
+    for an attention or a feed-forward layer that is not known or refuses its options.
     It holds no tables or buffers of its own, so it can be built on torch.device("meta") and counted there.
 
     ``compute_dtype`` is that of products and activations, None the parameters' own; whoever sets it lets
@@ -87,11 +88,8 @@ class Decoder(nn.Module):
         self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, vocab_size: int
     ) -> None:
         super().__init__()
-        for key, value in (("num_layers", cfg.num_layers), ("moe_every", cfg.moe_every)):
-            if value < 1:
-                raise UserError(f"model.{key}={value} must be at least 1")
-        if cfg.sliding_window is not None and cfg.sliding_window < 1:
-            raise UserError(f"model.sliding_window={cfg.sliding_window} must be at least 1, or null for none")
+        check_model(cfg)
+        check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)

@@ -4,7 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least
 from moetrain.models.rope_options import RopeScaling
+
+_INT32 = 2**31 - 1
+_SIZE, _COUNT = at_least(1, _INT32), at_least(0, _INT32)
 
 
 class QKNorm(Enum):
@@ -31,31 +35,35 @@ class AttentionBackend(Enum):
 class ModelConfig:
     """One decoder, dense or MoE per layer. Widths in elements; ``num_experts`` is always global."""
 
-    vocab_size: Optional[int] = None  # null: the tokenizer's
-    d_model: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: Optional[int] = None  # null: num_heads
-    head_dim: Optional[int] = None  # null: d_model / num_heads
-    d_ff: int = 1024  # hidden width of a dense layer; its activation is experts.activation
-    num_experts: int = 8  # 0: a dense model
-    d_ff_expert: int = 512
-    num_shared_experts: int = 0
-    d_ff_shared: Optional[int] = None  # of all shared experts together; null: each as wide as d_ff_expert
+    vocab_size: Optional[int] = field(default=None, metadata=_SIZE)  # null: the tokenizer's
+    d_model: int = field(default=256, metadata=_SIZE)
+    num_layers: int = field(default=4, metadata=at_least(1, 10_000))
+    num_heads: int = field(default=4, metadata=_SIZE)
+    num_kv_heads: Optional[int] = field(default=None, metadata=_SIZE)  # null: num_heads
+    head_dim: Optional[int] = field(default=None, metadata=_SIZE)  # null: d_model / num_heads
+    # hidden width of a dense layer; its activation is experts.activation
+    d_ff: int = field(default=1024, metadata=_SIZE)
+    num_experts: int = field(default=8, metadata=at_least(0, 2**24))  # 0: a dense model
+    d_ff_expert: int = field(default=512, metadata=_SIZE)
+    num_shared_experts: int = field(default=0, metadata=_COUNT)
+    # of all shared experts together; null: each as wide as d_ff_expert
+    d_ff_shared: Optional[int] = field(default=None, metadata=_SIZE)
     shared_gate: bool = False  # shared experts' output times sigmoid(x @ gate), one number a token
-    moe_every: int = 1  # every n-th layer is MoE: the layers l with (l + 1) % n == 0
-    first_dense: int = 0  # the first m layers are dense
+    # every n-th layer is MoE: the layers l with (l + 1) % n == 0
+    moe_every: int = field(default=1, metadata=_SIZE)
+    first_dense: int = field(default=0, metadata=_COUNT)  # the first m layers are dense
     feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
-    sliding_window: Optional[int] = None  # in tokens, the query's own included
+    # in tokens, the query's own included
+    sliding_window: Optional[int] = field(default=None, metadata=_SIZE)
     attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
     attention_backend: AttentionBackend = AttentionBackend.auto
-    rope_theta: float = 10000.0
+    rope_theta: float = field(default=10000.0, metadata=above(0))
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    norm_eps: float = 1e-5
+    norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: float = field(default=0.02, metadata=at_least(0))
 
     @property
     def shared_width(self) -> int:

@@ -1,8 +1,10 @@
 """The ``model.rope_scaling`` section of the typed configuration: positions beyond those first trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
+
+from moetrain.bounds import above, at_least
 
 
 class RopeKind(Enum):
@@ -23,11 +25,15 @@ class RopeScaling:
     """Numbers that ``kind`` does not read keep their defaults. A turn is a full rotation of a pair."""
 
     kind: RopeKind = RopeKind.none
-    factor: float = 1.0  # how many times the original positions
-    original_max_positions: Optional[int] = None  # llama3, yarn: the length trained on before scaling
-    low_freq_factor: float = 1.0  # llama3: pairs of at most so many turns in the original length are divided
+    factor: float = field(default=1.0, metadata=at_least(1))  # how many times the original positions
+    # llama3, yarn: the length trained on before scaling
+    original_max_positions: Optional[int] = field(default=None, metadata=at_least(1, 2**31 - 1))
+    # llama3: pairs of at most so many turns in the original length are divided
+    low_freq_factor: float = field(default=1.0, metadata=above(0))
     high_freq_factor: float = 4.0  # llama3: pairs of at least so many are kept
     beta_fast: float = 32.0  # yarn: pairs of at least about so many turns are kept
-    beta_slow: float = 1.0  # yarn: pairs of at most about so many are divided
+    # yarn: pairs of at most about so many are divided
+    beta_slow: float = field(default=1.0, metadata=above(0))
     truncate: bool = True  # yarn: the bounds of the two as whole pairs
-    attention_factor: Optional[float] = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
+    # yarn: of queries and keys; null: 0.1 ln(factor) + 1
+    attention_factor: Optional[float] = field(default=None, metadata=above(0))

@@ -10,15 +10,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.bounds import range_refusal
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import RouterConfig
+from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules import shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -50,12 +52,10 @@ class MoELayer(nn.Module):
         max_rows_per_rank: int | None = None,
     ) -> None:
         super().__init__()
-        if num_shared_experts == 0 and (d_ff_shared is not None or shared_gate):
-            raise ValueError("d_ff_shared and shared_gate are of shared experts, but num_shared_experts=0")
-        if max_rows_per_rank is not None and max_rows_per_rank < 1:
-            raise ValueError(
-                f"experts.max_rows_per_rank={max_rows_per_rank} must be at least 1, or null for no bound"
-            )
+        rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
+        shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
+        if line := range_refusal(rows, "experts") or shared:
+            raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))

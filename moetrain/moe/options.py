@@ -1,9 +1,10 @@
 """Options of routers and experts: plain frozen dataclasses, so that moe/ needs no config library."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least
 from moetrain.moe.combine import Combine
 from moetrain.moe.evaluation import Words
 
@@ -72,8 +73,10 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
-    block: Optional[int] = None  # rows; null: 32 on a CPU, 128 on a GPU
-    max_rows_per_rank: Optional[int] = None  # more at once are computed in rounds; null: no bound
+    # rows; null: 32 on a CPU, 128 on a GPU
+    block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
+    # more at once are computed in rounds; null: no bound
+    max_rows_per_rank: Optional[int] = field(default=None, metadata=at_least(1))
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,10 @@ class RouterConfig:
 
     name: str = "topk"
     group: str = "sequence"
-    capacity_factor: Optional[float] = None  # null: dropless
-    eval_capacity_factor: Optional[float] = None  # null: dropless in evaluation
-    min_capacity: int = 4
+    capacity_factor: Optional[float] = field(default=None, metadata=above(0))  # null: dropless
+    # null: dropless in evaluation
+    eval_capacity_factor: Optional[float] = field(default=None, metadata=above(0))
+    min_capacity: int = field(default=4, metadata=at_least(0))
     drop_order: DropOrder = DropOrder.position
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
 

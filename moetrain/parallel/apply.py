@@ -28,6 +28,7 @@ from moetrain.ops.local_part import local_part
 from moetrain.parallel.dispatchers import build_dispatcher
 from moetrain.parallel.mesh import EP, REPLICATE, Meshes
 from moetrain.parallel.precision import gathered_in, is_router, rounded_to
+from moetrain.parallel.rules import check_layer
 from moetrain.parallel.watchdog.fsdp_comms import observe_fsdp
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,7 +50,8 @@ def parallelize(
     observer   is told every collective that a layer's dispatch or FSDP2 makes.
     compute_dtype  in which modules other than routers see their parameters; None: in the parameters' own.
 
-    Raises ValueError for a model without ``blocks``.
+    Raises ValueError for a model without ``blocks``, UserError where the ranks of ep cannot share a layer's
+    experts.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
@@ -94,6 +96,7 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     calls = Calls(list(layers))
     holders: list[nn.Module] = []
     for layer_name, layer in layers.items():
+        check_layer(meshes.cfg, layer.experts.num_experts, layer_name)
         placement = Placement.contiguous(layer.experts.num_experts, mesh.size())
         here = placement.of_rank(mesh.get_local_rank())
         for name, parameter in list(layer.experts.named_parameters()):

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moetrain.errors import UserError
-from moetrain.parallel.distributed import local_world
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
+from moetrain.parallel.rules import check_layout, ranks_per_node
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 EFSDP, EP = "efsdp", "ep"
@@ -68,23 +67,11 @@ class Meshes:
 def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> Meshes:
     """The meshes of ``world`` ranks by ``cfg``. A dp_shard that is not set takes all ranks that are left.
 
-    Needs the process group when ``world`` > 1. Raises UserError where the sizes do not multiply to
-    ``world``, and where ep does not divide dp_shard.
+    Needs the process group when ``world`` > 1. Raises UserError for what is no layout of ``world`` ranks
+    (:func:`~moetrain.parallel.rules.check_layout`).
     """
-    if cfg.dp_replicate < 1 or world % cfg.dp_replicate:
-        raise UserError(
-            f"parallel.dp_replicate={cfg.dp_replicate} does not divide the {world} ranks of this run"
-        )
+    check_layout(cfg, world)
     shard = world // cfg.dp_replicate if cfg.dp_shard is None else cfg.dp_shard
-    if cfg.dp_replicate * shard != world:
-        raise UserError(
-            f"parallel.dp_replicate={cfg.dp_replicate} times parallel.dp_shard={shard} is "
-            f"{cfg.dp_replicate * shard}, but the run has {world} ranks; parallel.dp_shard=null fills them"
-        )
-    if shard % cfg.ep:
-        raise UserError(
-            f"parallel.ep={cfg.ep} does not divide the {shard} ranks of parallel.dp_shard, which it borrows"
-        )
     dense = sparse = None
     if world > 1:
         dense = init_device_mesh(device_type, (cfg.dp_replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
@@ -95,19 +82,9 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
     return Meshes(cfg.dp_replicate, shard, cfg.ep, dense, sparse, levels, cfg)
 
 
-def ranks_per_node(cfg: ParallelConfig) -> int:
-    """The number of consecutive ranks that share a machine."""
-    return local_world() if cfg.ranks_per_node is None else cfg.ranks_per_node
-
-
 def _levels(cfg: ParallelConfig, world: int, device_type: str) -> DeviceMesh | None:
     if cfg.dispatcher is not ExpertDispatch.hierarchical:
         return None
     places = min(ranks_per_node(cfg), cfg.ep)
-    if cfg.ep % places:
-        raise UserError(
-            f"parallel.ranks_per_node={places} does not divide parallel.ep={cfg.ep}: an ep group must be "
-            "whole nodes"
-        )
     sizes = (world // cfg.ep, cfg.ep // places, places)
     return init_device_mesh(device_type, sizes, mesh_dim_names=("ep_group", NODE, PLACE))

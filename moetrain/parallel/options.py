@@ -1,8 +1,13 @@
 """The ``parallel`` section of the configuration: how a model lies over ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
+
+from moetrain.bounds import at_least, within
+
+_RANKS = at_least(1, 2**24)
+_WEEK = 7 * 86400
 
 
 class ExpertDispatch(Enum):
@@ -21,11 +26,14 @@ class ExpertDispatch(Enum):
 class ParallelConfig:
     """world = dp_replicate * dp_shard; ep borrows data-parallel ranks."""
 
-    dp_replicate: int = 1
-    dp_shard: Optional[int] = None  # null: fills the world
-    ep: int = 1
+    dp_replicate: int = field(default=1, metadata=_RANKS)
+    dp_shard: Optional[int] = field(default=None, metadata=_RANKS)  # null: fills the world
+    ep: int = field(default=1, metadata=_RANKS)
     dispatcher: ExpertDispatch = ExpertDispatch.all_to_all
-    ranks_per_node: Optional[int] = None  # consecutive ranks; null: LOCAL_WORLD_SIZE
+    # consecutive ranks; null: LOCAL_WORLD_SIZE
+    ranks_per_node: Optional[int] = field(default=None, metadata=_RANKS)
     node_sums: bool = True  # hierarchical only: a node's rows of a token are summed there
-    overlap: int = 1  # all_to_all only: chunks of experts, of which one computes while the next travels
-    timeout: float = 600.0  # seconds that a rank waits in one collective before the run ends with a report
+    # all_to_all only: chunks of experts, of which one computes while the next travels
+    overlap: int = field(default=1, metadata=_RANKS)
+    # seconds that a rank waits in one collective before the run ends with a report
+    timeout: float = field(default=600.0, metadata=within(0, _WEEK, open_low=True))

@@ -11,14 +11,15 @@ from moetrain.errors import UserError
 from moetrain.models.attention import require_backend
 from moetrain.models.count import Counts, count_parameters
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import Controller, build_controllers, make_terms
+from moetrain.moe.balance import Controller, build_controllers, chosen_controllers, make_terms
+from moetrain.moe.balance.rules import controllers_refusal, losses_refusal
 from moetrain.ops.init import on_meta_device
-from moetrain.train.engine import ENGINES, Engine
+from moetrain.train.engine import Engine, engine_of
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import freeze
 from moetrain.train.options import Precision, Residual, TrainConfig
 from moetrain.train.step import TrainStep
-from moetrain.train.task import TASKS, Task
+from moetrain.train.task import Task, task_of
 
 _PRODUCTS = {
     Precision.fp32: torch.float32,
@@ -57,7 +58,7 @@ def assemble(
     Raises UserError where the model or the layout cannot be built, or attention not computed as asked.
     """
     task, counts = build_task(cfg, vocab_size, device, adjust)
-    return with_step(cfg, ENGINES[cfg.engine.name](task, cfg, device, world, drawn), counts)
+    return with_step(cfg, engine_of(cfg.engine.name)(task, cfg, device, world, drawn), counts)
 
 
 def build_task(
@@ -78,8 +79,9 @@ def build_task(
         model.residual_dtype = torch.float32
     adjust(model)
     freeze(model, cfg.optim.frozen)
+    make_task = task_of(cfg.train.task)
     try:
-        task = TASKS[cfg.train.task](model)
+        task = make_task(model)
     except ValueError as error:
         raise UserError(f"train.task={cfg.train.task}: {error}") from None
     return task, count_parameters(model)
@@ -90,7 +92,14 @@ def with_step(
 ) -> Assembled:
     """Losses, controllers and a step of an engine; ``make_step`` is called as TrainStep."""
     terms = make_terms(cfg.balance.losses)
-    controllers = build_controllers(cfg.balance.controllers, terms, engine.task.model.routers())
+    routers = engine.task.model.routers()
+    for router in routers.values():
+        if line := losses_refusal(terms, router):
+            raise UserError(line)
+    chosen = chosen_controllers(cfg.balance.controllers, terms)
+    if line := controllers_refusal(chosen, list(routers.values())):
+        raise UserError(line)
+    controllers = build_controllers(cfg.balance.controllers, terms, routers)
     monitor = LossMonitor(cfg.train.spike_factor)
     step = make_step(
         engine, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed, engine.data.loss

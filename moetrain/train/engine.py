@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
+from moetrain.errors import UserError
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.materialize import allocate, draw
@@ -156,3 +157,10 @@ def lay_out(task: Task, cfg: TrainConfig, device: str, world: int) -> DataGroups
 # (task without memory, config, device, number of ranks, whether to draw the weights) -> engine
 Prepare = Callable[[Task, TrainConfig, str, int, bool], Engine]
 ENGINES: dict[str, Prepare] = {"native": prepare}  # by engine.name
+
+
+def engine_of(name: str) -> Prepare:
+    """What prepares the engine ``name``. Raises UserError for one that is not known."""
+    if name not in ENGINES:
+        raise UserError(f"engine.name={name} is not known; known: {', '.join(sorted(ENGINES))}")
+    return ENGINES[name]

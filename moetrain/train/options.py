@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least, within
 from moetrain.checkpoint.options import CheckpointConfig
 from moetrain.data.options import DataConfig
 from moetrain.missing import MISSING
@@ -13,6 +14,8 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.parallel.options import ParallelConfig
 from moetrain.train.log.options import TrackerConfig
 from moetrain.train.optim.options import OptimConfig, ScheduleConfig
+
+_INT32 = 2**31 - 1
 
 
 class Precision(Enum):
@@ -59,23 +62,26 @@ class LoopConfig:
     """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
 
     task: str = "next_token"  # what the loss is of; a plug-in may register another
-    steps: int = 400
-    seed: int = 0
+    steps: int = field(default=400, metadata=at_least(1))
+    seed: int = field(default=0, metadata=at_least(0))
     deterministic: bool = False
-    threads: Optional[int] = None  # CPU threads per rank; null: OMP_NUM_THREADS, else cores / local ranks
+    # CPU threads per rank; null: OMP_NUM_THREADS, else cores / local ranks
+    threads: Optional[int] = field(default=None, metadata=at_least(1, 4096))
     device: str = "auto"  # auto | cpu | cuda
-    micro_batch_size: int = 8
-    global_batch_tokens: int = 8192
+    micro_batch_size: int = field(default=8, metadata=at_least(1, _INT32))
+    global_batch_tokens: int = field(default=8192, metadata=at_least(1, _INT32))
     precision: Precision = Precision.fp32
     residual: Residual = Residual.same
     recompute: bool = False
     compile: bool = False
-    eval_every: int = 100  # steps; 0: only at the end
-    eval_samples: Optional[int] = None  # sequences; null: the whole held-out split
+    eval_every: int = field(default=100, metadata=at_least(0))  # steps; 0: only at the end
+    # sequences; null: the whole held-out split
+    eval_samples: Optional[int] = field(default=None, metadata=at_least(1))
     on_nonfinite: OnNonFinite = OnNonFinite.stop
-    spike_factor: Optional[float] = None  # a loss this many times its running mean counts as non-finite
+    # a loss this many times its running mean counts as non-finite
+    spike_factor: Optional[float] = field(default=None, metadata=above(1, "it multiplies the running mean"))
     sample_prompt: str = "def "
-    sample_tokens: int = 96
+    sample_tokens: int = field(default=96, metadata=at_least(0, _INT32))
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,11 @@ class GenerateConfig:
     checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint
     prompt: Optional[str] = None
     prompt_file: Optional[str] = None
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: Optional[int] = None
-    top_p: Optional[float] = None
-    seed: int = 0
+    max_new_tokens: int = field(default=128, metadata=at_least(1, _INT32))
+    temperature: float = field(default=0.8, metadata=at_least(0))
+    top_k: Optional[int] = field(default=None, metadata=at_least(1))
+    top_p: Optional[float] = field(default=None, metadata=within(0, 1, open_low=True))
+    seed: int = field(default=0, metadata=at_least(0))
     device: str = "auto"
     precision: Precision = Precision.fp32
     plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

@@ -17,6 +17,7 @@ from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
 from moetrain.train.engine import Engine
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
+from moetrain.train.rules import check_generate
 from moetrain.train.run_dir import RunDir
 from moetrain.train.run_files import TOKENIZER, ReadTrained
 from moetrain.train.unloaded import unloaded_decoder
@@ -68,6 +69,7 @@ def continue_text(
 
 def generate_app(cfg: GenerateConfig, read: ReadTrained) -> int:
     """``moetrain generate``: print the prompt and its continuation. Returns the exit code."""
+    check_generate(cfg)
     prompt = _prompt(cfg)
     checkpoint = find_checkpoint(Path(cfg.checkpoint))
     trained = read(checkpoint)

@@ -24,6 +24,7 @@ from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
 from moetrain.train.log.monitor import ThroughputMeter
 from moetrain.train.options import TrainConfig
+from moetrain.train.rules import check_batch, check_loop
 from moetrain.train.run_files import ReadConfig
 from moetrain.train.state import TrainState
 from moetrain.train.step import TrainStep
@@ -69,6 +70,8 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
 
     Not ``drawn``: weights are undefined until they are loaded.
     """
+    check_loop(cfg.train)
+    check_batch(cfg.train, cfg.data.seq_len, world())
     corpus = _prepare_in_turn(cfg)
     vocab_size = _vocab_size(cfg, corpus)
     made = assemble(cfg, vocab_size, device, world(), drawn=drawn)

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.data import Batch
+from moetrain.errors import UserError
 from moetrain.models.cache import KVCache
 from moetrain.models.decoder import Decoder
 from moetrain.models.loss import cross_entropy_sum, token_nll
 from moetrain.moe import RouterContext, RoutingRecord
+from moetrain.nearest import nearest
 
 
 class TaskOutput(NamedTuple):
@@ -96,6 +98,16 @@ def register_task(name: str) -> Callable[[Builder], Builder]:
         return builder
 
     return add
+
+
+def task_of(name: str) -> Builder:
+    """The builder of the task ``name``. Raises UserError for one that is not known."""
+    if name not in TASKS:
+        raise UserError(
+            f"train.task={name} is not known{nearest(name, TASKS)}; a plugin's task needs plugins=[package] "
+            "on the command line"
+        )
+    return TASKS[name]
 
 
 class NextToken(Task):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.moe.options import RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
@@ -99,12 +100,14 @@ def register(name: str, options: type[MethodOptions], paper: str) -> Callable[[M
 
 
 def build_method(options: MethodOptions) -> Method[MethodOptions]:
-    """The method of ``options.name``. UserError for an unknown name or another method's options."""
+    """The method of ``options.name``. UserError for an unknown name, and for another method's options or some
+    out of their range."""
     spec = METHODS.get(options.name)
     if spec is None:
         raise UserError(f"method={options.name} is not known; known: {', '.join(sorted(METHODS))}")
     if not isinstance(options, spec.options):
         raise UserError(f"method={options.name} takes {spec.options.__name__}, not {type(options).__name__}")
+    check_ranges(options, "method")
     return spec.cls(options)
 
 

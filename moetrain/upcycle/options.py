@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
+
+from moetrain.bounds import above
 
 
 class RouterStart(Enum):
@@ -29,5 +31,6 @@ class MethodOptions:
 
     name: str
     router_start: RouterStart = RouterStart.normal
-    router_std: Optional[float] = None  # null: 0.5 / sqrt(d_model), a linear router's own
+    # null: 0.5 / sqrt(d_model), a linear router's own
+    router_std: Optional[float] = field(default=None, metadata=above(0))
     carry_optimizer: bool = False

@@ -20,9 +20,7 @@ from moetrain.upcycle.target import Target
 
 def check_start(options: MethodOptions, target: Target) -> None:
     """UserError for a start that cannot train."""
-    std, top_k, num_experts = options.router_std, target.combine.top_k, target.model.num_experts
-    if std is not None and not std > 0:
-        raise UserError(f"method.router_std={std} must be positive, or null for the router's own")
+    top_k, num_experts = target.combine.top_k, target.model.num_experts
     if options.router_start is RouterStart.zeros and top_k != num_experts:
         raise UserError(
             f"method.router_start=zeros needs router.top_k={num_experts}, all experts, not {top_k}: ties go "

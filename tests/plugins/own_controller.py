@@ -6,22 +6,19 @@ Shapes: E experts of one layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import above
 from moetrain.moe import Router
 from moetrain.moe.balance import Controller, register_controller
 
 
 @dataclass(frozen=True)
 class PressureOptions:
-    bound: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not self.bound > 1:
-            raise ValueError(f"bound={self.bound} must be above 1")
+    bound: float = field(default=1.5, metadata=above(1))
 
 
 class Pressure(Controller):

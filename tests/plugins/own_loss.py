@@ -5,21 +5,19 @@ Shapes: T tokens, E experts of the layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moetrain.bounds import at_least
 from moetrain.moe import Routing
 from moetrain.moe.balance import Seen, probabilities, register_loss
 
 
 @dataclass(frozen=True)
 class OverloadOptions:
-    slack: float = 0.0  # how far above the mean load an expert may be, as a share of it
-
-    def __post_init__(self) -> None:
-        if self.slack < 0:
-            raise ValueError(f"slack={self.slack} must be 0 or more")
+    # how far above the mean load an expert may be, as a share of it
+    slack: float = field(default=0.0, metadata=at_least(0))
 
 
 def demand_E(routing: Routing, options: OverloadOptions) -> Tensor:

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from moetrain.cli import main
-from moetrain.config.rules import eval as rules_eval
 from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
+from moetrain.evaluation import rules as rules_eval
 
 SEQ = tiny.SEQ
 

@@ -54,8 +54,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     keys["num_experts"] = draw(st.integers(1, 5))
     keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
     if name in ("qwen2_moe", "qwen3_moe"):
-        keys["moe_every"] = draw(st.integers(1, 3))
-        keys["first_dense"] = draw(st.integers(0, layers))
+        keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
+        keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
     if name == "qwen2_moe":
         keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
     top_k = draw(st.integers(1, keys["num_experts"]))

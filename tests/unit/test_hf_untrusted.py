@@ -67,7 +67,8 @@ def lists(file: str) -> Callable[[Path], None]:
 CRAFTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "2^63 layers": (write_config(num_hidden_layers=2**63 - 1), "but the files hold 3 layer(s)"),
     "a layer too many": (write_config(num_hidden_layers=4), "num_hidden_layers=4, but the files hold 3"),
-    "2^31 experts": (write_config(num_local_experts=2**31 - 1), "num_experts=2147483647 in 3 layers"),
+    "2^31 experts": (write_config(num_local_experts=2**31 - 1), "num_experts=2147483647 must be 16777216 or"),
+    "2^24 experts": (write_config(num_local_experts=2**24), "num_experts=16777216 in 3 layers"),
     "a huge width": (write_config(hidden_size=2**31 - 1), "not [2147483647, 84]"),
     "heads of no width": (write_config(num_attention_heads=0), "model.num_heads=0 must be 1 or more"),
     "a deep config": (write("config.json", '{"a":' + DEEP + "}"), "recursion limit"),
@@ -97,7 +98,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a name of two lines": (write(WEIGHTS, header({"a\nb": F32}, bytes(8))), "is no name of a tensor"),
     "experts of no width": (write_config(intermediate_size=0), "config.json"),
-    "a negative scale": (write_config(initializer_range=-1.0), "init_std=-1.0 must not be negative"),
+    "a negative scale": (write_config(initializer_range=-1.0), "init_std=-1.0 must be 0 or more"),
     "an adapter": (write("adapter_config.json", "{}"), "changes to another model"),
 }
 

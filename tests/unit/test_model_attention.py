@@ -120,9 +120,9 @@ def test_the_causal_path_is_taken_exactly_where_it_is_right() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_kv_heads": 4}, "model.num_kv_heads=4 must divide model.num_heads=6"),
-        ({"head_dim": None}, "model.num_heads=6 must divide model.d_model=23"),
-        ({"head_dim": 9}, "even width"),
+        ({"num_kv_heads": 4}, "model.num_kv_heads=4 does not divide model.num_heads=6: take 3"),
+        ({"head_dim": None}, "model.num_heads=6 does not divide model.d_model=23"),
+        ({"head_dim": 9}, "model.head_dim=9 must be even"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(changes: dict[str, int | None], words: str) -> None:

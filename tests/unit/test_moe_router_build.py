@@ -47,15 +47,15 @@ def test_every_router_works_without_options(name: str, num_experts: int) -> None
         ({"top_k": 7}, "router.top_k=7 must lie between 1 and num_experts=6"),
         ({"top_k": 0}, "router.top_k=0 must lie between 1 and num_experts=6"),
         ({"num_groups": 4}, "router.num_groups=4 must divide num_experts=6"),
-        ({"num_groups": 0}, "router.num_groups=0 must divide num_experts=6"),
+        ({"num_groups": 0}, "router.num_groups=0 must be 1 or more"),
         ({"num_groups": 3, "top_groups": 4}, "router.top_groups=4 must lie between 1 and num_groups=3"),
         ({"num_groups": 3, "top_groups": 1, "top_k": 3}, "router.top_k=3 exceeds the 2 experts of 1 groups"),
         ({"jitter": 1.0}, "router.jitter=1.0 must lie in"),
         ({"jitter": -0.1}, "router.jitter=-0.1 must lie in"),
         ({"num_experts": 0}, "num_experts=0 and d_model=5 must be at least 1"),
         ({"d_model": 0}, "num_experts=6 and d_model=0 must be at least 1"),
-        ({"capacity_factor": 0.0}, "router.capacity_factor=0.0 must be positive"),
-        ({"eval_capacity_factor": -2.0}, "router.eval_capacity_factor=-2.0 must be positive"),
+        ({"capacity_factor": 0.0}, "router.capacity_factor=0.0 must be above 0"),
+        ({"eval_capacity_factor": -2.0}, "router.eval_capacity_factor=-2.0 must be above 0"),
     ],
 )
 def test_impossible_routers_are_refused_by_name(kwargs: dict[str, Any], message: str) -> None:

@@ -147,7 +147,7 @@ def test_adamw_is_fused_and_equals_the_plain_loop(dtype):
         (AdamWConfig(lr=-1.0), r"optim\.lr=-1"),
         (AdamWConfig(lr=float("nan")), r"optim\.lr=nan"),
         (AdamWConfig(weight_decay=-0.1), r"optim\.weight_decay=-0\.1"),
-        (AdamWConfig(betas=(0.9, 1.0)), r"optim\.betas=\[0\.9, 1\.0\]"),
+        (AdamWConfig(betas=(0.9, 1.0)), r"optim\.betas=1\.0"),
         (AdamWConfig(eps=0.0), r"optim\.eps"),
         (AdamWConfig(clip_norm=0.0), r"optim\.clip_norm"),
         (MuonConfig(adamw_lr=0.0), r"optim\.adamw_lr"),

@@ -46,7 +46,7 @@ def _set(run: Path, key: str, value: object) -> None:
     [
         ("model.init_std", -1.0, "model.init_std=-1.0 must be 0 or more"),
         ("model.d_ff_expert", 0, "model.d_ff_expert=0 must be 1 or more"),
-        ("model.norm_eps", float("nan"), "model.norm_eps=nan must be above 0"),
+        ("model.norm_eps", float("nan"), "model.norm_eps=nan must be a finite number"),
         ("model.rope_theta", float("inf"), "model.rope_theta=inf"),
         ("model.num_layers", 10**12, "model.num_layers=1000000000000, but its checkpoint holds"),
         ("model.num_layers", 10**4000, "model.num_layers=a huge number"),

@@ -22,7 +22,7 @@ def schedules(draw: st.DrawFn) -> ScheduleConfig:
         kind=draw(st.sampled_from(ScheduleKind)),
         horizon=horizon,
         warmup_steps=draw(st.integers(0, horizon)),
-        decay_fraction=draw(st.floats(0, 1)),
+        decay_fraction=draw(st.floats(0, 1, exclude_min=True)),
         min_ratio=draw(st.floats(0, 1)),
     )
 

@@ -1,63 +1,41 @@
-"""Rules about balance losses and controllers: what is common to all; what one refuses stands beside it."""
+"""Rules about balance losses and controllers, as each has them, and as the chosen router can have them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from moetrain.config.rules.checks import at_least
 from moetrain.config.rules.router import built_router
 from moetrain.errors import UserError
+from moetrain.moe.balance import chosen_controllers, make_terms
+from moetrain.moe.balance.rules import controllers_refusal, losses_refusal
+from moetrain.moe.balance.settings import BalanceConfig
+from moetrain.moe.routers import Router
 from moetrain.train.options import TrainConfig
 
-if TYPE_CHECKING:
-    from moetrain.moe.routers import Router
 
-
-def balance_numbers(cfg: TrainConfig, world: int) -> None:
-    for i, loss in enumerate(cfg.balance.losses):
-        at_least(f"balance.losses.{i}", loss, 0, "coef", "final_coef", "final_step")
-
-
-def balance_is_accepted(cfg: TrainConfig, world: int) -> None:
+def balance_is_accepted(cfg: TrainConfig) -> None:
     """Names, scopes and options, as each loss and controller has them."""
-    from moetrain.moe.balance import chosen_controllers, make_terms
-
     try:
         chosen_controllers(cfg.balance.controllers, make_terms(cfg.balance.losses))
     except ValueError as error:
         raise UserError(f"balance.{error}") from None
 
 
-def balance_fits_the_router(cfg: TrainConfig, world: int) -> None:
+def balance_fits_the_router(cfg: TrainConfig) -> None:
     if cfg.model.num_experts and (cfg.balance.losses or cfg.balance.controllers):
         router = built_router(cfg)
-        refuse_losses(cfg, router, "")
-        refuse_controllers(cfg, [router], "")
+        refuse_losses(cfg.balance, router, "")
+        refuse_controllers(cfg.balance, [router], "")
 
 
-def refuse_losses(cfg: TrainConfig, router: Router, where: str) -> None:
+def refuse_losses(cfg: BalanceConfig, router: Router, where: str) -> None:
     """UserError where a loss is none that this router can have; ``where`` names its layer."""
-    from moetrain.moe.balance import make_terms
-
-    for i, term in enumerate(make_terms(cfg.balance.losses)):
-        if problem := term.spec.refuses(router):
-            raise UserError(
-                f"{where}router={router.options.name} {problem}: take balance.losses.{i}.name={term.name} out"
-            )
+    if line := losses_refusal(make_terms(cfg.losses), router):
+        raise UserError(f"{where}{line}")
 
 
-def refuse_controllers(cfg: TrainConfig, routers: Sequence[Router], where: str) -> None:
+def refuse_controllers(cfg: BalanceConfig, routers: Sequence[Router], where: str) -> None:
     """UserError where a controller is none that any of these routers can have."""
-    from moetrain.moe.balance import chosen_controllers, make_terms
-
-    for spec, _ in chosen_controllers(cfg.balance.controllers, make_terms(cfg.balance.losses)):
-        problems = [spec.refuses(router) for router in routers]
-        if problems and all(problems):
-            raise UserError(
-                f"{where}router={routers[0].options.name} {problems[0]}: take "
-                f"balance.controllers.{spec.name} out"
-            )
-
-
-RULES = (balance_numbers, balance_is_accepted, balance_fits_the_router)
+    chosen = chosen_controllers(cfg.controllers, make_terms(cfg.losses))
+    if line := controllers_refusal(chosen, routers):
+        raise UserError(f"{where}{line}")

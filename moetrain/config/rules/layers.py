@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
+from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
+from moetrain.models.decoder import is_moe_layer
+from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward
+from moetrain.moe import MoELayer
+from moetrain.moe.routers import Router
 from moetrain.nearest import nearest
+from moetrain.parallel.rules import check_layer
 from moetrain.train.options import TrainConfig
 
 OWN = "moe"  # what other rules are written for
 
 
-def feed_forward_is_known(cfg: TrainConfig, world: int) -> None:
-    from moetrain.models.feed_forward import FEED_FORWARDS
-
+def feed_forward_is_known(cfg: TrainConfig) -> None:
     if (name := cfg.model.feed_forward) not in FEED_FORWARDS:
         raise UserError(
             f"model.feed_forward={name} is not known{nearest(name, FEED_FORWARDS)}; a plugin's layer needs "
@@ -25,9 +31,7 @@ def feed_forward_is_known(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def attention_is_known(cfg: TrainConfig, world: int) -> None:
-    from moetrain.models.attention import ATTENTIONS
-
+def attention_is_known(cfg: TrainConfig) -> None:
     if (name := cfg.model.attention) not in ATTENTIONS:
         raise UserError(
             f"model.attention={name} is not known{nearest(name, ATTENTIONS)}; a plugin's attention needs "
@@ -35,12 +39,8 @@ def attention_is_known(cfg: TrainConfig, world: int) -> None:
         )
 
 
-def attention_accepts_its_options(cfg: TrainConfig, world: int) -> None:
+def attention_accepts_its_options(cfg: TrainConfig) -> None:
     """What a plug-in's builder refuses of any layer; without memory."""
-    import torch
-
-    from moetrain.models.attention import OWN_ATTENTION, build_attention
-
     if cfg.model.attention == OWN_ATTENTION:
         return
     for place in range(cfg.model.num_layers):
@@ -51,18 +51,11 @@ def attention_accepts_its_options(cfg: TrainConfig, world: int) -> None:
             raise UserError(f"model.attention={cfg.model.attention}: layer {place}: {e}") from e
 
 
-def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
+def layers_accept_their_options(cfg: TrainConfig) -> None:
     """What a plug-in's builder refuses, and what the layout asks of each of its layers; without memory."""
     if cfg.model.feed_forward == OWN:
         return
-    import torch
-
-    from moetrain.models.decoder import is_moe_layer
-    from moetrain.models.feed_forward import build_feed_forward
-    from moetrain.moe import MoELayer
-    from moetrain.moe.routers import Router
-
-    m, ep = cfg.model, cfg.parallel.ep
+    m = cfg.model
     routers: list[Router] = []
     for place in range(m.num_layers):
         if not is_moe_layer(m, place):
@@ -76,31 +69,15 @@ def layers_accept_their_options(cfg: TrainConfig, world: int) -> None:
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
-            refuse_losses(cfg, router, f"{where}: ")
+            refuse_losses(cfg.balance, router, f"{where}: ")
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
-            experts = next(layer.experts.parameters()).shape[0]
-            if experts % ep:
-                raise UserError(f"{where} has {experts} experts, which parallel.ep={ep} does not divide")
-            if cfg.parallel.overlap > experts // ep:
-                raise UserError(
-                    f"{where} has {experts} experts, {experts // ep} a rank, fewer than the chunks of "
-                    f"parallel.overlap={cfg.parallel.overlap}: lower it"
-                )
-    refuse_controllers(cfg, routers, f"model.feed_forward={m.feed_forward}: ")
+            check_layer(cfg.parallel, layer.experts.num_experts, where)
+    refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
 
 
-def feed_forward_is_own(cfg: TrainConfig, world: int) -> None:
+def feed_forward_is_own(cfg: TrainConfig) -> None:
     """What upcycling fills are the tensors of our own layers."""
     if cfg.model.feed_forward != OWN:
         raise UserError(
             f"model.feed_forward={cfg.model.feed_forward}: upcycling makes model.feed_forward={OWN} only"
         )
-
-
-RULES = (
-    attention_is_known,
-    attention_accepts_its_options,
-    feed_forward_is_known,
-    layers_accept_their_options,
-)
-UPCYCLE_RULES = (attention_is_known, feed_forward_is_own)

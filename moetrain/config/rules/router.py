@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from moetrain.errors import UserError
+from moetrain.moe.routers import Router, build_router
 from moetrain.train.options import TrainConfig
 
-if TYPE_CHECKING:
-    from moetrain.moe.routers import Router
 
-
-def router_accepts_its_options(cfg: TrainConfig, world: int) -> None:
+def router_accepts_its_options(cfg: TrainConfig) -> None:
     """Whatever the router itself refuses. A plugin's rules live there."""
     if cfg.model.num_experts:
         built_router(cfg)
@@ -19,10 +17,6 @@ def router_accepts_its_options(cfg: TrainConfig, world: int) -> None:
 
 def built_router(cfg: TrainConfig) -> Router:
     """It is built without memory. Raises UserError with what the router says of its options."""
-    import torch
-
-    from moetrain.moe.routers import build_router
-
     model = cfg.model
     try:
         with torch.device("meta"):

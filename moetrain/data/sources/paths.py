@@ -14,10 +14,11 @@ from moetrain.files import open_regular
 _SAMPLE = 4096  # bytes read at the start, in the middle and at the end of a file
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, key: str = "data.path") -> list[Path]:
     """Every file that ``path`` names, sorted: a file, a folder (hidden names excepted) or a glob.
 
     Links to folders are followed; a folder that is reached twice, by links or in a circle, is read once.
+    Raises UserError, which names ``key``, where there is none.
     """
     expanded = os.path.expanduser(path)
     if os.path.isfile(expanded):
@@ -27,9 +28,7 @@ def find_files(path: str) -> list[Path]:
     else:
         found = {name for name in _matching(expanded) if not os.path.isdir(name)}
     if not found:
-        raise UserError(
-            f"data.path={path} matches no file (looked from {os.getcwd()}): check the path or glob"
-        )
+        raise UserError(f"{key}={path} matches no file (looked from {os.getcwd()}): check the path or glob")
     return sorted(map(Path, found))
 
 

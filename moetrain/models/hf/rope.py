@@ -111,7 +111,7 @@ def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any]) -> dict[str, An
 
 
 def _check(rope: Fields, theta: float, s: RopeScaling) -> None:
-    """The ranges that ``config/rules/rope.py`` demands, too; beyond them no frequency is sensible."""
+    """The ranges that ``models/rules.py`` demands, too; beyond them no frequency is sensible."""
     if not theta > (1 if s.kind is RopeKind.yarn else 0):
         raise rope.refuse(f"rope_theta={theta} must be more than {1 if s.kind is RopeKind.yarn else 0}")
     if not s.factor >= 1:

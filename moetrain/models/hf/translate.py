@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from moetrain.bounds import check_ranges
 from moetrain.errors import UserError, quoted
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.rules import check_heads
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
@@ -41,14 +43,9 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
         init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
         **{"num_experts": 0, **read_rope(fields), **own},
     )
-    for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
-        if getattr(cfg, name) < 1:
-            raise fields.refuse(f"model.{name}={getattr(cfg, name)} must be 1 or more")
-    for name in ("norm_eps", "init_std"):
-        if getattr(cfg, name) < 0:
-            raise fields.refuse(f"model.{name}={getattr(cfg, name)} must not be negative")
     try:
-        head_shape(cfg)
+        check_ranges(cfg, "model")
+        check_heads(cfg)
     except UserError as error:
         raise fields.refuse(str(error)) from None
     return cfg

@@ -8,6 +8,7 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from moetrain.bounds import range_refusal
 from moetrain.errors import shortened
 from moetrain.nearest import nearest
 
@@ -22,24 +23,20 @@ class NoOptions:
 
 
 def read_options(cls: type[Opts], given: Mapping[str, object]) -> Opts:
-    """An instance of the dataclass ``cls``, whose ``__post_init__`` refuses what is out of range.
+    """An instance of the dataclass ``cls``, whose fields may have ranges (``bounds.py``).
 
     Enums are given by name; a whole number may stand for a number. Raises ValueError, in one line that begins
-    with the option, for an option that is not known, of another type, or refused.
+    with the option, for an option that is not known, of another type, or out of its range. A class may refuse
+    more in its ``__post_init__``.
     """
     hints = get_type_hints(cls)
     for key in given:
         if key not in hints:
             raise ValueError(f"{key} is not an option{nearest(key, hints)}")
-    return cls(**{key: _typed(key, hints[key], value) for key, value in given.items()})
-
-
-def above_zero(options: object, *names: str) -> None:
-    """For a ``__post_init__``: ValueError unless the named options are above 0, and finite."""
-    for name in names:
-        value = getattr(options, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be above 0")
+    options = cls(**{key: _typed(key, hints[key], value) for key, value in given.items()})
+    if line := range_refusal(options):
+        raise ValueError(line)
+    return options
 
 
 def _typed(key: str, hint: Any, value: object) -> object:

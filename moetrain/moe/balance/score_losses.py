@@ -14,14 +14,14 @@ Sources: Song et al. 2025, BlockFFN, arXiv:2507.08771 (locality, chunk_sparsity)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.bounds import above, at_least
 from moetrain.moe.balance.base import Seen, probabilities, register_loss, without_logits
-from moetrain.moe.balance.options import above_zero
 from moetrain.moe.routing import RoutingRecord
 
 _EPS = 1e-5  # keeps the logarithm of 1 - p finite at p = 1, as in the released code
@@ -30,10 +30,8 @@ _MAX_TERMS = 1000  # of the continued fraction, which converges in O(sqrt(max(a,
 
 @dataclass(frozen=True)
 class LocalityOptions:
-    steepness: float = 100.0  # of the sigmoid that stands for "active"
-
-    def __post_init__(self) -> None:
-        above_zero(self, "steepness")
+    # of the sigmoid that stands for "active"
+    steepness: float = field(default=100.0, metadata=above(0))
 
 
 @register_loss(
@@ -64,11 +62,7 @@ def locality(routing: RoutingRecord, seen: Seen[LocalityOptions]) -> Tensor:
 
 @dataclass(frozen=True)
 class ChunkOptions:
-    chunk_length: int = 64  # tokens
-
-    def __post_init__(self) -> None:
-        if self.chunk_length < 1:
-            raise ValueError(f"chunk_length={self.chunk_length} must be 1 or more")
+    chunk_length: int = field(default=64, metadata=at_least(1))  # tokens
 
 
 @register_loss(
@@ -97,10 +91,8 @@ def chunk_sparsity(routing: RoutingRecord, seen: Seen[ChunkOptions]) -> Tensor:
 
 @dataclass(frozen=True)
 class DirichletOptions:
-    alpha: float = 1.0  # each expert's concentration in the prior
-
-    def __post_init__(self) -> None:
-        above_zero(self, "alpha")
+    # each expert's concentration in the prior
+    alpha: float = field(default=1.0, metadata=above(0))
 
 
 @register_loss(

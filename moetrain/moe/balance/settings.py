@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
+from moetrain.bounds import at_least
+
 
 class LossScope(Enum):
     """Over which tokens a loss takes loads and means; those without scopes are alike at every one."""
@@ -21,10 +23,11 @@ class LossScope(Enum):
 @dataclass(frozen=True)
 class LossConfig:
     name: str = "switch"
-    coef: float = 0.01
+    coef: float = field(default=0.01, metadata=at_least(0))
     scope: LossScope = LossScope.global_batch
-    final_coef: Optional[float] = None  # the coefficient goes there linearly until step final_step
-    final_step: int = 0
+    # the coefficient goes there linearly until step final_step
+    final_coef: Optional[float] = field(default=None, metadata=at_least(0))
+    final_step: int = field(default=0, metadata=at_least(0))
     options: dict[str, Any] = field(default_factory=dict)  # of the loss's own
 
 

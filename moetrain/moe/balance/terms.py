@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moetrain.bounds import range_refusal
 from moetrain.moe.balance.base import LOSSES, LossSpec, Seen
 from moetrain.moe.balance.options import read_options
 from moetrain.moe.routing import RoutingRecord
@@ -45,7 +46,8 @@ class LossTerm:
     """One configured loss: its registered name, its coefficient, scope and options (None: its defaults).
 
     With ``final_coef`` the coefficient goes linearly to it until step ``final_step``. Raises ValueError,
-    which begins with the key, for a name that is not known or a scope that the loss has not.
+    which begins with the key, for a name that is not known, a scope that the loss has not, and an option out
+    of its range.
     """
 
     name: str
@@ -64,6 +66,8 @@ class LossTerm:
             raise ValueError(f"scope={self.scope} is not offered for {self.name}: take {offered}")
         if self.options is None:
             object.__setattr__(self, "options", self.spec.options())
+        elif line := range_refusal(self.options, "options"):
+            raise ValueError(line)
 
     @property
     def spec(self) -> LossSpec[Any]:
@@ -123,6 +127,8 @@ def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
     """
     terms = []
     for place, x in enumerate(losses):
+        if line := range_refusal(x, f"losses.{place}"):
+            raise ValueError(line)
         scope = x.scope.value if isinstance(x.scope, Enum) else str(x.scope)
         try:
             term = LossTerm(x.name, float(x.coef), scope, x.final_coef, x.final_step)

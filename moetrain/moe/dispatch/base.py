@@ -52,15 +52,10 @@ class Work(ABC):
 class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results back.
 
-    ``block``: each expert's rows are padded to a multiple of it; None: the device's default. Raises
-    ValueError for a ``block`` below 1.
+    ``block``: each expert's rows are padded to a multiple of it, 1 or more; None: the device's default.
     """
 
     def __init__(self, block: int | None = None) -> None:
-        if block is not None and block < 1:
-            raise ValueError(
-                f"experts.block={block} must be at least 1 row, or null for the device's default"
-            )
         self.block = block
 
     @abstractmethod

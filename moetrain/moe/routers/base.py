@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from moetrain.bounds import range_refusal
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import DropOrder, Repair, RouterConfig
@@ -51,6 +52,8 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__()
+        if line := range_refusal(options, "router"):
+            raise ValueError(line)
         _check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
         self.eval_mode = self.eval_modes[0] if self.eval_modes else ""
@@ -104,18 +107,11 @@ def resolve_top_k(top_k: int | None, num_experts: int) -> int:
 
 
 def _check_capacity(options: RouterConfig) -> None:
-    for key in ("capacity_factor", "eval_capacity_factor"):
-        factor = getattr(options, key)
-        if factor is not None and not factor > 0:
-            raise ValueError(f"router.{key}={factor} must be positive, or null for dropless")
     if options.group == ALL and (options.capacity_factor or options.eval_capacity_factor) is not None:
         raise ValueError(
             "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
         )
-    if options.min_capacity < 0:
-        raise ValueError(f"router.min_capacity={options.min_capacity} must not be negative")
-    limited = options.capacity_factor is not None or options.eval_capacity_factor is not None
-    if options.repair is not Repair.none and not limited:
+    if options.repair is not Repair.none and not options.drops:
         raise ValueError(
             f"router.repair={options.repair.name} has nothing to repair without a capacity: "
             "set router.capacity_factor, or router.repair=none"

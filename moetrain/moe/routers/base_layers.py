@@ -8,12 +8,13 @@ Shapes: T tokens, E experts, G groups of L tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import above
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
@@ -38,7 +39,8 @@ class Solver(Enum):
 class BaseOptions(RouterConfig):
     name: str = "base"
     solver: Solver = Solver.exact
-    eps: float = 0.02  # of the auction: the share of the scores' range that a token may lose
+    # of the auction: the share of the scores' range that a token may lose
+    eps: float = field(default=0.02, metadata=above(0))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(1, select="logits", score="sigmoid")
@@ -58,8 +60,6 @@ class BaseRouter(LinearRouter):
 
     def __init__(self, d_model: int, num_experts: int, options: BaseOptions) -> None:
         super().__init__(d_model, num_experts, options)
-        if not options.eps > 0:
-            raise ValueError(f"router.eps={options.eps} must be positive")
         set_initializer(self.weight_ED, Orthogonal(0.1))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:

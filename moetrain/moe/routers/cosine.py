@@ -6,13 +6,14 @@ Shapes: T tokens, D model, E experts, d routing width, K top-k.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.bounds import at_least
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
@@ -29,8 +30,9 @@ _MAX_INVERSE = math.log(100.0)  # of log(1 / temperature), as CLIP's
 class CosineOptions(RouterConfig):
     name: str = "cosine"
     top_k: Optional[int] = None
-    width: Optional[int] = None  # of the routing space; null: half the experts, at least 2
-    temperature: float = 0.07  # where the learnt one starts
+    # of the routing space; null: half the experts, at least 2
+    width: Optional[int] = field(default=None, metadata=at_least(1, 2**24))
+    temperature: float = field(default=0.07, metadata=at_least(0.01))  # where the learnt one starts
 
     def evaluation_rule(self, num_experts: int) -> Words:
         top_k = resolve_top_k(self.top_k, num_experts)
@@ -51,10 +53,6 @@ class CosineRouter(Router):
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
         width = options.routing_width(num_experts)
-        if width < 1:
-            raise ValueError(f"router.width={width} must be at least 1")
-        if not options.temperature >= 0.01:
-            raise ValueError(f"router.temperature={options.temperature} must be at least 0.01")
         self.project_dD = parameter((width, d_model), Normal(d_model**-0.5))
         self.centers_Ed = parameter((num_experts, width), Normal(1.0))
         self.log_inverse_temperature_1 = parameter((1,), Constant(-math.log(options.temperature)))

@@ -9,7 +9,7 @@ Shapes: T tokens, D model, E experts (asleep ones included), S = E + 1 + D stati
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moetrain.bounds import at_least
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
@@ -32,7 +33,8 @@ _MAX_LOG_SCALE = math.log(100)
 class DynMoEOptions(RouterConfig):
     name: str = "dynmoe"
     initial_experts: Optional[int] = None  # awake at the start; null: all
-    interval: int = 100  # steps between two decisions on who is awake; 0: never
+    # steps between two decisions on who is awake; 0: never
+    interval: int = field(default=100, metadata=at_least(0))
 
 
 @register(
@@ -66,8 +68,6 @@ class DynMoERouter(Router):
             raise ValueError(
                 f"router.initial_experts={initial} must lie between 1 and num_experts={num_experts}"
             )
-        if options.interval < 0:
-            raise ValueError(f"router.interval={options.interval} must not be negative")
         self.weight_ED = parameter((num_experts, d_model), Orthogonal())
         self.threshold_E = parameter((num_experts,), Constant(0.0))
         self.log_tau_1 = parameter((1,), Constant(0.0))

@@ -5,13 +5,14 @@ Shapes: T tokens, E experts, M groups, K top-k. Source: Tang et al. 2025 (Pangu 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from moetrain.arithmetic import divisor_near
+from moetrain.bounds import at_least
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
@@ -25,7 +26,8 @@ from moetrain.moe.topk_ops import softmax, top_ids
 class GroupedOptions(RouterConfig):
     name: str = "grouped"
     top_k: Optional[int] = None
-    num_groups: Optional[int] = None  # null: top_k where it divides the experts, else 1
+    # null: top_k where it divides the experts, else 1
+    num_groups: Optional[int] = field(default=None, metadata=at_least(1))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         top_k, groups = resolve_top_k(self.top_k, num_experts), self.groups_of(num_experts)
@@ -53,7 +55,7 @@ class GroupedRouter(LinearRouter):
         self.top_k = resolve_top_k(options.top_k, num_experts)
         self.num_groups = options.groups_of(num_experts)
         for key, value in (("top_k", self.top_k), ("model.num_experts", num_experts)):
-            if self.num_groups < 1 or value % self.num_groups:
+            if value % self.num_groups:
                 raise ValueError(
                     f"router.num_groups={self.num_groups} must divide {key}={value}: "
                     f"take {divisor_near(value, self.num_groups)}"

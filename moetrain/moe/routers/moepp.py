@@ -8,13 +8,14 @@ Shapes: T tokens, D model, E experts of all kinds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.bounds import at_least, within
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
@@ -24,15 +25,18 @@ from moetrain.moe.topk_ops import softmax, top_ids
 from moetrain.moe.zero_experts import ZeroKinds
 from moetrain.ops.init import Constant, parameter
 
+_EXPERTS = at_least(0, 2**24)
+
 
 @dataclass(frozen=True)
 class MoEPPOptions(RouterConfig):
     name: str = "moepp"
     top_k: Optional[int] = None  # of all experts; null: 2
-    num_zero: int = 1
-    num_copy: int = 1
-    num_constant: int = 2
-    tau: float = 0.75  # share of tokens of a feed-forward expert, relative to a zero-computation one
+    num_zero: int = field(default=1, metadata=_EXPERTS)
+    num_copy: int = field(default=1, metadata=_EXPERTS)
+    num_constant: int = field(default=2, metadata=_EXPERTS)
+    # share of tokens of a feed-forward expert, relative to a zero-computation one
+    tau: float = field(default=0.75, metadata=within(0, 1, open_low=True))
     gating_residual: bool = True
 
 
@@ -52,11 +56,6 @@ class MoEPPRouter(LinearRouter):
     reads_bias = True
 
     def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
-        for key in ("num_zero", "num_copy", "num_constant"):
-            if getattr(options, key) < 0:
-                raise ValueError(f"router.{key}={getattr(options, key)} must not be negative")
-        if not 0 < options.tau <= 1:
-            raise ValueError(f"router.tau={options.tau} must lie in (0, 1]")
         kinds = ZeroKinds(options.num_zero, options.num_copy, options.num_constant)
         super().__init__(d_model, num_experts + kinds.total, options)
         self.top_k = resolve_top_k(options.top_k, self.num_experts)

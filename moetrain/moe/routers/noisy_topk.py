@@ -5,13 +5,14 @@ Shapes: T tokens, D model, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.bounds import above
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -29,7 +30,8 @@ _SALT = 0x2015
 class NoisyTopKOptions(RouterConfig):
     name: str = "noisy_topk"
     top_k: Optional[int] = None
-    noise_floor: float = 0.01  # added to the learnt standard deviation
+    # added to the learnt standard deviation
+    noise_floor: float = field(default=0.01, metadata=above(0))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(resolve_top_k(self.top_k, num_experts), select="logits", weights="softmax")
@@ -52,8 +54,6 @@ class NoisyTopKRouter(LinearRouter):
     def __init__(self, d_model: int, num_experts: int, options: NoisyTopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        if not options.noise_floor > 0:
-            raise ValueError(f"router.noise_floor={options.noise_floor} must be positive")
         set_initializer(self.weight_ED, Constant(0.0))
         self.noise_weight_ED = parameter((num_experts, d_model), Constant(0.0))
 

@@ -5,13 +5,14 @@ Shapes: T tokens, E experts, K top-k. THOR (Zuo et al. 2022, arXiv:2110.04260) s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import at_least
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -35,7 +36,8 @@ class RandomOptions(RouterConfig):
     name: str = "random"
     top_k: Optional[int] = None
     draw: Draw = Draw.random
-    zipf: float = 0.0  # expert e is drawn in proportion to 1 / (e + 1)^zipf; 0: all alike
+    # expert e is drawn in proportion to 1 / (e + 1)^zipf; 0: all alike
+    zipf: float = field(default=0.0, metadata=at_least(0))
 
     def combine(self, num_experts: int) -> Combine:
         k = resolve_top_k(self.top_k, num_experts)
@@ -52,8 +54,6 @@ class RandomRouter(Router):
     def __init__(self, d_model: int, num_experts: int, options: RandomOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        if options.zipf < 0:
-            raise ValueError(f"router.zipf={options.zipf} must not be negative")
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         options, num_experts = self.options, self.num_experts

@@ -5,11 +5,12 @@ Taken with ``balance=sigma``, its entropy regulariser. Shapes: T tokens, E exper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 from torch import Tensor
 
+from moetrain.bounds import within
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -26,7 +27,8 @@ _SALT = 0x51A
 class SigmaOptions(RouterConfig):
     name: str = "sigma"
     top_k: Optional[int] = None
-    expert_dropout: float = 0.0  # training only: probability that an expert is left out of a sequence
+    # training only: probability that an expert is left out of a sequence
+    expert_dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(resolve_top_k(self.top_k, num_experts), score="sigmoid")
@@ -49,8 +51,6 @@ class SigmaRouter(LinearRouter):
     def __init__(self, d_model: int, num_experts: int, options: SigmaOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        if not 0 <= options.expert_dropout < 1:
-            raise ValueError(f"router.expert_dropout={options.expert_dropout} must lie in [0, 1)")
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

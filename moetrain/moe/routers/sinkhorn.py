@@ -7,12 +7,13 @@ Shapes: T tokens, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import within
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
@@ -28,7 +29,8 @@ from moetrain.moe.topk_ops import softmax, top_ids
 class SinkhornOptions(RouterConfig):
     name: str = "sinkhorn"
     top_k: Optional[int] = None
-    tolerance: float = 1.0e-3  # relative, of every expert's share of the plan
+    # relative, of every expert's share of the plan
+    tolerance: float = field(default=1.0e-3, metadata=within(0, 1, open_low=True, open_high=True))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         top_k = resolve_top_k(self.top_k, num_experts)
@@ -45,8 +47,6 @@ class SinkhornRouter(LinearRouter):
     def __init__(self, d_model: int, num_experts: int, options: SinkhornOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
-        if not 0 < options.tolerance < 1:
-            raise ValueError(f"router.tolerance={options.tolerance} must lie in (0, 1)")
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

@@ -6,10 +6,11 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moetrain.bounds import within
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words, token_choice
@@ -22,7 +23,7 @@ from moetrain.moe.topk_ops import softmax, top_ids
 @dataclass(frozen=True)
 class ThresholdOptions(RouterConfig):
     name: str = "threshold"
-    threshold: float = 0.9
+    threshold: float = field(default=0.9, metadata=within(0, 1))
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return token_choice(num_experts, select="scores", threshold=self.threshold)
@@ -31,11 +32,6 @@ class ThresholdOptions(RouterConfig):
 @register("threshold", ThresholdOptions, "Yang et al. 2024, arXiv:2403.18926", "one or more experts a token")
 class ThresholdRouter(LinearRouter):
     """Experts by falling probability while those before them sum to less than ``threshold``; raw weights."""
-
-    def __init__(self, d_model: int, num_experts: int, options: ThresholdOptions) -> None:
-        super().__init__(d_model, num_experts, options)
-        if not 0 <= options.threshold <= 1:
-            raise ValueError(f"router.threshold={options.threshold} must lie in [0, 1]")
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

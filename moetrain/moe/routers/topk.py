@@ -7,7 +7,7 @@ chosen); DeepSeek-AI 2024 (V3: sigmoid scores, a bias for selection only, group-
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Optional
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.arithmetic import divisor_near
+from moetrain.bounds import at_least, within
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -49,8 +50,9 @@ class TopKOptions(RouterConfig):
     score: Score = Score.softmax
     renormalize: bool = True  # chosen weights sum to 1; with softmax this equals softmax_after
     route_scale: float = 1.0  # multiplies the weights
-    jitter: float = 0.0  # training only: inputs times U(1 - jitter, 1 + jitter)
-    num_groups: int = 1
+    # training only: inputs times U(1 - jitter, 1 + jitter)
+    jitter: float = field(default=0.0, metadata=within(0, 1, open_high=True))
+    num_groups: int = field(default=1, metadata=at_least(1))
     top_groups: Optional[int] = None  # groups a token may choose from; null: all
     group_score: GroupScore = GroupScore.top2
 
@@ -150,9 +152,7 @@ class TopKRouter(LinearRouter):
 
 
 def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:
-    if not 0 <= options.jitter < 1:
-        raise ValueError(f"router.jitter={options.jitter} must lie in [0, 1)")
-    if options.num_groups < 1 or num_experts % options.num_groups:
+    if num_experts % options.num_groups:
         raise ValueError(
             f"router.num_groups={options.num_groups} must divide num_experts={num_experts}: "
             f"take {divisor_near(num_experts, options.num_groups)}"

@@ -19,6 +19,7 @@ from moetrain.errors import UserError
 from moetrain.files import read_bytes
 from moetrain.terminal import as_text
 from moetrain.train.log.options import TrackerConfig, WandbTracker
+from moetrain.train.log.rules import missing
 from moetrain.train.log.wandb_rows import LoggedRows, kind_of
 from moetrain.writing import write_atomic
 
@@ -228,7 +229,7 @@ def _need(package: str) -> Any:
     except ImportError:
         module = None
     if module is None or module.__file__ is None:
-        raise UserError(f"tracker={package} needs the package {package}: pip install 'moetrain[{package}]'")
+        raise missing(package)
     return module
 
 

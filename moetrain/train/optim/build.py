@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from moetrain.errors import UserError
 from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
 from moetrain.train.optim.options import MuonConfig, OptimConfig
+from moetrain.train.optim.rules import check_optim
 
 Named = tuple[str, nn.Parameter]
 MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"
@@ -124,27 +125,6 @@ def check_groups(model: nn.Module, groups: dict[str, list[Named]]) -> None:
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether torch's fused AdamW takes all of them: one kernel a group, and fp64 on a CPU too."""
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-
-
-def check_optim(cfg: OptimConfig) -> None:
-    """Raise UserError naming the first key whose value is not possible."""
-    rates = {"lr": cfg.lr, "adamw_lr": cfg.adamw_lr} if isinstance(cfg, MuonConfig) else {"lr": cfg.lr}
-    for key, rate in rates.items():
-        if not 0 < rate < float("inf"):
-            raise UserError(f"optim.{key}={rate} must be a positive number")
-    if not cfg.weight_decay >= 0:
-        raise UserError(f"optim.weight_decay={cfg.weight_decay} must not be negative")
-    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
-        raise UserError(f"optim.betas={list(cfg.betas)} must be two numbers in [0, 1)")
-    if not cfg.eps > 0:
-        raise UserError(f"optim.eps={cfg.eps} must be positive")
-    if cfg.clip_norm is not None and not cfg.clip_norm > 0:
-        raise UserError(f"optim.clip_norm={cfg.clip_norm} must be positive, or null for no clipping")
-    if isinstance(cfg, MuonConfig):
-        if not 0 <= cfg.momentum < 1:
-            raise UserError(f"optim.momentum={cfg.momentum} must lie in [0, 1)")
-        if not 1 <= cfg.ns_steps < 100:
-            raise UserError(f"optim.ns_steps={cfg.ns_steps} must lie between 1 and 99")
 
 
 def _is_matrix(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:

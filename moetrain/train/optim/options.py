@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from moetrain.bounds import above, at_least, within
 from moetrain.missing import MISSING
 
 
@@ -12,11 +13,11 @@ class OptimConfig:
     """``lr`` is the peak; weight decay applies to matrices only."""
 
     name: str = MISSING
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip_norm: Optional[float] = 1.0  # null: no clipping
+    lr: float = field(default=1e-3, metadata=above(0))
+    weight_decay: float = field(default=0.1, metadata=at_least(0))
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=within(0, 1, open_high=True))
+    eps: float = field(default=1e-8, metadata=above(0))
+    clip_norm: Optional[float] = field(default=1.0, metadata=above(0))  # null: no clipping
     frozen: list[str] = field(default_factory=list)  # parameters that stay as they are, as "blocks.0.*"
 
 
@@ -31,10 +32,10 @@ class MuonConfig(OptimConfig):
 
     name: str = "muon"
     lr: float = 0.02
-    momentum: float = 0.95
+    momentum: float = field(default=0.95, metadata=within(0, 1, open_high=True))
     nesterov: bool = True
-    ns_steps: int = 5
-    adamw_lr: float = 1e-3
+    ns_steps: int = field(default=5, metadata=at_least(1, 99))
+    adamw_lr: float = field(default=1e-3, metadata=above(0))
 
 
 class ScheduleKind(Enum):
@@ -48,7 +49,8 @@ class ScheduleConfig:
     """A function of the step and ``horizon`` alone, never of ``train.steps``."""
 
     kind: ScheduleKind = ScheduleKind.cosine
-    horizon: int = 400
-    warmup_steps: int = 20
-    decay_fraction: float = 0.2  # wsd only: the share of the horizon spent decaying
-    min_ratio: float = 0.1  # of the peak
+    horizon: int = field(default=400, metadata=at_least(1))
+    warmup_steps: int = field(default=20, metadata=at_least(0))
+    # wsd only: the share of the horizon spent decaying
+    decay_fraction: float = field(default=0.2, metadata=within(0, 1, open_low=True))
+    min_ratio: float = field(default=0.1, metadata=within(0, 1))  # of the peak

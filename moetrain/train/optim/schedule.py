@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moetrain.errors import UserError
 from moetrain.train.optim.options import ScheduleConfig, ScheduleKind
+from moetrain.train.optim.rules import check_schedule
 
 
 def lr_factor(cfg: ScheduleConfig, step: int) -> float:
@@ -36,20 +36,3 @@ def lr_factor(cfg: ScheduleConfig, step: int) -> float:
     length = min(cfg.decay_fraction * cfg.horizon, cfg.horizon - cfg.warmup_steps)
     left = min(1.0, (cfg.horizon - step) / length) if length else 1.0
     return cfg.min_ratio + (1 - cfg.min_ratio) * left
-
-
-def check_schedule(cfg: ScheduleConfig) -> None:
-    """Raise UserError naming the first key whose value is not possible."""
-    if cfg.horizon < 1:
-        raise UserError(f"schedule.horizon={cfg.horizon} must be at least 1 step")
-    if cfg.warmup_steps < 0:
-        raise UserError(f"schedule.warmup_steps={cfg.warmup_steps} must not be negative")
-    if cfg.warmup_steps > cfg.horizon and cfg.kind is not ScheduleKind.constant:
-        raise UserError(
-            f"schedule.warmup_steps={cfg.warmup_steps} exceeds schedule.horizon={cfg.horizon}; lower the one "
-            "or raise the other"
-        )
-    if not 0 <= cfg.min_ratio <= 1:
-        raise UserError(f"schedule.min_ratio={cfg.min_ratio} must lie in [0, 1]")
-    if not 0 <= cfg.decay_fraction <= 1:
-        raise UserError(f"schedule.decay_fraction={cfg.decay_fraction} must lie in [0, 1]")

@@ -5,11 +5,11 @@ Shapes: E experts, F hidden, D model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from moetrain.errors import UserError
+from moetrain.bounds import at_least, within
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.method import Job, Method, Promise, identical_experts, register, same_width
@@ -21,8 +21,10 @@ from moetrain.upcycle.plan import Plan, whole_networks
 @dataclass(frozen=True)
 class CopyOptions(MethodOptions):
     name: str = "copy"
-    noise_std: float = 0.0  # of a normal draw that is added; 0: plain copies
-    noise_fraction: float = 0.5  # of each expert's entries, chosen at random, that get it
+    # of a normal draw that is added; 0: plain copies
+    noise_std: float = field(default=0.0, metadata=at_least(0))
+    # of each expert's entries, chosen at random, that get it
+    noise_fraction: float = field(default=0.5, metadata=within(0, 1))
 
 
 @register("copy", CopyOptions, "Komatsuzaki et al. 2022, arXiv:2212.05055")
@@ -31,10 +33,6 @@ class Copy(Method[CopyOptions]):
 
     def check(self, job: Job) -> None:
         same_width(job)
-        if self.options.noise_std < 0:
-            raise UserError(f"method.noise_std={self.options.noise_std} must not be negative")
-        if not 0 <= self.options.noise_fraction <= 1:
-            raise UserError(f"method.noise_fraction={self.options.noise_fraction} must lie in [0, 1]")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         return whole_networks(torch.zeros(job.target.model.num_experts, dtype=torch.int64), job.d_ff)

@@ -5,12 +5,12 @@ Shapes: E experts, M matrices (gate where there is one, up, down), F hidden, D m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moetrain.errors import UserError
+from moetrain.bounds import within
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.draw import generator, normal, wide
 from moetrain.upcycle.method import Job, Method, Promise, identical_experts, register, same_width
@@ -24,7 +24,8 @@ class DropOptions(MethodOptions):
     """``independent_sets``: other units in gate, up and down; else a unit is kept whole or drawn whole."""
 
     name: str = "drop"
-    drop_ratio: float = 0.5  # of each expert's hidden units, to the nearest unit
+    # of each expert's hidden units, to the nearest unit
+    drop_ratio: float = field(default=0.5, metadata=within(0, 1))
     independent_sets: bool = False
 
 
@@ -37,8 +38,6 @@ class Drop(Method[DropOptions]):
 
     def check(self, job: Job) -> None:
         same_width(job)
-        if not 0 <= self.options.drop_ratio <= 1:
-            raise UserError(f"method.drop_ratio={self.options.drop_ratio} must lie in [0, 1]")
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         num_experts, gen = job.target.model.num_experts, generator(job.seed, layer, "permutation")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import above
 from moetrain.moe.balance.controllers.base import Controller, register_controller
-from moetrain.moe.balance.options import above_zero
 from moetrain.moe.routers import ROUTERS, Router
 from moetrain.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
 class BiasOptions:
-    rate: float = 0.001
-
-    def __post_init__(self) -> None:
-        above_zero(self, "rate")
+    rate: float = field(default=0.001, metadata=above(0))
 
 
 class BiasController(Controller):

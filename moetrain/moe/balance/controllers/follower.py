@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import at_least
 from moetrain.moe.balance.controllers.base import Controller, Terms, register_controller
 from moetrain.moe.routers import Router
 
@@ -17,11 +17,7 @@ _LOSS = "chunk_sparsity"
 
 @dataclass(frozen=True)
 class FollowerOptions:
-    max_factor: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_factor < math.inf:
-            raise ValueError(f"max_factor={self.max_factor} must be 1 or more")
+    max_factor: float = field(default=4.0, metadata=at_least(1))
 
 
 class LossFollower(Controller):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import within
 from moetrain.moe.balance.controllers.base import Controller, Terms, register_controller
 from moetrain.moe.balance.load_share import RUNNING
 from moetrain.moe.routers import Router
@@ -15,11 +16,7 @@ from moetrain.moe.routers import Router
 
 @dataclass(frozen=True)
 class RunningOptions:
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay} must lie in [0, 1)")
+    decay: float = field(default=0.9, metadata=within(0, 1, open_high=True))
 
 
 class RunningLoad(Controller):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moetrain.bounds import above
 from moetrain.moe.balance.controllers.base import Controller, Terms, register_controller
 from moetrain.moe.routers import Router
 
 
 @dataclass(frozen=True)
 class SparsityOptions:
-    rate: float = 1.2
-
-    def __post_init__(self) -> None:
-        if not 1 < self.rate < math.inf:
-            raise ValueError(f"rate={self.rate} must be above 1: it is a factor")
+    rate: float = field(default=1.2, metadata=above(1, "it is a factor"))
 
 
 class SparsityController(Controller):

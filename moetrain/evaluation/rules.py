@@ -1,29 +1,36 @@
-"""Rules about ``moetrain eval``."""
+"""What ``moetrain eval`` refuses of its settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.rules.checks import at_least, check_device, is_installed
+from moetrain.bounds import check_ranges
+from moetrain.data.sources.paths import find_files
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig, EvalData
+from moetrain.packages import is_installed
+from moetrain.train.rules import check_device
 
 
-def eval_numbers(cfg: EvalConfig) -> None:
-    at_least("data", cfg.data, 2, "seq_len")
-    for name, low in (("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
-        value = getattr(cfg, name)
-        if value is not None and value < low:
-            raise UserError(f"{name}={value} must be {low} or more")
+def check_eval(cfg: EvalConfig) -> None:
+    """Raise UserError for the first setting that is out of its range, or does not fit."""
+    check_ranges(cfg)
     check_device("device", cfg.device)
-
-
-def eval_has_something_to_score(cfg: EvalConfig) -> None:
     if cfg.data.path is None and not cfg.tasks:
         raise UserError("give text to score (data.path=FILES), tasks of lm-eval (tasks=[...]), or both")
+    _check_used(cfg)
+    if cfg.data.path is not None:
+        find_files(cfg.data.path)
+    _check_tasks(cfg)
+    _check_json(cfg)
+    if not Path(cfg.checkpoint).expanduser().is_dir():
+        raise UserError(
+            f"checkpoint={cfg.checkpoint} does not exist: give a run folder, one of its checkpoints, "
+            "or a folder made by moetrain convert"
+        )
 
 
-def eval_options_are_used(cfg: EvalConfig) -> None:
+def _check_used(cfg: EvalConfig) -> None:
     """A value that nothing reads would seem to have an effect."""
     for name in ("include_path", "num_fewshot", "limit"):
         value = getattr(cfg, name)
@@ -36,14 +43,7 @@ def eval_options_are_used(cfg: EvalConfig) -> None:
             raise UserError(f"data.{name}={shown} is of files, but data.path is not set: leave it out")
 
 
-def eval_text_exists(cfg: EvalConfig) -> None:
-    from moetrain.data.sources.local import find_files
-
-    if cfg.data.path is not None:
-        find_files(cfg.data.path)
-
-
-def eval_tasks_can_be_read(cfg: EvalConfig) -> None:
+def _check_tasks(cfg: EvalConfig) -> None:
     if cfg.tasks and not is_installed("lm_eval"):
         raise UserError(
             f"tasks=[{','.join(cfg.tasks)}] needs the package lm-eval, which is not installed: "
@@ -53,29 +53,10 @@ def eval_tasks_can_be_read(cfg: EvalConfig) -> None:
         raise UserError(f"include_path={cfg.include_path} is no folder")
 
 
-def eval_json_can_be_written(cfg: EvalConfig) -> None:
+def _check_json(cfg: EvalConfig) -> None:
     if cfg.json is None:
         return
     path = Path(cfg.json).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
         raise UserError(f"json={cfg.json} {what}")
-
-
-def eval_checkpoint(cfg: EvalConfig) -> None:
-    if not Path(cfg.checkpoint).expanduser().is_dir():
-        raise UserError(
-            f"checkpoint={cfg.checkpoint} does not exist: give a run folder, one of its checkpoints, "
-            "or a folder made by moetrain convert"
-        )
-
-
-RULES = (
-    eval_numbers,
-    eval_has_something_to_score,
-    eval_options_are_used,
-    eval_text_exists,
-    eval_tasks_can_be_read,
-    eval_json_can_be_written,
-    eval_checkpoint,
-)

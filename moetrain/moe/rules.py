@@ -1,0 +1,17 @@
+"""What an MoE layer refuses of its settings, besides what its router does."""
+
+from __future__ import annotations
+
+
+def shared_refusal(num_shared_experts: int, d_ff_shared: int | None, shared_gate: bool) -> str | None:
+    """Why options of shared experts, without any, seem to have an effect; None where they fit."""
+    for name, value, given in (
+        ("d_ff_shared", d_ff_shared, d_ff_shared is not None),
+        ("shared_gate", shared_gate, shared_gate),
+    ):
+        if given and not num_shared_experts:
+            return (
+                f"model.{name}={value} is of shared experts, but model.num_shared_experts=0: "
+                "leave it out, or set model.num_shared_experts=1"
+            )
+    return None
