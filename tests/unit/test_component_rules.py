@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from moetrain.config.hydra.compose import compose_train
+from moetrain.config.stored import trained_config
 from moetrain.config.validate import validate, validate_eval, validate_generate
 from moetrain.data.corpus import prepare
 from moetrain.data.options import DomainsData, MixtureData, MixturePart, SourceKind, TokenizerConfig
@@ -208,7 +209,7 @@ def test_experts_that_ranks_cannot_share_are_refused(base, ep, overlap):
     ids=["generate", "top_p", "eval", "batch_size", "nothing"],
 )
 def test_an_app_refuses_what_its_command_refuses(check, app, cfg):
-    assert line(lambda: check(cfg)) == line(lambda: app(cfg))
+    assert line(lambda: check(cfg)) == line(lambda: app(cfg, trained_config))
 
 
 def test_what_the_edge_accepts_is_built(base):
