@@ -111,7 +111,7 @@ class Runner:
             arguments.append(json.dumps(asdict(self._limits)))
             env = {
                 **os.environ,
-                "PYTHONPATH": f"{_TESTS}:{_TESTS.parent}",
+                "PYTHONPATH": f"{_TESTS}:{_TESTS / 'helpers'}:{_TESTS.parent}",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from attention_memory import DOCUMENTS, HEADS, KINDS, LENGTHS, WIDTH, WINDOW, counted, documents
 
 SIZES = {"blocks": ((1, 1), 8), "flex": (HEADS, WIDTH), "sdpa": ((1, 1), 8)}

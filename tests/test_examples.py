@@ -12,7 +12,7 @@ import pytest
 
 from moetrain.moe import ROUTERS
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ("layer_in_own_model", "own_router", "upcycle_dense")
 
 

@@ -28,7 +28,7 @@ from moetrain.train.log.metrics import (
 from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
 
 CONTROLLERS = (SparsityController({0: 4}, {0: 2}), LossFollower("chunk_sparsity", [0], 4.0))
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def make_routing(

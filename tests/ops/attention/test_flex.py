@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from moetrain.ops.attention import SeenKeys, flex, varlen
 from moetrain.ops.attention.flex import BLOCK, block_mask, block_table
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from attention_memory import flex_operator
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_packing import make_split, make_stream
+from test_packing import make_split, make_stream
 
 from moetrain.data.batch import IGNORE
 from moetrain.data.loader import TrainLoader, val_batches

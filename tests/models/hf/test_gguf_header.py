@@ -14,7 +14,7 @@ import pytest
 import torch
 from hf_cases import convert, load_ours, refused
 from hf_families import transformers
-from test_hf_gguf import HEAD_DIM, their_model, write_gguf
+from test_gguf import HEAD_DIM, their_model, write_gguf
 
 from moetrain.errors import UserError
 from moetrain.models.hf.gguf import GGUFFile

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from test_data_prepare import documents, text_folder
+from test_prepare import documents, text_folder
 
 from moetrain.data import manifest as manifests
 from moetrain.data import prepare, shards

@@ -144,8 +144,8 @@ class Process:
 
     def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
-        here = str(Path(__file__).parent)
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{Path(here).parent}", **environment}
+        here = Path(__file__).parent
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parents[1]}", **environment}
         self._log = log
         stub = log.parent / "without_plots"
         stub.mkdir(exist_ok=True)

@@ -5,8 +5,8 @@ import socket
 from dataclasses import replace
 
 import pytest
-from test_data_prepare import BYTES, documents, stored_documents
-from test_data_sources import texts, write
+from test_prepare import BYTES, documents, stored_documents
+from test_sources import texts, write
 
 from moetrain.data import prepare
 from moetrain.data.options import LocalData

@@ -17,7 +17,7 @@ from moetrain.moe.routers import RouterSpec
 from moetrain.moe.routers.topk import TopKOptions, TopKRouter
 from moetrain.router_tools import CHECKS, check_router
 
-PAGE = Path(__file__).parents[2] / "docs" / "routers.md"
+PAGE = Path(__file__).parents[1] / "docs" / "routers.md"
 
 
 # Of each kind one; the others' properties are in test_router_invariants.py, and here they are marked slow.

@@ -17,7 +17,7 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.models.hf import FAMILIES
 from moetrain.models.hf.family import register_family
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 PLUGINS = "plugins=[acme_family]"
 RENAMED = {
     "block_sparse_moe.gate": "moe.router",

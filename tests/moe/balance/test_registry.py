@@ -30,7 +30,7 @@ from moetrain.moe.balance import (
 )
 from moetrain.moe.balance.options import NoOptions, read_options
 
-DOCS = Path(__file__).parents[2] / "docs" / "balance.md"
+DOCS = Path(__file__).parents[3] / "docs" / "balance.md"
 RUNNING = [LossTerm("switch", 1.0, "running")]
 
 

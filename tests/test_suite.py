@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
 
 
 def test_pytest_enters_every_folder_of_tests(pytestconfig):
     """Its own norecursedirs holds ``dist``: tests/dist went uncollected for as long as nobody looked."""
-    folders = {path.parent.relative_to(TESTS).parts[0] for path in TESTS.glob("*/test_*.py")}
-    assert {"unit", "dist", "launch", "kernels"} <= folders
+    files = [path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")]
+    folders = {folder for file in files for folder in file.parts[:-1]}
+    assert {"moe", "dist", "launch", "kernels"} <= folders
     patterns = pytestconfig.getini("norecursedirs")
     assert [f for f in folders if any(fnmatch.fnmatch(f, p) for p in patterns)] == []
 
 
 def test_no_two_test_files_share_a_name():
     """Without packages a second file of a name is not imported, and the first is taken for it."""
-    names = [path.name for path in TESTS.glob("*/test_*.py")]
+    names = [path.name for path in TESTS.rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
 
 

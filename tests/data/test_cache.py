@@ -6,7 +6,7 @@ import pwd
 import tempfile
 
 import pytest
-from test_data_prepare import documents, text_folder
+from test_prepare import documents, text_folder
 
 from moetrain.data import cache_root, prepare
 from moetrain.data.options import TokenizerConfig
