@@ -20,7 +20,7 @@ from moetrain.router_tools import CHECKS, check_router
 PAGE = Path(__file__).parents[1] / "docs" / "routers.md"
 
 
-# Of each kind one; the others' properties are in test_router_invariants.py, and here they are marked slow.
+# Of each kind one; the others' properties are in test_invariants.py, and here they are marked slow.
 KINDS = {"topk", "expert_choice", "base", "relu", "moepp", "hash", "threshold"}
 
 
