@@ -6,7 +6,7 @@ import pwd
 import tempfile
 
 import pytest
-from test_prepare import documents, text_folder
+from data_cases import documents, text_folder
 
 from moetrain.data import cache_root, prepare
 from moetrain.data.options import TokenizerConfig

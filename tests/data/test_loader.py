@@ -4,9 +4,9 @@ import threading
 
 import numpy as np
 import pytest
+from data_cases import make_split, make_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import make_split, make_stream
 
 from moetrain.data.batch import IGNORE
 from moetrain.data.loader import TrainLoader, val_batches

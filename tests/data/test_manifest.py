@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from test_prepare import documents, text_folder
+from data_cases import documents, text_folder
 
 from moetrain.data import manifest as manifests
 from moetrain.data import prepare, shards

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import tokenizers
 import torch
+from data_cases import with_key
 from invariance import batch, build, terms
-from test_prepare import with_key
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from moetrain.data import IGNORE, Packing, TrainLoader, load_tokenizer, prepare, val_batches, whole_files

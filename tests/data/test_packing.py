@@ -3,32 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from data_cases import EOS, TOKEN_BYTES, make_split, make_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.data.batch import IGNORE
-from moetrain.data.manifest import write_manifest
-from moetrain.data.packing import PackedSplit, Packing
-from moetrain.data.shards import StreamWriter, open_store
-
-EOS = 9
-TOKEN_BYTES = np.array([1, 2, 3, 1, 4, 1, 2, 5, 1, 0])  # of ids 0 to 9
-
-
-def make_stream(folder, documents, domains=None, shard_tokens=1000):
-    """A one-stream store of documents given as lists of ids without their eos."""
-    writer = StreamWriter(folder, "s", "<u2", shard_tokens)
-    for index, ids in enumerate(documents):
-        counted = int(TOKEN_BYTES[ids].sum())
-        domain = domains[index] if domains else 0
-        writer.add(np.array([*ids, EOS]), counted, counted, domain)
-    write_manifest(folder, {"dtype": "<u2", "streams": {"s": writer.close()}})
-    return open_store(folder)[1]["s"]
-
-
-def make_split(streams, seq_len, keep=True, reset=True, pad=True):
-    packing = Packing(seq_len, EOS, keep_documents=keep, reset_positions=reset, pad_last=pad)
-    return PackedSplit(streams, packing, TOKEN_BYTES, "fingerprint")
 
 
 def reference(documents, domains, seq_len, keep, reset, pad):

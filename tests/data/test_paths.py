@@ -5,8 +5,7 @@ import socket
 from dataclasses import replace
 
 import pytest
-from test_prepare import BYTES, documents, stored_documents
-from test_sources import texts, write
+from data_cases import BYTES, documents, stored_documents, texts, write
 
 from moetrain.data import prepare
 from moetrain.data.options import LocalData

@@ -5,8 +5,8 @@ import os
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
+from data_cases import BYTES, documents, stored_documents, text_folder, with_key
 
 from moetrain.data import (
     MixtureOrder,
@@ -18,7 +18,7 @@ from moetrain.data import (
 )
 from moetrain.data.batch import IGNORE
 from moetrain.data.documents import content_key
-from moetrain.data.heldout import HeldOut, scan
+from moetrain.data.heldout import scan
 from moetrain.data.options import (
     LocalData,
     MixtureData,
@@ -31,12 +31,6 @@ from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
 from moetrain.data.tokenizer import EOS
 from moetrain.errors import UserError
-
-BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
-
-
-def documents(count, salt=""):
-    return [f"{salt}{i}: " + "lorem ipsum dolor " * (1 + i % 3) + "é" * (i % 2) for i in range(count)]
 
 
 @pytest.fixture
@@ -54,27 +48,6 @@ def cfg(tmp_path):
         cache_dir=str(tmp_path / "cache"),
         domain_key="kind",
     )
-
-
-def text_folder(tmp_path, texts, name="files"):
-    folder = tmp_path / name
-    folder.mkdir()
-    for index, text in enumerate(texts):
-        (folder / f"{index:03d}.txt").write_text(text)
-    return LocalData(path=str(folder), seq_len=8, tokenizer=BYTES, cache_dir=str(tmp_path / "cache"))
-
-
-def stored_documents(corpus, side):
-    """The texts of one side, read back from the shards."""
-    _, streams = open_store(corpus.folder)
-    found = []
-    for name, stream in streams.items():
-        if name.endswith(side):
-            ids = stream.read(0, stream.num_tokens)
-            ends = stream.ends_M
-            assert (ids[ends - 1] == corpus.tokenizer.eos_id).all()
-            found += [corpus.tokenizer.decode(piece.tolist()) for piece in np.split(ids, ends)[:-1]]
-    return found
 
 
 def test_every_document_is_on_one_side_and_comes_back_whole(cfg):
@@ -135,12 +108,6 @@ def test_changed_text_is_prepared_anew(cfg):
     assert after.folder != before.folder
     assert after.train.num_documents + after.val.num_documents == 41
     assert after.fingerprint != before.fingerprint
-
-
-def with_key(text, held):
-    """The text with the first number after it that puts it on the wanted side at val_fraction 0.02."""
-    numbered = (f"{text} {number}" for number in range(10_000))
-    return next(one for one in numbered if HeldOut(0.02)(content_key(one.encode())) is held)
 
 
 def test_bpe_learns_from_the_training_side_only(tmp_path):

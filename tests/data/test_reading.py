@@ -9,7 +9,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import jsonl, texts, write
+from data_cases import jsonl, texts, write
 
 from moetrain.data.documents import Document
 from moetrain.data.sources import json_rows, local

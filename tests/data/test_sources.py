@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_cases import jsonl, texts, write
 
 from moetrain.data.documents import Document, Part
 from moetrain.data.options import (
@@ -25,20 +26,6 @@ from moetrain.data.sources.hub import HubSource
 from moetrain.data.sources.local import LocalSource
 from moetrain.data.sources.stdlib import StdlibSource
 from moetrain.errors import UserError
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def jsonl(path, rows):
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def texts(source):
-    return [document.text for document in source.documents()]
 
 
 def test_stdlib_gives_modules_and_topics_and_nothing_installed():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_prepare import documents, text_folder
+from data_cases import documents, text_folder
 
 from moetrain.data import cache_root, prepare, shards
 from moetrain.data.cache import build_once

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runs import make_run
+from report_cases import make_run
 
 from moetrain.report import columns
 from moetrain.report.columns import MAX_KEYS, number

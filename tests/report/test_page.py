@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_runs import make_run
+from report_cases import make_run
 
 from moetrain.errors import UserError
 from moetrain.report import write_report

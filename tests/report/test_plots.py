@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_runs import make_run
+from report_cases import make_run
 
 from moetrain.errors import UserError
 from moetrain.report import comparison_figure, comparison_table, heatmap, report_command, status_command

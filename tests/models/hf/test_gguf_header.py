@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_cases import HEAD_DIM, their_model, write_gguf
 from hf_cases import convert, load_ours, refused
 from hf_families import transformers
-from test_gguf import HEAD_DIM, their_model, write_gguf
 
 from moetrain.errors import UserError
 from moetrain.models.hf.gguf import GGUFFile
