@@ -27,21 +27,21 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_mutated_files_are_read_right_or_refused(target: str, runner: Runner) -> None:
-    verdicts = list(runner.run((target, seed) for seed in range(COSTLY.get(target, SHORT))))
-    wrong = [verdict.line() for verdict in verdicts if not verdict.good]
+    outcomes = list(runner.run((target, seed) for seed in range(COSTLY.get(target, SHORT))))
+    wrong = [outcome.line() for outcome in outcomes if not outcome.good]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("document", list(KNOWN))
 def test_a_document_that_was_read_wrong_once(document: str, runner: Runner) -> None:
-    (verdict,) = runner.run([(document, 0)])
-    assert verdict.good, verdict.line()
+    (outcome,) = runner.run([(document, 0)])
+    assert outcome.good, outcome.line()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_ten_thousand_mutations(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts = list(runner.run(jobs(LONG, start=1000)))
+    outcomes = list(runner.run(jobs(LONG, start=1000)))
     with capsys.disabled():
-        print(f"\n{table(verdicts)}")
-    assert not [verdict.line() for verdict in verdicts if not verdict.good]
+        print(f"\n{table(outcomes)}")
+    assert not [outcome.line() for outcome in outcomes if not outcome.good]

@@ -23,7 +23,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """``kind``: one of GOOD, or other, differs, hang, memory, crash, long, control, exit, leak.
 
     ``place``: the innermost line of moetrain, and the exception; ``note``: the mutation in words.
