@@ -1,14 +1,18 @@
-"""The suite looks after itself: no test file is left out without a word."""
+"""The suite looks after itself: no test file is left out without a word, and names and files stay short."""
 
 from __future__ import annotations
 
 import fnmatch
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
+LONGEST_NAME, LONGEST_FILE = 60, 300  # characters, lines
+_IMPORT = re.compile(r"^\s*(?:from|import) (?:\w+\.)*test_\w+", re.MULTILINE)
+_TEST = re.compile(r"^\s*(?:async )?def (test_\w+)", re.MULTILINE)
 
 
 def test_pytest_enters_every_folder_of_tests(pytestconfig):
@@ -35,3 +39,25 @@ def test_no_test_file_is_ignored_by_git():
     if found.returncode == 128:
         pytest.skip("not a git checkout")
     assert found.stdout == ""
+
+
+def test_no_test_file_imports_another():
+    """What two of them share lies in tests/helpers."""
+    files = list(TESTS.rglob("*.py"))
+    assert len(files) > 100
+    found = [(path.name, line) for path in files for line in _IMPORT.findall(path.read_text())]
+    assert found == []
+
+
+def test_names_of_tests_are_short():
+    names = [name for path in TESTS.rglob("test_*.py") for name in _TEST.findall(path.read_text())]
+    assert len(names) > 1000
+    assert [name for name in names if len(name) > LONGEST_NAME] == []
+
+
+@pytest.mark.parametrize("folder", ["moetrain", "tests"])
+def test_files_are_short(folder, pytestconfig):
+    files = list((pytestconfig.rootpath / folder).rglob("*.py"))
+    assert len(files) > 200
+    lines = {path: len(path.read_text().splitlines()) for path in files}
+    assert [(str(path), number) for path, number in lines.items() if number > LONGEST_FILE] == []

@@ -6,25 +6,19 @@ import sys
 import textwrap
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from moetrain.config.editable import editable, freeze, original
 from moetrain.config.hydra.compose import (
-    compose_app,
     compose_arms,
     compose_train,
     config_hash,
     load_yaml,
     to_yaml,
 )
-from moetrain.config.hydra.overrides import normalize
 from moetrain.data.options import LocalData, MixturePart, SourceKind
 from moetrain.errors import UserError
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import Score, TopKOptions
-from moetrain.nearest import near_miss, nearest
 from moetrain.train.log.options import WandbTracker
 from moetrain.train.options import CompareConfig, GenerateConfig, RunConfig, TrainConfig
 
@@ -102,79 +96,6 @@ def test_arms_are_the_users_overrides_and_their_own():
     assert [arms[x].model.d_model for x in arms] == [64, 64]
     assert [len(arms[x].balance.losses) for x in arms] == [2, 0]
     assert all(arms[x].compare == CompareConfig() for x in arms)
-
-
-TEXTS = st.text(st.sampled_from(list("ab'\"\\ =(){}[],:$%#\n\t1e.-+~*é")), max_size=12)
-
-
-@settings(deadline=None, max_examples=200)
-@given(TEXTS)
-def test_any_text_reaches_a_text_key_as_typed(text):
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if quoted or "${" in text or text == "null":
-        return
-    (override,) = normalize(GenerateConfig, [f"prompt={text}"])
-    assert str(OverridesParser.create().parse_override(override).value()) == text
-
-
-def test_a_prompt_needs_no_quotes_of_its_own():
-    for prompt in (
-        'def f(x): return "a" + {1: 2}[x]',
-        "it's",
-        "a\\",
-        "x=1, y=2",
-        "",
-        "  spaced  ",
-        "naïve\nlines",
-    ):
-        assert prompt_of(["checkpoint=/a b/[c]", f"prompt={prompt}"]) == prompt
-    assert prompt_of(["checkpoint=x", "prompt='a: b'"]) == "a: b"
-    assert prompt_of(["checkpoint=x", "prompt=null"]) is None
-
-
-def prompt_of(overrides: list[str]) -> str | None:
-    return compose_app(GenerateConfig, "generate", overrides).prompt
-
-
-PIECES = st.lists(st.sampled_from(["${", "}", "\\", *"a:'\"#-e1. \n?~$"]), max_size=10)
-
-
-@settings(deadline=None, max_examples=25)
-@given(PIECES.map("".join), st.floats(1e-30, 1e30))
-@example("\\${a}", 1e-5)
-@example("\\\\${oc.env:HOME}", 1e22)
-def test_yaml_reads_back_equal(tmp_path_factory, text, number):
-    base = _plain_base()
-    cfg = dataclasses.replace(
-        base,
-        run=RunConfig(name=text),
-        train=dataclasses.replace(base.train, sample_prompt=text),
-        optim=dataclasses.replace(base.optim, lr=number),
-        compare=CompareConfig(arms={"a": [text]}, seeds=[1]),
-    )
-    if "???" in text:
-        return
-    file = tmp_path_factory.getbasetemp() / "hypothesis.yaml"
-    file.write_text(to_yaml(cfg))
-    assert load_yaml(file) == cfg
-
-
-_BASES = []
-
-
-def _plain_base():
-    if not _BASES:
-        _BASES.append(compose_train([]))
-    return _BASES[0]
-
-
-def test_what_is_printed_is_what_is_typed(base):
-    text = to_yaml(base)
-    assert "precision: fp32\n" in text
-    assert "scope: global_batch\n" in text
-    assert "hydra" not in text
-    assert "Enum" not in text
-    assert "!!" not in text
 
 
 @pytest.mark.parametrize(
@@ -325,24 +246,6 @@ def test_composing_changes_nothing_outside(base, tmp_path, monkeypatch):
     assert (dict(os.environ), list(sys.argv)) == before
     assert os.listdir(tmp_path) == []
     assert compose_train([]) == base
-
-
-KEYS = [f.name for f in dataclasses.fields(compose_train.__globals__["TrainConfig"])]
-
-
-@given(st.sampled_from([k for k in KEYS if len(k) > 4]), st.data())
-def test_one_slip_of_the_finger_is_understood(key, data):
-    at = data.draw(st.integers(0, len(key) - 1))
-    slips = [key[:at] + key[at + 1 :], key[:at] + "x" + key[at:], key[:at] + "x" + key[at + 1 :], key.upper()]
-    for slip in slips:
-        assert near_miss(slip, KEYS) == key
-
-
-@given(st.text(max_size=8), st.lists(st.text(st.characters(codec="ascii"), max_size=8), max_size=6))
-def test_a_suggestion_is_always_a_known_name(word, known):
-    assert near_miss(word, known) in [None, *known]
-    said = nearest(word, known)
-    assert said == "" or all(k in said for k in known if not k.startswith("_"))
 
 
 def test_an_added_key_that_python_reserves_is_one_line():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from moetrain.moe import Routing
+from moetrain.moe import RouterContext, Routing, build_router
 from moetrain.moe.balance import LossTerm, StepTotals
 
 FORMS = ("switch", "gshard_first", "sum_over_k", "l1")  # those of load shares
@@ -30,3 +33,12 @@ def step_totals(
     found = {form: first if form == "gshard_first" else demand for form in FORMS}
     counts = {f"{form}_global_batch": by_layer for form, by_layer in found.items() if by_layer is not None}
     return StepTotals(num_tokens, counts, {} if running is None else {"running_load": running})
+
+
+def routed(logits_TE: Tensor, batch: int = 1, valid_T: Tensor | None = None, **options: Any) -> Routing:
+    """The top-k routing of these logits, differentiable in them."""
+    tokens, num_experts = logits_TE.shape
+    router = build_router("topk", d_model=num_experts, num_experts=num_experts, **options).to(logits_TE.dtype)
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(num_experts))
+    return router(logits_TE, replace(RouterContext.default(batch, tokens // batch), valid_T=valid_T))

@@ -1,4 +1,4 @@
-"""A run folder has one owner: who holds it, who is refused, what a crash leaves, and how it is lost."""
+"""A run folder has one owner: who holds it, who is refused, and what a crash leaves."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
+from lock_cases import OTHER_BOOT, ended, held, quick, stranger
 
-from moetrain.checkpoint import write as checkpoint_write
-from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.errors import UserError
 from moetrain.train import run_lock, run_owner
-from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, FolderLostError
-from moetrain.train.run_owner import RECORD, Owner, read_owner, this_process, write_owner
+from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock
+from moetrain.train.run_owner import RECORD, read_owner, this_process, write_owner
 
-OTHER_BOOT = "01234567-89ab-cdef-0123-456789abcdef"
+__all__ = ["ended", "quick"]  # fixtures
 
 
 @contextlib.contextmanager
@@ -51,29 +49,6 @@ def _hold(folder: Path, says: Any) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Beats and waits of a fraction of a second."""
-    monkeypatch.setattr(run_lock, "BEAT", 0.1)
-    monkeypatch.setattr(run_lock, "_WATCHED", 0.5)
-    monkeypatch.setattr(run_lock, "_SETTLED", 0.1)
-    monkeypatch.setattr(run_lock, "_SOON", 0.2)
-    monkeypatch.setattr(run_lock, "_POLL", 0.02)
-
-
-@pytest.fixture(autouse=True)
-def ended(monkeypatch):
-    """What the end of the run would say. No lock outlives its test: once lost it would end this process."""
-    said: list[str] = []
-    locks: list[FolderLock] = []
-    acquire = FolderLock.acquire
-    monkeypatch.setattr(run_lock, "end_run", said.append)
-    monkeypatch.setattr(FolderLock, "acquire", lambda lock: (locks.append(lock), acquire(lock))[1])
-    yield said
-    for lock in locks:
-        lock.release()
-
-
-@pytest.fixture
 def no_locks(monkeypatch, request):
     def refuse(*_: object) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -86,19 +61,6 @@ def local_locks(monkeypatch):
     """Locks that another machine's processes do not see: here, every lock is granted."""
     monkeypatch.setattr(fcntl, "lockf", lambda *_: None)
     monkeypatch.setattr(run_lock, "_held", set())
-
-
-def held(folder: Path) -> FolderLock:
-    lock = FolderLock(folder)
-    lock.acquire()
-    return lock
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.01)
 
 
 def test_a_clean_end_leaves_no_trace(tmp_path):
@@ -137,10 +99,6 @@ def test_another_process_of_this_machine(how, tmp_path, quick):
     lock.check()
     lock.release()
     assert tiny.files(run) == []
-
-
-def stranger(**fields: object) -> Owner:
-    return replace(this_process(), host="node7", boot=OTHER_BOOT, pid=4711, job="99", **fields)
 
 
 @pytest.mark.parametrize("beats", [True, False])
@@ -239,75 +197,6 @@ def test_many_at_once_where_all_are_granted(stale, tmp_path, quick, local_locks,
     assert (len(won), len(refused)) == (1, 4), refused
     won[0].check()
     won[0].release()
-
-
-def take_away(folder: Path) -> None:
-    write_owner(folder, stranger(since="now"), new=False)
-
-
-def remove(folder: Path) -> None:
-    tiny_files = tiny.files(folder)
-    for name in tiny_files:
-        (folder / name).unlink()
-    folder.rmdir()
-
-
-def replace_folder(folder: Path) -> None:
-    folder.rename(folder.with_name("moved"))
-    folder.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("loss", "said"),
-    [
-        (take_away, r"the run folder .*run was taken by process 4711 on node7 since now \(job 99\)"),
-        (remove, "the run folder .*run was removed or replaced while it was in use"),
-        (replace_folder, "the run folder .*run was removed or replaced while it was in use"),
-        (lambda folder: (folder / RECORD).unlink(), f"run/{RECORD} was removed while"),
-    ],
-    ids=["taken", "removed", "replaced", "record removed"],
-)
-def test_a_lost_folder_ends_the_run(loss, said, tmp_path, quick, ended):
-    lock = held(tmp_path / "run")
-    wait_for(lambda: read_owner(tmp_path / "run").beat > 1)
-    loss(tmp_path / "run")
-    with pytest.raises(FolderLostError, match=said):
-        lock.check()
-    wait_for(lambda: ended)
-    assert ended[0].endswith("; this run has ended and writes nothing more")
-    lock.release()
-    if loss is take_away:  # the other's record is left alone
-        assert read_owner(tmp_path / "run").pid == 4711
-
-
-@pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.parametrize("moment", ["before", "while it is written"])
-def test_nothing_is_saved_in_anothers_folder(moment, async_save, tmp_path, ended, monkeypatch):
-    lock = held(tmp_path)
-    checkpointer = Checkpointer(tmp_path / "checkpoints", async_save=async_save, guard=lock.check)
-    checkpointer.save(1, {"w": torch.zeros(3)}, {})
-    checkpointer.wait()
-    if moment == "before":
-        take_away(tmp_path)
-    else:  # after the last of its own files
-        encode = checkpoint_write.encode_manifest
-        monkeypatch.setattr(
-            checkpoint_write, "encode_manifest", lambda manifest: (take_away(tmp_path), encode(manifest))[1]
-        )
-    theirs = tmp_path / "checkpoints" / ".tmp_step_00000002" / "theirs"
-    if moment == "before":
-        theirs.parent.mkdir()
-        theirs.touch()
-
-    def save() -> None:
-        checkpointer.save(2, {"w": torch.ones(3)}, {})
-        checkpointer.wait()
-
-    with pytest.raises(FolderLostError, match="was taken by process 4711 on node7"):
-        save()
-    assert tiny.checkpoints(tmp_path) == [1]
-    assert theirs.exists() is (moment == "before")
-    lock.release()
 
 
 def test_an_owner_whose_launcher_is_gone_is_waited_for(tmp_path, quick, monkeypatch):

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
-from balance_cases import FORMS, balance_loss, step_totals, z_loss
+from balance_cases import FORMS, balance_loss, routed, step_totals, z_loss
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from moetrain.moe import MoELayer, RouterContext, Routing, build_router
-from moetrain.moe.balance import LossTerm, RunningLoad, StepTotals, make_terms, total_loss
+from moetrain.moe import MoELayer, RouterContext, Routing
+from moetrain.moe.balance import RunningLoad, StepTotals
 from moetrain.moe.balance.base import SCOPES
 from moetrain.moe.balance.load_share import first_choices_BE
-from moetrain.moe.balance.settings import LossConfig, LossScope
 
 ALL = list(itertools.product(FORMS, SCOPES))
 PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two are the same
@@ -27,15 +25,6 @@ PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two a
 
 def number(loss: Tensor) -> float:
     return float(loss.detach())
-
-
-def routed(logits_TE: Tensor, batch: int = 1, valid_T: Tensor | None = None, **options: Any) -> Routing:
-    """The top-k routing of these logits, differentiable in them."""
-    tokens, num_experts = logits_TE.shape
-    router = build_router("topk", d_model=num_experts, num_experts=num_experts, **options).to(logits_TE.dtype)
-    with torch.no_grad():
-        router.weight_ED.copy_(torch.eye(num_experts))
-    return router(logits_TE, replace(RouterContext.default(batch, tokens // batch), valid_T=valid_T))
 
 
 def totals_of(routings: list[Routing], running_E: Tensor | None = None) -> StepTotals:
@@ -231,58 +220,6 @@ def test_totals_may_live_on_another_device(scope: str) -> None:
     totals = totals_of([routing], torch.full((5,), 0.2))
     elsewhere = tree_map_only(Tensor, lambda t: t.to("meta"), routing)
     assert balance_loss(elsewhere, "sum_over_k", scope, totals).is_meta
-
-
-def test_total_loss_sums_terms_and_layers_with_coefficients() -> None:
-    torch.manual_seed(0)
-    layers = [routed(torch.randn(12, 5, dtype=torch.float64, requires_grad=True), 2) for _ in range(3)]
-    demand_LE = torch.stack([r.demand_E for r in layers])
-    totals = step_totals(12.0, dict(enumerate(demand_LE)))
-    terms = [
-        LossTerm("switch", 0.5, "global_batch"),
-        LossTerm("z", 0.25, "micro"),
-        LossTerm("sum_over_k", 2.0, "sequence"),
-    ]
-    total, raw = total_loss(dict(enumerate(layers)), terms, totals)
-    assert list(raw) == ["switch_global_batch", "z", "sum_over_k_sequence"]
-    assert all(v.shape == (3,) and not v.requires_grad for v in raw.values())
-    want = (
-        0.5 * raw["switch_global_batch"].sum() + 0.25 * raw["z"].sum() + 2 * raw["sum_over_k_sequence"].sum()
-    )
-    torch.testing.assert_close(total.detach(), want)
-    for layer, r in enumerate(layers):  # each layer is held against its own row of the totals
-        alone = balance_loss(r, "switch", "micro", StepTotals(12.0))
-        torch.testing.assert_close(raw["switch_global_batch"][layer], alone.detach())
-    missing = {0: layers[0], 4: replace(layers[1], scores_TE=None)}
-    with pytest.raises(ValueError, match="layer 4: this router returns no scores"):
-        total_loss(missing, terms, step_totals(12.0, {0: demand_LE[0], 4: demand_LE[1]}))
-    assert total_loss({}, terms, totals) == (None, {})
-    assert total_loss(dict(enumerate(layers)), [], totals) == (None, {})
-
-
-def test_a_factor_may_be_of_one_layer() -> None:
-    torch.manual_seed(0)
-    records = {n: routed(torch.randn(12, 5, dtype=torch.float64), 2) for n in (1, 4, 6)}
-    terms, factors = [LossTerm("switch", 0.5, "micro")], {"switch": {1: 3.0, 4: 0.25}}
-    total, raw = total_loss(records, terms, StepTotals(12.0, factors=factors))
-    one, four, six = raw["switch_micro"]
-    torch.testing.assert_close(total, 0.5 * (3 * one + 0.25 * four + six), rtol=1e-14, atol=0)
-
-
-def test_terms_come_from_the_configuration() -> None:
-    config = [
-        LossConfig(),
-        LossConfig("z", 1e-3),
-        LossConfig("switch", 0.1, LossScope.sequence),
-    ]
-    assert make_terms(config) == [
-        LossTerm("switch", 0.01, "global_batch"),
-        LossTerm("z", 1e-3, "global_batch"),
-        LossTerm("switch", 0.1, "sequence"),
-    ]
-    with pytest.raises(ValueError, match="names a loss twice: switch_global_batch, switch_global_batch"):
-        make_terms([LossConfig(), LossConfig(coef=0.5)])
-    assert {LossScope(scope) for scope in SCOPES} == set(LossScope)
 
 
 def test_what_is_missing_is_named() -> None:

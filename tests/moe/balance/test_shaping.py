@@ -6,7 +6,6 @@ Shapes: T tokens, B sequences of S positions, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariance import B, Recorder, assert_same, batch, build, cut, gradients, router_difference
 from scipy import stats
+from shaping_cases import draw, routing_of, softmax, value
 from torch import Tensor
 
-from moetrain.moe import MoELayer, RouterContext, Routing
-from moetrain.moe.assign import from_mask
+from moetrain.moe import MoELayer, Routing
 from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.base import probabilities
-from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, LocalityOptions, beta_cdf
+from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, LocalityOptions
 from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.parallel.mesh import Meshes
@@ -36,32 +35,6 @@ TERMS = {
     "dirichlet_micro": LossTerm("dirichlet", 0.5, "micro", options=DirichletOptions(0.7)),
 }
 EXACT = [key for key in TERMS if key != "dirichlet_micro"]  # whose value and gradient no split changes
-
-
-def softmax(logits_TE: Tensor) -> Tensor:
-    return logits_TE.softmax(-1)
-
-
-def routing_of(
-    logits_TE: Tensor,
-    batch: int = 1,
-    valid_T: Tensor | None = None,
-    score: Callable[[Tensor], Tensor] = torch.relu,
-) -> Routing:
-    """Every expert whose score is above 0, scores as weights."""
-    scores_TE = score(logits_TE)
-    ctx = replace(RouterContext.default(batch, len(logits_TE) // batch), valid_T=valid_T)
-    return from_mask(scores_TE.detach() > 0, scores_TE, ctx, scores_TE, logits_TE)
-
-
-def draw(tokens: int, num_experts: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, num_experts, generator=generator, dtype=torch.float64)
-
-
-def value(term: LossTerm, routing: Routing, num_tokens: float | None = None) -> Tensor:
-    totals = StepTotals(float(routing.num_tokens) if num_tokens is None else num_tokens)
-    return term.value(routing, totals, 0)
 
 
 def by_hand(term: LossTerm, routing: Routing) -> float:
@@ -242,80 +215,6 @@ def test_a_chunk_ends_with_its_sequence() -> None:
     term = LossTerm("chunk_sparsity", 1.0, "global_batch")
     assert float(value(term, routing_of(logits_TE, 2))) == pytest.approx(1 / 2, abs=1e-5)
     assert float(value(term, routing_of(logits_TE, 1))) == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("a", [0.01, 0.3, 1.0, 1.7, 10.0])
-@pytest.mark.parametrize("b", [0.01, 0.7, 1.0, 6.0, 63.0, 511.0])
-def test_the_cdf_is_scipys(a: float, b: float) -> None:
-    prior = stats.beta(a, b)
-    points = [*torch.linspace(-1, 2, 61).tolist(), *prior.ppf([1e-9, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-9]), 1e-30]
-    for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 2e-7)):
-        x = torch.tensor(points, dtype=dtype, requires_grad=True)
-        got = beta_cdf(x, a, b)
-        want = torch.from_numpy(prior.cdf(x.detach().double().numpy()))
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
-        (slope,) = torch.autograd.grad(got.sum(), x)
-        inside = (x.detach() > 0) & (x.detach() < 1)
-        density = torch.from_numpy(prior.pdf(x.detach()[inside].double().numpy()))
-        torch.testing.assert_close(slope[inside].double(), density, rtol=50 * atol, atol=50 * atol)
-        assert not slope[~inside].any()
-
-
-def test_the_cdf_has_the_density_as_its_derivative() -> None:
-    x = torch.tensor([0.02, 0.2, 0.5, 0.93], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: beta_cdf(x, 0.7, 4.2), x)
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
-@pytest.mark.parametrize("num_experts", [2, 7])
-def test_draws_of_the_prior_have_the_least_dirichlet_loss(alpha: float, num_experts: int) -> None:
-    """1 / (6 n) on average, where any other prior's draws have much more."""
-
-    def loss(drawn_from: float) -> float:
-        p = stats.dirichlet([drawn_from] * num_experts).rvs(997, random_state=0)
-        routing = routing_of(torch.from_numpy(p), score=torch.Tensor.clone)
-        return float(value(LossTerm("dirichlet", 1.0, "sequence", options=DirichletOptions(alpha)), routing))
-
-    own = loss(alpha)
-    assert own < 5 / (6 * 997)
-    assert all(loss(other * alpha) > 5 * own for other in (0.3, 3.0))
-
-
-def test_a_router_learns_the_prior() -> None:
-    logits_TE = draw(97, 3, seed=2).requires_grad_()
-    optimizer = torch.optim.Adam([logits_TE], lr=0.05)
-    term = LossTerm("dirichlet", 1.0, "sequence", options=DirichletOptions(0.3))
-    losses = []
-    for _ in range(150):
-        loss = value(term, routing_of(logits_TE, score=softmax))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 50
-
-
-@pytest.mark.parametrize("scope", ["sequence", "micro"])
-def test_one_expert_has_no_prior(scope: str) -> None:
-    logits_TE = draw(6, 1).requires_grad_()
-    loss = value(LossTerm("dirichlet", 1.0, scope), routing_of(logits_TE, 2, score=softmax))
-    loss.backward()
-    assert float(loss.detach()) == 0
-    assert not logits_TE.grad.any()
-
-
-@pytest.mark.parametrize("alpha", [0.05, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_idle_and_saturated_experts_have_finite_gradients(alpha: float, dtype: torch.dtype) -> None:
-    """Scores of exactly 0 and 1, where the density of a sparse prior is infinite."""
-    for logits, score in (([[3.0, -1.0, -2.0]], torch.relu), ([[0.0, -300.0, -80.0]], softmax)):
-        logits_TE = torch.tensor(logits * 5, dtype=dtype).requires_grad_()
-        for term in (
-            LossTerm("dirichlet", 1.0, "sequence", options=DirichletOptions(alpha)),
-            LossTerm("chunk_sparsity", 1.0, "micro"),
-        ):
-            (grad_TE,) = torch.autograd.grad(value(term, routing_of(logits_TE, score=score)), logits_TE)
-            assert grad_TE.isfinite().all()
 
 
 def test_options_come_from_the_configuration() -> None:

@@ -13,8 +13,6 @@ from balance_cases import balance_loss, step_totals
 from moe_cases import reassigned
 from torch import Tensor
 
-from moetrain.config.hydra.compose import compose_train
-from moetrain.config.validate import validate
 from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity, from_token_choice
 from moetrain.moe.options import DropOrder, Repair
@@ -72,20 +70,6 @@ def test_local_experts_that_do_not_exist_are_refused() -> None:
     for block in ((-1, 2), (3, 5), (4, 3)):
         with pytest.raises(ValueError, match=f"local experts {block[0]} to {block[1]} must lie"):
             repair_overflow(wanted, kept, ctx, Repair.local, *LIMITS, local_TE=block)
-
-
-def test_the_config_knows_it_and_warns_of_what_looks_ahead() -> None:
-    for rule in RULES:
-        cfg = compose_train([f"router.repair={rule}", "router.capacity_factor=1.0"])
-        assert cfg.router.repair is Repair[rule]
-        said = " ".join(validate(cfg))
-        assert ("looks ahead" in said) == (rule != "local")
-        assert ("train/loss can be too low" in said) == (rule != "local")
-        both = compose_train(
-            [f"router.repair={rule}", "router.capacity_factor=1.0", "router.eval_capacity_factor=1.0"]
-        )
-        assert ("train/loss and val/loss can" in " ".join(validate(both))) == (rule != "local")
-    assert "looks ahead" not in " ".join(validate(compose_train(["router.capacity_factor=1.0"])))
 
 
 # in a router
