@@ -60,7 +60,7 @@ def start(cfg: TrainConfig, device: str, checkpointer: Checkpointer, resume_from
 def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait.
 
-    Not ``drawn``: weights are undefined until they are loaded.
+    If ``drawn`` is false, weights are undefined until they are loaded.
     """
     corpus = _prepare_in_turn(cfg)
     vocab_size = _vocab_size(cfg, corpus)

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 
 class LossScope(Enum):
-    """Over which tokens a loss takes loads and means; those without scopes are alike at every one."""
+    """The tokens over which a loss takes loads and means; it does not change a loss without scopes."""
 
     micro = "micro"
     sequence = "sequence"
