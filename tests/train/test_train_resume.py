@@ -23,7 +23,7 @@ VARIANTS = {
     "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],
     "capacity": ["router=switch", "router.capacity_factor=1.0", "router.drop_order=random"],
-    "accumulation": [f"train.global_batch_tokens={4 * tiny.BATCH * tiny.SEQ}", "schedule=wsd"],
+    "accumulation": [f"train.global_batch_tokens={2 * tiny.BATCH * tiny.SEQ}", "schedule=wsd"],
     "fp64": ["train.precision=fp64", "balance=sequence"],
     "bf16": ["train.precision=bf16", "train.recompute=true"],
     "dense": ["model.num_experts=0", "balance=none", "schedule=constant"],

@@ -60,12 +60,25 @@ def assert_kept(source: Path, target: Path) -> None:
     torch.testing.assert_close(after_BSV, before_BSV, rtol=1e-12, atol=1e-12 * before_BSV.abs().max().item())
 
 
+LAYERS = {
+    "1 of 8": (1, ()),
+    "2 of 8, every second layer": (2, ("model.moe_every=2",)),
+    "4 of 8, the last layer": (4, ("model.first_dense=2",)),
+}
+# Each family with one choice of layers, and each choice with one family.
+DAILY = dict(zip(DENSE, [*LAYERS, next(iter(LAYERS))], strict=True))
+
+
 @pytest.mark.parametrize(
-    ("top_k", "layers"),
-    [(1, ()), (2, ("model.moe_every=2",)), (4, ("model.first_dense=2",))],
-    ids=["1 of 8", "2 of 8, every second layer", "4 of 8, the last layer"],
+    ("family", "top_k", "layers"),
+    [
+        pytest.param(
+            family, *chosen, id=f"{family}-{name}", marks=[pytest.mark.real] * (DAILY[family] != name)
+        )
+        for family in DENSE
+        for name, chosen in LAYERS.items()
+    ],
 )
-@pytest.mark.parametrize("family", DENSE)
 def test_copies_keep_the_function(
     sources: dict[str, dict[str, Path]], family: str, top_k: int, layers: tuple[str, ...], tmp_path: Path
 ) -> None:

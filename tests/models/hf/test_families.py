@@ -47,7 +47,18 @@ class Moved:
     ours: Decoder
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The same rule as in a case of a neighbouring family.
+REPEATS = {
+    "llama_llama3", "mixtral_window", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn",
+    "qwen3_moe_window", "qwen3_tied",
+}  # fmt: skip
+assert set(CASES) >= REPEATS
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.real] * (name in REPEATS)) for name in CASES],
+)
 def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Moved:
     folder = tmp_path_factory.mktemp(request.param)
     theirs = CASES[request.param].their_model(torch.float32)
