@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
 
-# A file's tests stay on one worker, since they share its costly runs; in this order the long files come first.
+# A file's tests stay on one worker, since they share its costly runs; in files' order, since the longest have few tests.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "not slow and not gpu and not real"
 
@@ -24,8 +24,9 @@ test-real: $(VENV)/.installed-dev
 # docs/architecture.md.
 VARIANTS := OMP_NUM_THREADS=2 MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
   ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default
-PRODUCTS := tests/dist/test_dispatchers.py $(foreach part,balance cpu dynmoe hf model moe muon ops router train,\
-  $(wildcard tests/unit/test_$(part)*.py))
+PRODUCTS := tests/convert tests/dist/test_dispatchers.py tests/models tests/moe tests/ops tests/test_router_tools.py \
+  tests/train/optim tests/train/test_options.py tests/train/test_router_training.py tests/train/test_unloaded.py \
+  $(wildcard tests/train/test_train_*.py)
 
 test-variants: $(VENV)/.installed-dev
 	@failed=; for variant in $(VARIANTS); do echo "with $$variant"; \

@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers: a router returns a Routing, a dispatcher names rows, experts compute them."""
+"""Mixture-of-Experts layers: a router assigns tokens to experts, a dispatcher brings them there and back."""
 
 from moetrain.moe.context import RouterContext
 from moetrain.moe.layer import MoELayer

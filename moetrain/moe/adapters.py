@@ -21,7 +21,7 @@ class AdapterLayer(MoELayer):
     """y = h + sum over a token's assignments of weight * A(h), with h = network(x), routed on x.
 
     The network runs once a token and its parameters are named as a dense layer's. A(h) = down(gelu(up(h))) is
-    of width ``d_adapter``. Raises ValueError for shared experts: the network is one already.
+    of width ``d_adapter``. Raises ValueError for shared experts: the network is shared already.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def from_token_choice(
 ) -> Routing:
     """A Routing of each valid token's distinct experts, K at most; differentiable in ``weights_TK``.
 
-    An id of ``num_experts`` is no expert; ``ragged`` says that there may be such ids.
+    An id equal to ``num_experts`` stands for no expert; ``ragged`` must be set if there may be such ids.
     """
     num_choices = ids_TK.shape[1]
     ids_M = ids_TK.reshape(-1)
@@ -125,7 +125,7 @@ def count_BE(ids_TK: Tensor, ctx: RouterContext, num_experts: int) -> Tensor:
 
 
 def sequences_per_group(group: str, batch: int) -> int:
-    """How many of this rank's sequences form a routing group; ValueError if that does not divide them."""
+    """The number of sequences in a routing group. Raises ValueError if it does not divide ``batch``."""
     if group == ALL:
         return max(batch, 1)
     if group != "sequence" and not (group.isdecimal() and int(group)):
@@ -144,8 +144,8 @@ def apply_capacity(
     """Keep at most C = max(minimum, ceil(factor * demand / E)) assignments per routing group and expert.
 
     For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Where experts have
-    prices, C goes by their inverse instead of 1 / E (MoE++, eq. 8). Dropped assignments leave the assignment;
-    ``demand_BE`` still holds them.
+    prices, C is proportional to their inverse instead of to 1 / E (MoE++, eq. 8). Dropped assignments are
+    removed; ``demand_BE`` still counts them.
     """
     capacity_EG = group_capacity(routing, ctx, factor, minimum, group)
     num_experts, num_groups = capacity_EG.shape
@@ -176,7 +176,7 @@ def group_ids(token_ids: Tensor, ctx: RouterContext, num_groups: int) -> Tensor:
 
 
 def drop_priority(routing: Routing, ctx: RouterContext, experts_N: Tensor, order: DropOrder) -> Tensor | None:
-    """Larger survives; None is the order of position, in which assignments already lie."""
+    """The priority of each assignment; the highest are kept. None: by position, as they are sorted."""
     if order is DropOrder.choice:
         choice_N = routing.assignment.choice_N
         return None if choice_N is None else -choice_N

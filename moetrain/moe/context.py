@@ -17,7 +17,7 @@ from moetrain.ops.counter import mix
 
 @dataclass(frozen=True)
 class RouterContext:
-    """What a router reads besides its input. ``sample_ids_B`` are global: noise follows samples, not ranks.
+    """What a router reads besides its input. Noise depends on ``sample_ids_B``, which are global.
 
     valid_T     bool; None where every token is valid.
     positions_T int64, each token's place in its sequence row (not in its document).

@@ -31,7 +31,7 @@ class ZeroKinds:
 
 
 class ZeroExperts(nn.Module):
-    """Zero: nothing. Copy: x. Constant: ``a x + b v``, ``a, b = softmax(W x)``, v learnt (eq. 3 to 5)."""
+    """Outputs: zero 0, copy x, constant ``a x + b v`` with ``a, b = softmax(W x)``, v learnt (eq. 3 to 5)."""
 
     def __init__(self, d_model: int, kinds: ZeroKinds) -> None:
         super().__init__()

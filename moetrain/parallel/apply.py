@@ -137,7 +137,7 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give the gathered weights back after forward passes without a backward (evaluation, sampling).
+    """Free the gathered weights after forward passes without a backward pass (evaluation, sampling).
 
     Until then ``model.parameters()`` yields the root's whole tensors instead of the optimizer's shards.
     """

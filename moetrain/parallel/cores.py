@@ -27,7 +27,7 @@ def usable_cores() -> int:
 def threads_per_rank(local_ranks: int) -> int:
     """CPU threads of each of ``local_ranks`` processes: OMP_NUM_THREADS, else an equal share of the cores.
 
-    torchrun sets OMP_NUM_THREADS=1 for several ranks where it is unset, so a 1 from there says nothing.
+    torchrun sets OMP_NUM_THREADS=1 for several ranks where it is unset, so its 1 is ignored.
     """
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     unsaid = given == "1" and local_ranks > 1 and "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,4 +1,4 @@
-"""What torchrun's environment says of this process, before torch is imported."""
+"""The variables that torchrun sets for this process, read before torch is imported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def world_size() -> int:
 
 
 def local_ranks() -> int:
-    """How many ranks were started on this machine; 1 without torchrun, or where nobody says."""
+    """How many ranks were started on this machine; 1 without torchrun, or where the variable is not set."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(text)) if text.isdecimal() else 1
 
 
 def is_rank_0() -> bool:
-    """Whether this process speaks for all; true without torchrun."""
+    """Whether this process is rank 0, which prints for all ranks; true without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -53,9 +53,9 @@ def assemble(
 ) -> Assembled:
     """Model, layout over ``world`` ranks, optimizer, losses and controllers.
 
-    ``adjust`` may change how parameters start, alike on every rank; not ``drawn``: they are about to be
-    loaded, and are undefined until then.
-    Raises UserError where the model or the layout cannot be built, or attention not computed as asked.
+    ``adjust`` may change the initializers of parameters, in the same way on every rank. If ``drawn`` is
+    false, parameters are undefined until they are loaded. Raises UserError if the model or the layout cannot
+    be built, or if the attention backend of the config cannot compute the model's attention.
     """
     task, counts = build_task(cfg, vocab_size, device, adjust)
     return with_step(cfg, engine_of(cfg.engine.name)(task, cfg, device, world, drawn), counts)
@@ -64,7 +64,7 @@ def assemble(
 def build_task(
     cfg: TrainConfig, vocab_size: int, device: str, adjust: Callable[[Decoder], None] = lambda model: None
 ) -> tuple[Task, Counts]:
-    """The task, whole and without memory, and the model's counts."""
+    """The task on the meta device, not laid out over ranks yet, and the counts of its model."""
     require_backend(cfg.model, cfg.data.seq_len, _PRODUCTS[cfg.train.precision], _current(device))
     torch.manual_seed(cfg.train.seed)  # of what a plugin's router draws by itself, whole on every rank
     try:

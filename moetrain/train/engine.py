@@ -1,7 +1,7 @@
-"""What lays a task out over the ranks and updates its weights: the seam, and our own engine.
+"""Engines lay a task out over the ranks and update its weights: the interface, and the native engine.
 
 A step is one forward and one backward per micro-batch, then ``clip``, then ``update`` or not, then
-``drop_gradients``. Who runs it knows nothing of how weights, gradients and optimizer state lie.
+``drop_gradients``. The caller does not depend on the layout of weights, gradients and optimizer state.
 
 The gradient rule: gradients are summed over micro-batches and ranks, never averaged.
 """
@@ -68,16 +68,16 @@ class Engine(Protocol):
         """``optim.<name>.<key>`` -> live state of the optimizer; a load fills them in place."""
 
     def forward_only(self) -> AbstractContextManager[None]:
-        """Forward passes without a backward pass belong in here: their gathered weights are given back."""
+        """A context for forward passes without a backward pass; on exit the gathered weights are freed."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """As ``forward_only``, for calls of ``task.model`` itself."""
+        """The same context as ``forward_only``, for direct calls of ``task.model``."""
 
 
 class NativeEngine:
     """FSDP2 for what every rank computes, ``parallel.ep`` for experts, and an optimizer of torch's kind.
 
-    ``task`` is laid out, or whole; ``data`` as its layout has it.
+    ``task`` is laid out over the ranks already, or whole; ``data``: the data groups of its layout.
     """
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, data: DataGroups | None = None) -> None:
@@ -132,9 +132,10 @@ class NativeEngine:
 
 
 def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) -> NativeEngine:
-    """Lay ``task``, which has no memory yet, out over ``world`` ranks; each allocates its own shards.
+    """Lay ``task``, on the meta device, out over ``world`` ranks; each allocates its own shards.
 
-    Weights are drawn as functions of ``train.seed`` and their names; not ``drawn``: they are loaded next.
+    Weights are drawn as functions of ``train.seed`` and their names. If ``drawn`` is false, they are
+    undefined until they are loaded.
     """
     data = lay_out(task, cfg, device, world)
     allocate(task, device)
@@ -144,7 +145,7 @@ def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) 
 
 
 def lay_out(task: Task, cfg: TrainConfig, device: str, world: int) -> DataGroups:
-    """Lay ``task`` out over ``world`` ranks, without memory. Returns who reads what."""
+    """Lay ``task``, on the meta device, out over ``world`` ranks. Returns the groups of ranks by data."""
     with watched("the process groups of the layout", ""):
         meshes = build_meshes(cfg.parallel, world, device)
     compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None

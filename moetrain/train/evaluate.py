@@ -29,12 +29,12 @@ def evaluate(
     byte_scale: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[EvalSums, dict[str, EvalSums]]:
-    """(all held-out tokens, those of each domain). Collective: every rank brings as many batches.
+    """The sums over all held-out tokens, and over those of each domain. All ranks call it together.
 
-    ``byte_scale`` times the tokens' own lengths are bytes of text (``PackedSplit.byte_scale``). The tokens of
-    ``group`` add up; None: all ranks'.
-    Changes nothing that training sees: no gradient, no router state, no random state. Raises UserError, on
-    every rank, where no batch of any has a label. A task that an engine laid out is evaluated within the
+    Every rank must bring the same number of batches. ``byte_scale``: bytes of text for each byte of the
+    tokens' own lengths (``PackedSplit.byte_scale``). Sums are over the ranks of ``group``; None: all ranks.
+    The state of training does not change: no gradient, no router state, no random state. Raises UserError, on
+    every rank, if no batch of any rank has a label. A task that an engine laid out is evaluated within the
     engine's ``forward_only``.
     """
     device = next(task.parameters()).device
@@ -66,14 +66,14 @@ def evaluate(
 
 
 def other_modes(model: Decoder) -> tuple[str, ...]:
-    """The ways of routing in evaluation that are not the default one."""
+    """The modes of routing in evaluation other than the default one."""
     modes = (mode for router in _routers(model) for mode in router.eval_modes[1:])
     return tuple(dict.fromkeys(modes))
 
 
 @contextlib.contextmanager
 def routing_by(model: Decoder, mode: str) -> Iterator[None]:
-    """Evaluate by ``mode`` while it lasts; routers that have no such way keep theirs."""
+    """A context in which routers evaluate by ``mode``; routers without that mode keep their default."""
     routers = [router for router in _routers(model) if mode in router.eval_modes]
     before = [router.eval_mode for router in routers]
     for router in routers:

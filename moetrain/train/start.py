@@ -68,7 +68,7 @@ def start(
 def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     """Data, model, layout, optimizer, losses and controllers. Rank 0 prepares the data, the others wait.
 
-    Not ``drawn``: weights are undefined until they are loaded.
+    If ``drawn`` is false, weights are undefined until they are loaded.
     """
     check_loop(cfg.train)
     check_batch(cfg.train, cfg.data.seq_len, world())

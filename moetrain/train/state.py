@@ -73,9 +73,9 @@ class TrainState:
         return checkpointer.save(self.step, self.tensors(), extra)
 
     def load(self, checkpointer: Checkpointer, path: Path) -> None:
-        """Become the state that the checkpoint at ``path`` holds.
+        """Load the state of the checkpoint at ``path`` into the live objects.
 
-        Raises UserError before anything is changed where it is damaged, odd, or of another run.
+        Raises UserError, before anything is changed, if it is damaged, malformed, or of another run.
         """
         extra = checkpointer.load(path, self.tensors(), check=partial(self._check, path))
         saved = SavedState.of(extra, str(path / EXTRA))
@@ -93,7 +93,7 @@ class TrainState:
         self.loader.check_state_dict(extra["loader"])
 
     def start(self, seed: int) -> None:
-        """Just before the first step: the random state of the checkpoint, or a seeded one.
+        """Set the random state to the checkpoint's, or seed it. Call it just before the first step.
 
         Not earlier, since importing a library may draw a number.
         """

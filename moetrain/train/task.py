@@ -42,8 +42,9 @@ class Inputs(NamedTuple):
 class Task(nn.Module):
     """The root module of training: decoder and loss, so that FSDP gathers the head's weight once for both.
 
-    A task says what the loss is of; held-out text is scored by its next tokens whatever that is. What a task
-    holds beside the decoder is in no checkpoint: it must not train, and be the same in every run.
+    A task defines the loss of training; evaluation scores the next tokens of held-out text whichever task it
+    is. Modules of a task besides the decoder are not in checkpoints: they must not be trained, and must be
+    the same in every run.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -88,8 +89,8 @@ TASKS: dict[str, Builder] = {}
 def register_task(name: str) -> Callable[[Builder], Builder]:
     """Decorator: make a :class:`Task`, or what builds one around a decoder, known as ``train.task``.
 
-    The decoder has no memory yet. A second use of a name is an error. What the builder refuses it says by
-    ValueError, in one line.
+    The builder gets a decoder on the meta device, and may refuse it by a ValueError with a message of one
+    line. A second use of a name is an error.
     """
 
     def add(builder: Builder) -> Builder:
@@ -126,7 +127,7 @@ def batch_arguments(
 ) -> dict[str, object]:
     """The keyword arguments of a :class:`Task` for a batch (labels included).
 
-    ``group``: the ranks whose tokens a router may couple; None: this one's.
+    ``group``: the ranks whose tokens a router may couple; None: this rank alone.
     """
     rows, seq = batch.input_ids_BS.shape
     ctx = RouterContext(

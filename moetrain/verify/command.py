@@ -119,10 +119,10 @@ def _table(checks: list[Check]) -> Table:
     for scenario in dict.fromkeys(check.scenario for check in checks):
         own = [check for check in checks if check.scenario == scenario]
         broken = [check for check in own if not check.holds]
-        verdict = "ok" if not broken else "FAILED" if any(check.binding for check in broken) else "reported"
+        outcome = "ok" if not broken else "FAILED" if any(check.binding for check in broken) else "reported"
         worst = max(own, key=lambda check: check.worst)
         compared = ", ".join(f"{check.number} {check.what}" for check in own)
-        table.add_row(verdict, scenario, compared, f"{worst.worst:.0e}" if worst.worst else "0")
+        table.add_row(outcome, scenario, compared, f"{worst.worst:.0e}" if worst.worst else "0")
     return table
 
 

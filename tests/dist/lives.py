@@ -1,6 +1,7 @@
 """Ranks of ``moetrain`` that may end as they like: with a code, by a signal, one without the other.
 
-:func:`moetrain.parallel.ranks.run_ranks` ends all ranks when one fails; here each is left alone, as on machines of their own.
+:func:`moetrain.parallel.ranks.run_ranks` ends all ranks when one fails; here each is left alone, as on
+machines of their own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import netns
-from moetrain.parallel import ranks
 import torch
 import torch.distributed as dist
+
+from moetrain.parallel import ranks
 
 
 class Lives:

@@ -26,7 +26,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Network:
-    """``count`` namespaces, each joined by a veth pair to a bridge in one more; all are gone after the ``with``."""
+    """``count`` namespaces, each joined by a veth pair to a bridge in one more; gone after the ``with``."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"{_PREFIX}{os.getpid()}-{number}" for number in range(count)]
@@ -65,7 +65,7 @@ class Network:
             _call("tc", "-n", name, "qdisc", "replace", "dev", DEVICE, *bucket)
 
     def cut(self, number: int) -> None:
-        """``ip link set down`` in namespace ``number``: its packets and those to it are lost without a word."""
+        """``ip link set down`` in namespace ``number``: its packets and those to it are lost."""
         _ip("-n", self.names[number], "link", "set", DEVICE, "down")
 
     def _join(self, number: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is taken over by any other: model, optimizer, controllers, data, and what follows.
+"""Any layout takes over a checkpoint of any other: model, optimizer, controllers, data, and what follows.
 
 The real parts that ``moetrain train`` builds, on the tiny model in fp64. The suite moves between two layouts;
 all ordered pairs of nine are marked slow, and the result recorded in docs/expert_parallelism.md.
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.config.hydra.compose import compose_train
-from moetrain.train.options import TrainConfig
 from moetrain.errors import UserError
 from moetrain.parallel.ranks import RankError, run_ranks
 from moetrain.train.optim.schedule import lr_factor
+from moetrain.train.options import TrainConfig
 from moetrain.train.start import Built, build
 
 LAYOUTS = {
@@ -134,7 +134,7 @@ def test_every_ordered_pair_with_muon(corpus, tmp_path):
 
 
 def test_a_lost_shard_is_named_by_every_layout(corpus, tmp_path):
-    """Renamed, it is as good as lost: one process and two ranks say its name, and then that of a removed one."""
+    """Renamed, it is as good as lost: one process and two ranks say its name, then that of a removed one."""
     arguments = [a for a in tiny.command(corpus, tmp_path, *OPTIONS)[1:] if "run.dir" not in a]
     on("ep 2", save, arguments, str(tmp_path / "kept"))
     path = next((tmp_path / "kept").glob("step_*"))

@@ -1,4 +1,4 @@
-"""Checkpoints over real ranks: any layout loads any other bit for bit, and every verdict is everybody's."""
+"""Checkpoints over real ranks: any layout loads any other bit for bit; all ranks refuse alike."""
 
 import os
 import resource
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moetrain.parallel.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from moetrain.errors import UserError
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.read import load_checkpoint
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
+from moetrain.errors import UserError
+from moetrain.parallel.ranks import run_ranks
 from moetrain.parallel.watchdog.peer_errors import PeerLostError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_for_one_rank_stops_the_save_on_all(tmp_path, failin
     assert os.listdir(tmp_path) == ["step_00000001"]
 
 
-def _verdicts(rank: int, world: int, folder: str) -> list[str]:
+def _refusals(rank: int, world: int, folder: str) -> list[str]:
     checkpointer = Checkpointer(Path(folder))
     found = [str(checkpointer.latest_valid())]
     attempts = [
@@ -189,14 +189,14 @@ def _verdicts(rank: int, world: int, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "extra.json", "metadata.json", "manifest.json"])
-def test_every_rank_comes_to_the_same_verdict(tmp_path, name):
+def test_every_rank_is_refused_in_the_same_words(tmp_path, name):
     """Whichever rank checks the damaged file, and whichever rank's tensors do not fit."""
     checkpointer = Checkpointer(tmp_path)
     for step in (1, 2):
         checkpointer.save(step, {"w": torch.ones(3)}, {})
     path = tmp_path / "step_00000002" / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    first, other = run_ranks(_verdicts, 2, str(tmp_path))
+    first, other = run_ranks(_refusals, 2, str(tmp_path))
     assert other == first
     assert first[0].endswith("step_00000001")
     assert f"damaged or incomplete: {name}: " in first[1]

@@ -11,13 +11,13 @@ from invariance import Recorder, batch, build, cut, terms
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain.train.optim.options import AdamWConfig
-from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.optim.build import build_optimizer
+from moetrain.train.optim.options import AdamWConfig
 from moetrain.train.step import TrainStep
 from moetrain.train.task import TaskOutput, batch_arguments
 

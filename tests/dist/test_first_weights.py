@@ -1,4 +1,4 @@
-"""A fresh model has the same bits on every layout, and no rank ever holds more of a parameter than its shard."""
+"""A fresh model has the same bits on every layout, and no rank holds more of a parameter than its shard."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from largest import Largest
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.checkpoint.state_dict import model_tensors
 from moetrain.config.hydra.compose import compose_train
 from moetrain.models.feed_forward import FEED_FORWARDS
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
-from moetrain.checkpoint.state_dict import model_tensors
 
 VOCAB = 61
 MODEL = [

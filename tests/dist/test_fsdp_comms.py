@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import pytest
 from invariance import MODEL, ROUTER, Recorder, V, batch, cut
 
-from moetrain.parallel.options import ParallelConfig
 from moetrain.models.decoder import Decoder
 from moetrain.moe.dispatch.collectives import Collective
 from moetrain.moe.options import ExpertsConfig
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor
@@ -28,7 +28,7 @@ GATHER, REDUCE, SUM = (
 
 
 def told(rank: int, world: int, layout: ParallelConfig) -> tuple[dict[str, list[str]], int]:
-    """What an observer of one step with two micro-batches heard, by module; and what it never heard the end of."""
+    """What an observer of a step with two micro-batches heard, by module; and what it heard no end of."""
     heard: dict[str, list[str]] = {}
     within: list[Collective] = []
 

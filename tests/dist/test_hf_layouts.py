@@ -1,4 +1,4 @@
-"""First weights under any layout, from Hugging Face's files or converted ones; and exports of any layout's run.
+"""First weights under any layout, of Hugging Face's files or converted ones; exports of any layout's run.
 
 The ranks of one spawn go through all layouts of their number.
 """
@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.state_dict import model_tensors
 from moetrain.cli import main
 from moetrain.config.hydra.compose import compose_train, load_yaml
-from moetrain.plain import to_yaml
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.ranks import run_ranks
-from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.plain import to_yaml
 from moetrain.train.initial import load_initial
 from moetrain.train.start import Built, build
-from moetrain.checkpoint.state_dict import model_tensors
 
 FOUR = {
     "ep 4": ["parallel.ep=4"],
@@ -32,7 +32,8 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
+    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
+    "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
 
@@ -72,7 +73,9 @@ def loaded(arguments: list[str], starts: list[str]) -> tuple[list[dict[str, Tens
         with torch.no_grad():
             for tensor in model_tensors(built.state.task.model).values():
                 tensor.fill_(torch.nan)
-        load_initial(Path(start), model_tensors(built.state.task.model), {}, built.corpus.tokenizer, load_yaml)
+        load_initial(
+            Path(start), model_tensors(built.state.task.model), {}, built.corpus.tokenizer, load_yaml
+        )
         found.append(whole(built))
     return found, built, cfg
 
@@ -105,6 +108,7 @@ def largest(rank: int, world: int, arguments: list[str], start: str) -> tuple[in
     built = build(compose_train(arguments), "cpu", drawn=False)
     tensors = model_tensors(built.state.task.model)
     with Largest() as seen:
+        tensors = model_tensors(built.state.task.model)
         load_initial(Path(start), tensors, {}, built.corpus.tokenizer, load_yaml)
     built.state.loader.close()
     return seen.numel, max(local_part(t).numel() for t in tensors.values())

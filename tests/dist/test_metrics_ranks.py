@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.routing import Routing
+from moetrain.parallel.ranks import run_ranks
 from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 
 EXPERTS = {1: 3, 4: 5}  # a layer's place -> its experts

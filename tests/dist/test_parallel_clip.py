@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from moetrain.parallel.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from moetrain.parallel.clip import clip_, global_norm
+from moetrain.parallel.ranks import run_ranks
 
 SHAPES = [(7, 5), (1, 3), (11,), (3, 2, 5), (13,), (2, 2)]
 

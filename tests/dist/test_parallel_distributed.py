@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from moetrain.parallel.ranks import RankError, run_ranks
 
-from moetrain.parallel.options import ParallelConfig
 from moetrain.errors import UserError
 from moetrain.parallel import distributed
 from moetrain.parallel.mesh import build_meshes
+from moetrain.parallel.options import ParallelConfig
+from moetrain.parallel.ranks import RankError, run_ranks
 
 
 def from_the_environment(rank: int, world: int) -> list[object]:

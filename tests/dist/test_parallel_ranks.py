@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from moetrain.parallel.ranks import RankError, RanksTimeoutError, run_ranks
 
 

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.models.options import ModelConfig, QKNorm
-from moetrain.parallel.options import ParallelConfig
-from moetrain.train.options import Precision
 from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe.options import ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.parallel.apply import parallelize, sync_gradients
 from moetrain.parallel.distributed import rank, world
 from moetrain.parallel.mesh import Meshes, build_meshes
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.precision import round_for_inference
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
+from moetrain.train.options import Precision
 from moetrain.train.task import NextToken, TaskOutput, batch_arguments
 from moetrain.verify.batches import cut, mixed
 
@@ -143,7 +143,7 @@ def sums(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_gradients_are_summed_in_fp32(layout):
-    """In bf16 a sum of two would err by 2^-9 of it; fp32 sums in another order err by 2^-22 of their terms."""
+    """In bf16 a sum of two would err by 2^-9 of it; fp32 sums in another order by 2^-22 of their terms."""
     for found, expected in run_ranks(sums, 1 if layout is None else 2, layout, init=layout is not None):
         for name, gradient in found.items():
             scale = float(expected[name].abs().max())

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rank_memory
 import rehearsal
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.train.options import TrainConfig
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
 from moetrain.parallel.ranks import run_ranks
+from moetrain.train.options import TrainConfig
 
 pytestmark = pytest.mark.real
 
@@ -73,7 +72,10 @@ def of_a_real_rank() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_fake_rank_counts_the_bytes_of_a_real_one(name, of_a_real_rank):
-    """Every figure, though the real rank learns its counts from the others: parameters, gradients, optimizer, activations, the peak's parts, the collectives."""
+    """Every figure, though the real rank learns its counts from the others.
+
+    Parameters, gradients, optimizer, activations, the peak's parts, the collectives.
+    """
     assert fake(*CASES[name]) == of_a_real_rank[name]
     assert not dist.is_initialized()
 

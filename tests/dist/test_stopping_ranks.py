@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from moetrain.parallel.ranks import run_ranks
 
+from moetrain.parallel.ranks import run_ranks
 from moetrain.parallel.watchdog.peer_errors import PeerLostError
 from moetrain.train.stopping import StopFlag
 

@@ -19,8 +19,8 @@ from invariance import (
     weights_after_three_steps,
 )
 
-from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.mesh import Meshes, build_meshes
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.engine import NativeEngine
 from moetrain.train.log.monitor import LossMonitor

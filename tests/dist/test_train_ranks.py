@@ -16,13 +16,13 @@ import tiny
 import torch
 import torch.distributed as dist
 from lives import Lives
-from moetrain.parallel.ranks import run_ranks
 
 from moetrain.config.hydra.compose import compose_train
-from moetrain.data.options import DataConfig
 from moetrain.data import Corpus
 from moetrain.data import prepare as data_prepare
+from moetrain.data.options import DataConfig
 from moetrain.errors import STOPPED
+from moetrain.parallel.ranks import run_ranks
 from moetrain.train import start as train_start
 
 ONE_EACH = "train.micro_batch_size=1"
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_on_any_number_of_ranks(world, corpus, tmp_path):
 
 @pytest.mark.real
 def test_spread_experts_train_alike_and_load_anywhere(corpus, tmp_path):
-    """In fp64: the whole curve, then one process goes on from the ranks' checkpoint, and they from its own."""
+    """In fp64: the whole curve, then one process goes on from the ranks' checkpoint, and they from its."""
     options = [*tiny.TRAINED, "train.precision=fp64", ONE_EACH, "balance=aux_free", "train.eval_samples=7"]
     options += ["model.num_experts=6", "model.num_shared_experts=1", "router.capacity_factor=1.2"]
     spread = [*options, "parallel.ep=2"]

@@ -12,6 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.state_dict import model_tensors
 from moetrain.cli import main
 from moetrain.config.hydra.compose import compose_train, load_yaml
 from moetrain.config.stored import trained_config
@@ -20,7 +21,6 @@ from moetrain.data import load_tokenizer
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
-from moetrain.checkpoint.state_dict import model_tensors
 
 DENSE = ("model.num_experts=0", "balance=none", "train.precision=fp64", "train.steps=5", "model.init_std=0.3")
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""``moetrain verify``: a whole trainer passes, every broken one fails and says where, and training knows it."""
+"""``moetrain verify``: a whole trainer passes, a broken one fails and says where, and training knows it."""
 
 from __future__ import annotations
 

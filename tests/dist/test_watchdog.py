@@ -1,4 +1,4 @@
-"""No rank waits for ever: one is killed, stopped, asleep, cut off or out of step, and the others end and say so."""
+"""No rank waits for ever: one is killed, stopped, asleep, cut off or out of step; the others end and say so."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import tiny
 import torch
 import torch.distributed as dist
 from lives import Lives
-from moetrain.parallel.ranks import run_ranks
 
 from moetrain.moe.dispatch.collectives import Calls, Exchange, OutOfStepError
+from moetrain.parallel.ranks import run_ranks
 from moetrain.parallel.watchdog.flight_recorder import patiently, watched
 from moetrain.parallel.watchdog.watchdog import watching
 from moetrain.train.run_lock import FolderLock

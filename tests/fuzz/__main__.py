@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from fuzz.catalogue import KNOWN, TARGETS
 from fuzz.runner import Runner
@@ -33,14 +34,14 @@ def main() -> int:
         else:
             todo = [(args.target, seed) for seed in range(args.numbers[0], args.numbers[-1] + 1)]
         with Runner(world) as runner:
-            verdicts = []
-            for verdict in runner.run(todo):
-                verdicts.append(verdict)
-                if not verdict.good or len(todo) == 1:
-                    print(verdict.line(), flush=True)
-    if len(verdicts) > 1:
-        print(table(verdicts))
-    return 0 if all(verdict.good for verdict in verdicts) else 1
+            outcomes = []
+            for outcome in runner.run(todo):
+                outcomes.append(outcome)
+                if not outcome.good or len(todo) == 1:
+                    print(outcome.line(), flush=True)
+    if len(outcomes) > 1:
+        print(table(outcomes))
+    return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _told_secret() -> None:
     raise UserError(f"no number: {os.environ['FUZZ_SECRET']}")
 
 
-FAULTS: dict[str, Callable[[], Any]] = {  # by verdict
+FAULTS: dict[str, Callable[[], Any]] = {  # by outcome
     "other": lambda: {}["key"],
     "hang": _endless,
     "hang swallowed": _swallowing,

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from fuzz.verdict import BEGUN, Limits, Verdict
+from fuzz.outcome import BEGUN, Limits, Outcome
 
 _TESTS = Path(__file__).resolve().parents[1]
 _LOOK = 0.05
@@ -24,7 +24,7 @@ _START = 300.0  # seconds until a worker has imported all, and read the valid fi
 
 
 class Runner:
-    """Verdicts of mutations of the files in ``world``. A worker that fell is followed by another."""
+    """Outcomes of mutations of the files in ``world``. A worker that fell is followed by another."""
 
     def __init__(self, world: Path, limits: Limits = Limits()) -> None:  # noqa: B008
         self._world, self._limits = world, limits
@@ -44,17 +44,17 @@ class Runner:
         self._log.close()
         self._scratch.cleanup()
 
-    def run(self, jobs: Iterable[tuple[str, int]]) -> Iterator[Verdict]:
+    def run(self, jobs: Iterable[tuple[str, int]]) -> Iterator[Outcome]:
         for target, seed in jobs:
-            verdict = self._one(target, seed)
-            if verdict.kind in ("hang", "memory", "crash"):
+            outcome = self._one(target, seed)
+            if outcome.kind in ("hang", "memory", "crash"):
                 self._stop()  # what is left behind is no fair start for the next
-            yield verdict
+            yield outcome
 
-    def _one(self, target: str, seed: int) -> Verdict:
+    def _one(self, target: str, seed: int) -> Outcome:
         worker = self._started()
         assert worker.stdin is not None
-        fallen = Verdict(target, seed, "crash")
+        fallen = Outcome(target, seed, "crash")
         held = spent = 0.0
         deadline, ready = time.monotonic() + _START, False
         try:
@@ -68,19 +68,19 @@ class Runner:
                 held, spent, ready = _memory(worker.pid), _processor(worker.pid), True
                 deadline = time.monotonic() + self._limits.wall
             elif line is not None:
-                return Verdict(**json.loads(line))
+                return Outcome(**json.loads(line))
             elif worker.poll() is not None:
                 return self._fallen(fallen)
             elif time.monotonic() > deadline:
                 if not ready:
                     raise RuntimeError(f"the worker did not begin with {target} {seed} in {_START} seconds")
-                return Verdict(target, seed, "hang", "waiting")
+                return Outcome(target, seed, "hang", "waiting")
             elif ready and _processor(worker.pid) - spent > self._limits.seconds + self._limits.grace:
-                return Verdict(target, seed, "hang", "in native code")
+                return Outcome(target, seed, "hang", "in native code")
             elif ready and _memory(worker.pid) - held > 2 * self._limits.memory:  # before the machine suffers
-                return Verdict(target, seed, "memory")
+                return Outcome(target, seed, "memory")
 
-    def _fallen(self, fallen: Verdict) -> Verdict:
+    def _fallen(self, fallen: Outcome) -> Outcome:
         assert self._worker is not None
         code = self._worker.wait()
         self._log.seek(0)
@@ -90,7 +90,7 @@ class Runner:
                 f"the worker ended with {code} at {fallen.target} {fallen.seed}:\n{said[-3000:]}"
             )
         place = signal.Signals(-code).name
-        return Verdict(fallen.target, fallen.seed, "crash", place, said[-300:])
+        return Outcome(fallen.target, fallen.seed, "crash", place, said[-300:])
 
     def _line(self) -> bytes | None:
         """The worker's next answer, if it comes within a moment."""
@@ -111,7 +111,7 @@ class Runner:
             arguments.append(json.dumps(asdict(self._limits)))
             env = {
                 **os.environ,
-                "PYTHONPATH": f"{_TESTS}:{_TESTS.parent}",
+                "PYTHONPATH": f"{_TESTS}:{_TESTS / 'helpers'}:{_TESTS.parent}",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }

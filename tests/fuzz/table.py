@@ -1,4 +1,4 @@
-"""Verdicts as tables, and jobs as shares of a total."""
+"""Outcomes as tables, and jobs as shares of a total."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fuzz.catalogue import TARGETS
-from fuzz.verdict import Verdict
+from fuzz.outcome import Outcome
 
 _KINDS = (
     "equal",
@@ -32,24 +32,26 @@ def jobs(total: int, start: int = 0) -> Iterator[tuple[str, int]]:
             yield target.name, seed
 
 
-def table(verdicts: Iterable[Verdict]) -> str:
-    """A Markdown table: a row a target, a column a verdict that occurs; then the places of what is wrong."""
-    verdicts = list(verdicts)
-    counts = Counter((v.target, v.kind) for v in verdicts)
-    kinds = [kind for kind in _KINDS if any(v.kind == kind for v in verdicts)]
+def table(outcomes: Iterable[Outcome]) -> str:
+    """A Markdown table: a row a target, a column an outcome that occurs; then the places of what is wrong."""
+    outcomes = list(outcomes)
+    counts = Counter((one.target, one.kind) for one in outcomes)
+    kinds = [kind for kind in _KINDS if any(one.kind == kind for one in outcomes)]
     lines = [
         "| target | all | " + " | ".join(kinds) + " | mean | slowest |",
         "|---|" + "---:|" * (len(kinds) + 3),
     ]
-    for target in dict.fromkeys(v.target for v in verdicts):
-        own = [v for v in verdicts if v.target == target]
-        mean, slowest = sum(v.seconds for v in own) / len(own), max(v.seconds for v in own)
+    for target in dict.fromkeys(one.target for one in outcomes):
+        own = [one for one in outcomes if one.target == target]
+        mean, slowest = sum(one.seconds for one in own) / len(own), max(one.seconds for one in own)
         cells = " | ".join(str(counts[target, kind] or "") for kind in kinds)
         lines.append(f"| {target} | {len(own)} | {cells} | {mean:.2f} s | {slowest:.1f} s |")
-    places = Counter((v.target, v.kind, v.place) for v in verdicts if not v.good)
+    places = Counter((one.target, one.kind, one.place) for one in outcomes if not one.good)
     if places:
-        lines += ["", "| target | verdict | place | times | a seed |", "|---|---|---|---:|---:|"]
+        lines += ["", "| target | outcome | place | times | a seed |", "|---|---|---|---:|---:|"]
     for (target, kind, place), count in places.most_common():
-        seed = next(v.seed for v in verdicts if (v.target, v.kind, v.place) == (target, kind, place))
+        seed = next(
+            one.seed for one in outcomes if (one.target, one.kind, one.place) == (target, kind, place)
+        )
         lines.append(f"| {target} | {kind} | {place} | {count} | {seed} |")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ _LONGEST = 4000  # characters of a line that somebody is to read
 
 
 class FaultError(Exception):
-    """A loader ended in a way that is a finding by itself; the message begins with the verdict."""
+    """A loader ended in a way that is a finding by itself; the message begins with the outcome."""
 
 
 @dataclass(frozen=True)

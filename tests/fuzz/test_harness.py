@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.outcome import Limits
 from fuzz.planted import FAULTS, NAIVE, make_small_world
 from fuzz.runner import Runner
-from fuzz.verdict import Limits
 
 _EXPECTED = {  # exceptions that each form's mutations bring about in a loader that checks nothing
     "json": {"KeyError", "TypeError", "RecursionError", "JSONDecodeError"},
@@ -31,14 +31,14 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_planted_fault_is_found(fault: str, runner: Runner) -> None:
-    (verdict,) = runner.run([(fault.replace(" ", "_"), 0)])
-    assert verdict.kind == fault.split()[0], verdict.line()
+    (outcome,) = runner.run([(fault.replace(" ", "_"), 0)])
+    assert outcome.kind == fault.split()[0], outcome.line()
 
 
 @pytest.mark.parametrize("form", list(NAIVE))
 def test_mutations_of_each_form_find_faults(form: str, runner: Runner) -> None:
-    verdicts = list(runner.run((f"naive_{form}", seed) for seed in range(80)))
-    found = {verdict.place.split()[-1] for verdict in verdicts if verdict.kind == "other"}
+    outcomes = list(runner.run((f"naive_{form}", seed) for seed in range(80)))
+    found = {outcome.place.split()[-1] for outcome in outcomes if outcome.kind == "other"}
     assert found >= _EXPECTED[form]
     again = list(runner.run((f"naive_{form}", seed) for seed in range(5)))
-    assert [(v.kind, v.note) for v in again] == [(v.kind, v.note) for v in verdicts[:5]]
+    assert [(one.kind, one.note) for one in again] == [(one.kind, one.note) for one in outcomes[:5]]

@@ -1,6 +1,6 @@
 """Runs mutations in this process: ``python -m fuzz.worker WORLD SCRATCH DESCRIPTOR LIMITS``.
 
-A line on stdin is a job, ``TARGET SEED``; its verdict goes to the descriptor as a line of JSON. The parent
+A line on stdin is a job, ``TARGET SEED``; its outcome goes to the descriptor as a line of JSON. The parent
 (``runner.py``) watches memory and time from outside. Processor time is watched here too, for a hang's place.
 """
 
@@ -24,10 +24,10 @@ from random import Random
 from types import FrameType, TracebackType
 from typing import Any
 
+from fuzz.outcome import BEGUN, Limits, Outcome
 from fuzz.planted import PLANTED
 from fuzz.target import FaultError, Target, Way
 from fuzz.trees import SECRET
-from fuzz.verdict import BEGUN, Limits, Verdict
 from moetrain.errors import UserError
 
 _ADDRESSES = (
@@ -42,7 +42,7 @@ class _Hang(BaseException):
 
 def run(
     target: Target, seed: int, world: Path, scratch: Path, limits: Limits, begin: Callable[[], None]
-) -> Verdict:
+) -> Outcome:
     """Mutate a copy of the world, call ``begin`` and read it."""
     with _copy(world, scratch, target):
         random = Random(f"{target.name} {seed}")
@@ -84,8 +84,8 @@ def _quiet() -> Any:
         yield
 
 
-def _judged(target: Target, way: Way, good: Any, limits: Limits) -> Verdict:
-    blank = Verdict(target.name, 0, "equal")
+def _judged(target: Target, way: Way, good: Any, limits: Limits) -> Outcome:
+    blank = Outcome(target.name, 0, "equal")
     begun, alarms = time.process_time(), []
 
     def alarm(number: int, frame: FrameType | None) -> None:
@@ -105,28 +105,28 @@ def _judged(target: Target, way: Way, good: Any, limits: Limits) -> Verdict:
             signal.setitimer(signal.ITIMER_PROF, 0)
         if complaint:
             kind, _, says = complaint.partition(": ")
-            verdict = replace(blank, kind=kind, place=way.name, says=says)
+            outcome = replace(blank, kind=kind, place=way.name, says=says)
         elif SECRET in repr(found):
-            verdict = replace(blank, kind="leak", place=way.name)
+            outcome = replace(blank, kind="leak", place=way.name)
         else:
-            verdict = replace(blank, kind="equal" if _same(good, found) else "fits")
+            outcome = replace(blank, kind="equal" if _same(good, found) else "fits")
     except UserError as error:
-        verdict = _refused(blank, error)
+        outcome = _refused(blank, error)
     except FaultError as error:
         kind, _, says = str(error).partition(": ")
-        verdict = replace(blank, kind=kind, place=_place(error.__traceback__), says=says)
+        outcome = replace(blank, kind=kind, place=_place(error.__traceback__), says=says)
     except BaseException as error:
         kind = "memory" if isinstance(error, MemoryError) or "allocate memory" in str(error) else "other"
         where = f"{_place(error.__traceback__)} {type(error).__name__}"
-        verdict = replace(blank, kind=kind, place=where, says=str(error)[:300])
+        outcome = replace(blank, kind=kind, place=where, says=str(error)[:300])
     if alarms:
-        verdict = replace(verdict, kind="hang")
+        outcome = replace(outcome, kind="hang")
     if (peak := _status("VmHWM") - held) > limits.memory:
-        verdict = replace(verdict, kind="memory", says=f"{peak / 1e9:.1f} GB")
-    return replace(verdict, seconds=time.process_time() - begun)
+        outcome = replace(outcome, kind="memory", says=f"{peak / 1e9:.1f} GB")
+    return replace(outcome, seconds=time.process_time() - begun)
 
 
-def _refused(blank: Verdict, error: UserError) -> Verdict:
+def _refused(blank: Outcome, error: UserError) -> Outcome:
     """What is wrong with an error line."""
     line = str(error)
     blank = replace(blank, says=line[:300])
@@ -183,8 +183,8 @@ def main() -> None:
         target = PLANTED[name] if name in PLANTED else _real(name)
         limit = _status("VmSize") + _ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        verdict = run(target, int(seed), world, scratch, limits, lambda: say(BEGUN.decode()))
-        say(json.dumps(asdict(verdict)))
+        outcome = run(target, int(seed), world, scratch, limits, lambda: say(BEGUN.decode()))
+        say(json.dumps(asdict(outcome)))
 
 
 if __name__ == "__main__":

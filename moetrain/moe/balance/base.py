@@ -63,9 +63,10 @@ class LossSpec(Generic[Opts]):
     """The specification of a registered loss.
 
     ``value`` gives a micro-batch's contribution, a scalar without coefficient; contributions of micro-batches
-    and ranks are added up. ``scopes``: those that it has; empty: it is alike at every one. ``ahead``: what is
-    summed over the global batch, a layer, before the first backward pass, for ``global_batch`` and for a loss
-    without scopes. ``refuses``: why a router cannot have it. ``at_balance`` and ``what`` are for tables.
+    and ranks are added up. ``scopes``: those that it offers; empty: the scope does not change it. ``ahead``:
+    what is summed over the global batch, a layer, before the first backward pass, for ``global_batch`` and
+    for a loss without scopes. ``refuses``: why a router cannot have it. ``at_balance`` and ``what`` are for
+    tables.
     """
 
     name: str

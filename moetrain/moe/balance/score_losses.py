@@ -109,8 +109,8 @@ def dirichlet(routing: RoutingRecord, seen: Seen[DirichletOptions]) -> Tensor:
     p in ascending order, the i-th should lie at the quantile i / (n + 1): the loss is the mean over tokens
     and experts of ``(i / (n + 1) - F(p_(i)))^2``, F the Beta distribution's CDF; about 1 / (6 n) for draws of
     the prior. The order is of each sequence's tokens (``sequence``: weighed by its valid tokens over
-    ``num_tokens``) or of the micro-batch's (``micro``); that of another scope no part of the batch knows. One
-    expert has no distribution: 0, without gradient.
+    ``num_tokens``) or of the micro-batch's (``micro``); no other scope is offered, since a part of the batch
+    does not know the order in the whole. The loss of a single expert is 0, without gradient.
     """
     p_TE, alpha = probabilities(routing), seen.options.alpha
     num_experts = p_TE.shape[-1]

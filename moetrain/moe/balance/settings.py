@@ -12,7 +12,7 @@ from moetrain.bounds import at_least
 
 
 class LossScope(Enum):
-    """Over which tokens a loss takes loads and means; those without scopes are alike at every one."""
+    """The tokens over which a loss takes loads and means; it does not change a loss without scopes."""
 
     micro = "micro"
     sequence = "sequence"

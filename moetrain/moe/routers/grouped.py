@@ -37,7 +37,7 @@ class GroupedOptions(RouterConfig):
         return self.num_groups or 1
 
     def groups_of(self, num_experts: int) -> int:
-        """M, which may divide neither the experts nor K."""
+        """The number of groups M; it is not checked that M divides the experts and K."""
         top_k = resolve_top_k(self.top_k, num_experts)
         default = top_k if num_experts % top_k == 0 else 1
         return default if self.num_groups is None else self.num_groups

@@ -44,8 +44,8 @@ class HashOptions(RouterConfig):
 class HashRouter(Router):
     """A pseudo-random table, computed and not stored; with ``frequencies`` a balanced one.
 
-    The balanced table gives one expert an id. It is built once, from the file, and is then part of the state
-    (``table_V``); ids that the file lacks, or counts 0 times, fall back on the hash. No parameters, no
+    The balanced table gives each id one expert. It is built once, from the file, and is then part of the
+    state (``table_V``); ids that the file lacks, or counts 0 times, fall back on the hash. No parameters, no
     scores, no balance loss.
 
     Raises ValueError where the context has no token ids, for a file that cannot be read or is malformed, and

@@ -39,7 +39,7 @@ class SigmaOptions(RouterConfig):
 
 @register("sigma", SigmaOptions, "Csordas et al. 2023, arXiv:2310.10837", "k experts a token")
 class SigmaRouter(LinearRouter):
-    """Weights are sigmoid(logits). Scores are their softmax, which the entropy regulariser looks at.
+    """Weights are sigmoid(logits). Scores are the softmax of the logits, which the entropy regulariser reads.
 
     Dropout leaves an expert out of whole sequences, drawn per sample, so that no layout or micro-batch
     changes it; a token always keeps k experts to choose from.

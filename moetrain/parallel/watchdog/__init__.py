@@ -1,1 +1,1 @@
-"""Who waits for whom: the flight recorder, heartbeats, and the diagnosis of a hang."""
+"""Detection of hangs: the flight recorder, the heartbeats of the ranks, and the diagnosis."""

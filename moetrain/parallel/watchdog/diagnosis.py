@@ -61,8 +61,9 @@ def diagnose(view: View, timeout: float) -> str | None:
 def out_of_step(view: View) -> str | None:
     """Two ranks whose collectives cannot belong together, as a phrase that names both.
 
-    A group's collectives are matched by order: the n-th of one rank must be the n-th of every other, and what
-    one sends what the other expects. Ranks that each wait for the other in two groups never get on either.
+    The collectives of a group are matched by their order: the n-th of each rank must be the same, with the
+    rows that one rank sends equal to those that the other expects. Two ranks that wait for each other in two
+    groups are deadlocked as well.
     """
     place, own = view.own.place, view.own
     if place is None or place.patient:

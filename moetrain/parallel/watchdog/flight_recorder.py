@@ -149,7 +149,7 @@ def watched(
 
 
 def patiently(name: str) -> AbstractContextManager[object]:
-    """A context for work on which one rank may take long while the others wait: only silence ends the run."""
+    """A context for long work of one rank while the others wait: the run ends only if heartbeats stop."""
     group = dist.group.WORLD
     if _recorder is None or group is None:
         return nullcontext()

@@ -51,7 +51,7 @@ class JsonlFile:
         self._file: BinaryIO | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row. A float that is not finite becomes null: JSON has no other word for it.
+        """Add one row. A float that is not finite becomes null, since JSON cannot express it.
 
         Raises UserError when the disk is full or the file cannot be written; no part of the row stays then.
         """

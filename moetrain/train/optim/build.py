@@ -92,7 +92,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:
-    """Trainable parameters by group name, in the model's order; groups without a member are absent."""
+    """Trainable parameters by the name of their group, in the model's order; empty groups are absent."""
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True]
     of_routers = {id(p) for router in routers for p in router.parameters()}
     hidden = {id(p) for p in getattr(model, "blocks", model).parameters()} - of_routers

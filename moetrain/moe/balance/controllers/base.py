@@ -1,9 +1,9 @@
 """Controllers: small states, updated once after each optimizer step from the batch's load or from a loss.
 
-Shapes: L MoE layers, E experts of one layer. Layers go by their places in the decoder, each with experts of
-its own number. Counts and losses are global (summed over ranks and micro-batches), so every rank makes the
-same update. They come on the host, where the step reads its figures anyway. State is part of the checkpoint
-and no cast of the model touches it.
+Shapes: L MoE layers, E experts of one layer. A layer's key is its place in the decoder; layers may have
+different numbers of experts. Counts and losses are global (summed over ranks and micro-batches), so every
+rank makes the same update. They are given on the host, since the step reads its metrics there in any case.
+State is part of the checkpoint and no cast of the model touches it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def any_router(router: Router) -> str | None:
 class ControllerSpec(Generic[Opts]):
     """The specification of a registered controller.
 
-    ``build`` makes it of its options and of each layer's router, by the layer's place. It is on where
-    ``balance.controllers`` names it, or where ``needed`` says that the losses cannot do without. ``check``
+    ``build`` makes the controller from its options and each layer's router, by the layer's place. It is
+    enabled where ``balance.controllers`` names it, and where ``needed`` is true of the losses. ``check``
     raises ValueError, which begins with an option's name, where the losses do not fit. ``refuses``: why a
     router cannot have it, as a phrase; None where it can. ``what``: for tables.
     """

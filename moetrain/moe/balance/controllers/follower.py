@@ -21,12 +21,12 @@ class FollowerOptions:
 
 
 class LossFollower(Controller):
-    """BlockFFN's coefficient of ``chunk_sparsity``, which follows the loss: where that rises, so does it.
+    """BlockFFN's coefficient of ``chunk_sparsity``: it rises and falls with the loss.
 
     For the first ``hold`` steps the coefficient's factor is 1. Then, after each ``every`` steps, it is
     multiplied with the ratio of the loss's mean over these steps to its mean over the ``every`` before; a
     ratio above 1 is at least ``min_factor``, and the factor at most ``max_factor`` (Song et al. 2025). The
-    released code goes there linearly over the next ``every`` steps, this at once.
+    released code reaches the new factor linearly over the next ``every`` steps; here it holds at once.
 
     The state is the number of steps, and in fp64 the factor, the last mean and the sum of the mean to come.
     """

@@ -20,7 +20,7 @@ class SparsityOptions:
 
 
 class SparsityController(Controller):
-    """ReMoE's coefficient of ``l1``: up by ``rate`` while too many experts are active, else down by it.
+    """ReMoE's coefficient of ``l1``: multiplied by ``rate`` while too many experts are active, else divided.
 
     ``coef = start * rate ** n`` over all layers together (Wang et al. 2024, eq. 8): n grows by one where the
     share of inactive pairs of a token and an expert lies below 1 - k / E, and falls by one elsewhere; both
