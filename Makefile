@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
 
-# A file's tests stay on one worker, since they share its costly runs; in files' order, since the longest have few tests.
+# A file's tests stay on one worker, since they share its costly runs; tests/conftest.py puts the longest files first.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "not slow and not gpu and not real"
 

@@ -10,9 +10,9 @@ from moetrain.config.hydra.compose import (
     compose_app,
     compose_train,
     load_yaml,
-    to_yaml,
 )
 from moetrain.config.hydra.overrides import normalize
+from moetrain.plain import to_yaml
 from moetrain.train.options import CompareConfig, GenerateConfig, RunConfig
 
 TEXTS = st.text(st.sampled_from(list("ab'\"\\ =(){}[],:$%#\n\t1e.-+~*é")), max_size=12)

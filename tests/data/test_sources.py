@@ -12,7 +12,7 @@ import pytest
 from data_cases import jsonl, texts, write
 
 from moetrain.data.corpus import prepare
-from moetrain.data.documents import Document, Part
+from moetrain.data.documents import Document
 from moetrain.data.options import (
     DataConfig,
     DomainsData,
@@ -282,20 +282,3 @@ def test_a_mixture_names_its_parts_and_their_domains(tmp_path):
 def test_impossible_sources_are_refused(cfg, message, tmp_path):
     with pytest.raises(UserError, match=message):
         prepare(replace(cfg, cache_dir=str(tmp_path)))
-
-
-class ListSource:
-    label = "a list"
-
-    def __init__(self, documents):
-        self.given = documents
-
-    def documents(self):
-        return iter(self.given)
-
-
-def test_blank_documents_drop_and_lone_surrogates_are_replaced():
-    documents = [Document("", "a"), Document(" \n", "a"), Document("x\ud800y", "b"), Document("é", "c")]
-    cleaned = list(Part(ListSource(documents)).cleaned())
-    assert [(document.text, document.domain) for document in cleaned] == [("x?y", "b"), ("é", "c")]
-    assert cleaned[1].raw == b"\xc3\xa9"

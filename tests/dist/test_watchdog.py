@@ -1,4 +1,4 @@
-"""No rank waits for ever: one is killed, stopped, asleep, cut off or out of step; the others end and say so."""
+"""No rank waits for ever: one killed, stopped, asleep, cut off or out of step; the others end and say so."""
 
 from __future__ import annotations
 

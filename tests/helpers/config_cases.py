@@ -16,6 +16,7 @@ from moetrain.data.options import (
 from moetrain.models.options import AttentionBackend
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.balance.settings import LossConfig, LossScope
+from moetrain.moe.options import ExpertKind
 from moetrain.train.optim.options import MuonConfig
 from moetrain.train.options import EngineConfig, Residual
 
@@ -65,6 +66,10 @@ REFUSED = [
     ({"model.num_experts": -1}, "model.num_experts=-1 must be 0 or more"),
     ({"model.num_shared_experts": -1}, "model.num_shared_experts=-1"),
     ({"model.d_ff_shared": 0, "model.num_shared_experts": 1}, "model.d_ff_shared=0 must be 1 or more"),
+    (
+        {"experts.kind": ExpertKind.adapters, "model.num_shared_experts": 1},
+        "layer 0: adapters share the dense network: set model.num_shared_experts=0",
+    ),
     ({"model.d_ff_shared": 7}, "model.d_ff_shared=7 is of shared experts", "model.num_shared_experts=1"),
     ({"model.shared_gate": True}, "model.shared_gate=True is of shared experts"),
     ({"model.sliding_window": 0}, "model.sliding_window=0 must be 1 or more"),

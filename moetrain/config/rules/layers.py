@@ -52,20 +52,20 @@ def attention_accepts_its_options(cfg: TrainConfig) -> None:
 
 
 def layers_accept_their_options(cfg: TrainConfig) -> None:
-    """What a plug-in's builder refuses, and what the layout asks of each of its layers; without memory."""
-    if cfg.model.feed_forward == OWN:
-        return
+    """What a builder refuses, and what the layout asks of each layer of a plug-in; without memory."""
     m = cfg.model
+    own = m.feed_forward == OWN
+    places = [place for place in range(m.num_layers) if is_moe_layer(m, place)]
     routers: list[Router] = []
-    for place in range(m.num_layers):
-        if not is_moe_layer(m, place):
-            continue
+    for place in places[:1] if own else places:  # our own layers are alike
         where = f"model.feed_forward={m.feed_forward}: layer {place}"
         try:
             with torch.device("meta"):
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
+        if own:  # its router, losses and layout have rules of their own
+            return
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
