@@ -2,4 +2,6 @@
 
 from moetrain.parallel.ranks import PRELOAD
 
-PRELOAD.extend(["pytest", "moetrain.train.run", "moetrain.verify.measure", "moetrain.report"])
+PRELOAD.extend(
+    ["pytest", "moetrain.config.stored", "moetrain.train.run", "moetrain.verify.measure", "moetrain.report"]
+)
