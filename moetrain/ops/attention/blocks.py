@@ -6,7 +6,7 @@ made when the block is computed, in the backward pass once more: nothing of S x 
 the passes only the inputs, the output and one number a query and head are kept.
 
 The kernels are those that torch's scaled_dot_product_attention calls on a CPU. The backward one is given
-fp32: in bf16 it is slower everywhere.
+fp32, a block at a time: in bf16 it is slower everywhere.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
@@ -34,12 +34,10 @@ class Kernel(NamedTuple):
 
     forward(q, k, v, bias) -> (y [B, Q, n, H], what its backward pass needs besides inputs and y).
     backward(dy, q, k, v, y, kept, bias) -> the gradients of q, k and v.
-    wide_backward: the backward pass is given fp32 at least.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-    wide_backward: bool = False
 
 
 def refusal(case: Case) -> str | None:
@@ -85,11 +83,13 @@ def _cpu_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, bias: Tensor
 ) -> tuple[Tensor, ...]:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    gradients: tuple[Tensor, ...] = kernel(dy, q, k, v, y, sums, 0.0, False, attn_mask=bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    operands = (x.to(wide) for x in (dy, q, k, v, y))
+    gradients: tuple[Tensor, ...] = kernel(*operands, sums, 0.0, False, attn_mask=bias.to(wide))
     return gradients
 
 
-CPU = Kernel(_cpu_forward, _cpu_backward, wide_backward=True)
+CPU = Kernel(_cpu_forward, _cpu_backward)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -133,13 +133,9 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BSQH: Tensor) -> tuple[Tensor | None, ...]:
         q_BQSH, k_BGKH, v_BGKH, y_BSQH, *kept = ctx.saved_tensors
-        dtype, wide = q_BQSH.dtype, torch.promote_types(q_BQSH.dtype, torch.float32)
-        if ctx.kernel.wide_backward:
-            dy_BSQH, q_BQSH, k_BGKH, v_BGKH, y_BSQH = (
-                x.to(wide) for x in (dy_BSQH, q_BQSH, k_BGKH, v_BGKH, y_BSQH)
-            )
         bias = ctx.seen.biases(ctx.blocks, q_BQSH.dtype, q_BQSH.device)
-        dq_BQSH = torch.empty_like(q_BQSH)  # several blocks add to a key's gradient, one to a query's
+        dq_BQSH = torch.empty_like(q_BQSH)
+        wide = torch.promote_types(q_BQSH.dtype, torch.float32)  # several blocks add to a key's gradient
         dk_BGKH, dv_BGKH = torch.zeros_like(k_BGKH, dtype=wide), torch.zeros_like(v_BGKH, dtype=wide)
         for (start, end, low), kept_of_block in zip(ctx.blocks, kept, strict=True):
             queries, keys = slice(start, end), slice(low, ctx.seen.cached + end)
@@ -151,7 +147,7 @@ class _Blocks(torch.autograd.Function):
             dq_BQSH[:, :, queries] = dq_BQnH
             dk_BGKH[:, :, keys] += _summed(dk_BQmH, ctx.repeats, wide)
             dv_BGKH[:, :, keys] += _summed(dv_BQmH, ctx.repeats, wide)
-        return dq_BQSH.to(dtype), dk_BGKH.to(dtype), dv_BGKH.to(dtype), None, None, None
+        return dq_BQSH, dk_BGKH.to(k_BGKH.dtype), dv_BGKH.to(v_BGKH.dtype), None, None, None
 
 
 def _repeated(x_BGmH: Tensor, repeats: int) -> Tensor:
