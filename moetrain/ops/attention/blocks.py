@@ -6,7 +6,7 @@ made when the block is computed, in the backward pass once more: nothing of S x 
 the passes only the inputs, the output and one number a query and head are kept.
 
 The kernels are those that torch's scaled_dot_product_attention calls on a CPU. The backward one is given
-fp32, a block at a time: in bf16 it is slower everywhere.
+fp32, a block at a time: in bf16 it was slower wherever measured.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
