@@ -29,6 +29,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def proofs_end_before_tests() -> Iterator[None]:
+    """Ranks of a proof that hang are told with their stacks, which pytest's own time-out would not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetrain.verify.command._SECONDS", 200.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``text``, and room for the prepared corpora of all tests of the session in ``cache``."""

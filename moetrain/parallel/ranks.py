@@ -6,16 +6,19 @@ value. Every rank has one thread, the environment that torchrun would give it, a
 
 Processes come from a fork server that has torch imported already and has never run an operator, so a rank
 starts in a fraction of a second. Each rank leads its own process group, and the whole group is killed when
-the call ends for whatever reason; a rank also ends by itself when the calling process dies.
+the call ends for whatever reason; a rank also ends by itself when the calling process dies. One that has not
+returned in time is asked where it is: the error has the stack of each of its threads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -23,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ PRELOAD = [  # a test suite may add what its functions' modules import
     "torch._dynamo",  # FSDP2 and checkpointing import it at their first use, for two seconds a rank
 ]
 _START_TIMEOUT = 120.0
+_STACKS_TIMEOUT = 2.0
 _GRACE = 2.0  # s; how much later than its peers' broken collectives a dying rank's pipe may close
 
 
@@ -49,11 +54,11 @@ class RankError(RuntimeError):
 
 
 class RanksTimeoutError(RuntimeError):
-    """``unfinished`` lists the ranks that had not returned when the time was up."""
+    """``unfinished``: the ranks that had not returned when the time was up; ``stacks``: where they were."""
 
-    def __init__(self, unfinished: list[int], world_size: int, timeout: float):
-        super().__init__(f"ranks {unfinished} of {world_size} had not finished after {timeout:g} s")
-        self.unfinished = unfinished
+    def __init__(self, unfinished: list[int], world_size: int, timeout: float, stacks: str = ""):
+        super().__init__(f"ranks {unfinished} of {world_size} had not finished after {timeout:g} s{stacks}")
+        self.unfinished, self.stacks = unfinished, stacks
 
 
 @dataclass(frozen=True)
@@ -82,18 +87,21 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, args))
     processes, pipes = [], []
+    folder = tempfile.TemporaryDirectory(prefix="moetrain_ranks_")
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             environment = {**os.environ, **torchrun_variables(rank, world_size, store.port)}
             process = context.Process(
-                target=_rank_main, args=(call, environment, theirs, init, timeout), daemon=True
+                target=_rank_main,
+                args=(call, environment, theirs, init, timeout, _stack_file(folder.name, rank)),
+                daemon=True,
             )
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        results = _collect(processes, pipes, timeout)
+        results = _collect(processes, pipes, timeout, folder.name)
         for pipe, process in zip(pipes, processes, strict=True):
             with contextlib.suppress(OSError):
                 pipe.send(True)
@@ -103,6 +111,7 @@ def run_ranks(
         _end(processes)
         for pipe in pipes:
             pipe.close()
+        folder.cleanup()
 
 
 def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -120,7 +129,7 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _collect(processes: list[Any], pipes: list[Any], timeout: float) -> list[Any]:
+def _collect(processes: list[Any], pipes: list[Any], timeout: float, folder: str) -> list[Any]:
     """Wait until every rank has reported; raise at the first failure or when the time is up."""
     world_size = len(pipes)
     _await_starts(pipes)
@@ -133,7 +142,7 @@ def _collect(processes: list[Any], pipes: list[Any], timeout: float) -> list[Any
         if not ready and failed:
             break
         if not ready:
-            raise RanksTimeoutError(pending, world_size, timeout)
+            raise RanksTimeoutError(pending, world_size, timeout, _stacks(processes, pending, folder))
         for rank in pending:
             if pipes[rank] in ready:
                 reports[rank] = _receive(pipes[rank], processes[rank])
@@ -169,6 +178,24 @@ def _receive(pipe: Any, process: Any) -> _Report:
         return _Report(time=float("-inf"), kind="death", text=text)
 
 
+def _stack_file(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"rank_{rank}")
+
+
+def _stacks(processes: list[Any], ranks: list[int], folder: str) -> str:
+    """What the threads of ``ranks`` are doing; they need not be able to run Python to tell."""
+    files = {rank: Path(_stack_file(folder, rank)) for rank in ranks}
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(processes[rank].pid, signal.SIGUSR2)
+    deadline = time.monotonic() + _STACKS_TIMEOUT
+    while time.monotonic() < deadline and not all(f.exists() and f.stat().st_size for f in files.values()):
+        time.sleep(0.05)
+    time.sleep(0.1)  # a stack is written in well under that
+    told = {rank: file.read_text() if file.exists() else "" for rank, file in files.items()}
+    return "".join(f"\nrank {rank} was at\n{text}" for rank, text in told.items() if text)
+
+
 def _end(processes: list[Any]) -> None:
     """Kill whatever is left of every rank's process group and wait for the ranks."""
     for process in processes:
@@ -180,8 +207,11 @@ def _end(processes: list[Any]) -> None:
         process.join()
 
 
-def _rank_main(call: bytes, environment: dict[str, str], pipe: Any, init: bool, timeout: float) -> None:
+def _rank_main(
+    call: bytes, environment: dict[str, str], pipe: Any, init: bool, timeout: float, stack_file: str
+) -> None:
     os.setsid()
+    faulthandler.register(signal.SIGUSR2, os.open(stack_file, os.O_WRONLY | os.O_CREAT))
     os.environ.clear()
     os.environ.update(environment)
     die_with_parent()

@@ -101,6 +101,9 @@ def test_a_timeout_names_unfinished_ranks_and_kills_children(tmp_path):
     with pytest.raises(RanksTimeoutError) as error:
         run_ranks(_hang_on_one, 2, str(tmp_path), timeout=3)
     assert error.value.unfinished == [1]
+    assert "rank 1 was at" in str(error.value)
+    assert "in _hang_on_one" in str(error.value)
+    assert "rank 0 was at" not in str(error.value)
     for pid in map(int, (tmp_path / "pids").read_text().split()):
         for _ in range(200):  # the grandchild is collected by init, a moment later
             if not _exists(pid):
