@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moetrain.moe.dispatch.base import ExpertRows, Work
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
-from moetrain.ops.expert_mlp import BACKENDS
+from moetrain.ops.experts.table import NAMES
 from moetrain.ops.init import Normal, parameter
 from moetrain.ops.local_part import local_part
 
@@ -28,8 +28,8 @@ class Experts(nn.Module):
         self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu", backend: str = "auto"
     ) -> None:
         super().__init__()
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(BACKENDS)}")
+        if backend not in NAMES:
+            raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
         self.num_experts, self.activation, self.backend = num_experts, activation, backend
         columns = 2 if is_gated(activation) else 1
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(d_model**-0.5))

@@ -1,6 +1,6 @@
 """Operators with a backend table each; the slow, obvious backend is the oracle of the others."""
 
-from moetrain.ops.expert_mlp import Rows, expert_mlp
+from moetrain.ops.experts import Rows, expert_mlp
 from moetrain.ops.gather_sum import gather_rows, gather_sum
 from moetrain.ops.grouped_mm import grouped_mm
 

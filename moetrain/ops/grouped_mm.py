@@ -10,13 +10,13 @@ multiples of 16 bytes) and products per group on unbound matrices elsewhere, whi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.ops.say_once import say_once
 from moetrain.ops.transfer import to_device
 
 _ALIGN_BYTES = 16
@@ -44,7 +44,9 @@ def _loop(rows_RK: Tensor, weights_EKN: Tensor, counts: Sequence[int]) -> Tensor
 
 
 def _torch(rows_RK: Tensor, weights_EKN: Tensor, counts: Sequence[int]) -> Tensor:
-    reason = refusal(rows_RK, weights_EKN)
+    if not rows_RK.shape[0]:  # which it does not take
+        return _loop(rows_RK, weights_EKN, counts)
+    reason = refusal(rows_RK.device, rows_RK.dtype, weights_EKN.shape[1:])
     if reason is not None:
         say_once(f"grouped_mm: {reason}; running one product per group")
         return _loop(rows_RK, weights_EKN, counts)
@@ -59,26 +61,13 @@ def offsets(counts: Sequence[int], device: torch.device) -> Tensor:
     return to_device(torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
-def refusal(rows_RK: Tensor, weights_EKN: Tensor) -> str | None:
-    """The reason why torch's grouped_mm cannot take these operands; None if it can."""
-    if rows_RK.dtype not in _GROUPED_DTYPES:
-        return f"torch's grouped_mm does not take {rows_RK.dtype}"
-    if rows_RK.device.type != "cpu" and rows_RK.dtype is not torch.bfloat16:
-        return f"torch's grouped_mm of {rows_RK.dtype} waits for the device, and makes one product per group"
-    if rows_RK.shape[0] == 0:
-        return "torch's grouped_mm does not take zero rows"
-    step = _ALIGN_BYTES // rows_RK.element_size()
-    widths = (rows_RK.shape[1], weights_EKN.shape[1], weights_EKN.shape[2])
+def refusal(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    """The reason why torch's grouped_mm cannot take operands of ``widths`` (K, N); None if it can."""
+    if dtype not in _GROUPED_DTYPES:
+        return f"torch's grouped_mm does not take {dtype}"
+    if device.type != "cpu" and dtype is not torch.bfloat16:
+        return f"torch's grouped_mm of {dtype} waits for the device, and makes one product per group"
+    step = _ALIGN_BYTES // dtype.itemsize
     if any(width % step for width in widths):
-        return f"widths {widths} in {rows_RK.dtype} are not multiples of {_ALIGN_BYTES} bytes"
+        return f"widths {tuple(widths)} in {dtype} are not multiples of {_ALIGN_BYTES} bytes"
     return None
-
-
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """Log a warning once a process, whatever the number of layers that give it."""
-    if message not in _said and "zero rows" not in message:
-        _said.add(message)
-        warnings.warn(message, stacklevel=2)

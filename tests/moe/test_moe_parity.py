@@ -84,6 +84,7 @@ def test_fp32_grouped_path_equals_the_oracle(case: Case, monkeypatch: pytest.Mon
         calls.append(args)
         return real(*args, **kwargs)
 
+    moe_cases.actual(case, torch.float32, "torch")  # with its self-test
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
     got, routing = moe_cases.actual(case, torch.float32, "torch")
     # two products forward and four backward; the grouped product takes no empty operand
@@ -102,7 +103,7 @@ def test_the_torch_backend_says_once_that_it_is_not_grouped(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("moetrain.ops.grouped_mm"), "_said", set())
+    monkeypatch.setattr(importlib.import_module("moetrain.ops.say_once"), "_said", set())
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")  # so that using it would be an error
     case = Case("per-expert", (2, 3, width, 12, 5))
     for _ in range(2):
@@ -114,6 +115,7 @@ def test_the_torch_backend_says_once_that_it_is_not_grouped(
 
 def test_the_grouped_path_runs_torchs_own_kernel() -> None:
     case = Case("profiled", (2, 3, 20, 28, 5))
+    moe_cases.actual(case, torch.float32, "torch")  # with its self-test
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         moe_cases.actual(case, torch.float32, "torch")
     assert sum(event.name == "aten::_grouped_mm" for event in profile.events()) == 6

@@ -50,8 +50,7 @@ def test_value_and_gradients(counts: list[int], backend: str, inner: int, outer:
 
 
 def test_the_torch_backend_takes_the_grouped_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("moetrain.ops.grouped_mm")
-    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(importlib.import_module("moetrain.ops.say_once"), "_said", set())
     calls, real = [], torch.nn.functional.grouped_mm
 
     def counted(*args: Tensor, **kwargs: Tensor) -> Tensor:

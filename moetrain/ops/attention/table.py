@@ -12,8 +12,8 @@ from torch import Tensor
 from moetrain.ops.attention import blocks, flex, sdpa, varlen
 from moetrain.ops.attention.case import Case, Plan
 from moetrain.ops.attention.self_test import failure
-from moetrain.ops.grouped_mm import say_once
 from moetrain.ops.precision import product_dtype
+from moetrain.ops.say_once import say_once
 
 AUTO = "auto"
 

@@ -1,7 +1,7 @@
 """Expert MLP, one expert at a time: gather, product, activation and product stay in cache.
 
-Shapes as in ``expert_mlp.py``; n rows of one expert. Rows are rounded up, because oneDNN compiles a matmul
-kernel for every new row count and keeps it, with about 0.3 MB, for as long as the process lives.
+Shapes as in ``ops/experts/operator.py``; n rows of one expert. Rows are rounded up, because oneDNN compiles a
+matmul kernel for every new row count and keeps it, with about 0.3 MB, for as long as the process lives.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu.product import outer, product
+from moetrain.ops.experts.case import Case
 
+KEEPS = "the pre-activations of useful rows"
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
+
+
+def refusal(case: Case) -> str | None:
+    """None: one product an expert, of any widths and dtype, on any device."""
+    return None
 
 
 def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Expert MLP over all experts at once with ``torch.nn.functional.grouped_mm``: the path of a GPU.
 
-Shapes as in ``expert_mlp.py``. Padding rows are zero, so aligned segments need no masks.
+Shapes as in ``operator.py``. Padding rows are zero, so aligned segments need no masks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
+from moetrain.ops.experts.case import Case
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import offsets
+from moetrain.ops.grouped_mm import refusal as refusal_of_widths
+
+KEEPS = "the pre-activation of all rows, padding included"
+
+
+def refusal(case: Case) -> str | None:
+    """Why torch's product of groups cannot serve ``case``."""
+    operands = (case.d_model, case.columns), (case.d_ff, case.d_model)
+    reasons = [refusal_of_widths(case.device, case.dtype, widths) for widths in operands]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
+    return [sum(aligned)]
 
 
 def forward(

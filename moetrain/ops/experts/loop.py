@@ -1,0 +1,25 @@
+"""The experts as the formula says: the oracle of the backends, differentiated by autograd.
+
+Shapes: X source rows, D model, R computed rows, E experts, F hidden, P = 2F (gated) or F.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moetrain.ops.activations import activate, gate_and_up
+from moetrain.ops.experts.rows import Rows
+from moetrain.ops.gather_sum import gather_rows
+from moetrain.ops.grouped_mm import grouped_mm
+
+
+def compute(
+    source_XD: Tensor, rows: Rows, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor, activation: str
+) -> Tensor:
+    """out [R, D] in the source's dtype."""
+    dtype = source_XD.dtype
+    x_RD = gather_rows(source_XD, rows.ids_R)
+    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), rows.aligned, "loop")
+    h_RF = activate(*gate_and_up(z_RP, activation), activation)
+    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), rows.aligned, "loop")
+    return (out_RD * weights_R[:, None]).to(dtype)

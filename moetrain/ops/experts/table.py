@@ -1,0 +1,114 @@
+"""The backends of the experts' operator, and the choice among them: the one table.
+
+``auto`` begins at the top of the device's ladder, a name at its own rung. The first rung that does not refuse
+the case and passes its self-test computes; whatever is passed over is said once, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.cpu import per_expert
+from moetrain.ops.experts import grouped
+from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.self_test import failure
+from moetrain.ops.say_once import say_once
+
+AUTO = "auto"
+LOOP = "loop"  # the oracle takes whatever is asked, and is not tested against itself
+
+
+class Backend(Protocol):
+    """The interface of a backend, which is a module. Shapes as in ``operator.py``."""
+
+    KEEPS: str  # what stays for the backward pass, beside the operands
+
+    def refusal(self, case: Case) -> str | None:
+        """The reason why it cannot compute ``case``; None if it can."""
+
+    def kept_rows(self, useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
+        """The rows of each pre-activation that :meth:`forward` returns."""
+
+    def forward(
+        self,
+        source_XD: Tensor,
+        ids_R: Tensor,
+        weights_R: Tensor,
+        w_up_EDP: Tensor,
+        w_down_EFD: Tensor,
+        useful: Sequence[int],
+        aligned: Sequence[int],
+        activation: str,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(out [R, D], the pre-activations)."""
+
+    def backward(
+        self,
+        dout_RD: Tensor,
+        source_XD: Tensor,
+        ids_R: Tensor,
+        weights_R: Tensor,
+        w_up_EDP: Tensor,
+        w_down_EFD: Tensor,
+        kept: Sequence[Tensor],
+        useful: Sequence[int],
+        aligned: Sequence[int],
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+
+
+BACKENDS: dict[str, Backend] = {"torch": grouped, "cpu": per_expert}
+NAMES = (AUTO, LOOP, *BACKENDS)
+_LADDERS = {"cpu": ("cpu",)}  # of a device type; then LOOP
+_LADDER = ("torch", "cpu")  # of every other device: best first
+_tested: dict[tuple[str, Case], str | None] = {}
+
+
+def choose(asked: str, case: Case) -> str:
+    """The backend that computes ``case`` where ``asked`` is in the config.
+
+    Raises ValueError for an unknown one.
+    """
+    if asked not in NAMES:
+        raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
+    reasons: list[str] = []
+    for name in _rungs(asked, case.device):
+        reason = why_not(name, case)
+        if reason is None:
+            if reasons:
+                say_once(f"experts backend {asked}: {'; '.join(reasons)}; taking {name}")
+            return name
+        reasons.append(f"{name}: {reason}" if name != asked else reason)
+    raise AssertionError("the last rung refuses nothing")
+
+
+def why_not(name: str, case: Case) -> str | None:
+    """The reason why the backend ``name`` does not compute ``case``; None if it does."""
+    if name == LOOP:
+        return None
+    return BACKENDS[name].refusal(case) or _self_test(name, case)
+
+
+def ladder(device: torch.device) -> tuple[str, ...]:
+    """The backends of a device, best first."""
+    return (*_LADDERS.get(device.type, _LADDER), LOOP)
+
+
+def _rungs(asked: str, device: torch.device) -> tuple[str, ...]:
+    rungs = ladder(device)
+    if asked == AUTO:
+        return rungs
+    return (asked, *(rungs[rungs.index(asked) + 1 :] if asked in rungs else rungs))
+
+
+def _self_test(name: str, case: Case) -> str | None:
+    """What is wrong with the backend on this device, found out once a process."""
+    key = (name, case.small())
+    if key not in _tested:
+        _tested[key] = failure(BACKENDS[name], case.small())
+    return _tested[key]

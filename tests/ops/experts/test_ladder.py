@@ -1,0 +1,136 @@
+"""The ladder of experts' backends: who computes, what is said, and what the self-test finds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.moe.options import Backend
+from moetrain.ops.cpu import per_expert
+from moetrain.ops.experts import grouped, table
+from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.self_test import failure
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def case(dtype: torch.dtype = torch.float32, activation: str = "swiglu", d_model: int = 40) -> Case:
+    return Case(CPU, dtype, d_model, 24, activation)
+
+
+@pytest.fixture(autouse=True)
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was tested, and nothing was said."""
+    monkeypatch.setattr(table, "_tested", {})
+    monkeypatch.setattr(importlib.import_module("moetrain.ops.say_once"), "_said", set())
+
+
+class Faulty:
+    """A backend with one fault."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    refusal, kept_rows, KEEPS = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows), ""
+
+    def forward(self, source: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
+        weights, up, down, useful, aligned, activation = others
+        if self.fault == "a row of another token":
+            ids = torch.where(ids == ids[2], ids[3], ids)
+        if self.fault == "an expert is skipped":
+            up = up.clone()
+            up[-2] = 0
+        out, kept = per_expert.forward(source, ids, weights, up, down, useful, aligned, activation)
+        if self.fault == "no padding mask":
+            out[ids < 0] = 1
+        if self.fault == "it raises":
+            raise RuntimeError("no kernel image\nfor this device")
+        return out, kept
+
+    def backward(self, dout: Tensor, *others: Any) -> Sequence[Tensor]:
+        dx, dweights, dup, ddown = per_expert.backward(dout, *others)
+        if self.fault == "the weight's gradient is missing":
+            dweights.zero_()
+        if self.fault == "garbage where an expert has no rows":
+            ddown[1] = 1
+        if self.fault == "not a number":
+            dup[0, 0, 0] = float("nan")
+        return dx, dweights, dup, ddown
+
+
+FAULTS = {
+    "a row of another token": "output is off",
+    "an expert is skipped": "output is off",
+    "no padding mask": "output is off",
+    "it raises": "self-test failed: RuntimeError: no kernel image",
+    "the weight's gradient is missing": "gradient of the routing weights is off by 1",
+    "garbage where an expert has no rows": "w_down gradient is off",
+    "not a number": "w_up gradient is off by nan",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, dtype: torch.dtype) -> None:
+    found = failure(Faulty(fault), case(dtype))  # type: ignore[arg-type]
+    assert FAULTS[fault] in (found or "nothing")
+    assert "\n" not in (found or "nothing")
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_right_backends_pass(dtype: torch.dtype, activation: str) -> None:
+    for width in (40, 41):
+        assert failure(per_expert, case(dtype, activation, width)) is None
+    if dtype is not torch.float64:
+        assert failure(grouped, case(dtype, activation)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cpu_takes_its_own_and_says_nothing(dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
+    assert table.choose("auto", case(dtype)) == "cpu"
+    assert not recwarn.list
+
+
+def test_a_rung_that_is_wrong_is_passed_over_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(table.BACKENDS, "cpu", Faulty("an expert is skipped"))  # type: ignore[arg-type]
+    line = r"^experts backend auto: cpu: its output is off by \S+ of the largest .*; taking loop$"
+    with pytest.warns(UserWarning, match=line) as said:
+        assert [table.choose("auto", case()) for _ in range(3)] == ["loop"] * 3
+    assert len(said) == 1
+
+
+def test_a_name_begins_at_its_own_rung() -> None:
+    assert table.choose("torch", case()) == "torch"
+    assert table.choose("loop", case()) == "loop"
+    with pytest.warns(
+        UserWarning, match="experts backend torch: torch's grouped_mm does not take .*; taking cpu"
+    ):
+        assert table.choose("torch", case(torch.float64)) == "cpu"
+
+
+def test_a_self_test_runs_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[ModuleType, Case]] = []
+    monkeypatch.setattr(table, "failure", lambda *arguments: calls.append(arguments))
+    for width in (40, 56, 4104):  # alike to tiles of 16
+        table.choose("auto", case(d_model=width))
+    assert len(calls) == 1
+    table.choose("auto", case(d_model=41))
+    table.choose("auto", case(torch.bfloat16))
+    assert len(calls) == 3
+
+
+def test_other_devices_have_a_ladder_too() -> None:
+    assert table.ladder(torch.device("cuda")) == ("torch", "cpu", "loop")
+    assert table.ladder(CPU) == ("cpu", "loop")
+
+
+def test_the_options_are_the_table() -> None:
+    assert {backend.name for backend in Backend} == set(table.NAMES)
