@@ -6,11 +6,15 @@ import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import moetrain
 from moetrain.errors import UserError
 from moetrain.parallel.cores import busy_cores, usable_cores
 from moetrain.terminal import show
+
+if TYPE_CHECKING:
+    import torch
 
 _NEEDED = (
     "torch",
@@ -75,6 +79,21 @@ def _print_torch_devices() -> None:
         _line(f"gpu {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.device_count():
         _line("gpu", "none; training runs on the CPU")
+    _print_ladder(torch.device("cuda" if torch.cuda.device_count() else "cpu"))
+
+
+def _print_ladder(device: torch.device) -> None:
+    """What ``experts.backend=auto`` takes, best first, and why not what stands above it."""
+    import torch
+
+    from moetrain.ops.experts.case import Case
+    from moetrain.ops.experts.table import ladder, why_not
+
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        case = Case(device, dtype, 1024, 1024, "swiglu")
+        reasons = {rung: why_not(rung, case) for rung in ladder(device)}
+        rungs = [rung if reason is None else f"not {rung} ({reason})" for rung, reason in reasons.items()]
+        _line(f"experts, {name}", ", then ".join(rungs))
 
 
 def _version(package: str) -> str | None:

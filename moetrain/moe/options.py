@@ -31,7 +31,7 @@ class ExpertKind(Enum):
 
 class Backend(Enum):
     """``loop`` is the oracle; ``torch`` uses grouped matrix products; ``cpu`` works expert by expert in
-    cache-sized tiles; ``auto`` is ``cpu`` on a CPU and ``torch`` elsewhere."""
+    cache-sized tiles; ``auto`` is the first of the device's ladder that fits and passes its self-test."""
 
     auto = "auto"
     loop = "loop"

@@ -13,6 +13,7 @@ from moetrain.cli import HELP, main
 from moetrain.config.help import group_options
 from moetrain.config.hydra.compose import compose_train, load_yaml
 from moetrain.config.validate import validate
+from moetrain.ops.experts import table
 
 
 def test_the_printed_config_is_accepted_back(capsys, tmp_path):
@@ -93,6 +94,13 @@ def test_doctor_tells_versions_and_devices(capsys):
     out = capsys.readouterr().out
     for name in ("moetrain", "python", "torch", "hydra-core", "wandb", "C++ compiler", "cpu", "gpu"):
         assert re.search(rf"^{re.escape(name)} .*\S", out, re.M), name
+    assert re.search(r"^experts, bf16 cpu, then loop$", out, re.M)
+
+
+def test_doctor_tells_why_a_backend_is_passed_over(capsys, monkeypatch):
+    monkeypatch.setattr(table, "_self_test", lambda name, case: "its output is off")
+    assert main(["doctor"]) == 0
+    assert re.search(r"^experts, fp32 not cpu \(its output is off\), then loop$", capsys.readouterr().out, re.M)
 
 
 def test_the_commands_on_the_help_page_are_valid():
