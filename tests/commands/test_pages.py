@@ -100,7 +100,8 @@ def test_doctor_tells_versions_and_devices(capsys):
 def test_doctor_tells_why_a_backend_is_passed_over(capsys, monkeypatch):
     monkeypatch.setattr(table, "_self_test", lambda name, case: "its output is off")
     assert main(["doctor"]) == 0
-    assert re.search(r"^experts, fp32 not cpu \(its output is off\), then loop$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert re.search(r"^experts, fp32 not cpu \(its output is off\), then loop$", out, re.M)
 
 
 def test_the_commands_on_the_help_page_are_valid():
