@@ -6,15 +6,16 @@ activation: gate, up; 1 for a plain one).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moetrain.moe.dispatch.base import ExpertRows, Work
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
-from moetrain.ops.experts.table import NAMES
+from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.table import NAMES, on_device
 from moetrain.ops.init import Normal, parameter
 from moetrain.ops.local_part import local_part
+from moetrain.ops.precision import product_dtype
 
 
 class Experts(nn.Module):
@@ -47,10 +48,13 @@ class Experts(nn.Module):
             for chunk, (rows, up, down) in enumerate(zip(work.arrivals(), ups, downs, strict=True))
         ]
 
+    def needs_counts(self, x_TD: Tensor) -> bool:
+        """Whether what computes ``x_TD`` needs each expert's number of rows on the host."""
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation)
+        return not on_device(self.backend, case)
+
     def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
         x_XD = rows.source_XD
-        device = x_XD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_XD.dtype
         return expert_mlp(
             x_XD,
             rows.rows,
@@ -59,7 +63,7 @@ class Experts(nn.Module):
             w_down_EFD,
             self.activation,
             self.backend,
-            dtype,
+            product_dtype(x_XD),
         )
 
 

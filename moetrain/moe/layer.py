@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
         kinds = self.router.zero_experts
         self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
-        self.dispatcher: Dispatcher = LocalDispatcher(block)
+        self.dispatcher: Dispatcher = LocalDispatcher(block, self.experts.needs_counts)
 
     def forward(
         self,

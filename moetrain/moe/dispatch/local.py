@@ -5,7 +5,7 @@ Shapes: T tokens, D model, R computed rows, block-aligned by expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class LocalWork(Work):
 
     @property
     def sizes(self) -> list[int]:
-        return [len(self.plan.rows.useful)]
+        return [self.plan.rows.segments.num_experts]
 
     def arrivals(self) -> Iterator[ExpertRows]:
         yield ExpertRows(self.x_TD, self.plan.rows, self.plan.weights_R)
@@ -38,12 +38,23 @@ class LocalWork(Work):
 
 
 class LocalDispatcher(Dispatcher):
-    """The host waits once a call, for the experts' counts, unless the router has them on the host already."""
+    """The host waits once a call for the experts' counts, if ``needs_counts(x)`` and the router did not.
+
+    Experts without a network are cut off by their number, so that a layer with them needs the counts too.
+    """
+
+    def __init__(
+        self, block: int | None = None, needs_counts: Callable[[Tensor], bool] = lambda x: True
+    ) -> None:
+        super().__init__(block)
+        self.needs_counts = needs_counts
 
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> LocalWork:
-        useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
-        dispatched = assignment.to_ffn(sum(useful))
-        plan = place(dispatched, useful, x_TD.shape[0], block_of(x_TD, self.block))
+        useful = None
+        if assignment.num_ffn_experts is not None or self.needs_counts(x_TD):
+            useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
+            assignment = assignment.to_ffn(sum(useful))
+        plan = place(assignment, useful, x_TD.shape[0], block_of(x_TD, self.block))
         return LocalWork(x_TD, plan)
 
     def agree(self, rounds: int) -> int:

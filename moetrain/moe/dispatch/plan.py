@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.moe.assign import count, stable_order
 from moetrain.moe.assignment import Assignment
-from moetrain.ops import Rows, gather_sum
+from moetrain.ops import Rows, Segments, gather_sum
 
 _BLOCK = {"cpu": 32}
 _BLOCK_GPU = 128
@@ -42,8 +42,8 @@ def block_of(x: Tensor, block: int | None) -> int:
     return block or _BLOCK.get(x.device.type, _BLOCK_GPU)
 
 
-def place(assignment: Assignment, useful: list[int], num_source: int, block: int) -> Plan:
-    """The plan of an assignment whose tokens are source rows; ``useful`` are its counts on the host."""
+def place(assignment: Assignment, useful: list[int] | None, num_source: int, block: int) -> Plan:
+    """The plan of an assignment whose tokens are source rows; ``useful``: as in :func:`layout`."""
     rows, slots_N = layout(assignment.token_ids_N, assignment.counts_E, useful, num_source, block)
     weights_N, scale_N = assignment.weights_N, assignment.forward_scale_N
     size = rows.ids_R.shape[0]
@@ -53,20 +53,22 @@ def place(assignment: Assignment, useful: list[int], num_source: int, block: int
 
 
 def layout(
-    sources_N: Tensor, counts_E: Tensor, useful: list[int], num_source: int, block: int
+    sources_N: Tensor, counts_E: Tensor, useful: list[int] | None, num_source: int, block: int
 ) -> tuple[Rows, Tensor]:
     """The block-aligned rows of assignments sorted by expert, and the row of each, int64 [N].
 
-    ``counts_E`` of them go to each expert; ``useful`` are the same numbers on the host. Each expert's segment
-    is rounded up to a multiple of ``block``; padding rows have id -1.
+    ``counts_E`` of them go to each expert; ``useful`` are the same numbers on the host, or None: then nothing
+    waits for them, and there are as many rows as they can need. Each expert's segment is rounded up to a
+    multiple of ``block``; padding rows have id -1.
     """
-    aligned = [-(-rows // block) * block for rows in useful]
+    segments = Segments(counts_E, block, useful)
+    size = segments.bound(sources_N.shape[0]) if useful is None else sum(segments.aligned)
     device = sources_N.device
     added_E = -counts_E % block
     shift_E = added_E.cumsum(0) - added_E  # what aligning adds in front of each expert
     shift_N = torch.repeat_interleave(shift_E, counts_E, output_size=sources_N.shape[0])
     slots_N = torch.arange(sources_N.shape[0], device=device) + shift_N
-    ids_R = torch.full((sum(aligned),), -1, device=device).scatter_(0, slots_N, sources_N)
+    ids_R = torch.full((size,), -1, device=device).scatter_(0, slots_N, sources_N)
     by_source_N = slots_N.gather(0, stable_order(sources_N, num_source))
     ends_X = count(sources_N, num_source).cumsum(0)
-    return Rows(ids_R, useful, aligned, by_source_N, ends_X), slots_N
+    return Rows(ids_R, segments, by_source_N, ends_X), slots_N

@@ -39,7 +39,7 @@ class RemoteWork(Work):
 
     @property
     def sizes(self) -> list[int]:
-        return [len(plan.rows.useful) for plan in self.plans]
+        return [plan.rows.segments.num_experts for plan in self.plans]
 
     def arrivals(self) -> Iterator[ExpertRows]:
         for chunk, (plan, ticket) in enumerate(zip(self.plans, self.tickets, strict=True)):

@@ -14,7 +14,9 @@ from torch import Tensor
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu.product import outer, product
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.rows import Segments
 
+ON_DEVICE = False
 KEEPS = "the pre-activations of useful rows"
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
@@ -25,10 +27,10 @@ def refusal(case: Case) -> str | None:
     return None
 
 
-def _segments(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
+def _segments(segments: Segments, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
     """(expert, first row, useful rows, rows to compute, end of the segment) of each non-empty expert."""
     start = 0
-    for expert, (rows, width) in enumerate(zip(useful, aligned, strict=True)):
+    for expert, (rows, width) in enumerate(zip(segments.on_host, segments.aligned, strict=True)):
         if rows:
             yield expert, start, rows, min(_computed(rows, width, dtype), width), start + width
         start += width
@@ -46,9 +48,9 @@ def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
     return -(-rows // multiple) * multiple
 
 
-def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
+def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
     """The rows of each pre-activation that :func:`forward` returns: one per non-empty expert."""
-    return [width for _, _, _, width, _ in _segments(useful, aligned, dtype)]
+    return [width for _, _, _, width, _ in _segments(segments, dtype)]
 
 
 def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:
@@ -71,8 +73,7 @@ def forward(
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
-    useful: Sequence[int],
-    aligned: Sequence[int],
+    segments: Segments,
     activation: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it)."""
@@ -80,7 +81,7 @@ def forward(
     out_RD = source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2])
     kept = []
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for e, start, rows, width, end in _segments(useful, aligned, dtype):
+    for e, start, rows, width, end in _segments(segments, dtype):
         stop = start + width
         x_nD = _gather(source_XD, ids_R, start, rows, width)
         z_nP = product(x_nD, w_ups[e].to(dtype))
@@ -100,8 +101,7 @@ def backward(
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
     kept: Sequence[Tensor],
-    useful: Sequence[int],
-    aligned: Sequence[int],
+    segments: Segments,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
@@ -109,12 +109,12 @@ def backward(
     dx_RD = source_XD.new_empty(ids_R.shape[0], source_XD.shape[1])
     dweights_R = torch.zeros_like(weights_R)
     dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
-    for e, rows in enumerate(useful):
+    for e, rows in enumerate(segments.on_host):
         if not rows:
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(useful, aligned, dtype), strict=True):
+    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(segments, dtype), strict=True):
         stop = start + width
         dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
         gate_nF, up_nF = gate_and_up(z_nP, activation)

@@ -1,6 +1,6 @@
 """The experts' feed-forward on named rows: one operator, a table of backends, and their self-test."""
 
 from moetrain.ops.experts.operator import expert_mlp
-from moetrain.ops.experts.rows import Rows
+from moetrain.ops.experts.rows import Rows, Segments
 
-__all__ = ["Rows", "expert_mlp"]
+__all__ = ["Rows", "Segments", "expert_mlp"]

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.rows import Segments
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import offsets
 from moetrain.ops.grouped_mm import refusal as refusal_of_widths
 
+ON_DEVICE = False
 KEEPS = "the pre-activation of all rows, padding included"
 
 
@@ -27,8 +29,8 @@ def refusal(case: Case) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def kept_rows(useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
-    return [sum(aligned)]
+def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
+    return [rows]
 
 
 def forward(
@@ -37,13 +39,12 @@ def forward(
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
-    useful: Sequence[int],
-    aligned: Sequence[int],
+    segments: Segments,
     activation: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """(out [R, D], [z [R, P]])."""
     dtype = source_XD.dtype
-    ends_E = offsets(aligned, source_XD.device)
+    ends_E = offsets(segments.aligned, source_XD.device)
     z_RP = F.grouped_mm(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), offs=ends_E)
     h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(weights_R.to(dtype)[:, None])
     return F.grouped_mm(h_RF, w_down_EFD.to(dtype), offs=ends_E), [z_RP]
@@ -57,14 +58,13 @@ def backward(
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
     kept: Sequence[Tensor],
-    useful: Sequence[int],
-    aligned: Sequence[int],
+    segments: Segments,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     dtype = source_XD.dtype
     (z_RP,) = kept
-    ends_E = offsets(aligned, source_XD.device)
+    ends_E = offsets(segments.aligned, source_XD.device)
     scale_R1 = weights_R.to(dtype)[:, None]
     gate_RF, up_RF = gate_and_up(z_RP, activation)
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)

@@ -19,7 +19,8 @@ def compute(
     """out [R, D] in the source's dtype."""
     dtype = source_XD.dtype
     x_RD = gather_rows(source_XD, rows.ids_R)
-    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), rows.aligned, "loop")
+    aligned = rows.segments.aligned
+    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), aligned, "loop")
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
-    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), rows.aligned, "loop")
+    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), aligned, "loop")
     return (out_RD * weights_R[:, None]).to(dtype)

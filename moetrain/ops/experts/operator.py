@@ -16,8 +16,10 @@ from torch import Tensor
 
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Rows
+from moetrain.ops.experts.rows import Rows, Segments
 from moetrain.ops.experts.table import AUTO, BACKENDS, LOOP, choose
+
+_TENSORS = 8  # arguments of the operator: five operands, then what the rows are
 
 
 def expert_mlp(
@@ -40,9 +42,11 @@ def expert_mlp(
     chosen = choose(backend, Case.of(w_down_EFD, dtype, activation))
     if chosen == LOOP:
         return loop.compute(source_XD, rows, weights_R, w_up_EDP, w_down_EFD, activation)
+    segments = rows.segments
+    useful = None if segments.useful is None else list(segments.useful)
     out_RD, _ = _forward(
         source_XD, rows.ids_R, weights_R, w_up_EDP, w_down_EFD, rows.by_source_N, rows.ends_X,
-        list(rows.useful), list(rows.aligned), activation, chosen,
+        segments.counts_E, useful, segments.block, activation, chosen,
     )  # fmt: skip
     return out_RD  # type: ignore[no-any-return]
 
@@ -56,32 +60,33 @@ def _forward(
     w_down_EFD: Tensor,
     by_source_N: Tensor,
     ends_X: Tensor,
-    useful: list[int],
-    aligned: list[int],
+    counts_E: Tensor,
+    useful: list[int] | None,
+    block: int,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
+    segments = Segments(counts_E, block, useful)
     if not ids_R.shape[0]:  # which not every kernel takes
-        return _empty(source_XD, ids_R, w_up_EDP, w_down_EFD, useful, aligned, backend)
-    return BACKENDS[backend].forward(
-        source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, useful, aligned, activation
-    )
+        return _without_contents(source_XD, ids_R, w_up_EDP, w_down_EFD, segments, backend)
+    return BACKENDS[backend].forward(source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, segments, activation)
 
 
 @_forward.register_fake
 def _(
     source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor,
-    by_source_N: Tensor, ends_X: Tensor, useful: list[int], aligned: list[int], activation: str, backend: str,
+    by_source_N: Tensor, ends_X: Tensor, counts_E: Tensor, useful: list[int] | None, block: int,
+    activation: str, backend: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    return _empty(source_XD, ids_R, w_up_EDP, w_down_EFD, useful, aligned, backend)
+    segments = Segments(counts_E, block, useful)
+    return _without_contents(source_XD, ids_R, w_up_EDP, w_down_EFD, segments, backend)
 
 
-def _empty(
-    source_XD: Tensor, ids_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor,
-    useful: list[int], aligned: list[int], backend: str,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """A result without contents."""
-    kept = BACKENDS[backend].kept_rows(useful, aligned, source_XD.dtype)
+def _without_contents(
+    source_XD: Tensor, ids_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor, segments: Segments, backend: str
+) -> tuple[Tensor, list[Tensor]]:
+    """What the forward pass returns, with nothing in it."""
+    kept = BACKENDS[backend].kept_rows(segments, ids_R.shape[0], source_XD.dtype)
     pre_activations = [source_XD.new_empty(n, w_up_EDP.shape[2]) for n in kept]
     return source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2]), pre_activations
 
@@ -97,16 +102,18 @@ def _backward(
     kept: list[Tensor],
     by_source_N: Tensor,
     ends_X: Tensor,
-    useful: list[int],
-    aligned: list[int],
+    counts_E: Tensor,
+    useful: list[int] | None,
+    block: int,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not ids_R.shape[0]:
         operands = (source_XD, weights_R, w_up_EDP, w_down_EFD)
         return tuple(torch.zeros_like(t) for t in operands)  # type: ignore[return-value]
+    segments = Segments(counts_E, block, useful)
     dx_RD, dweights_R, dw_up_EDP, dw_down_EFD = BACKENDS[backend].backward(
-        dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, kept, useful, aligned, activation
+        dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, kept, segments, activation
     )
     dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, ids_R)
     return dsource_XD, dweights_R, dw_up_EDP, dw_down_EFD
@@ -115,25 +122,25 @@ def _backward(
 @_backward.register_fake
 def _(
     dout_RD: Tensor, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor,
-    w_down_EFD: Tensor, kept: list[Tensor], by_source_N: Tensor, ends_X: Tensor, useful: list[int],
-    aligned: list[int], activation: str, backend: str,
+    w_down_EFD: Tensor, kept: list[Tensor], by_source_N: Tensor, ends_X: Tensor, counts_E: Tensor,
+    useful: list[int] | None, block: int, activation: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(torch.empty_like(t) for t in (source_XD, weights_R, w_up_EDP, w_down_EFD))  # type: ignore
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    source_XD, ids_R, weights_R, w_up, w_down, by_source_N, ends_X, *static = inputs
+    operands, static = inputs[:_TENSORS], inputs[_TENSORS:]
     ctx.set_materialize_grads(False)  # else backward gets zeros of the size of z
-    ctx.save_for_backward(source_XD, ids_R, weights_R, w_up, w_down, by_source_N, ends_X, *output[1])
+    ctx.save_for_backward(*operands, *output[1])
     ctx.static = static
 
 
 def _autograd_backward(ctx, dout_RD, unused):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors  # once: recomputed activations may be unpacked a single time
-    *named, by_source_N, ends_X = saved[:7]
-    grads = _backward(dout_RD.contiguous(), *named, list(saved[7:]), by_source_N, ends_X, *ctx.static)
+    named, indices = saved[:5], saved[5:_TENSORS]
+    grads = _backward(dout_RD.contiguous(), *named, list(saved[_TENSORS:]), *indices, *ctx.static)
     dsource, dweights, dw_up, dw_down = grads
-    return dsource, None, dweights, dw_up, dw_down, None, None, None, None, None, None
+    return dsource, None, dweights, dw_up, dw_down, *[None] * (_TENSORS - 5 + len(ctx.static))
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup)

@@ -1,4 +1,4 @@
-"""Rows of the experts' operator.
+"""Rows of the experts' operator, in segments of experts.
 
 Shapes: X source rows, R computed rows in block-aligned expert order, E experts, N assignments.
 """
@@ -12,17 +12,46 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Segments:
+    """The rows of each expert, rounded up to multiples of ``block``.
+
+    counts_E   int64, rows without padding, on the device.
+    useful     the same as host integers, or None where the host has not waited for them.
+    """
+
+    counts_E: Tensor
+    block: int
+    useful: Sequence[int] | None
+
+    @property
+    def on_host(self) -> Sequence[int]:
+        """``useful``, of a backend that needs it."""
+        assert self.useful is not None
+        return self.useful
+
+    @property
+    def aligned(self) -> list[int]:
+        """Rows with padding, on the host."""
+        return [-(-rows // self.block) * self.block for rows in self.on_host]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_E.shape[0]
+
+    def bound(self, num_assignments: int) -> int:
+        """A number of rows that these segments need at most, whatever the counts: known without waiting."""
+        return (-(-num_assignments // self.block) + self.num_experts) * self.block
+
+
+@dataclass(frozen=True)
 class Rows:
     """Which source row each computed row is, and back.
 
-    ids_R      int64, source row of each computed row, -1 for padding.
-    useful     rows of each expert without padding, host integers.
-    aligned    rows of each expert with padding; sums to R.
+    ids_R      int64, source row of each computed row, -1 for padding and behind the last segment.
     by_source_N  computed rows grouped by their source row; ends_X closes each group.
     """
 
     ids_R: Tensor
-    useful: Sequence[int]
-    aligned: Sequence[int]
+    segments: Segments
     by_source_N: Tensor
     ends_X: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Rows
+from moetrain.ops.experts.rows import Rows, Segments
 
 _COUNTS, _SOURCE, _BLOCK = (37, 0, 1, 70, 0, 33, 0), 71, 32  # of experts: none, one, many; sources used often
 # of the largest value; rows missing, twice, or of another expert change values by far more
@@ -35,13 +35,12 @@ class Computes(Protocol):
 
     def forward(
         self, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor,
-        useful: Sequence[int], aligned: Sequence[int], activation: str,
+        segments: Segments, activation: str,
     ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
 
     def backward(
         self, dout_RD: Tensor, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor,
-        w_down_EFD: Tensor, kept: Sequence[Tensor], useful: Sequence[int], aligned: Sequence[int],
-        activation: str,
+        w_down_EFD: Tensor, kept: Sequence[Tensor], segments: Segments, activation: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -51,13 +50,18 @@ def failure(backend: Computes, case: Case) -> str | None:
     None too on a device that this process only pretends to have. It runs in a thread of its own, free of the
     caller's autocast, inference mode, tracing and counting.
     """
-    if case.device.type == "meta" or (case.device.type == "cuda" and not torch.cuda.is_available()):
+    if not _is_real(case.device):
         return None
     found: list[str | None] = []
     thread = threading.Thread(target=lambda: found.append(_failure(backend, case)))
     thread.start()
     thread.join()
     return found[0] if found else "its self-test was interrupted"
+
+
+def _is_real(device: torch.device) -> bool:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
 
 
 def _failure(backend: Computes, case: Case) -> str | None:
@@ -91,7 +95,8 @@ def _inputs(case: Case) -> tuple[Rows, list[Tensor], Tensor]:
     by_source_N = torch.where(used_R)[0][ids_R[used_R].argsort(stable=True)]
     ends_X = torch.bincount(ids_R[used_R], minlength=_SOURCE).cumsum(0)
     device = case.device
-    rows = Rows(ids_R.to(device), _COUNTS, aligned, by_source_N.to(device), ends_X.to(device))
+    segments = Segments(torch.tensor(_COUNTS).to(device), _BLOCK, _COUNTS)
+    rows = Rows(ids_R.to(device), segments, by_source_N.to(device), ends_X.to(device))
     weights_R = torch.rand(len(ids_R), generator=generator) * used_R
     weights_R = weights_R.to(device, torch.promote_types(case.dtype, torch.float32))
     up = draw(len(_COUNTS), case.d_model, case.columns) / case.d_model**0.5
@@ -103,7 +108,7 @@ def _inputs(case: Case) -> tuple[Rows, list[Tensor], Tensor]:
 def _by(backend: Computes, rows: Rows, operands: list[Tensor], dout_RD: Tensor, case: Case) -> list[Tensor]:
     source_XD, weights_R, up, down = operands
     named = (source_XD, rows.ids_R, weights_R, up, down)
-    static = (list(rows.useful), list(rows.aligned), case.activation)
+    static = (rows.segments, case.activation)
     out_RD, kept = backend.forward(*named, *static)
     dx_RD, *others = backend.backward(dout_RD, *named, kept, *static)
     return [out_RD, _at_the_source(dx_RD, rows), *others]
@@ -118,7 +123,7 @@ def _at_the_source(dx_RD: Tensor, rows: Rows) -> Tensor:
 
 
 def _by_the_loop(rows: Rows, operands: list[Tensor], dout_RD: Tensor, activation: str) -> list[Tensor]:
-    on_host = Rows(rows.ids_R.cpu(), rows.useful, rows.aligned, rows.by_source_N.cpu(), rows.ends_X.cpu())
+    on_host = Rows(rows.ids_R.cpu(), rows.segments, rows.by_source_N.cpu(), rows.ends_X.cpu())
     source, weights, up, down = (t.cpu().double().requires_grad_() for t in operands)
     out_RD = loop.compute(source, on_host, weights, up, down, activation)
     grads = torch.autograd.grad(out_RD, [source, weights, up, down], dout_RD.cpu().double())

@@ -15,6 +15,7 @@ from torch import Tensor
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
 from moetrain.ops.say_once import say_once
 
@@ -25,13 +26,14 @@ LOOP = "loop"  # the oracle takes whatever is asked, and is not tested against i
 class Backend(Protocol):
     """The interface of a backend, which is a module. Shapes as in ``operator.py``."""
 
+    ON_DEVICE: bool  # whether it needs no counts on the host, so that nothing waits for them
     KEEPS: str  # what stays for the backward pass, beside the operands
 
     def refusal(self, case: Case) -> str | None:
         """The reason why it cannot compute ``case``; None if it can."""
 
-    def kept_rows(self, useful: Sequence[int], aligned: Sequence[int], dtype: torch.dtype) -> list[int]:
-        """The rows of each pre-activation that :meth:`forward` returns."""
+    def kept_rows(self, segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
+        """The rows of each pre-activation that :meth:`forward` returns, of ``rows`` R."""
 
     def forward(
         self,
@@ -40,8 +42,7 @@ class Backend(Protocol):
         weights_R: Tensor,
         w_up_EDP: Tensor,
         w_down_EFD: Tensor,
-        useful: Sequence[int],
-        aligned: Sequence[int],
+        segments: Segments,
         activation: str,
     ) -> tuple[Tensor, list[Tensor]]:
         """(out [R, D], the pre-activations)."""
@@ -55,8 +56,7 @@ class Backend(Protocol):
         w_up_EDP: Tensor,
         w_down_EFD: Tensor,
         kept: Sequence[Tensor],
-        useful: Sequence[int],
-        aligned: Sequence[int],
+        segments: Segments,
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
@@ -92,6 +92,12 @@ def why_not(name: str, case: Case) -> str | None:
     if name == LOOP:
         return None
     return BACKENDS[name].refusal(case) or _self_test(name, case)
+
+
+def on_device(asked: str, case: Case) -> bool:
+    """Whether what computes ``case`` needs no counts on the host."""
+    chosen = choose(asked, case)
+    return chosen != LOOP and BACKENDS[chosen].ON_DEVICE
 
 
 def ladder(device: torch.device) -> tuple[str, ...]:

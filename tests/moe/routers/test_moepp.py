@@ -91,7 +91,7 @@ def test_only_feed_forward_assignments_get_rows():
     counts = assignment.counts_E
     assert counts[FFN:].sum() > 0
     (chunk,) = layer.dispatcher.dispatch(x_BSD.view(-1, D), assignment).arrivals()
-    assert list(chunk.rows.useful) == counts[:FFN].tolist()
+    assert list(chunk.rows.segments.useful) == counts[:FFN].tolist()
     assert int((chunk.rows.ids_R >= 0).sum()) == int(counts[:FFN].sum())
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, table
@@ -39,15 +40,16 @@ class Faulty:
         self.fault = fault
 
     refusal, kept_rows, KEEPS = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows), ""
+    ON_DEVICE = False
 
     def forward(self, source: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
-        weights, up, down, useful, aligned, activation = others
+        weights, up, down, segments, activation = others
         if self.fault == "a row of another token":
             ids = torch.where(ids == ids[2], ids[3], ids)
         if self.fault == "an expert is skipped":
             up = up.clone()
             up[-2] = 0
-        out, kept = per_expert.forward(source, ids, weights, up, down, useful, aligned, activation)
+        out, kept = per_expert.forward(source, ids, weights, up, down, segments, activation)
         if self.fault == "no padding mask":
             out[ids < 0] = 1
         if self.fault == "it raises":
@@ -130,6 +132,29 @@ def test_a_self_test_runs_once_a_process(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_devices_have_a_ladder_too() -> None:
     assert table.ladder(torch.device("cuda")) == ("torch", "cpu", "loop")
     assert table.ladder(CPU) == ("cpu", "loop")
+
+
+def test_a_pretended_device_is_not_tested() -> None:
+    pretended = Case(torch.device("lazy"), torch.bfloat16, 64, 64, "swiglu")
+    assert table.choose("auto", pretended) == "torch"
+
+
+def test_rows_by_bound_are_those_by_counts() -> None:
+    """Nothing waits for counts where they are not needed; what is behind the last segment is padding."""
+    counts, block = [5, 0, 8, 1], 4
+    sources = torch.cat([torch.arange(c) for c in counts])
+    known, slots = layout(sources, torch.tensor(counts), counts, 9, block)
+    bound, same_slots = layout(sources, torch.tensor(counts), None, 9, block)
+    used = len(known.ids_R)
+    assert len(bound.ids_R) == bound.segments.bound(14) == (4 + 4) * block
+    assert torch.equal(bound.ids_R[:used], known.ids_R)
+    assert (bound.ids_R[used:] == -1).all()
+    for ours, theirs in (
+        (slots, same_slots),
+        (bound.by_source_N, known.by_source_N),
+        (bound.ends_X, known.ends_X),
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_options_are_the_table() -> None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.routing import Routing
-from moetrain.ops import Rows, expert_mlp, gather_sum
+from moetrain.ops import Rows, Segments, expert_mlp, gather_sum
 from moetrain.ops.activations import (
     ACTIVATIONS,
     activate,
@@ -52,7 +52,7 @@ def operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(source, row weights, up, down), leaves; padding rows weigh 0."""
     torch.manual_seed(1)
-    experts = len(rows.useful)
+    experts = rows.segments.num_experts
     source = torch.randn(num_source, d, dtype=dtype, requires_grad=True)
     weights = (torch.rand(len(rows.ids_R), dtype=dtype) * (rows.ids_R >= 0)).requires_grad_()
     up = torch.randn(experts, d, f * (2 if gated else 1), dtype=dtype, requires_grad=True)
@@ -89,9 +89,9 @@ def test_backward_keeps_source_weights_preactivation_and_indices(
         y = gather_sum(out, rows.by_source_N, rows.ends_X, rows.ids_R)
     r, n, e = len(rows.ids_R), sum(counts), len(counts)
     assert r == sum(-(-c // block) * block for c in counts)
-    z_rows = sum(kept_rows(counts, rows.aligned, torch.float32)) if backend == "cpu" else r
+    z_rows = sum(kept_rows(rows.segments, r, torch.float32)) if backend == "cpu" else r
     floats = num_source * d + r + z_rows * p + e * d * p + e * f * d
-    indices = r + n + num_source  # the row's source, and the way back, which combine needs too
+    indices = r + n + num_source + e  # the row's source, and the way back, which combine needs too
     assert sum(kept.values()) == 4 * floats + 8 * indices
     y.sum().backward()
 
@@ -104,7 +104,7 @@ def test_bf16_keeps_the_casts_of_the_source_only(backend: str) -> None:
         out = expert_mlp(source, rows, weights, up, down, "swiglu", backend, torch.bfloat16)
     r, n = len(rows.ids_R), 53
     z_rows = 17 + 5 + 29 + 2 if backend == "cpu" else r  # a handful of rows has no padding
-    assert sum(kept.values()) == 2 * (29 * 16 + z_rows * 48) + 4 * (r + 5 * 16 * 72) + 8 * (r + n + 29)
+    assert sum(kept.values()) == 2 * (29 * 16 + z_rows * 48) + 4 * (r + 5 * 16 * 72) + 8 * (r + n + 29 + 5)
     out.sum().backward()
     assert up.grad.dtype == down.grad.dtype == source.grad.dtype == weights.grad.dtype == torch.float32
 
@@ -132,7 +132,7 @@ def test_the_weights_gradient_is_an_inner_product(backend: str) -> None:
     source, weights, up, down = operands(rows, 11, 8, 4, torch.float64 if backend == "cpu" else torch.float32)
     dout = torch.randn(len(rows.ids_R), 8, dtype=source.dtype) * (rows.ids_R >= 0)[:, None]
     expert_mlp(source, rows, weights, up, down, "swiglu", backend).backward(dout)
-    experts_R = torch.repeat_interleave(torch.arange(4), torch.tensor(rows.aligned))
+    experts_R = torch.repeat_interleave(torch.arange(4), torch.tensor(rows.segments.aligned))
     for r in torch.nonzero(rows.ids_R >= 0).view(-1).tolist():
         e, x = int(experts_R[r]), source.detach()[rows.ids_R[r]].double()
         y = oracle.feed_forward(x, up.detach()[e].double(), down.detach()[e].double(), "swiglu")
@@ -144,8 +144,8 @@ def test_the_weights_gradient_is_an_inner_product(backend: str) -> None:
 def test_opcheck_of_the_operator(backend: str) -> None:
     rows = rows_of([5, 0, 3], 7, 4)
     source, weights, up, down = operands(rows, 7, 8, 4, torch.float32)
-    indices = (rows.by_source_N, rows.ends_X)
-    static = (list(rows.useful), list(rows.aligned), "swiglu", backend)
+    indices = (rows.by_source_N, rows.ends_X, rows.segments.counts_E)
+    static = (list(rows.segments.on_host), rows.segments.block, "swiglu", backend)
     forward = (source, rows.ids_R, weights, up, down, *indices, *static)
     torch.library.opcheck(torch.ops.moetrain.expert_mlp.default, forward)
     plain = [t.detach() if isinstance(t, Tensor) else t for t in forward]
@@ -159,7 +159,8 @@ def fake_rows(counts: list[int], num_source: int, block: int) -> Rows:
     aligned = [-(-c // block) * block for c in counts]
     ids_R = torch.zeros(sum(aligned), dtype=torch.int64)
     by_source_N = torch.zeros(sum(counts), dtype=torch.int64)
-    return Rows(ids_R, counts, aligned, by_source_N, torch.zeros(num_source, dtype=torch.int64))
+    segments = Segments(torch.tensor(counts), block, counts)
+    return Rows(ids_R, segments, by_source_N, torch.zeros(num_source, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("backend", ["loop", "cpu", "torch"])
@@ -194,7 +195,7 @@ def test_layout_of_a_worked_example() -> None:
         4,
     )
     assert rows.ids_R.tolist() == [0, 1, 3, -1, 0, 2, -1, -1]
-    assert (list(rows.useful), list(rows.aligned)) == ([3, 0, 2], [4, 0, 4])
+    assert (list(rows.segments.on_host), rows.segments.aligned) == ([3, 0, 2], [4, 0, 4])
     assert slots_N.tolist() == [0, 1, 2, 4, 5]
     assert rows.by_source_N.tolist() == [0, 4, 1, 5, 2]  # rows of token 0, 1, 2, 3; token 4 has none
     assert rows.ends_X.tolist() == [2, 3, 4, 5, 5]
@@ -261,7 +262,9 @@ def test_unknown_names_are_refused() -> None:
 
 def test_row_counts_of_one_size_share_kernels_and_pad_little() -> None:
     """oneDNN keeps a compiled kernel for every row count that it has met."""
-    computed = {n: kept_rows([n], [-(-n // 32) * 32], torch.float32)[0] for n in range(1, 1025)}
+    computed = {
+        n: kept_rows(Segments(torch.tensor([n]), 32, [n]), 0, torch.float32)[0] for n in range(1, 1025)
+    }
     assert all(n <= rows <= max(n + 7, n * 17 / 16) for n, rows in computed.items())
     assert all(rows == n for n, rows in computed.items() if n < 32)
     for smallest in (32, 64, 128, 256, 512):
