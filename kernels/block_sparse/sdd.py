@@ -93,7 +93,7 @@ def sdd(
         sdd_kernel[(blocks * down * along,)](
             out_VW, a_MK, b_GKW, topology.rows_N, topology.columns_N,
             blocks // topology.per_line, rows.width, columns.per_group, columns.width, topology.per_line,
-            topology.values_shape[1], depth,
+            topology.stored_width, depth,
             *out_VW.stride(), *a_MK.stride(), *b_GKW.stride(),
             **constants(topology, size, tf32, arch.interpreted),
             num_warps=size.num_warps, num_stages=size.num_stages,
@@ -107,6 +107,6 @@ def constants(topology: Topology, size: Tile, tf32: bool, interpreted: bool) -> 
     return {
         "BLOCK_M": rows.block, "BLOCK_N": columns.block, "TILE_M": size.block_m, "TILE_N": size.block_n,
         "TILE_K": size.block_k, "ROWS_EVEN": rows.even, "COLUMNS_EVEN": columns.even,
-        "STORED_EVEN": topology.per_line == 1 or columns.even, "GROUP": size.group,
+        "STORED_EVEN": topology.stored_width % columns.block == 0, "GROUP": size.group,
         "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": interpreted,
     }  # fmt: skip

@@ -63,9 +63,8 @@ class Topology:
     """The present blocks of a matrix of ``rows`` x ``columns``, in both orders.
 
     Stored block n covers the rows ``n // per_line * rows.block`` onward of a values tensor, and its columns
-    ``n % per_line * columns.block`` onward; the values tensor has the shape ``values_shape``.
-    rows_N and columns_N, int32, are the block row and the block column of stored block n, both -1 where n
-    stores none.
+    ``n % per_line * columns.block`` onward, up to ``stored_width``; it has the shape ``values_shape``.
+    rows_N and columns_N, int32, are the row and the column of stored block n, both -1 where n stores none.
     """
 
     rows: Side
@@ -75,12 +74,12 @@ class Topology:
     rows_N: Tensor
     columns_N: Tensor
     per_line: int
+    stored_width: int
 
     @property
     def values_shape(self) -> tuple[int, int]:
-        """Of the tensor with the values: blocks below each other, or ``per_line`` of them side by side."""
-        lines = self.rows_N.shape[0] // max(self.per_line, 1) * self.rows.block
-        return lines, self.columns.block if self.per_line == 1 else self.columns.width
+        """Of the tensor of values: ``per_line`` blocks side by side, and such lines below each other."""
+        return self.rows_N.shape[0] // self.per_line * self.rows.block, self.stored_width
 
     def lines(self, transposed: bool) -> tuple[Side, Side, Lines]:
         """The side whose blocks are the lines, the side across, and the entries; of the transpose if so."""
@@ -108,7 +107,7 @@ def mask_topology(mask_BC: Tensor, rows: int, columns: int, block_m: int, block_
     across_N = mask_BC.t().nonzero(as_tuple=True)[1]
     by_row = _lines(mask_BC.sum(1), torch.arange(rows_N.shape[0], device=mask_BC.device), columns_N)
     by_column = _lines(mask_BC.sum(0), stored_BC.t()[mask_BC.t()], across_N)
-    return Topology(*sides, by_row, by_column, rows_N.int(), columns_N.int(), 1)
+    return Topology(*sides, by_row, by_column, rows_N.int(), columns_N.int(), 1, block_n)
 
 
 def expert_topology(experts_B: Tensor, num_experts: int, width: int, block_m: int, block_n: int) -> Topology:
@@ -143,7 +142,7 @@ def expert_topology(experts_B: Tensor, num_experts: int, width: int, block_m: in
     ends_C = (starts_EC + count_E[:, None])[:-1].reshape(-1)
     across_N = rows_N[stored_N]
     by_column = Lines(starts_C.int(), ends_C.int(), stored_N.int(), across_N.int())
-    return Topology(*sides, by_row, by_column, rows_N.int(), columns_N.int(), per)
+    return Topology(*sides, by_row, by_column, rows_N.int(), columns_N.int(), per, width)
 
 
 def _side(block: int, width: int, groups: int = 1) -> Side:

@@ -5,6 +5,9 @@ Shapes: B row blocks, C column blocks, M rows, G groups of W columns, V x W valu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,14 @@ from moetrain.kernels.block_sparse.topology import Topology, expert_topology, ma
 from moetrain.kernels.twins import block_sparse as twin
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the largest element
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Whoever reads memory that no kernel wrote gets NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def random_mask(rows: int, columns: int, share: float, seed: int) -> Tensor:

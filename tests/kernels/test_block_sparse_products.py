@@ -5,8 +5,9 @@ Shapes: M rows, K depth, G groups of W columns, N and Q columns and rows of dens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import block_sparse_cases as cases
 import pytest
 import torch
 from block_sparse_cases import BOUNDS, close, flat, masked, of_experts, to_dense
@@ -27,6 +28,12 @@ EXPERTS = [
     ([0, 0, 2, -1], 3, 37, 16, 16, 23), ([1], 2, 13, 32, 16, 7), ([-1, -1], 2, 17, 16, 32, 5),
     ([3, 3, 3], 5, 32, 16, 32, 19), ([0, -1, 2, 0], 3, 31, 16, 16, 11), ([], 3, 17, 16, 16, 5),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan() -> Iterator[None]:
+    with cases.unwritten_is_nan():
+        yield
 
 
 def product(name: str, topology: Topology, mask: Tensor, depth: int, dtype: torch.dtype) -> None:

@@ -69,7 +69,7 @@ def test_rows_have_the_columns_of_their_expert(experts: list[int], num_experts: 
         if expert >= 0:
             mask[row, expert * per : (expert + 1) * per] = True
     check(topology, mask)
-    assert topology.values_shape == (len(experts) * 32, width if per > 1 else 16)
+    assert topology.values_shape == (len(experts) * 32, width)
     for down, _, rows, _ in windows(topology):
         assert down == rows  # a row's values stand in its own row
 
