@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import activate, activate_backward, is_gated
+from ..activations import GATED, PLAIN, activate, activate_backward, is_gated
+from ..specimen import Specimen
 from ..tiles import Arch
-from .parts import checked, has_shape, on_device
+from .parts import DTYPES, checked, has_shape, on_device, signature
 from .topology import Topology
 
 
@@ -120,6 +121,18 @@ def constants(arch: Arch, block: int, activation: str) -> dict[str, int]:
     """The tile of both kernels, which divides a block of rows."""
     rows, columns = (block, 64) if arch.interpreted else (16, 128)
     return {"BLOCK": block, "ROWS": rows, "COLUMNS": columns, "GATED": is_gated(activation)}
+
+
+def specimens(arch: Arch) -> list[Specimen]:
+    """Both kernels with every activation in bf16, and with the first in the other types."""
+    found = []
+    for dtype in DTYPES:
+        for name in (GATED + PLAIN)[: None if dtype is DTYPES[0] else 1]:
+            fixed: dict[str, object] = {**constants(arch, 128, name), "NAME": name}
+            for kernel in (forward_kernel, backward_kernel):
+                types = signature(kernel, fixed, dtype)
+                found.append(Specimen(f"{kernel.__name__} {name} {dtype}", kernel, types, fixed, 4, 1, False))
+    return found
 
 
 def _checked(z_RP: Tensor, weights_R: Tensor, topology: Topology, activation: str) -> Arch:

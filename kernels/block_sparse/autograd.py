@@ -25,7 +25,7 @@ class _SDD(Function):
         return sdd(a_MK, b_GKW, topology, tf32=tf32)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dvalues_VW: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dvalues_VW: Tensor) -> tuple[Tensor, Tensor, None, None]:
         a_MK, b_GKW = ctx.saved_tensors  # type: ignore[attr-defined]
         topology, tf32 = ctx.static  # type: ignore[attr-defined]
         da_MK = dsd(dvalues_VW, topology, b_GKW.mT, tf32=tf32)
@@ -42,7 +42,7 @@ class _DSD(Function):
         return dsd(values_VW, topology, dense, transposed, tf32=tf32)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         values_VW, dense = ctx.saved_tensors  # type: ignore[attr-defined]
         topology, transposed, tf32 = ctx.static  # type: ignore[attr-defined]
         rows_MN, columns_GWN = (dense, dout) if transposed else (dout, dense)
@@ -53,14 +53,14 @@ class _DSD(Function):
 
 def sdd_product(a_MK: Tensor, b_GKW: Tensor, topology: Topology, tf32: bool = False) -> Tensor:
     """:func:`sdd`, differentiable in both operands."""
-    return _SDD.apply(a_MK, b_GKW, topology, tf32)  # type: ignore[no-any-return]
+    return _SDD.apply(a_MK, b_GKW, topology, tf32)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dsd_product(
     values_VW: Tensor, topology: Topology, dense: Tensor, transposed: bool = False, tf32: bool = False
 ) -> Tensor:
     """:func:`dsd`, differentiable in the values and in the dense operand; what is not stored gets zeros."""
-    return _DSD.apply(values_VW, dense, topology, transposed, tf32)  # type: ignore[no-any-return]
+    return _DSD.apply(values_VW, dense, topology, transposed, tf32)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dds_product(

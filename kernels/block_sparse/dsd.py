@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Tile, tile
-from .parts import checked, dot, has_shape, on_device, walk
-from .topology import Side, Topology
+from ..specimen import Specimen
+from ..tiles import Arch, Tile, tile
+from .parts import checked, dot, has_shape, on_device, shipped, signature, walk
+from .topology import BLOCKS, Side, Topology
 
 
 @triton.jit(do_not_specialize=["lines", "line_per", "line_width", "inner_per", "inner_width"])
@@ -114,3 +115,31 @@ def constants(line: Side, inner: Side, size: Tile, tf32: bool, interpreted: bool
         "TILE_K": size.block_k, "LINES_EVEN": line.even, "INNER_EVEN": inner.even, "GROUP": size.group,
         "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": interpreted,
     }  # fmt: skip
+
+
+# of the layer's products: whether of the transpose, and the strides that are 1
+_LAYOUTS = {
+    "out": (False, ("value_inner", "dense_n", "out_n")),
+    "dx": (False, ("value_inner", "dense_inner", "out_n")),
+    "dw_down": (True, ("value_line", "dense_n", "out_n")),
+    "dw_up": (True, ("value_line", "dense_n", "out_line")),
+}
+
+
+def specimens(arch: Arch) -> list[Specimen]:
+    """The products of the expert layer at every tile."""
+    found = []
+    for dtype, tf32, block, every in shipped(arch):
+        sides = Side(block, 32 * block), Side(BLOCKS[-1], 768, 128)
+        for name, (transposed, units) in list(_LAYOUTS.items())[: None if every else 1]:
+            line, inner = sides[::-1] if transposed else sides
+            size = tile(arch, dtype, line.block, 2048, inner.block, tf32=tf32)
+            fixed = constants(line, inner, size, tf32, False) | dict.fromkeys(units, 1)
+            found.append(
+                Specimen(
+                    f"dsd {name} {dtype} {'tf32 ' if tf32 else ''}rows {block}", dsd_kernel,
+                    signature(dsd_kernel, fixed, dtype), fixed, size.num_warps, size.num_stages,
+                    dtype.itemsize == 2 or tf32, size,
+                )
+            )  # fmt: skip
+    return found

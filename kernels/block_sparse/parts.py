@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,8 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Arch, arch_of
+from ..specimen import pointer
+from ..tiles import BLOCK_M, Arch, arch_of
 
+INDICES = ("rows_of", "columns_of", "starts", "ends", "stored", "across")
+OPERANDS = ("out", "values", "dense", "a", "b", "z", "h", "dz", "dh", "weights", "dweights")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -58,3 +62,25 @@ def has_shape(operand: Tensor, name: str, *shape: int) -> None:
 def on_device(operand: Tensor) -> AbstractContextManager[object]:
     """A context whose current device is the operand's, which Triton launches on."""
     return torch.cuda.device(operand.device) if operand.is_cuda else nullcontext()
+
+
+def shipped(arch: Arch) -> list[tuple[torch.dtype, bool, int, bool]]:
+    """(type, tf32, rows of a block, whether in every layout) that kernels are compiled for ahead of time."""
+    types = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]
+    return [(dtype, tf32, rows, n == 0) for n, (dtype, tf32) in enumerate(types) for rows in BLOCK_M]
+
+
+def signature(
+    kernel: triton.JITFunction, constants: Mapping[str, object], dtype: torch.dtype
+) -> dict[str, str]:
+    """Types of the arguments that are no constants: ``INDICES`` of int32, pointers to ``dtype``, integers."""
+    found = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        found[name] = "i32"
+        if name in INDICES:
+            found[name] = pointer(torch.int32)
+        elif name in OPERANDS:
+            found[name] = pointer(torch.float32 if name.endswith("weights") else dtype)
+    return found

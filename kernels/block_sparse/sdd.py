@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Tile, tile
-from .parts import checked, dot, has_shape, on_device, walk
-from .topology import Topology
+from ..specimen import Specimen
+from ..tiles import Arch, Tile, tile
+from .parts import checked, dot, has_shape, on_device, shipped, signature, walk
+from .topology import BLOCKS, Side, Topology
 
 
 @triton.jit(do_not_specialize=["lines", "row_width", "column_per", "column_width"])
 def sdd_kernel(
-    values, a, b, rows, columns,
+    values, a, b, rows_of, columns_of,
     lines, row_width, column_per, column_width, stored_per, stored_width, depth,
     value_m, value_n, a_m, a_k, b_group, b_k, b_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
@@ -31,10 +32,10 @@ def sdd_kernel(
     line = (down // DOWN).to(tl.int64)
     position = (along // ALONG).to(tl.int64)
     stored = line * stored_per + position
-    column = tl.load(columns + stored).to(tl.int64)
+    column = tl.load(columns_of + stored).to(tl.int64)
     if column < 0:
         return
-    row = tl.load(rows + stored).to(tl.int64)
+    row = tl.load(rows_of + stored).to(tl.int64)
     in_m = down % DOWN * TILE_M + tl.arange(0, TILE_M).to(tl.int64)
     in_n = along % ALONG * TILE_N + tl.arange(0, TILE_N).to(tl.int64)
     at_m = row * BLOCK_M + in_m
@@ -95,18 +96,43 @@ def sdd(
             blocks // topology.per_line, rows.width, columns.per_group, columns.width, topology.per_line,
             topology.stored_width, depth,
             *out_VW.stride(), *a_MK.stride(), *b_GKW.stride(),
-            **constants(topology, size, tf32, arch.interpreted),
+            **constants(rows, columns, topology.stored_width, size, tf32, arch.interpreted),
             num_warps=size.num_warps, num_stages=size.num_stages,
         )  # fmt: skip
     return out_VW
 
 
-def constants(topology: Topology, size: Tile, tf32: bool, interpreted: bool) -> dict[str, object]:
-    """The kernel's constants for the blocks of a topology."""
-    rows, columns = topology.rows, topology.columns
+def constants(
+    rows: Side, columns: Side, stored_width: int, size: Tile, tf32: bool, interpreted: bool
+) -> dict[str, object]:
+    """The kernel's constants for the blocks of two sides, stored side by side up to a width."""
     return {
         "BLOCK_M": rows.block, "BLOCK_N": columns.block, "TILE_M": size.block_m, "TILE_N": size.block_n,
         "TILE_K": size.block_k, "ROWS_EVEN": rows.even, "COLUMNS_EVEN": columns.even,
-        "STORED_EVEN": topology.stored_width % columns.block == 0, "GROUP": size.group,
+        "STORED_EVEN": stored_width % columns.block == 0, "GROUP": size.group,
         "PRECISION": "tf32" if tf32 else "ieee", "UPCAST": interpreted,
     }  # fmt: skip
+
+
+# of the layer's products: the stride of the right operand that is 1, and the width of an expert
+_LAYOUTS = (("z", "b_n", 1536), ("dh", "b_k", 768), ("rest", "b_n", 1539))
+
+
+def specimens(arch: Arch) -> list[Specimen]:
+    """z and the gradient of h at every tile, the latter with a transposed matrix; and a width with a rest."""
+    found = []
+    for dtype, tf32, block, every in shipped(arch):
+        size = tile(arch, dtype, block, BLOCKS[-1], 2048, tf32=tf32)
+        for name, unit, width in (("z", "b_n", 1536), ("dh", "b_k", 768), ("rest", "b_n", 1539))[
+            : 3 if every else 1
+        ]:
+            sides = Side(block, 32 * block), Side(BLOCKS[-1], width, 128)
+            fixed = constants(*sides, width, size, tf32, False) | {"value_n": 1, "a_k": 1, unit: 1}
+            found.append(
+                Specimen(
+                    f"sdd {name} {dtype} {'tf32 ' if tf32 else ''}rows {block}", sdd_kernel,
+                    signature(sdd_kernel, fixed, dtype), fixed, size.num_warps, size.num_stages,
+                    dtype.itemsize == 2 or tf32, size,
+                )
+            )  # fmt: skip
+    return found
