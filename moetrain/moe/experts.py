@@ -48,9 +48,9 @@ class Experts(nn.Module):
             for chunk, (rows, up, down) in enumerate(zip(work.arrivals(), ups, downs, strict=True))
         ]
 
-    def needs_counts(self, x_TD: Tensor) -> bool:
-        """Whether what computes ``x_TD`` needs each expert's number of rows on the host."""
-        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation)
+    def needs_counts(self, x_TD: Tensor, block: int) -> bool:
+        """Whether what computes ``x_TD`` in blocks of rows needs each expert's number of rows on the host."""
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block)
         return not on_device(self.backend, case)
 
     def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:

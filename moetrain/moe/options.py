@@ -37,6 +37,7 @@ class Backend(Enum):
     loop = "loop"
     torch = "torch"
     cpu = "cpu"
+    triton_block_sparse = "triton_block_sparse"
 
 
 class DropOrder(Enum):

@@ -38,23 +38,23 @@ class LocalWork(Work):
 
 
 class LocalDispatcher(Dispatcher):
-    """The host waits once a call for the experts' counts, if ``needs_counts(x)`` and the router did not.
+    """The host waits once a call for counts, if ``needs_counts(x, block)``, and the router did not.
 
     Experts without a network are cut off by their number, so that a layer with them needs the counts too.
     """
 
     def __init__(
-        self, block: int | None = None, needs_counts: Callable[[Tensor], bool] = lambda x: True
+        self, block: int | None = None, needs_counts: Callable[[Tensor, int], bool] = lambda x, block: True
     ) -> None:
         super().__init__(block)
         self.needs_counts = needs_counts
 
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> LocalWork:
-        useful = None
-        if assignment.num_ffn_experts is not None or self.needs_counts(x_TD):
+        useful, block = None, block_of(x_TD, self.block)
+        if assignment.num_ffn_experts is not None or self.needs_counts(x_TD, block):
             useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
             assignment = assignment.to_ffn(sum(useful))
-        plan = place(assignment, useful, x_TD.shape[0], block_of(x_TD, self.block))
+        plan = place(assignment, useful, x_TD.shape[0], block)
         return LocalWork(x_TD, plan)
 
     def agree(self, rounds: int) -> int:

@@ -12,30 +12,35 @@ from torch import Tensor
 
 from moetrain.ops.activations import is_gated
 
-_SMALL, _TILE = 48, 16
+_SMALL = {"cpu": 32}  # widths of several tiles, of the interpreter's on a CPU
+_SMALL_GPU, _TILE, _LARGEST_BLOCK = 288, 16, 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert."""
+    """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
+    rounded up to a multiple of.
+    """
 
     device: torch.device
     dtype: torch.dtype
     d_model: int
     d_ff: int
     activation: str
+    block: int = 32
 
     @staticmethod
-    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str) -> Case:
+    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block)
 
     def small(self) -> Case:
-        """The same with small widths, which tiles divide or not as they do these."""
-        d_model, d_ff = (_SMALL + width % _TILE for width in (self.d_model, self.d_ff))
-        return replace(self, d_model=d_model, d_ff=d_ff)
+        """The same with small widths, which tiles divide or not as they do these, and a usual block."""
+        least = _SMALL.get(self.device.type, _SMALL_GPU)
+        d_model, d_ff = (least + width % _TILE for width in (self.d_model, self.d_ff))
+        return replace(self, d_model=d_model, d_ff=d_ff, block=min(self.block, _LARGEST_BLOCK))
 
     @property
     def columns(self) -> int:

@@ -39,7 +39,7 @@ def expert_mlp(
     """
     dtype = source_XD.dtype if dtype is None else dtype
     source_XD = source_XD.to(dtype)
-    chosen = choose(backend, Case.of(w_down_EFD, dtype, activation))
+    chosen = choose(backend, Case.of(w_down_EFD, dtype, activation, rows.segments.block))
     if chosen == LOOP:
         return loop.compute(source_XD, rows, weights_R, w_up_EDP, w_down_EFD, activation)
     segments = rows.segments

@@ -17,7 +17,6 @@ from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Rows, Segments
 
-_COUNTS, _SOURCE, _BLOCK = (37, 0, 1, 70, 0, 33, 0), 71, 32  # of experts: none, one, many; sources used often
 # of the largest value; rows missing, twice, or of another expert change values by far more
 _ROUNDINGS = {2: 4, 4: 16, 8: 16}  # by bytes of the dtype: sums of halves are in fp32
 _COARSEST = 4 * 2**-10  # an accelerator may take products of fp32 in ten bits
@@ -87,22 +86,24 @@ def _inputs(case: Case) -> tuple[Rows, list[Tensor], Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
 
-    aligned = [-(-count // _BLOCK) * _BLOCK for count in _COUNTS]
+    counts = [case.block + 5, 0, 1, 2 * case.block + 6, 0]  # no row, one, more than one block, more than two
+    num_source = max(counts) + 1
+    aligned = [-(-count // case.block) * case.block for count in counts]
     ids_R = torch.full((sum(aligned),), -1)
-    for start, count in zip(torch.tensor([0, *aligned]).cumsum(0).tolist(), _COUNTS, strict=False):
-        ids_R[start : start + count] = torch.randperm(_SOURCE, generator=generator)[:count].sort().values
+    for start, count in zip(torch.tensor([0, *aligned]).cumsum(0).tolist(), counts, strict=False):
+        ids_R[start : start + count] = torch.randperm(num_source, generator=generator)[:count].sort().values
     used_R = ids_R >= 0
     by_source_N = torch.where(used_R)[0][ids_R[used_R].argsort(stable=True)]
-    ends_X = torch.bincount(ids_R[used_R], minlength=_SOURCE).cumsum(0)
+    ends_X = torch.bincount(ids_R[used_R], minlength=num_source).cumsum(0)
     device = case.device
-    segments = Segments(torch.tensor(_COUNTS).to(device), _BLOCK, _COUNTS)
+    segments = Segments(torch.tensor(counts).to(device), case.block, counts)
     rows = Rows(ids_R.to(device), segments, by_source_N.to(device), ends_X.to(device))
     weights_R = torch.rand(len(ids_R), generator=generator) * used_R
     weights_R = weights_R.to(device, torch.promote_types(case.dtype, torch.float32))
-    up = draw(len(_COUNTS), case.d_model, case.columns) / case.d_model**0.5
-    down = draw(len(_COUNTS), case.d_ff, case.d_model) / case.d_ff**0.5
+    up = draw(len(counts), case.d_model, case.columns) / case.d_model**0.5
+    down = draw(len(counts), case.d_ff, case.d_model) / case.d_ff**0.5
     dout_RD = draw(len(ids_R), case.d_model) * used_R[:, None].to(device)
-    return rows, [draw(_SOURCE, case.d_model), weights_R, up, down], dout_RD
+    return rows, [draw(num_source, case.d_model), weights_R, up, down], dout_RD
 
 
 def _by(backend: Computes, rows: Rows, operands: list[Tensor], dout_RD: Tensor, case: Case) -> list[Tensor]:
@@ -117,7 +118,7 @@ def _by(backend: Computes, rows: Rows, operands: list[Tensor], dout_RD: Tensor, 
 def _at_the_source(dx_RD: Tensor, rows: Rows) -> Tensor:
     ids_R = rows.ids_R.cpu()
     used_R = ids_R >= 0
-    return dx_RD.new_zeros(_SOURCE, dx_RD.shape[1], device="cpu", dtype=torch.float64).index_add_(
+    return dx_RD.new_zeros(len(rows.ends_X), dx_RD.shape[1], device="cpu", dtype=torch.float64).index_add_(
         0, ids_R[used_R], dx_RD.cpu().double()[used_R]
     )
 
