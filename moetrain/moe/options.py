@@ -30,11 +30,14 @@ class ExpertKind(Enum):
 
 
 class Backend(Enum):
-    """``loop`` is the oracle; ``torch`` uses grouped matrix products; ``cpu`` works expert by expert in
-    cache-sized tiles; ``auto`` is the first of the device's ladder that fits and passes its self-test."""
+    """``loop`` is the oracle; ``triton`` and ``triton_block_sparse`` are kernels of this package, ``torch``
+    uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``auto`` is the first
+    of the device's ladder that fits and passes its self-test.
+    """
 
     auto = "auto"
     loop = "loop"
+    triton = "triton"
     torch = "torch"
     cpu = "cpu"
     triton_block_sparse = "triton_block_sparse"

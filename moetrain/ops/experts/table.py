@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.cpu import per_expert
-from moetrain.ops.experts import grouped, triton_block_sparse
+from moetrain.ops.experts import grouped, triton_block_sparse, triton_grouped
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
@@ -63,13 +63,14 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton": triton_grouped,
     "torch": grouped,
     "cpu": per_expert,
     "triton_block_sparse": triton_block_sparse,
 }
 NAMES = (AUTO, LOOP, *BACKENDS)
 _LADDERS = {"cpu": ("cpu",)}  # of a device type; then LOOP
-_LADDER = ("torch", "cpu")  # of every other device: best first
+_LADDER = ("triton", "torch", "cpu")  # of every other device: best first
 _tested: dict[tuple[str, Case], str | None] = {}
 
 

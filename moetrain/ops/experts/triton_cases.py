@@ -35,11 +35,15 @@ def refusal_of_kernels(case: Case) -> str | None:
 
 def block_experts_B(segments: Segments, rows: int) -> Tensor:
     """The expert of each block, int32, -1 behind the last used one. Waits for nothing."""
-    counts_E, block = segments.counts_E, segments.block
-    ends_E = ((counts_E + block - 1) // block).cumsum(0)
-    blocks_B = torch.arange(rows // block, device=counts_E.device)
-    experts_B = torch.searchsorted(ends_E, blocks_B, right=True)
+    blocks_B = torch.arange(rows // segments.block, device=segments.counts_E.device)
+    experts_B = torch.searchsorted(block_starts_E1(segments)[1:], blocks_B, right=True)
     return experts_B.masked_fill_(experts_B == segments.num_experts, -1).int()
+
+
+def block_starts_E1(segments: Segments) -> Tensor:
+    """The first block of each expert, int64; the last entry is the number of used blocks."""
+    blocks_E = (segments.counts_E + segments.block - 1) // segments.block
+    return torch.cat([blocks_E.new_zeros(1), blocks_E.cumsum(0)])
 
 
 def _interpreted() -> bool:

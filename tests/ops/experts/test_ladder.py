@@ -130,7 +130,7 @@ def test_a_self_test_runs_once_a_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_devices_have_a_ladder_too() -> None:
-    assert table.ladder(torch.device("cuda")) == ("torch", "cpu", "loop")
+    assert table.ladder(torch.device("cuda")) == ("triton", "torch", "cpu", "loop")
     assert table.ladder(CPU) == ("cpu", "loop")
 
 

@@ -1,0 +1,85 @@
+"""Experts as grouped products in Triton (``kernels/grouped``): gather, activation and weighting are fused.
+
+Shapes as in ``operator.py``; B blocks of rows, E1 = E + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.rows import Segments
+from moetrain.ops.experts.triton_cases import block_experts_B, block_starts_E1, refusal_of_kernels
+
+if TYPE_CHECKING:
+    from moetrain.kernels.metadata import Metadata
+
+ON_DEVICE = True
+KEEPS = "the pre-activation of all rows, padding included"
+
+
+def refusal(case: Case) -> str | None:
+    """Why these kernels cannot compute ``case``; None if they can."""
+    return refusal_of_kernels(case)
+
+
+def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
+    return [rows]
+
+
+def forward(
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    segments: Segments,
+    activation: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]]). Rows behind the last used block are not written."""
+    from moetrain.kernels import grouped
+
+    rows = _metadata(ids_R, segments)
+    out_RD, z_RP = grouped.forward(source_XD, rows, weights_R, w_up_EDP, w_down_EFD, activation)
+    assert z_RP is not None
+    return out_RD, [z_RP]
+
+
+def backward(
+    dout_RD: Tensor,
+    source_XD: Tensor,
+    ids_R: Tensor,
+    weights_R: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    kept: Sequence[Tensor],
+    segments: Segments,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+    from moetrain.kernels import grouped
+
+    rows, (z_RP,) = _metadata(ids_R, segments), kept
+    operands = (source_XD, rows, weights_R, w_up_EDP, w_down_EFD)
+    return grouped.backward(dout_RD, *operands, z_RP, activation)
+
+
+def _metadata(ids_R: Tensor, segments: Segments) -> Metadata:
+    from moetrain.kernels.metadata import Metadata
+
+    starts_E1 = block_starts_E1(segments)
+    none = ids_R[:0]
+    return Metadata(
+        segments.block,
+        ids_R,
+        none,
+        starts_E1,
+        starts_E1,
+        block_experts_B(segments, ids_R.shape[0]),
+        none,
+        none,
+    )
