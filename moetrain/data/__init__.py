@@ -1,7 +1,6 @@
 """Text to batches: sources, tokenizers, shards, packing, and a resumable order of samples."""
 
 from moetrain.data.batch import IGNORE, Batch
-from moetrain.data.cache import cache_root
 from moetrain.data.corpus import Corpus, prepare
 from moetrain.data.loader import TrainLoader, val_batches
 from moetrain.data.order import MixtureOrder, Order, SampleOrder
@@ -23,7 +22,6 @@ __all__ = [
     "SampleOrder",
     "Tokenizer",
     "TrainLoader",
-    "cache_root",
     "fetch_domains",
     "load_tokenizer",
     "prepare",

@@ -1,4 +1,4 @@
-"""Where prepared data lives, and how a folder of it is made exactly once by any number of processes."""
+"""How a folder of prepared data is made exactly once by any number of processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import fcntl
 import logging
 import os
 import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,34 +14,6 @@ from pathlib import Path
 from moetrain.errors import UserError
 
 log = logging.getLogger("moetrain.data")
-_SET = "set data.cache_dir or XDG_CACHE_HOME"
-
-
-def cache_root(cache_dir: str | None = None) -> Path:
-    """``cache_dir``, else ``$XDG_CACHE_HOME/moetrain``, else ``~/.cache/moetrain``. Not created here.
-
-    A user without a home folder, as in containers under a bare number, has a folder of their own among the
-    temporary files. Raises UserError where somebody else has that.
-    """
-    if cache_dir is not None:
-        return Path(os.path.expanduser(cache_dir))
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "moetrain"
-    home = os.path.expanduser("~")
-    return _without_home() if home.startswith("~") else Path(home) / ".cache/moetrain"
-
-
-def _without_home() -> Path:
-    folder = Path(tempfile.gettempdir(), f"moetrain-{os.getuid()}")
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError as error:
-        raise UserError(f"no home folder, and cannot write {folder}: {error.strerror}; {_SET}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise UserError(f"no home folder, and {folder} is not this user's alone; {_SET}")
-    log.info("no home folder: the cache is %s; %s to keep it elsewhere", folder, _SET)
-    return folder
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

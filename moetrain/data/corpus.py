@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.data.bpe import SAMPLE_BYTES
-from moetrain.data.cache import build_once, cache_root
+from moetrain.cache_folder import cache_root
+from moetrain.data.cache import build_once
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
 from moetrain.data.manifest import FORMAT, Manifest, TokenizerEntry, damaged

@@ -8,7 +8,8 @@ import tempfile
 import pytest
 from data_cases import documents, text_folder
 
-from moetrain.data import cache_root, prepare
+from moetrain.cache_folder import cache_root
+from moetrain.data import prepare
 from moetrain.data.options import TokenizerConfig
 from moetrain.data.sources.local import LocalSource
 from moetrain.errors import UserError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from data_cases import documents, text_folder
 
-from moetrain.data import cache_root, prepare, shards
+from moetrain.cache_folder import cache_root
+from moetrain.data import prepare, shards
 from moetrain.data.cache import build_once
 from moetrain.data.manifest import write_manifest
 from moetrain.data.options import TokenizerConfig

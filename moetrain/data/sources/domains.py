@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from moetrain.data.cache import build_once, cache_root
+from moetrain.cache_folder import cache_root
+from moetrain.data.cache import build_once
 from moetrain.data.documents import Document, digest_of
 from moetrain.data.sources.paths import identity
 from moetrain.data.sources.stdlib import StdlibSource

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
-from moetrain.ops.experts import grouped, table
+from moetrain.ops.experts import grouped, passed, table
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.self_test import failure
 
@@ -127,6 +128,55 @@ def test_a_self_test_runs_once_a_process(monkeypatch: pytest.MonkeyPatch) -> Non
     table.choose("auto", case(d_model=41))
     table.choose("auto", case(torch.bfloat16))
     assert len(calls) == 3
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Case]:
+    """A GPU that is not there, and the cases that were tested on it."""
+    tested: list[Case] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(passed, "_device", lambda device: None if device.type == "cpu" else "a GPU 9.0")
+    monkeypatch.setattr(table, "failure", lambda backend, case: tested.append(case))
+    return tested
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process."""
+    monkeypatch.setattr(table, "_tested", {})
+
+
+GPU_CASE = Case(torch.device("cuda"), torch.bfloat16, 64, 64, "swiglu")
+
+
+def test_a_gpu_that_has_passed_is_not_tested_again(gpu: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, changed in enumerate((None, "_triton", "_sources", "_device"), 1):
+        if changed is not None:
+            monkeypatch.setattr(passed, changed, lambda *_: "another")
+        for _ in range(2):
+            later(monkeypatch)
+            assert table.choose("torch", GPU_CASE) == "torch"
+        assert len(gpu) == number, changed
+
+
+def test_a_failure_is_tested_again(monkeypatch: pytest.MonkeyPatch, gpu: list[Case], tmp_path: Path) -> None:
+    tested = []
+    monkeypatch.setattr(table, "failure", lambda backend, case: tested.append(case) or "its output is off")
+    for _ in range(2):
+        later(monkeypatch)
+        assert table.choose("torch", GPU_CASE) == "loop"
+    assert len(tested) == 4  # torch and cpu, in two processes
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_used(
+    gpu: list[Case], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for tests in (1, 2):
+        later(monkeypatch)
+        assert table.choose("torch", GPU_CASE) == "torch"
+        assert len(gpu) == tests
 
 
 def test_other_devices_have_a_ladder_too() -> None:
