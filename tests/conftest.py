@@ -30,6 +30,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_sessionfinish() -> None:
+    """What stays frozen is never freed, and Triton's bindings would list all of it as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def proofs_end_before_tests() -> Iterator[None]:
     """Ranks of a proof that hang are told with their stacks, which pytest's own time-out would not have."""
