@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.data.bpe import SAMPLE_BYTES
 from moetrain.cache_folder import cache_root
+from moetrain.data.bpe import SAMPLE_BYTES
 from moetrain.data.cache import build_once
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -120,7 +121,8 @@ class MoELayer(nn.Module):
 
     def _round_starts(self, assignment: Assignment, tokens: int) -> list[int]:
         """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""
-        usual = self.router.usual_rows_per_token
+        # a compiled layer cannot look at what a router chose; only an explicit bound breaks its graph
+        usual = None if torch.compiler.is_compiling() else self.router.usual_rows_per_token
         bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
         given = [bound for bound in bounds if bound is not None]
         if not given:

@@ -15,10 +15,9 @@ from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.gather_sum import gather_rows
-from moetrain.ops.grouped_mm import offsets
 from moetrain.ops.grouped_mm import refusal as refusal_of_widths
 
-ON_DEVICE = False
+ON_DEVICE = True
 KEEPS = "the pre-activation of all rows, padding included"
 
 
@@ -33,6 +32,11 @@ def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
     return [rows]
 
 
+def _ends(segments: Segments) -> Tensor:
+    """The end of each expert's rows, int32, as torch's grouped_mm wants it."""
+    return segments.aligned_E.cumsum(0, dtype=torch.int32)
+
+
 def forward(
     source_XD: Tensor,
     ids_R: Tensor,
@@ -44,7 +48,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """(out [R, D], [z [R, P]])."""
     dtype = source_XD.dtype
-    ends_E = offsets(segments.aligned, source_XD.device)
+    ends_E = _ends(segments)
     z_RP = F.grouped_mm(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), offs=ends_E)
     h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(weights_R.to(dtype)[:, None])
     return F.grouped_mm(h_RF, w_down_EFD.to(dtype), offs=ends_E), [z_RP]
@@ -64,7 +68,7 @@ def backward(
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     dtype = source_XD.dtype
     (z_RP,) = kept
-    ends_E = offsets(segments.aligned, source_XD.device)
+    ends_E = _ends(segments)
     scale_R1 = weights_R.to(dtype)[:, None]
     gate_RF, up_RF = gate_and_up(z_RP, activation)
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,12 +36,22 @@ class Segments:
         return [-(-rows // self.block) * self.block for rows in self.on_host]
 
     @property
+    def aligned_E(self) -> Tensor:
+        """The same on the device."""
+        return (self.counts_E + (self.block - 1)) // self.block * self.block
+
+    @property
     def num_experts(self) -> int:
         return self.counts_E.shape[0]
 
     def bound(self, num_assignments: int) -> int:
         """A number of rows that these segments need at most, whatever the counts: known without waiting."""
-        return (-(-num_assignments // self.block) + self.num_experts) * self.block
+        used = (
+            self.num_experts
+        )  # a traced layer may not compare a number of assignments that it does not know
+        if not torch.compiler.is_compiling():
+            used = min(used, num_assignments)
+        return (-(-num_assignments // self.block) + used) * self.block
 
 
 @dataclass(frozen=True)

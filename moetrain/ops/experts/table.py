@@ -7,7 +7,7 @@ the case and passes its self-test computes; whatever is passed over is said once
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, triton_block_sparse, triton_grouped
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.passed import keep_passed, was_passed
+from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
 from moetrain.ops.say_once import say_once
 
@@ -70,8 +70,9 @@ BACKENDS: dict[str, Backend] = {
     "triton_block_sparse": triton_block_sparse,
 }
 NAMES = (AUTO, LOOP, *BACKENDS)
-_LADDERS = {"cpu": ("cpu",)}  # of a device type; then LOOP
-_LADDER = ("triton", "torch", "cpu")  # of every other device: best first
+# Best first; LOOP is the last of each.
+_LADDER = ("triton", "torch", "cpu")
+_CPU_LADDER = ("torch", "cpu")  # the first where the layer is traced
 _tested: dict[tuple[str, Case], str | None] = {}
 
 
@@ -82,8 +83,15 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    reasons: list[str] = []
-    for name in _rungs(asked, case.device):
+    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block)
+    chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
+    return chosen
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that nobody traces a self-test
+def _choose(asked: str, traced: bool, *of_case: Any) -> str:
+    case, reasons = Case(*of_case), list[str]()
+    for name in _rungs(asked, ladder(case.device, traced)):
         reason = why_not(name, case)
         if reason is None:
             if reasons:
@@ -97,7 +105,7 @@ def why_not(name: str, case: Case) -> str | None:
     """The reason why the backend ``name`` does not compute ``case``; None if it does."""
     if name == LOOP:
         return None
-    return BACKENDS[name].refusal(case) or _self_test(name, case)
+    return BACKENDS[name].refusal(case) or _self_test(name, case.small())
 
 
 def on_device(asked: str, case: Case) -> bool:
@@ -106,24 +114,24 @@ def on_device(asked: str, case: Case) -> bool:
     return chosen != LOOP and BACKENDS[chosen].ON_DEVICE
 
 
-def ladder(device: torch.device) -> tuple[str, ...]:
-    """The backends of a device, best first."""
-    return (*_LADDERS.get(device.type, _LADDER), LOOP)
+def ladder(device: torch.device, traced: bool = False) -> tuple[str, ...]:
+    """The backends of a device, best first. A traced layer begins with one that needs no host counts."""
+    if device.type != "cpu":
+        return (*_LADDER, LOOP)
+    return (*_CPU_LADDER[not traced :], LOOP)
 
 
-def _rungs(asked: str, device: torch.device) -> tuple[str, ...]:
-    rungs = ladder(device)
+def _rungs(asked: str, rungs: tuple[str, ...]) -> tuple[str, ...]:
     if asked == AUTO:
         return rungs
     return (asked, *(rungs[rungs.index(asked) + 1 :] if asked in rungs else rungs))
 
 
 def _self_test(name: str, case: Case) -> str | None:
-    """What is wrong with the backend on this device: found out once a process, on a GPU until it has passed."""
-    small = case.small()
-    key = (name, small)
+    """What is wrong with the backend on this device; tested once a process, on a GPU until it has passed."""
+    key = (name, case)
     if key not in _tested:
-        _tested[key] = None if was_passed(name, small) else failure(BACKENDS[name], small)
+        _tested[key] = None if was_passed(*key) else failure(BACKENDS[name], case)
         if _tested[key] is None:
-            keep_passed(name, small)
+            keep_passed(*key)
     return _tested[key]

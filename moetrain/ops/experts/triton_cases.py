@@ -42,7 +42,7 @@ def block_experts_B(segments: Segments, rows: int) -> Tensor:
 
 def block_starts_E1(segments: Segments) -> Tensor:
     """The first block of each expert, int64; the last entry is the number of used blocks."""
-    blocks_E = (segments.counts_E + segments.block - 1) // segments.block
+    blocks_E = segments.aligned_E // segments.block
     return torch.cat([blocks_E.new_zeros(1), blocks_E.cumsum(0)])
 
 
