@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _NO_ROW = 2**62  # refused as an index, should there be fewer padding rows than rows that no token sums
 
 
