@@ -16,9 +16,12 @@ import torch
 
 
 def interleaved(
-    runs: dict[str, Callable[[int], None]], repetitions: int, warm_up: int = 1
+    runs: dict[str, Callable[[int], None]],
+    repetitions: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds per repetition, after ``warm_up`` of them; in each every run goes once, in random order.
+    """Seconds by ``clock`` per repetition, after ``warm_up``; in each every run goes once, in random order.
 
     Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run
     would always follow the same one.
@@ -28,10 +31,10 @@ def interleaved(
     draw = random.Random(0)
     for repetition in range(warm_up + repetitions):
         for name in draw.sample(names, len(names)):
-            start = time.perf_counter()
+            start = clock()
             runs[name](repetition)
             if repetition >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

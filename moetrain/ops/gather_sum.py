@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NO_ROW = 2**62  # refused as an index, should there be fewer padding rows than rows that no token sums
+
 
 @torch.library.custom_op("moetrain::gather_sum", mutates_args=())
 def _gather_sum(rows_RD: Tensor, row_ids_N: Tensor, ends_T: Tensor, token_ids_R: Tensor) -> Tensor:
@@ -25,11 +27,22 @@ def _(rows_RD: Tensor, row_ids_N: Tensor, ends_T: Tensor, token_ids_R: Tensor) -
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[3])
+    ctx.padding = inputs[3].shape[0] - inputs[1].shape[0]  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dy_TD: Tensor) -> tuple[Tensor, None, None, None]:
     (token_ids_R,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    return gather_rows(dy_TD, token_ids_R), None, None, None
+    return _spread(dy_TD, token_ids_R, ctx.padding), None, None, None  # type: ignore[attr-defined]
+
+
+def _spread(dy_TD: Tensor, token_ids_R: Tensor, padding: int) -> Tensor:
+    """:func:`gather_rows`, where the number of padding rows is known: only they are written twice."""
+    if dy_TD.shape[0] == 0:
+        return gather_rows(dy_TD, token_ids_R)
+    if not padding:
+        return dy_TD.index_select(0, token_ids_R)
+    unused_n = torch.nonzero_static(token_ids_R < 0, size=padding, fill_value=_NO_ROW).squeeze(1)
+    return dy_TD.index_select(0, token_ids_R.clamp(min=0)).index_fill_(0, unused_n, 0)
 
 
 _gather_sum.register_autograd(_backward, setup_context=_setup)

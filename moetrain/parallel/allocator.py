@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them, of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names for them, of glibc's malloc.h
 _KEEP = 2**31 - 1  # bytes at the heap's end that are kept before any is given back
-_LARGEST = 32 * 2**20  # bytes of the largest block that comes from the heap: glibc allows no more
+_NONE = 0  # blocks outside the heap, which go back to the system as they are freed, whatever their size
 
 
 def keep_freed_memory() -> bool:
     """Set the allocator; returns whether that was possible (glibc only).
 
-    On a CPU the fresh pages of a step cost about a seventh of its time. The process then keeps its largest
-    use of memory until it ends.
+    On a CPU the fresh pages of a step cost about a seventh of its time, those of the gradients of large
+    expert matrices alone as much. The process then keeps its largest use of memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -22,4 +22,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_TRIM_THRESHOLD, _KEEP)) and bool(mallopt(_MMAP_THRESHOLD, _LARGEST))
+    return bool(mallopt(_TRIM_THRESHOLD, _KEEP)) and bool(mallopt(_MMAP_MAX, _NONE))

@@ -59,7 +59,7 @@ def test_processor_of_intel_takes_mkl(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("shape", [LARGE, (97, 251, 499), (3, 5, 7), (0, 5, 7)])
+@pytest.mark.parametrize("shape", [LARGE, (97, 251, 499), (97, 113, 499), (3, 5, 7), (0, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_outer_is_the_product_with_the_transposed(shape, dtype):
     n, k, m = shape
@@ -72,3 +72,17 @@ def test_outer_is_the_product_with_the_transposed(shape, dtype):
     torch.testing.assert_close(
         out_KN.double(), a_nK.double().t() @ b_nN.double(), rtol=bound, atol=bound * (n + 1) ** 0.5
     )
+
+
+@pytest.mark.parametrize(("dtype", "columns", "copied"), [
+    (torch.bfloat16, 251, True), (torch.bfloat16, 211, False), (torch.float64, 251, False),
+])  # fmt: skip
+def test_a_much_wider_bf16_gradient_takes_a_copy(monkeypatch, dtype, columns, copied):
+    a_nK, b_nN = torch.randn(13, 113).to(dtype), torch.randn(13, columns).to(dtype)
+    plain_KN = torch.mm(a_nK.t(), b_nN)
+    asked, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, *rest, **kw: asked.append(a) or mm(a, *rest, **kw))
+    wide = torch.promote_types(dtype, torch.float32)
+    found_KN = outer(a_nK, b_nN, torch.full((113, columns), torch.nan, dtype=wide))
+    assert torch.equal(found_KN, plain_KN.to(wide))
+    assert [a.is_contiguous() for a in asked] in ([[True]] if copied else [[False], []])

@@ -106,6 +106,14 @@ def test_gather_sum_and_gather_rows(sizes: list[int], padding: int, random: obje
         assert torch.equal(drows[r], g_TD[t] if t >= 0 else torch.zeros(3, dtype=torch.float64))
 
 
+def test_a_row_that_no_token_sums_is_refused_backward() -> None:
+    """Else the row would be taken for padding, and another one zeroed in its place."""
+    rows_RD = torch.ones(3, 2, requires_grad=True)
+    y_TD = gather_sum(rows_RD, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([0, 0, 1]))
+    with pytest.raises(IndexError):
+        y_TD.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gather_sum_accumulates_in_fp32(dtype: torch.dtype) -> None:
     """A running sum in half precision would stop growing at 256 (bf16) or 2048 (fp16)."""
