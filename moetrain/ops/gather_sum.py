@@ -35,9 +35,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy_TD: Tensor) -> tuple[
     return _spread(dy_TD, token_ids_R, ctx.padding), None, None, None  # type: ignore[attr-defined]
 
 
-def _spread(dy_TD: Tensor, token_ids_R: Tensor, padding: int) -> Tensor:
+def _spread(dy_TD: Tensor, token_ids_R: Tensor, padding: int | torch.SymInt) -> Tensor:
     """:func:`gather_rows`, where the number of padding rows is known: only they are written twice."""
-    if dy_TD.shape[0] == 0:
+    if dy_TD.shape[0] == 0 or not isinstance(padding, int):  # a number that a traced layer does not know
         return gather_rows(dy_TD, token_ids_R)
     if not padding:
         return dy_TD.index_select(0, token_ids_R)
