@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import interpreted  # noqa: F401 - before what imports Triton
 import pytest
 import tiny
 from hypothesis import settings
