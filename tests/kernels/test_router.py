@@ -105,6 +105,13 @@ def test_logits_without_a_number_choose_as_the_twin(score: str, top_groups: int)
         assert not got_TE[1].any(), "experts that are out have no gradient"
 
 
+def test_a_negative_nan_is_the_largest_too() -> None:
+    bias_E = torch.tensor([0.0, 1.0, -NAN, 0.5, NAN])
+    assert bias_E[2].view(torch.int32) < 0, "its sign is set"
+    ids_TK, _, _ = route(torch.zeros(2, 5), bias_E, Rule(4))
+    assert ids_TK.tolist() == [[2, 4, 1, 3]] * 2
+
+
 def test_no_token_and_any_layout() -> None:
     rule = Rule(3)
     ids_TK, weights_TK, scores_TE = route(torch.zeros(0, 7, requires_grad=True), None, rule)
@@ -118,8 +125,10 @@ def test_no_token_and_any_layout() -> None:
 
 
 def test_one_renormalized_choice_has_no_gradient() -> None:
-    logits_TE = torch.randn(11, 5, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    _, weights_TK, _ = route(logits_TE, None, Rule(1, route_scale=2.0))
+    logits_TE = torch.randn(11, 5, generator=torch.Generator().manual_seed(5))
+    logits_TE[:, 3] = -70  # its score is far below what divisors are kept from zero with
+    logits_TE.requires_grad_()
+    _, weights_TK, _ = route(logits_TE, torch.tensor([0.0, 0, 0, 9, 0]), Rule(1, route_scale=2.0))
     assert torch.equal(weights_TK, torch.full((11, 1), 2.0))
     weights_TK.sum().backward()
     assert logits_TE.grad is not None
