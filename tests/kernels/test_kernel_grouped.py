@@ -47,11 +47,9 @@ def operands(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype)
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> None:
     """Each element within the error of its type, relative to the largest of ``want``."""
-    error = (got.double().cpu() - want).abs().max() if want.numel() else torch.zeros(())
-    assert error <= ERROR[dtype] * want.abs().max().clamp(min=1e-3) if want.numel() else True, (
-        name,
-        float(error),
-    )
+    if want.numel():
+        error = (got.double().cpu() - want).abs().max()
+        assert error <= ERROR[dtype] * want.abs().max().clamp(min=1e-3), (name, float(error))
 
 
 def check(
@@ -92,23 +90,21 @@ def check(
     assert grads[1][used:].eq(0).all()
     assert grads[1][:used].cpu()[~real].eq(0).all()
     assert_close(grads[1][:used].cpu()[real], want[1][real], dtype, "dweights")
-    for key, got, expected in zip(
-        ("dx", "dw_up", "dw_down"), (grads[0][:used], *grads[2:]), (want[0], *want[2:]), strict=True
-    ):
+    assert_close(grads[0][:used], want[0], dtype, "dx")
+    for key, got, expected in zip(("dw_up", "dw_down"), grads[2:], want[2:], strict=True):
         assert_close(got, expected, dtype, key)
-        if key != "dx":
-            assert got.dtype is dtype
-            assert got[counts_E == 0].eq(0).all()
+        assert got.dtype is dtype
+        assert got[counts_E == 0].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("case", "depth", "hidden"), [*((c, 23, 19) for c in kernel_cases.EDGES), *RANDOM], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_forward_and_gradients(
-    case: Case, depth: int, hidden: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    check(case, depth, hidden, "swiglu", dtype, device)
+@pytest.mark.parametrize(("case", "depth", "hidden"), CASES, ids=str)
+def test_forward_and_gradients(case: Case, depth: int, hidden: int, device: torch.device) -> None:
+    check(case, depth, hidden, "swiglu", torch.float32, device)
+
+
+@pytest.mark.parametrize(("case", "depth", "hidden"), RANDOM[:2], ids=str)
+def test_forward_and_gradients_in_fp16(case: Case, depth: int, hidden: int, device: torch.device) -> None:
+    check(case, depth, hidden, "geglu", torch.float16, device)
 
 
 @pytest.mark.slow
@@ -142,11 +138,10 @@ def test_chunks_of_rows_are_summed(device: torch.device, monkeypatch: pytest.Mon
 
 
 def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
-    case = Case((5, 0, 40, 3), 41)
+    case = Case((5, 0, 18), 19)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    source, w_up, w_down, dy = (
-        t.to(device) for t in operands(case, 37, 53, "swiglu", torch.float32).values()
-    )
+    tensors = operands(case, 29, 19, "swiglu", torch.float32)
+    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
     results = []
     for _ in range(2):
         meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
@@ -159,11 +154,10 @@ def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
 
 def test_matrices_and_weights_of_other_types(device: torch.device) -> None:
     """They are cast as they are read, and their gradients come back in their own types."""
-    case = Case((5, 0, 40, 3), 41)
+    case = Case((5, 0, 18), 19)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    source, w_up, w_down, dy = (
-        t.to(device) for t in operands(case, 19, 23, "swiglu", torch.float16).values()
-    )
+    tensors = operands(case, 19, 23, "swiglu", torch.float16)
+    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
     meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
     want, _ = grouped.forward(source, meta, weights_R, w_up, w_down, "swiglu")
     got, z = grouped.forward(source, meta, weights_R, w_up.float(), w_down.float(), "swiglu")
