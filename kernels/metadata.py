@@ -27,7 +27,6 @@ class Metadata:
 
     block           rows of a block.
     ids_R           int64, source row of each computed row; -1 for padding and behind the last block.
-    weights_R       routing weight of each computed row; 0 where ``ids_R`` is -1.
     slots_N         int64, computed row of each assignment; -1 behind the last assignment.
     starts_E1       int64, first assignment of each expert; the last entry is their number.
     block_starts_E1  int64, first block of each expert; the last entry is the number of used blocks.
@@ -38,7 +37,6 @@ class Metadata:
 
     block: int
     ids_R: Tensor
-    weights_R: Tensor
     slots_N: Tensor
     starts_E1: Tensor
     block_starts_E1: Tensor
@@ -61,11 +59,12 @@ def sort_choices(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def lay_out(
     token_ids_N: Tensor, weights_N: Tensor, counts_E: Tensor, block: int, num_source: int
-) -> Metadata:
-    """The metadata of assignments sorted by (expert, token), of which ``counts_E`` go to each expert.
+) -> tuple[Metadata, Tensor]:
+    """The metadata of assignments sorted by (expert, token), and the weight of each computed row.
 
-    ``token_ids_N`` are source rows, int64, below ``num_source``. N may be more than the sum of ``counts_E``:
-    what lies behind is not read. Raises ValueError for a block that no tile has.
+    ``counts_E`` of them go to each expert. ``token_ids_N`` are source rows, int64, below ``num_source``. N
+    may be more than the sum of ``counts_E``: what lies behind is not read. Rows that are padding, or behind
+    the last block, weigh 0. Raises ValueError for a block that no tile has.
     """
     if block not in BLOCK_M:
         raise ValueError(f"a block has {', '.join(map(str, BLOCK_M))} rows, not {block}")
@@ -84,9 +83,8 @@ def lay_out(
     order_N = stable_order(token_ids_N, num_source, starts_E1[-1:])
     by_source_N = slots_N[order_N]
     ends_X = ends(ids_R, by_source_N, num_source)
-    return Metadata(
-        block, ids_R, weights_R, slots_N, starts_E1, block_starts_E1, block_expert_B, by_source_N, ends_X
-    )
+    found = Metadata(block, ids_R, slots_N, starts_E1, block_starts_E1, block_expert_B, by_source_N, ends_X)
+    return found, weights_R
 
 
 @triton.jit(do_not_specialize=["experts"])

@@ -20,7 +20,7 @@ def sort_choices(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def lay_out(
     token_ids_N: Tensor, weights_N: Tensor, counts_E: Tensor, block: int, num_source: int
 ) -> dict[str, Tensor]:
-    """The fields of a ``Metadata`` by name."""
+    """The fields of a ``Metadata`` by name, and ``weights_R``."""
     ids: list[int] = []
     weights: list[float] = []
     slots: list[int] = []

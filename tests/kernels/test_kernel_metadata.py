@@ -22,12 +22,12 @@ def check(case: Case, block: int, device: torch.device, spare: int = 0) -> None:
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
     want = twins.lay_out(token_ids_N, weights_N, counts_E, block, case.num_source)
     tail_N = token_ids_N.new_zeros(spare)
-    got = metadata.lay_out(
+    got, weights_R = metadata.lay_out(
         torch.cat([token_ids_N, tail_N]), torch.cat([weights_N, tail_N]), counts_E, block, case.num_source
     )
     used = {"block_expert_B": -1, "ids_R": -1, "weights_R": 0, "slots_N": -1, "by_source_N": -1}
     for name, value in want.items():
-        found = getattr(got, name).cpu()
+        found = (weights_R if name == "weights_R" else getattr(got, name)).cpu()
         assert torch.equal(found[: len(value)], value), name
         assert len(found) == len(value) or found[len(value) :].eq(used[name]).all(), name
     assert got.ids_R.shape[0] == (-(-(sum(case.counts) + spare) // block) + len(case.counts)) * block
@@ -57,7 +57,7 @@ def test_rows_of_many_shapes(case: Case, device: torch.device) -> None:
 def test_the_used_part_is_the_plan_of_the_host(device: torch.device) -> None:
     case = Case((0, 41, 17, 0, 1), 43)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    got = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
+    got, _ = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
     rows, slots_N = layout(token_ids_N, counts_E, list(case.counts), case.num_source, 16)
     assert torch.equal(got.ids_R[: len(rows.ids_R)], rows.ids_R)
     assert torch.equal(got.slots_N, slots_N)
