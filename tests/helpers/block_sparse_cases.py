@@ -5,6 +5,7 @@ Shapes: B row blocks, C column blocks, M rows, G groups of W columns, V x W valu
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -77,6 +78,20 @@ def to_dense(values_VW: Tensor, topology: Topology) -> Tensor:
     for down, along, rows, columns in windows(topology):
         dense[rows, columns] = values_VW[down, along]
     return dense
+
+
+def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
+    generator = random.Random(seed)
+    ids, weights, blocks = [], [], []
+    for expert, count in enumerate(counts):
+        padding = -count % block
+        ids += [generator.randrange(source) for _ in range(count)] + [-1] * padding
+        weights += [generator.uniform(-1, 2) for _ in range(count)] + [0.0] * padding
+        blocks += [expert] * ((count + padding) // block)
+    behind = min(len(counts), 3)
+    ids, weights = ids + [-1] * behind * block, weights + [0.0] * behind * block
+    return torch.tensor(ids), torch.tensor(weights), torch.tensor(blocks + [-1] * behind, dtype=torch.int32)
 
 
 def flat(wide_GKW: Tensor) -> Tensor:

@@ -5,14 +5,12 @@ Shapes: X source rows, D model, R rows in blocks of one expert, E experts, F hid
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import block_sparse_cases as cases
 import pytest
 import torch
-from block_sparse_cases import BOUNDS, close
-from torch import Tensor
+from block_sparse_cases import BOUNDS, close, rows_of
 
 from moetrain.kernels.activations import GATED, PLAIN
 from moetrain.kernels.block_sparse import experts
@@ -33,20 +31,6 @@ CASES = [
 def unwritten_is_nan() -> Iterator[None]:
     with cases.unwritten_is_nan():
         yield
-
-
-def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
-    generator = random.Random(seed)
-    ids, weights, blocks = [], [], []
-    for expert, count in enumerate(counts):
-        padding = -count % block
-        ids += [generator.randrange(source) for _ in range(count)] + [-1] * padding
-        weights += [generator.uniform(-1, 2) for _ in range(count)] + [0.0] * padding
-        blocks += [expert] * ((count + padding) // block)
-    behind = min(len(counts), 3)
-    ids, weights = ids + [-1] * behind * block, weights + [0.0] * behind * block
-    return torch.tensor(ids), torch.tensor(weights), torch.tensor(blocks + [-1] * behind, dtype=torch.int32)
 
 
 def check(
@@ -132,9 +116,9 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ones(1, 5, 7),
     )
     source = torch.ones(3, 7)
-    with pytest.raises(ValueError, match=r"the ids of rows is \(31,\), the topology and .* need \(32,\)"):
+    with pytest.raises(ValueError, match=r"the ids of rows is \(31,\), what it goes with needs \(32,\)"):
         experts.forward(source, ids[1:], weights, w_up, w_down, topology, "relu")
-    with pytest.raises(ValueError, match=r"the right operand is \(2, 7, 5\), .* need \(1, 7, 5\)"):
+    with pytest.raises(ValueError, match=r"the right operand is \(2, 7, 5\), .* needs \(1, 7, 5\)"):
         experts.forward(source, ids, weights, w_up.expand(2, 7, 5), w_down, topology, "relu")
     with pytest.raises(ValueError, match="take bf16, fp16 and fp32, not float64"):
         experts.forward(source.double(), ids, weights, w_up, w_down, topology, "relu")
