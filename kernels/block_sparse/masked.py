@@ -128,7 +128,7 @@ def masked_gradient(
     dtype: torch.dtype,
     tf32: bool = False,
 ) -> Tensor:
-    """The gradient [E, K, W] of the matrices in ``a @ w``, zero in absent blocks and for experts without rows.
+    """The gradient [E, K, W] of the matrices of ``a @ w``: 0 in absent blocks and for experts without rows.
 
     ``by_expert`` is of :func:`rows_by_expert`. Raises ValueError as :func:`masked_product` does.
     """

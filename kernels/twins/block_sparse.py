@@ -63,7 +63,9 @@ def experts(
 def magnitude_mask(weights_EKW: Tensor, share: float, block: int, per_layer: bool = False) -> Tensor:
     """The mask of the share of blocks with the largest norms, of each expert or of all together."""
     experts, rows, columns = weights_EKW.shape
-    mask_EIJ = torch.zeros(experts, -(-rows // block), -(-columns // block), dtype=torch.bool)
+    mask_EIJ = torch.zeros(
+        experts, -(-rows // block), -(-columns // block), dtype=torch.bool, device=weights_EKW.device
+    )
     places = [(int(e), int(i), int(j)) for e, i, j in (~mask_EIJ).nonzero()]
     norms = {
         (e, i, j): weights_EKW[e, i * block : (i + 1) * block, j * block : (j + 1) * block].norm().item()

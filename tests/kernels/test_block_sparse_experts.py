@@ -5,6 +5,7 @@ Shapes: X source rows, D model, R rows in blocks of one expert, E experts, F hid
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import block_sparse_cases as cases
@@ -28,8 +29,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with cases.unwritten_is_nan():
+def poisoned() -> Iterator[None]:
+    with cases.poisoned():
         yield
 
 
@@ -125,3 +126,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         experts.topologies(experts_B, 1, 5, 16, "tanh")
     assert {case[-1] for case in CASES} == {*GATED, *PLAIN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_layer_of_random_sizes(seed: int) -> None:
+    generator = random.Random(seed)
+    model, hidden = cases.sizes(generator, 2)
+    dtype = generator.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    activation = (GATED + PLAIN)[seed % 8]
+    check(cases.counts_of(generator), model, hidden, generator.choice([16, 32, 64]), activation, dtype)

@@ -5,6 +5,7 @@ Shapes: X source rows, D model, R rows in blocks of one expert, E experts, F hid
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import block_sparse_cases as cases
@@ -13,7 +14,7 @@ import torch
 from block_sparse_cases import BOUNDS, close
 from torch import Tensor
 
-from moetrain.kernels.activations import GATED
+from moetrain.kernels.activations import GATED, PLAIN
 from moetrain.kernels.block_sparse import masked_experts
 from moetrain.kernels.block_sparse.masked import masked_product
 from moetrain.kernels.block_sparse.masks import magnitude_mask, matrix_blocks
@@ -29,8 +30,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with cases.unwritten_is_nan():
+def poisoned() -> Iterator[None]:
+    with cases.poisoned():
         yield
 
 
@@ -93,8 +94,8 @@ def test_masked_layer_of_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("per_layer", [False, True], ids=["expert", "layer"])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 1.0])
 def test_blocks_of_the_largest_norms_are_kept(share: float, per_layer: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    weights = torch.randn(3, 53, 71, generator=generator) * torch.tensor([1.0, 2.0, 0.5])[:, None, None]
+    torch.manual_seed(3)
+    weights = torch.randn(3, 53, 71) * torch.tensor([1.0, 2.0, 0.5])[:, None, None]
     mask = magnitude_mask(weights, share, 16, per_layer)
     assert torch.equal(mask, twin.magnitude_mask(weights, share, 16, per_layer))
     kept = mask.flatten(1).sum(1).tolist()
@@ -122,3 +123,14 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     blocks = matrix_blocks(mask, 37, 64, 16)
     with pytest.raises(ValueError, match="40 rows are no 2 blocks of 16, 32, 64, 128 rows each"):
         masked_product(torch.ones(40, 37), torch.ones(2, 37, 64), blocks, torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_masked_layer_of_random_sizes(seed: int) -> None:
+    generator = random.Random(seed)
+    model, hidden = cases.sizes(generator, 2)
+    blocks = generator.choice([16, 32, 64]), generator.choice([16, 32])
+    dtype = generator.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    activation = (GATED + PLAIN)[seed % 8]
+    check(cases.counts_of(generator), model, hidden, *blocks, generator.random(), activation, dtype)
