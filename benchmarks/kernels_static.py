@@ -1,6 +1,6 @@
 """Compile every kernel at every shipped tile for GPUs that are not here, and read the binaries.
 
-    python benchmarks/kernels_static.py [--archs sm_90 gfx942] [--modules grouped] [--jobs 2]
+    python benchmarks/kernels_static.py [--archs sm_90 gfx942] [--modules grouped] [--every 7] [--jobs 2]
         [--out FILE] [--table FILE] [--check FILE]
 
 Of each: registers, spills, shared memory, tensor-core instructions, occupancy, bytes and FLOPs a step of a
@@ -52,7 +52,7 @@ def _path(name: str) -> Path:
 
 
 @cache
-def _specimens(module: str, arch: str) -> list[Specimen]:
+def specimens(module: str, arch: str) -> list[Specimen]:
     found: list[Specimen] = importlib.import_module(f"moetrain.kernels.{module}").specimens(
         ARCHITECTURES[arch]
     )
@@ -66,7 +66,7 @@ def _specimens(module: str, arch: str) -> list[Specimen]:
 def build(job: tuple[str, str, int]) -> Row:
     """The row of one specimen; ``error`` is set where it does not compile."""
     module, arch, index = job
-    specimen = _specimens(module, arch)[index]
+    specimen = specimens(module, arch)[index]
     row: Row = {"module": module, "arch": arch, "name": specimen.name, "products": specimen.products}
     if specimen.tile is not None:
         itemsize = 4 if "*fp32" in specimen.signature.values() else 2
@@ -149,6 +149,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--modules", nargs="+", default=[], help="modules of kernels whose path begins so")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of a module's specimens, compile one in so many"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", help="write every figure here as JSON")
     parser.add_argument("--table", help="write the tables here as Markdown")
@@ -160,7 +163,7 @@ def main() -> int:
         (module, arch, index)
         for module in modules(args.modules)
         for arch in args.archs
-        for index in range(len(_specimens(module, arch)))
+        for index in range(0, len(specimens(module, arch)), args.every)
     ]
     torch.set_num_threads(1)
     spawn = multiprocessing.get_context("spawn")
@@ -185,8 +188,8 @@ def main() -> int:
 
 def _write(path: Path, rows: list[Row]) -> None:
     """JSON with one line a specimen, so that a change shows as the lines of what changed."""
-    kept = ("module", "kernel", "arch", "name", "registers", "spilled", "shared", "occupancy", "tensor_cores")
-    kept += ("flops", "bytes", "wide", "wide_ptx", "error")
+    kept = ["module", "kernel", "arch", "name", "registers", "spilled", "shared", "occupancy", "tensor_cores"]
+    kept += ["flops", "bytes", "wide", "wide_ptx", "error"]
     lines = [json.dumps({key: row[key] for key in kept if key in row}) for row in rows]
     text = ",\n".join(lines)
     path.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{text}\n]}}\n')

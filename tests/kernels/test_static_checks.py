@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import interpreted  # noqa: F401
 import kernels_static
+import roofline
 from kernel_addresses import narrow_products, wide_products
 
-from moetrain.kernels.tiles import ARCHITECTURES
+from moetrain.kernels.tiles import ARCHITECTURES, Tile
 
 ROOT = Path(__file__).parents[2]
 ROW = {"module": "m", "name": "a", "arch": "sm_80", "products": True, "registers": 100, "spilled": 0}
@@ -119,3 +122,44 @@ def test_a_product_is_followed_to_an_address(name: str) -> None:
 
 def test_64_bit_products_are_counted() -> None:
     assert wide_products(IR.replace("BODY", "%x = arith.muli %s, %n : tensor<64xi64>")) == 1
+
+
+def test_every_kernel_has_specimens_of_its_own_name() -> None:
+    defined = {
+        name
+        for path in (ROOT / "kernels").rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), flags=re.M)
+    }
+    for arch in ARCHITECTURES.values():
+        found = [
+            each
+            for module in kernels_static.modules()
+            for each in kernels_static.specimens(module, arch.name)
+        ]
+        assert {each.kernel.__name__ for each in found} == defined
+        for each in found:
+            constants, tensors = set(each.constants), set(each.signature)
+            assert constants | tensors == set(each.kernel.arg_names), each.name
+            assert not constants & tensors, each.name
+
+
+def test_modules_are_found_by_their_path() -> None:
+    assert kernels_static.modules(["router"]) == ["router.route"]
+    assert not [name for name in kernels_static.modules() if "twins" in name]
+
+
+def test_a_table_has_the_worst_of_each_kernel() -> None:
+    row = ROW | {"kernel": "k", "occupancy": 0.5, "flops": 300, "bytes": 100}
+    other = row | {"registers": 120, "spilled": 8, "shared": 4096, "flops": 700, "occupancy": 0.25}
+    *_, line = kernels_static.summary([row, other, ROW | {"error": "no"}])
+    assert line == "| m: k | sm_80 | 2 | 100 to 120 | 8 | 4 | HMMA | 25 to 50 % | 3 to 7 |"
+
+
+def test_a_bound_is_below_the_peak_and_the_memory() -> None:
+    flops, moved = roofline.tile_work(Tile(16, 32, 64, 8, 4, 2), 2, accumulators=2)
+    assert (flops, moved) == (2 * 16 * 32 * 64 * 2, (16 + 64) * 64 * 2)
+    found = list(roofline.bounds())
+    assert {each.arch for each in found} == set(ARCHITECTURES)
+    for each in found:
+        assert 0 < each.tflops <= roofline.DEVICES[each.arch].tflops * each.padding * each.last_wave * 1.0001
+        assert each.tflops <= each.flops / each.memory_ms / 1e9 * 1.0001
