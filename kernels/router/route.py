@@ -36,7 +36,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor,
     rule.check(experts)
     if bias_E is not None and tuple(bias_E.shape) != (experts,):
         raise ValueError(f"the bias has shape {tuple(bias_E.shape)}, {experts} experts need ({experts},)")
-    return _Route.apply(logits_TE, bias_E, rule)  # type: ignore[no-any-return]
+    return _Route.apply(logits_TE, bias_E, rule)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Route(Function):
@@ -63,7 +63,7 @@ class _Route(Function):
         return ids_TK, weights_TK, scores_TE
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: FunctionCtx, dids: None, dweights_TK: Tensor | None, dscores_TE: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
         logits_TE, ids_TK = ctx.saved_tensors  # type: ignore[attr-defined]
