@@ -17,7 +17,6 @@ from .specimen import Specimen
 from .tiles import Arch, arch_of
 
 MOST_BINS = 512
-_ROWS = 32  # of the counts that one step of a prefix sum reads
 _TILE = 32  # bins or keys that a chunk is compared with at once
 
 
@@ -56,7 +55,7 @@ def _sort_pass(
     new_M = torch.empty_like(keys_M)
     if size == 0:
         return new_M
-    chunk = _chunk(arch_of(keys_M.device))
+    chunk, rows = _steps(arch_of(keys_M.device))
     chunks = triton.cdiv(size, chunk)
     counts_CB = torch.empty(chunks, bins, dtype=torch.int64, device=keys_M.device)
     totals_B = counts_CB.new_empty(bins)
@@ -69,16 +68,16 @@ def _sort_pass(
         "CHUNK": chunk,
     }
     histogram_kernel[(chunks,)](*read, counts_CB, size, num_keys, shift, **flags, num_warps=4)
-    prefix_kernel[(bins // _TILE,)](counts_CB, totals_B, chunks, BINS=bins, TILE=_TILE, ROWS=_ROWS,
+    prefix_kernel[(bins // _TILE,)](counts_CB, totals_B, chunks, BINS=bins, TILE=_TILE, ROWS=rows,
                                     num_warps=4)  # fmt: skip
     starts_kernel[(1,)](totals_B, BINS=bins, num_warps=4)
     place_kernel[(chunks,)](*read, counts_CB, totals_B, new_M, size, num_keys, shift, **flags, num_warps=4)
     return new_M
 
 
-def _chunk(arch: Arch) -> int:
-    """Keys of a chunk; few in the interpreter, so that small tests cross its border."""
-    return 16 if arch.interpreted else 128
+def _steps(arch: Arch) -> tuple[int, int]:
+    """Keys of a chunk, chunks of a step of the prefix sum; few in the interpreter, for small tests."""
+    return (16, 4) if arch.interpreted else (128, 32)
 
 
 @triton.jit
@@ -170,7 +169,7 @@ def ends_kernel(keys, order, ends, size, num_keys, steps, BLOCK: tl.constexpr):
 
 def specimens(arch: Arch) -> list[Specimen]:
     """The kernels as they sort tokens (a pass behind the first) and up to 511 experts."""
-    chunk, found = _chunk(arch), []
+    (chunk, rows), found = _steps(arch), []
     for bins, ordered in ((256, True), (MOST_BINS, False)):
         pointers = {"keys": "*i64", "counts": "*i64"}
         flags: dict[str, object] = {"ORDERED": ordered, "LIMITED": ordered, "BINS": bins, "CHUNK": chunk}
@@ -183,7 +182,7 @@ def specimens(arch: Arch) -> list[Specimen]:
         to = {"starts": "*i64", "new": "*i64"}
         parts: list[tuple[object, dict[str, str], dict[str, object]]] = [
             (histogram_kernel, pointers | sizes, flags | tile),
-            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": _ROWS} | tile),
+            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": rows} | tile),
             (starts_kernel, {"totals": "*i64"}, {"BINS": bins}),
             (place_kernel, pointers | to | sizes, flags | tile),
         ]
