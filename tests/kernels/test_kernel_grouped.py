@@ -19,7 +19,7 @@ NAMES = activations.GATED + activations.PLAIN
 # Largest relative error in units of the norm of a row or a matrix: the sums are fp32, what is stored is not.
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 RANDOM = [(kernel_cases.random_case(s, 90, e), *dims) for s, e, dims in (
-    (1, 1, (17, 31)), (2, 3, (53, 13)), (3, 11, (7, 37)), (4, 160, (11, 5)),
+    (1, 1, (17, 31)), (2, 3, (53, 13)), (3, 11, (7, 37)), (4, 61, (11, 5)),
 )]  # fmt: skip
 
 CASES = [*((case, 23, 7) for case in kernel_cases.EDGES), *RANDOM]
@@ -30,7 +30,12 @@ def many() -> list[tuple[Case, int, int]]:
     dims = torch.randint(0, 30, (104, 2), generator=g).tolist()
     primes = kernel_cases.PRIMES
     found = [(kernel_cases.random_case(s, 120), primes[d], primes[f]) for s, (d, f) in enumerate(dims)]
-    return [*found, (Case((3, 0, 20), 23), 251, 3), (Case((0, 19), 29), 2, 241)]
+    return [
+        *found,
+        (Case((3, 0, 20), 23), 251, 3),
+        (Case((0, 19), 29), 2, 241),
+        (kernel_cases.random_case(4, 90, 160), 11, 5),
+    ]
 
 
 def operands(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -43,6 +48,13 @@ def operands(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype)
         "dy": (case.num_source, depth),
     }
     return {key: (torch.randn(shape, generator=g) / 2).to(dtype) for key, shape in shapes.items()}
+
+
+def fenced(x: Tensor) -> Tensor:
+    """A copy whose neighbours in memory are no numbers, so that nobody may read them."""
+    room = x.new_full((x.shape[0] + 2, *x.shape[1:]), torch.nan)
+    room[1:-1] = x
+    return room[1:-1]
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -66,12 +78,14 @@ def check(
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
     meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, block, case.num_source)
     tensors = operands(case, depth, hidden, name, dtype)
-    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
+    source, w_up, w_down, dy = (fenced(t.to(device)) for t in tensors.values())
     out, z = grouped.forward(source, meta, weights_R, w_up, w_down, name, keep=keep)
+    used = int(meta.block_starts_E1[-1]) * block
+    if z is not None:
+        z[used:] = torch.nan
     dout = dy if gathered else twins.gather(dy, meta.ids_R)
     grads = grouped.backward(dout, source, meta, weights_R, w_up, w_down, z, name, gathered=gathered)
 
-    used = int(meta.block_starts_E1[-1]) * block
     ids_R, experts_B = meta.ids_R[:used].cpu(), meta.block_expert_B[: used // block].cpu()
     leaves = [t.double().requires_grad_() for t in (
         twins.gather(tensors["source"], ids_R) if used else tensors["source"][:0],
@@ -124,7 +138,7 @@ def test_bf16(device: torch.device) -> None:
 
 
 def test_gradients_of_rows_and_z_computed_anew(device: torch.device) -> None:
-    check(Case((0, 18, 5), 19), 37, 17, "geglu", torch.float32, device, gathered=False, keep=False)
+    check(Case((0, 18, 5), 19), 23, 7, "geglu", torch.float32, device, gathered=False, keep=False)
 
 
 def test_blocks_of_several_tiles(device: torch.device) -> None:
@@ -140,7 +154,7 @@ def test_chunks_of_rows_are_summed(device: torch.device, monkeypatch: pytest.Mon
 def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
     case = Case((5, 0, 18), 19)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    tensors = operands(case, 29, 19, "swiglu", torch.float32)
+    tensors = operands(case, 17, 13, "swiglu", torch.float32)
     source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
     results = []
     for _ in range(2):
