@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sorting import ends, stable_order
+from .sorting import MOST_BINS, ends, stable_order
 from .specimen import Specimen, pointer
 from .tiles import BLOCK_M, Arch
 
@@ -52,7 +52,8 @@ def sort_choices(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     choice is ``order // K``.
     """
     ids_M = ids_TK.reshape(-1)
-    order_M = stable_order(ids_M, num_experts)
+    bins = max(32, triton.next_power_of_2(num_experts + 1))
+    order_M = stable_order(ids_M, num_experts, bins=min(bins, MOST_BINS))
     ends_E = ends(ids_M, order_M, num_experts)
     return order_M, ends_E.diff(prepend=ends_E.new_zeros(1))
 

@@ -16,18 +16,21 @@ from torch import Tensor
 from .specimen import Specimen
 from .tiles import Arch, arch_of
 
-_MOST_BITS = 9  # of a digit
-_ROWS = 32  # of the counts that one step of a prefix sum reads
+MOST_BINS = 512
+_TILE = 32  # bins or keys that a chunk is compared with at once
 
 
-def stable_order(keys_M: Tensor, num_keys: int, limit: Tensor | None = None) -> Tensor:
+def stable_order(keys_M: Tensor, num_keys: int, limit: Tensor | None = None, bins: int = 256) -> Tensor:
     """The stable argsort, int64 [M], of int64 keys from 0 to ``num_keys``, which stands for no value.
 
-    Keys from position ``limit`` on (int64 [1], on the device) count as ``num_keys``: they come last.
+    Keys from position ``limit`` on (int64 [1], on the device) count as ``num_keys``: they come last. A digit
+    has ``bins`` values, a power of two from 32 to ``MOST_BINS``: kernels are compiled for it, so it follows
+    from no token count.
     """
+    bits = bins.bit_length() - 1
     order_M = None
-    for shift, bits in _digits(num_keys):
-        order_M = _sort_pass(keys_M, order_M, limit, num_keys, shift, 1 << bits)
+    for shift in range(0, max(num_keys.bit_length(), 1), bits):
+        order_M = _sort_pass(keys_M, order_M, limit, num_keys, shift, bins)
     assert order_M is not None
     return order_M
 
@@ -45,14 +48,6 @@ def ends(keys: Tensor, order_M: Tensor, num_keys: int) -> Tensor:
     return ends_X
 
 
-def _digits(num_keys: int) -> list[tuple[int, int]]:
-    """(shift, bits) of each pass for keys from 0 to ``num_keys``: as few passes as there can be, alike."""
-    bits = max(num_keys.bit_length(), 1)
-    passes = triton.cdiv(bits, _MOST_BITS)
-    each = triton.cdiv(bits, passes)
-    return [(each * i, each) for i in range(passes)]
-
-
 def _sort_pass(
     keys_M: Tensor, order_M: Tensor | None, limit: Tensor | None, num_keys: int, shift: int, bins: int
 ) -> Tensor:
@@ -60,24 +55,29 @@ def _sort_pass(
     new_M = torch.empty_like(keys_M)
     if size == 0:
         return new_M
-    chunk = _chunk(arch_of(keys_M.device))
-    tile = min(bins, 32)
+    chunk, rows = _steps(arch_of(keys_M.device))
     chunks = triton.cdiv(size, chunk)
     counts_CB = torch.empty(chunks, bins, dtype=torch.int64, device=keys_M.device)
     totals_B = counts_CB.new_empty(bins)
     read = (keys_M, order_M, limit)
-    flags = {"ORDERED": order_M is not None, "LIMITED": limit is not None, "BINS": bins, "CHUNK": chunk}
-    histogram_kernel[(chunks,)](*read, counts_CB, size, num_keys, shift, **flags, TILE=tile, num_warps=4)
-    prefix_kernel[(bins // tile,)](counts_CB, totals_B, chunks, BINS=bins, TILE=tile, ROWS=_ROWS, num_warps=4)
+    flags = {
+        "TILE": _TILE,
+        "ORDERED": order_M is not None,
+        "LIMITED": limit is not None,
+        "BINS": bins,
+        "CHUNK": chunk,
+    }
+    histogram_kernel[(chunks,)](*read, counts_CB, size, num_keys, shift, **flags, num_warps=4)
+    prefix_kernel[(bins // _TILE,)](counts_CB, totals_B, chunks, BINS=bins, TILE=_TILE, ROWS=rows,
+                                    num_warps=4)  # fmt: skip
     starts_kernel[(1,)](totals_B, BINS=bins, num_warps=4)
-    place_kernel[(chunks,)](*read, counts_CB, totals_B, new_M, size, num_keys, shift, **flags, TILE=tile,
-                            num_warps=4)  # fmt: skip
+    place_kernel[(chunks,)](*read, counts_CB, totals_B, new_M, size, num_keys, shift, **flags, num_warps=4)
     return new_M
 
 
-def _chunk(arch: Arch) -> int:
-    """Keys of a chunk; few in the interpreter, so that small tests cross its border."""
-    return 16 if arch.interpreted else 128
+def _steps(arch: Arch) -> tuple[int, int]:
+    """Keys of a chunk, chunks of a step of the prefix sum; few in the interpreter, for small tests."""
+    return (16, 4) if arch.interpreted else (128, 32)
 
 
 @triton.jit
@@ -168,21 +168,21 @@ def ends_kernel(keys, order, ends, size, num_keys, steps, BLOCK: tl.constexpr):
 
 
 def specimens(arch: Arch) -> list[Specimen]:
-    """The kernels as they sort 2 ** 16 tokens (two passes) and 512 experts (one)."""
-    chunk, found = _chunk(arch), []
-    for bins, ordered in ((256, True), (512, False)):
+    """The kernels as they sort tokens (a pass behind the first) and up to 511 experts."""
+    (chunk, rows), found = _steps(arch), []
+    for bins, ordered in ((256, True), (MOST_BINS, False)):
         pointers = {"keys": "*i64", "counts": "*i64"}
         flags: dict[str, object] = {"ORDERED": ordered, "LIMITED": ordered, "BINS": bins, "CHUNK": chunk}
         for name in ("order", "limit"):
             pointers |= {name: "*i64"} if ordered else {}
             flags |= {} if ordered else {name: None}
         sizes = {"size": "i32", "num_keys": "i32", "shift": "i32"}
-        tile = {"TILE": 32}
+        tile = {"TILE": _TILE}
         counts = {"counts": "*i64", "totals": "*i64"}
         to = {"starts": "*i64", "new": "*i64"}
         parts: list[tuple[object, dict[str, str], dict[str, object]]] = [
             (histogram_kernel, pointers | sizes, flags | tile),
-            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": _ROWS} | tile),
+            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": rows} | tile),
             (starts_kernel, {"totals": "*i64"}, {"BINS": bins}),
             (place_kernel, pointers | to | sizes, flags | tile),
         ]

@@ -149,12 +149,15 @@ def _tile(
     if arch.interpreted:
         return Tile(rows, 16, 16, arch.group, 1, 1)
     # Exact fp32 has no tensor cores: each thread holds its rows and columns of a whole step in registers.
-    widest = (256 if arch.wide > 128 * 128 else 128) if fast else 64
-    wide = min(widest // accumulators, (arch.wide if fast else 64 * 64) // (rows * accumulators))
+    # tf32 is made of fp32 in registers.
+    room = arch.wide if dtype.itemsize == 2 else min(arch.wide, 128 * 128) if fast else 64 * 64
+    widest = 256 if room > 128 * 128 else 128 if fast else 64
+    wide = min(widest // accumulators, room // (rows * accumulators))
     block_n = max(16, min(wide, _power_of_two(columns)))
     block_k = min(_STEP_BYTES // dtype.itemsize if fast else 16, _power_of_two(depth))
     held = rows * block_n * accumulators // (4 * arch.warp_size)  # by each thread of four warps
-    found = Tile(rows, block_n, block_k, arch.group, 8 if held > 64 else 4, 1)
+    warps = 8 if held > (64 if dtype.itemsize == 2 else 32) else 4
+    found = Tile(rows, block_n, block_k, arch.group, warps, 1)
     staged = [replace(found, num_stages=stages) for stages in range(1, arch.stages + 1)]
     return [each for each in staged if shared_bytes(each, dtype, accumulators) <= arch.shared][-1]
 

@@ -1,6 +1,6 @@
 """The activation and routing weight between the products of the dropless layer, forward and backward.
 
-Shapes: R rows in blocks of one expert, F hidden, P = 2F (gate columns, then up columns) or F.
+Shapes: B blocks of R rows, each of one expert, F hidden, P = 2F (gate columns, then up columns) or F.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from ..activations import GATED, PLAIN, activate, activate_backward, is_gated
 from ..specimen import Specimen
 from ..tiles import Arch
 from .parts import DTYPES, checked, has_shape, on_device, signature
-from .topology import Topology
 
 
 @triton.jit
 def forward_kernel(
-    h, z, weights, starts, ends, hidden, h_row, z_row,
+    h, z, weights, experts, hidden, h_row, z_row,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of h, COLUMNS at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS
-    if tl.load(starts + row // BLOCK) == tl.load(ends + row // BLOCK):
+    if tl.load(experts + row // BLOCK) < 0:
         return
     rows = row + tl.arange(0, ROWS)
     weight = tl.load(weights + rows).to(tl.float32)
@@ -37,14 +36,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dz, h, dweights, dh, z, weights, starts, ends, hidden, dz_row, h_row, dh_row, z_row,
+    dz, h, dweights, dh, z, weights, experts, hidden, dz_row, h_row, dh_row, z_row,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of dz, of h with its weight and of the weight's gradient, which sums from left to right."""
     row = tl.program_id(0).to(tl.int64) * ROWS
     rows = row + tl.arange(0, ROWS)
     total = tl.full((ROWS,), 0.0, tl.float32)
-    if tl.load(starts + row // BLOCK) == tl.load(ends + row // BLOCK):
+    if tl.load(experts + row // BLOCK) < 0:
         tl.store(dweights + rows, total.to(dweights.dtype.element_ty))
         return
     weight = tl.load(weights + rows).to(tl.float32)
@@ -77,41 +76,40 @@ def _gate_and_up(z, hidden, inside, GATED: tl.constexpr):
     return first, second
 
 
-def weighted_activation(z_RP: Tensor, weights_R: Tensor, topology: Topology, activation: str) -> Tensor:
-    """h [R, F] = weight * activation(z); ``topology`` is that of h.
+def weighted_activation(z_RP: Tensor, weights_R: Tensor, experts_B: Tensor, activation: str) -> Tensor:
+    """h [R, F] = weight * activation(z); rows of blocks whose expert is -1 are not written.
 
-    Rows that the topology has no blocks for are not written. Raises ValueError for an unknown activation,
-    for shapes that do not fit, and for a type without kernels.
+    Raises ValueError for an unknown activation, for shapes that do not fit, and for a type without kernels.
     """
-    arch = _checked(z_RP, weights_R, topology, activation)
-    h_RF = z_RP.new_empty(topology.values_shape)
-    tile = constants(arch, topology.rows.block, activation)
-    rows, lines = z_RP.shape[0], topology.by_row
-    if rows:
+    arch = _checked(z_RP, weights_R, experts_B, activation)
+    h_RF = z_RP.new_empty(_hidden(z_RP, activation))
+    if z_RP.shape[0]:
+        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation)
         with on_device(z_RP):
-            forward_kernel[(rows // tile["ROWS"],)](
-                h_RF, z_RP, weights_R, lines.starts_L, lines.ends_L, h_RF.shape[1], h_RF.stride(0),
-                z_RP.stride(0), **tile, NAME=activation,
+            forward_kernel[(z_RP.shape[0] // tile["ROWS"],)](
+                h_RF, z_RP, weights_R, experts_B, h_RF.shape[1], h_RF.stride(0), z_RP.stride(0),
+                **tile, NAME=activation,
             )  # fmt: skip
     return h_RF
 
 
 def weighted_activation_backward(
-    dh_RF: Tensor, z_RP: Tensor, weights_R: Tensor, topology: Topology, activation: str
+    dh_RF: Tensor, z_RP: Tensor, weights_R: Tensor, experts_B: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz [R, P], h [R, F] with its weight, dweights [R]) of the gradient of h; rows without blocks have
-    dweights 0, and their dz and h are not written. Raises as :func:`weighted_activation` does.
+    """(dz [R, P], h [R, F] with its weight, dweights [R]) of the gradient of h.
+
+    Rows of blocks whose expert is -1 have dweights 0, and their dz and h are not written. Raises ValueError
+    as :func:`weighted_activation` does.
     """
-    arch = _checked(z_RP, weights_R, topology, activation)
-    has_shape(dh_RF, "the gradient of h", *topology.values_shape)
+    arch = _checked(z_RP, weights_R, experts_B, activation)
+    has_shape(dh_RF, "the gradient of h", *_hidden(z_RP, activation))
     dz_RP, h_RF = z_RP.new_empty(z_RP.shape), dh_RF.new_empty(dh_RF.shape)
     dweights_R = weights_R.new_empty(weights_R.shape)
-    tile = constants(arch, topology.rows.block, activation)
-    rows, lines = z_RP.shape[0], topology.by_row
-    if rows:
+    if z_RP.shape[0]:
+        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation)
         with on_device(z_RP):
-            backward_kernel[(rows // tile["ROWS"],)](
-                dz_RP, h_RF, dweights_R, dh_RF, z_RP, weights_R, lines.starts_L, lines.ends_L, h_RF.shape[1],
+            backward_kernel[(z_RP.shape[0] // tile["ROWS"],)](
+                dz_RP, h_RF, dweights_R, dh_RF, z_RP, weights_R, experts_B, h_RF.shape[1],
                 dz_RP.stride(0), h_RF.stride(0), dh_RF.stride(0), z_RP.stride(0), **tile, NAME=activation,
             )  # fmt: skip
     return dz_RP, h_RF, dweights_R
@@ -135,8 +133,12 @@ def specimens(arch: Arch) -> list[Specimen]:
     return found
 
 
-def _checked(z_RP: Tensor, weights_R: Tensor, topology: Topology, activation: str) -> Arch:
-    rows, hidden = topology.values_shape
+def _hidden(z_RP: Tensor, activation: str) -> tuple[int, int]:
+    return z_RP.shape[0], z_RP.shape[1] // (1 + is_gated(activation))
+
+
+def _checked(z_RP: Tensor, weights_R: Tensor, experts_B: Tensor, activation: str) -> Arch:
+    rows, hidden = _hidden(z_RP, activation)
     has_shape(z_RP, "the pre-activation", rows, hidden * (1 + is_gated(activation)))
     has_shape(weights_R, "the routing weights", rows)
     if z_RP.stride(1) != 1 or not weights_R.is_contiguous():

@@ -27,10 +27,11 @@ from .topology import BLOCKS, Topology, expert_topology
 
 @dataclass(frozen=True)
 class Topologies:
-    """Of z, with P columns an expert, and of h, with F; the same where the activation has no gate."""
+    """Of z, with P columns an expert, and of h, with F; and the expert of each block of rows, -1 if none."""
 
     up: Topology
     down: Topology
+    experts_B: Tensor
 
 
 def topologies(experts_B: Tensor, num_experts: int, hidden: int, block: int, activation: str) -> Topologies:
@@ -42,9 +43,8 @@ def topologies(experts_B: Tensor, num_experts: int, hidden: int, block: int, act
     gated = is_gated(activation)
     width = 16 if arch_of(experts_B.device).interpreted else _width(hidden)
     down = expert_topology(experts_B, num_experts, hidden, block, width)
-    return Topologies(
-        expert_topology(experts_B, num_experts, 2 * hidden, block, width) if gated else down, down
-    )
+    up = expert_topology(experts_B, num_experts, 2 * hidden, block, width) if gated else down
+    return Topologies(up, down, experts_B)
 
 
 def _width(hidden: int) -> int:
@@ -70,7 +70,7 @@ def forward(
     dtype = source_XD.dtype
     has_shape(ids_R, "the ids of rows", topology.up.rows.width)
     z_RP = sdd(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), topology.up, tf32=tf32)
-    h_RF = weighted_activation(z_RP, weights_R, topology.down, activation)
+    h_RF = weighted_activation(z_RP, weights_R, topology.experts_B, activation)
     return dsd(h_RF, topology.down, w_down_EFD.to(dtype), tf32=tf32), z_RP
 
 
@@ -93,7 +93,9 @@ def backward(
     dtype = source_XD.dtype
     up, down = topology.up, topology.down
     dh_RF = sdd(dout_RD, w_down_EFD.to(dtype).mT, down, tf32=tf32)
-    dz_RP, h_RF, dweights_R = weighted_activation_backward(dh_RF, z_RP, weights_R, down, activation)
+    dz_RP, h_RF, dweights_R = weighted_activation_backward(
+        dh_RF, z_RP, weights_R, topology.experts_B, activation
+    )
     dw_down_EFD = dsd(h_RF, down, dout_RD, transposed=True, dtype=w_down_EFD.dtype, tf32=tf32)
     dx_RD = dsd(dz_RP, up, w_up_EDP.to(dtype).mT, tf32=tf32)
     x_RD = gather_rows(source_XD, ids_R)

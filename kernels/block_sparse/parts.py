@@ -13,7 +13,7 @@ from torch import Tensor
 from ..specimen import pointer
 from ..tiles import BLOCK_M, Arch, arch_of
 
-INDICES = ("rows_of", "columns_of", "starts", "ends", "stored", "across")
+INDICES = ("rows_of", "columns_of", "experts", "starts", "ends", "stored", "across")
 OPERANDS = ("out", "values", "dense", "a", "b", "z", "h", "dz", "dh", "weights", "dweights")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,7 +56,7 @@ def checked(*operands: Tensor) -> Arch:
 def has_shape(operand: Tensor, name: str, *shape: int) -> None:
     """Raise ValueError unless the operand has the shape."""
     if tuple(operand.shape) != shape:
-        raise ValueError(f"{name} is {tuple(operand.shape)}, the topology and the other operand need {shape}")
+        raise ValueError(f"{name} is {tuple(operand.shape)}, what it goes with needs {shape}")
 
 
 def on_device(operand: Tensor) -> AbstractContextManager[object]:

@@ -123,9 +123,7 @@ def specimens(arch: Arch) -> list[Specimen]:
     found = []
     for dtype, tf32, block, every in shipped(arch):
         size = tile(arch, dtype, block, BLOCKS[-1], 2048, tf32=tf32)
-        for name, unit, width in (("z", "b_n", 1536), ("dh", "b_k", 768), ("rest", "b_n", 1539))[
-            : 3 if every else 1
-        ]:
+        for name, unit, width in _LAYOUTS[: None if every else 1]:
             sides = Side(block, 32 * block), Side(BLOCKS[-1], width, 128)
             fixed = constants(*sides, width, size, tf32, False) | {"value_n": 1, "a_k": 1, unit: 1}
             found.append(

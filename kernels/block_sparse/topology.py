@@ -131,9 +131,7 @@ def expert_topology(experts_B: Tensor, num_experts: int, width: int, block_m: in
     ids_N = torch.arange(blocks * per, device=device)
     by_row = Lines(starts_B.int(), (starts_B + here_B * per).int(), ids_N.int(), columns_N.int())
 
-    sorted_B, order_B = torch.sort(experts_B, stable=True)
-    bounds_E = torch.searchsorted(sorted_B, torch.arange(num_experts + 2, device=device))
-    first_E, count_E = bounds_E[:-1], bounds_E.diff()
+    sorted_B, order_B, first_E, count_E = _by_expert(experts_B, num_experts)
     rank_B = row_B - first_E[sorted_B]
     starts_EC = first_E[:, None] * per + along_C * count_E[:, None]  # of each column
     entries_N = (starts_EC[sorted_B] + rank_B[:, None]).view(-1)
@@ -143,6 +141,22 @@ def expert_topology(experts_B: Tensor, num_experts: int, width: int, block_m: in
     across_N = rows_N[stored_N]
     by_column = Lines(starts_C.int(), ends_C.int(), stored_N.int(), across_N.int())
     return Topology(*sides, by_row, by_column, rows_N.int(), columns_N.int(), per, width)
+
+
+def rows_by_expert(experts_B: Tensor, num_experts: int) -> Lines:
+    """The row blocks of each expert in ascending order, one line an expert; as :func:`expert_topology`."""
+    experts_B = torch.where(experts_B >= 0, experts_B, num_experts).long()
+    _, order_B, first_E, count_E = _by_expert(experts_B, num_experts)
+    starts_E = first_E[:-1]
+    rows_B = order_B.int()
+    return Lines(starts_E.int(), (starts_E + count_E[:-1]).int(), rows_B, rows_B)
+
+
+def _by_expert(experts_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sorted experts, their order, each expert's first place and number; ``num_experts`` counts as one."""
+    sorted_B, order_B = torch.sort(experts_B, stable=True)
+    bounds_E = torch.searchsorted(sorted_B, torch.arange(num_experts + 2, device=experts_B.device))
+    return sorted_B, order_B, bounds_E[:-1], bounds_E.diff()
 
 
 def _side(block: int, width: int, groups: int = 1) -> Side:

@@ -102,8 +102,8 @@ def _check(
     columns = hidden * (2 if is_gated(activation) else 1)
     if w_up_EDP.shape != (experts, source_XD.shape[1], columns) or experts + 1 != meta.starts_E1.shape[0]:
         raise ValueError(
-            f"source {_of(source_XD)}, w_up {_of(w_up_EDP)}, w_down {_of(w_down_EFD)}, {activation} and rows of "
-            f"{meta.starts_E1.shape[0] - 1} experts do not fit each other"
+            f"source {_of(source_XD)}, w_up {_of(w_up_EDP)}, w_down {_of(w_down_EFD)}, {activation} and "
+            f"rows of {meta.starts_E1.shape[0] - 1} experts do not fit each other"
         )
     if weights_R.shape != meta.ids_R.shape:
         raise ValueError(f"weights {_of(weights_R)} are not one for each of {meta.ids_R.shape[0]} rows")

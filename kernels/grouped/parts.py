@@ -113,7 +113,7 @@ def _constants(arch: Arch, dtype: torch.dtype, found: Tile, tf32: bool) -> dict[
 
 
 def activation_cases() -> list[tuple[torch.dtype, int, str, bool]]:
-    """(type, block, activation, tf32) to compile: each activation, and a gated and a plain one at each tile."""
+    """(type, block, activation, tf32) to compile: each activation, a gated and a plain one at each tile."""
     cases = [(torch.bfloat16, 128, name, False) for name in GATED + PLAIN]
     return cases + [
         (dtype, block, name, tf32)

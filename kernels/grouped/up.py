@@ -36,7 +36,7 @@ def up(
     depth = w_up_EDP.shape[1]
     hidden = w_up_EDP.shape[2] // (2 if gated else 1)
     arch = arch_for(source_XD, w_up_EDP, weights_R, meta.ids_R)
-    launch = row_launch(arch, source_XD.dtype, meta.block, hidden, depth, 2 if gated else 1, tf32)
+    launch = row_launch(arch, source_XD.dtype, meta.block, hidden, depth, _accumulators(activation), tf32)
     row_tiles = launch.row_tiles(meta)
     grid = (row_tiles * triton.cdiv(hidden, launch.tile.block_n),)
     up_kernel[grid](
@@ -45,6 +45,11 @@ def up(
         0 if h_RF is None else h_RF.stride(0), NAME=activation, GATED=gated, **launch.constants,
         **launch.options,
     )  # fmt: skip
+
+
+def _accumulators(activation: str) -> int:
+    """Products that a tile has room for: a plain activation takes that of a second one, erf that of two."""
+    return 4 if activation == "geglu" else 2
 
 
 @triton.jit(do_not_specialize=["row_tiles"])
@@ -104,8 +109,7 @@ def specimens(arch: Arch, depth: int = 2048, hidden: int = 768) -> list[Specimen
 def _specimen(
     arch: Arch, dtype: torch.dtype, block: int, name: str, tf32: bool, depth: int, hidden: int
 ) -> Specimen:
-    accumulators = 2 if is_gated(name) else 1
-    launch = row_launch(arch, dtype, block, hidden, depth, accumulators, tf32)
+    launch = row_launch(arch, dtype, block, hidden, depth, _accumulators(name), tf32)
     kind = pointer(dtype)
     signature = dict.fromkeys(("source", "w_up", "z", "h"), kind)
     signature |= {"ids": "*i64", "weights": "*fp32", "block_expert": "*i32"}
@@ -116,5 +120,5 @@ def _specimen(
     products = dtype is not torch.float32 or tf32
     return Specimen(
         label, up_kernel, signature, constants, **launch.options, products=products, tile=launch.tile,
-        accumulators=accumulators,
+        accumulators=2 if is_gated(name) else 1,
     )  # fmt: skip

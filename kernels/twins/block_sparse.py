@@ -58,3 +58,20 @@ def experts(
             h_F = activate(source_XD[source] @ w_up_EDP[expert], activation)
             out_RD[row] = weights_R[row] * h_F @ w_down_EFD[expert]
     return torch.stack(out_RD) if out_RD else source_XD[:0]
+
+
+def magnitude_mask(weights_EKW: Tensor, share: float, block: int, per_layer: bool = False) -> Tensor:
+    """The mask of the share of blocks with the largest norms, of each expert or of all together."""
+    experts, rows, columns = weights_EKW.shape
+    mask_EIJ = torch.zeros(
+        experts, -(-rows // block), -(-columns // block), dtype=torch.bool, device=weights_EKW.device
+    )
+    places = [(int(e), int(i), int(j)) for e, i, j in (~mask_EIJ).nonzero()]
+    norms = {
+        (e, i, j): weights_EKW[e, i * block : (i + 1) * block, j * block : (j + 1) * block].norm().item()
+        for e, i, j in places
+    }
+    for pool in [places] if per_layer else [[p for p in places if p[0] == e] for e in range(experts)]:
+        for place in sorted(pool, key=lambda p: -norms[p])[: max(1, round(share * len(pool)))]:
+            mask_EIJ[place] = True
+    return mask_EIJ

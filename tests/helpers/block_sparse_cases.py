@@ -5,6 +5,7 @@ Shapes: B row blocks, C column blocks, M rows, G groups of W columns, V x W valu
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,17 +18,21 @@ from moetrain.kernels.twins import block_sparse as twin
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the largest element
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
-def unwritten_is_nan() -> Iterator[None]:
-    """Whoever reads memory that no kernel wrote gets NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
+def poisoned() -> Iterator[None]:
+    """Tensors lie where kernels run, and whoever reads memory that no kernel wrote gets NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.device(DEVICE):
+        yield
     torch.use_deterministic_algorithms(False)
 
 
 def random_mask(rows: int, columns: int, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, columns, generator=generator) < share
+    return (torch.rand(rows, columns, generator=generator, device="cpu") < share).to(DEVICE)
 
 
 def masked(
@@ -79,6 +84,20 @@ def to_dense(values_VW: Tensor, topology: Topology) -> Tensor:
     return dense
 
 
+def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
+    generator = random.Random(seed)
+    ids, weights, blocks = [], [], []
+    for expert, count in enumerate(counts):
+        padding = -count % block
+        ids += [generator.randrange(source) for _ in range(count)] + [-1] * padding
+        weights += [generator.uniform(-1, 2) for _ in range(count)] + [0.0] * padding
+        blocks += [expert] * ((count + padding) // block)
+    behind = min(len(counts), 3)
+    ids, weights = ids + [-1] * behind * block, weights + [0.0] * behind * block
+    return torch.tensor(ids), torch.tensor(weights), torch.tensor(blocks + [-1] * behind, dtype=torch.int32)
+
+
 def flat(wide_GKW: Tensor) -> Tensor:
     """[G, K, W] as [K, G * W]."""
     return wide_GKW.transpose(0, 1).flatten(1)
@@ -89,3 +108,25 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
     assert got.shape == want.shape
     atol = bound * max(1.0, want.abs().max().item() if want.numel() else 0.0)
     torch.testing.assert_close(got.double(), want, rtol=bound, atol=atol)
+
+
+PRIMES = [n for n in range(2, 256) if all(n % d for d in range(2, int(n**0.5) + 1))]
+
+
+def sizes(generator: random.Random, count: int) -> list[int]:
+    """Primes, one of them to 256 and the others to 64, lest interpreting takes minutes."""
+    found = [generator.choice([p for p in PRIMES if p < 64]) for _ in range(count - 1)]
+    found.insert(generator.randrange(count), generator.choice(PRIMES))
+    return found
+
+
+def counts_of(generator: random.Random) -> list[int]:
+    """Rows of each of 1 to 160 experts, most of them without any, now and then all on one."""
+    experts = generator.choice([1, 2, 3, 5, 17, 61, 160])
+    counts, rows = [0] * experts, generator.choice([0, 1, 7, 31, 97, 251])
+    if generator.random() < 0.2:
+        counts[generator.randrange(experts)] = rows
+        return counts
+    for _ in range(rows):
+        counts[generator.randrange(min(experts, 7)) * 23 % experts] += 1
+    return counts

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import block_sparse_cases as cases
 import pytest
 import torch
-from block_sparse_cases import BOUNDS, close
-from torch import Tensor
+from block_sparse_cases import BOUNDS, close, rows_of
 
 from moetrain.kernels.activations import GATED, PLAIN
 from moetrain.kernels.block_sparse import experts
@@ -30,23 +29,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with cases.unwritten_is_nan():
+def poisoned() -> Iterator[None]:
+    with cases.poisoned():
         yield
-
-
-def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
-    generator = random.Random(seed)
-    ids, weights, blocks = [], [], []
-    for expert, count in enumerate(counts):
-        padding = -count % block
-        ids += [generator.randrange(source) for _ in range(count)] + [-1] * padding
-        weights += [generator.uniform(-1, 2) for _ in range(count)] + [0.0] * padding
-        blocks += [expert] * ((count + padding) // block)
-    behind = min(len(counts), 3)
-    ids, weights = ids + [-1] * behind * block, weights + [0.0] * behind * block
-    return torch.tensor(ids), torch.tensor(weights), torch.tensor(blocks + [-1] * behind, dtype=torch.int32)
 
 
 def check(
@@ -132,12 +117,22 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ones(1, 5, 7),
     )
     source = torch.ones(3, 7)
-    with pytest.raises(ValueError, match=r"the ids of rows is \(31,\), the topology and .* need \(32,\)"):
+    with pytest.raises(ValueError, match=r"the ids of rows is \(31,\), what it goes with needs \(32,\)"):
         experts.forward(source, ids[1:], weights, w_up, w_down, topology, "relu")
-    with pytest.raises(ValueError, match=r"the right operand is \(2, 7, 5\), .* need \(1, 7, 5\)"):
+    with pytest.raises(ValueError, match=r"the right operand is \(2, 7, 5\), .* needs \(1, 7, 5\)"):
         experts.forward(source, ids, weights, w_up.expand(2, 7, 5), w_down, topology, "relu")
     with pytest.raises(ValueError, match="take bf16, fp16 and fp32, not float64"):
         experts.forward(source.double(), ids, weights, w_up, w_down, topology, "relu")
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         experts.topologies(experts_B, 1, 5, 16, "tanh")
     assert {case[-1] for case in CASES} == {*GATED, *PLAIN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_layer_of_random_sizes(seed: int) -> None:
+    generator = random.Random(seed)
+    model, hidden = cases.sizes(generator, 2)
+    dtype = generator.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    activation = (GATED + PLAIN)[seed % 8]
+    check(cases.counts_of(generator), model, hidden, generator.choice([16, 32, 64]), activation, dtype)

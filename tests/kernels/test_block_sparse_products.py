@@ -5,6 +5,7 @@ Shapes: M rows, K depth, G groups of W columns, N and Q columns and rows of dens
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 
 import block_sparse_cases as cases
@@ -31,8 +32,8 @@ EXPERTS = [
 
 
 @pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with cases.unwritten_is_nan():
+def poisoned() -> Iterator[None]:
+    with cases.poisoned():
         yield
 
 
@@ -75,7 +76,7 @@ def _dds(dense: Tensor, sparse: Tensor, mask: Tensor, groups: int) -> Tensor:
 def _values(run: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     out = run(*leaves)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    cotangent = torch.linspace(-2, 3, out.numel(), dtype=torch.float32).sin().view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(leaves[0].dtype))]
 
 
@@ -101,3 +102,19 @@ def test_products_of_experts(name: str, case: tuple[list[int], int, int, int, in
 def test_products_of_half_precision(name: str, dtype: torch.dtype) -> None:
     product(name, *masked(37, 53, 16, 32, 0.6, seed=1), 19, dtype)
     product(name, *of_experts([0, 2, 2, -1], 3, 29, 16, 16), 13, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(120))
+def test_products_of_random_matrices(seed: int) -> None:
+    generator = random.Random(seed)
+    rows, columns, depth = cases.sizes(generator, 3)
+    block_m, block_n = generator.choice([16, 32, 64]), generator.choice([16, 32, 64])
+    dtype = generator.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    if seed % 2:
+        topology = masked(rows, columns, block_m, block_n, generator.random(), seed)
+    else:
+        experts = generator.choice([1, 3, 7])
+        blocks = [generator.randrange(-1, experts) for _ in range(-(-rows // block_m))]
+        topology = of_experts(blocks, experts, -(-columns // experts), block_m, block_n)
+    product(NAMES[seed // 2 % len(NAMES)], *topology, depth, dtype)

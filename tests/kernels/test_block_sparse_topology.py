@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from block_sparse_cases import random_mask, windows
+from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 
 from moetrain.kernels.block_sparse.topology import Lines, Topology, expert_topology, mask_topology
 from moetrain.kernels.twins import block_sparse as twin
@@ -86,3 +87,13 @@ def test_a_topology_that_does_not_fit_is_refused() -> None:
         expert_topology(torch.zeros(2, dtype=torch.int32), 1, 48, 16, 24)
     with pytest.raises(ValueError, match=f"{3 << 26} blocks, kernels count {1 << 27} at most"):
         mask_topology(mask[:1].expand(1 << 26, 3), 1 << 30, 48, 16, 16)
+
+
+def test_the_topology_of_experts_reads_nothing_on_the_host() -> None:
+    """A fake tensor has no values: whoever asks for one is told."""
+    experts = torch.tensor([0, 2, -1], dtype=torch.int32)
+    with FakeTensorMode() as mode:
+        topology = expert_topology(mode.from_tensor(experts), 3, 37, 32, 16)
+        assert topology.by_column.stored_N.shape == (9,)
+        with pytest.raises(DynamicOutputShapeException):
+            mask_topology(mode.from_tensor(torch.ones(1, 1, dtype=torch.bool)), 16, 16, 16, 16)

@@ -19,7 +19,7 @@ NAMES = activations.GATED + activations.PLAIN
 # Largest relative error in units of the norm of a row or a matrix: the sums are fp32, what is stored is not.
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 RANDOM = [(kernel_cases.random_case(s, 90, e), *dims) for s, e, dims in (
-    (1, 1, (17, 31)), (2, 3, (53, 13)), (3, 11, (7, 37)), (4, 160, (11, 5)),
+    (1, 1, (17, 31)), (2, 3, (53, 13)), (3, 11, (7, 37)), (4, 61, (11, 5)),
 )]  # fmt: skip
 
 CASES = [*((case, 23, 7) for case in kernel_cases.EDGES), *RANDOM]
@@ -30,7 +30,12 @@ def many() -> list[tuple[Case, int, int]]:
     dims = torch.randint(0, 30, (104, 2), generator=g).tolist()
     primes = kernel_cases.PRIMES
     found = [(kernel_cases.random_case(s, 120), primes[d], primes[f]) for s, (d, f) in enumerate(dims)]
-    return [*found, (Case((3, 0, 20), 23), 251, 3), (Case((0, 19), 29), 2, 241)]
+    return [
+        *found,
+        (Case((3, 0, 20), 23), 251, 3),
+        (Case((0, 19), 29), 2, 241),
+        (kernel_cases.random_case(4, 90, 160), 11, 5),
+    ]
 
 
 def operands(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,13 +50,18 @@ def operands(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype)
     return {key: (torch.randn(shape, generator=g) / 2).to(dtype) for key, shape in shapes.items()}
 
 
+def fenced(x: Tensor) -> Tensor:
+    """A copy whose neighbours in memory are no numbers, so that nobody may read them."""
+    room = x.new_full((x.shape[0] + 2, *x.shape[1:]), torch.nan)
+    room[1:-1] = x
+    return room[1:-1]
+
+
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> None:
     """Each element within the error of its type, relative to the largest of ``want``."""
-    error = (got.double().cpu() - want).abs().max() if want.numel() else torch.zeros(())
-    assert error <= ERROR[dtype] * want.abs().max().clamp(min=1e-3) if want.numel() else True, (
-        name,
-        float(error),
-    )
+    if want.numel():
+        error = (got.double().cpu() - want).abs().max()
+        assert error <= ERROR[dtype] * want.abs().max().clamp(min=1e-3), (name, float(error))
 
 
 def check(
@@ -68,12 +78,14 @@ def check(
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
     meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, block, case.num_source)
     tensors = operands(case, depth, hidden, name, dtype)
-    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
+    source, w_up, w_down, dy = (fenced(t.to(device)) for t in tensors.values())
     out, z = grouped.forward(source, meta, weights_R, w_up, w_down, name, keep=keep)
+    used = int(meta.block_starts_E1[-1]) * block
+    if z is not None:
+        z[used:] = torch.nan
     dout = dy if gathered else twins.gather(dy, meta.ids_R)
     grads = grouped.backward(dout, source, meta, weights_R, w_up, w_down, z, name, gathered=gathered)
 
-    used = int(meta.block_starts_E1[-1]) * block
     ids_R, experts_B = meta.ids_R[:used].cpu(), meta.block_expert_B[: used // block].cpu()
     leaves = [t.double().requires_grad_() for t in (
         twins.gather(tensors["source"], ids_R) if used else tensors["source"][:0],
@@ -92,23 +104,21 @@ def check(
     assert grads[1][used:].eq(0).all()
     assert grads[1][:used].cpu()[~real].eq(0).all()
     assert_close(grads[1][:used].cpu()[real], want[1][real], dtype, "dweights")
-    for key, got, expected in zip(
-        ("dx", "dw_up", "dw_down"), (grads[0][:used], *grads[2:]), (want[0], *want[2:]), strict=True
-    ):
+    assert_close(grads[0][:used], want[0], dtype, "dx")
+    for key, got, expected in zip(("dw_up", "dw_down"), grads[2:], want[2:], strict=True):
         assert_close(got, expected, dtype, key)
-        if key != "dx":
-            assert got.dtype is dtype
-            assert got[counts_E == 0].eq(0).all()
+        assert got.dtype is dtype
+        assert got[counts_E == 0].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("case", "depth", "hidden"), [*((c, 23, 19) for c in kernel_cases.EDGES), *RANDOM], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_forward_and_gradients(
-    case: Case, depth: int, hidden: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    check(case, depth, hidden, "swiglu", dtype, device)
+@pytest.mark.parametrize(("case", "depth", "hidden"), CASES, ids=str)
+def test_forward_and_gradients(case: Case, depth: int, hidden: int, device: torch.device) -> None:
+    check(case, depth, hidden, "swiglu", torch.float32, device)
+
+
+@pytest.mark.parametrize(("case", "depth", "hidden"), RANDOM[:2], ids=str)
+def test_forward_and_gradients_in_fp16(case: Case, depth: int, hidden: int, device: torch.device) -> None:
+    check(case, depth, hidden, "geglu", torch.float16, device)
 
 
 @pytest.mark.slow
@@ -128,7 +138,7 @@ def test_bf16(device: torch.device) -> None:
 
 
 def test_gradients_of_rows_and_z_computed_anew(device: torch.device) -> None:
-    check(Case((0, 18, 5), 19), 37, 17, "geglu", torch.float32, device, gathered=False, keep=False)
+    check(Case((0, 18, 5), 19), 23, 7, "geglu", torch.float32, device, gathered=False, keep=False)
 
 
 def test_blocks_of_several_tiles(device: torch.device) -> None:
@@ -142,11 +152,10 @@ def test_chunks_of_rows_are_summed(device: torch.device, monkeypatch: pytest.Mon
 
 
 def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
-    case = Case((5, 0, 40, 3), 41)
+    case = Case((5, 0, 18), 19)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    source, w_up, w_down, dy = (
-        t.to(device) for t in operands(case, 37, 53, "swiglu", torch.float32).values()
-    )
+    tensors = operands(case, 17, 13, "swiglu", torch.float32)
+    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
     results = []
     for _ in range(2):
         meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
@@ -159,11 +168,10 @@ def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
 
 def test_matrices_and_weights_of_other_types(device: torch.device) -> None:
     """They are cast as they are read, and their gradients come back in their own types."""
-    case = Case((5, 0, 40, 3), 41)
+    case = Case((5, 0, 18), 19)
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, device)
-    source, w_up, w_down, dy = (
-        t.to(device) for t in operands(case, 19, 23, "swiglu", torch.float16).values()
-    )
+    tensors = operands(case, 19, 23, "swiglu", torch.float16)
+    source, w_up, w_down, dy = (t.to(device) for t in tensors.values())
     meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, 16, case.num_source)
     want, _ = grouped.forward(source, meta, weights_R, w_up, w_down, "swiglu")
     got, z = grouped.forward(source, meta, weights_R, w_up.float(), w_down.float(), "swiglu")
