@@ -84,6 +84,15 @@ def to_dense(values_VW: Tensor, topology: Topology) -> Tensor:
     return dense
 
 
+def rest(values_VW: Tensor, topology: Topology) -> Tensor:
+    """What present blocks hold beside the matrix where they are partial."""
+    lines_N = topology.rows_N.view(-1, topology.per_line)[:, 0]
+    beside = (lines_N >= 0).repeat_interleave(topology.rows.block)[:, None].expand(values_VW.shape).clone()
+    for down, along, _, _ in windows(topology):
+        beside[down, along] = False
+    return values_VW[beside]
+
+
 def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
     generator = random.Random(seed)
