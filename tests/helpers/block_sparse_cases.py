@@ -122,10 +122,10 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 PRIMES = [n for n in range(2, 256) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
-def sizes(generator: random.Random, count: int) -> list[int]:
-    """Primes, one of them to 256 and the others to 64, lest interpreting takes minutes."""
-    found = [generator.choice([p for p in PRIMES if p < 64]) for _ in range(count - 1)]
-    found.insert(generator.randrange(count), generator.choice(PRIMES))
+def sizes(generator: random.Random, count: int, most: int = 256) -> list[int]:
+    """Primes, one of them to ``most`` and the others to an eighth of it, lest interpreting takes minutes."""
+    found = [generator.choice([p for p in PRIMES if p <= most // 8]) for _ in range(count - 1)]
+    found.insert(generator.randrange(count), generator.choice([p for p in PRIMES if p <= most]))
     return found
 
 
