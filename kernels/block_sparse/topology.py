@@ -103,7 +103,7 @@ def mask_topology(mask_BC: Tensor, rows: int, columns: int, block_m: int, block_
         )
     _check(mask_BC.numel())
     rows_N, columns_N = mask_BC.nonzero(as_tuple=True)
-    stored_BC = (mask_BC.view(-1).cumsum(0) - 1).view(mask_BC.shape)
+    stored_BC = (mask_BC.flatten().cumsum(0) - 1).view(mask_BC.shape)
     across_N = mask_BC.t().nonzero(as_tuple=True)[1]
     by_row = _lines(mask_BC.sum(1), torch.arange(rows_N.shape[0], device=mask_BC.device), columns_N)
     by_column = _lines(mask_BC.sum(0), stored_BC.t()[mask_BC.t()], across_N)

@@ -84,6 +84,15 @@ def to_dense(values_VW: Tensor, topology: Topology) -> Tensor:
     return dense
 
 
+def rest(values_VW: Tensor, topology: Topology) -> Tensor:
+    """What present blocks hold beside the matrix where they are partial."""
+    lines_N = topology.rows_N.view(-1, topology.per_line)[:, 0]
+    beside = (lines_N >= 0).repeat_interleave(topology.rows.block)[:, None].expand(values_VW.shape).clone()
+    for down, along, _, _ in windows(topology):
+        beside[down, along] = False
+    return values_VW[beside]
+
+
 def rows_of(counts: list[int], source: int, block: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids_R, weights_R and the expert of each block, with as many blocks without an expert as experts."""
     generator = random.Random(seed)
@@ -113,10 +122,10 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 PRIMES = [n for n in range(2, 256) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
-def sizes(generator: random.Random, count: int) -> list[int]:
-    """Primes, one of them to 256 and the others to 64, lest interpreting takes minutes."""
-    found = [generator.choice([p for p in PRIMES if p < 64]) for _ in range(count - 1)]
-    found.insert(generator.randrange(count), generator.choice(PRIMES))
+def sizes(generator: random.Random, count: int, most: int = 256) -> list[int]:
+    """Primes, one of them to ``most`` and the others to an eighth of it, lest interpreting takes minutes."""
+    found = [generator.choice([p for p in PRIMES if p <= most // 8]) for _ in range(count - 1)]
+    found.insert(generator.randrange(count), generator.choice([p for p in PRIMES if p <= most]))
     return found
 
 

@@ -15,21 +15,23 @@ from moetrain.kernels.block_sparse.dsd import dsd
 from moetrain.kernels.block_sparse.masked import masked_gradient, masked_product
 from moetrain.kernels.block_sparse.masks import matrix_blocks
 from moetrain.kernels.block_sparse.sdd import sdd
-from moetrain.kernels.block_sparse.topology import expert_topology, rows_by_expert
+from moetrain.kernels.block_sparse.topology import Topology, expert_topology, rows_by_expert
 
 LIMIT = 1 << 31
 
 
 @pytest.fixture(scope="module")
 def reserve() -> Tensor:
-    return torch.empty(LIMIT * 5 // 4, dtype=torch.float16, device=DEVICE)
+    return torch.empty(LIMIT * 3 // 2 + 64, dtype=torch.float16, device=DEVICE)
 
 
 def far(near: Tensor, reserve: Tensor) -> Tensor:
-    """The same values, whose last row or matrix begins behind 2^31 elements."""
-    inner = near[0].numel()
-    apart = -(-LIMIT // (near.shape[0] - 1)) + 5
-    assert apart > inner
+    """The same values; the last matrix, block of rows, or row of the only block is behind 2^31 elements.
+
+    So each product of an index and a stride passes 2^31 by itself, of blocks and of rows in a block.
+    """
+    blocks = near.dim() == 2 and near.shape[0] > 16
+    apart = LIMIT // (near.shape[0] - (16 if blocks else 1)) + 5
     view = reserve.as_strided(near.shape, (apart, *near.stride()[1:]))
     return view.copy_(near)
 
@@ -59,19 +61,41 @@ def test_sdd_far_apart(which: str, reserve: Tensor) -> None:
     assert torch.equal(sdd(rows, wide, TOPOLOGY, out), want)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["S", "S^T"])
-@pytest.mark.parametrize("which", ["values", "dense", "out"])
-def test_dsd_far_apart(which: str, transposed: bool, reserve: Tensor) -> None:
-    dense = ROWS if transposed else WIDE.mT.contiguous()
-    want = dsd(VALUES, TOPOLOGY, dense, transposed)
-    values, out = VALUES, torch.zeros_like(want)
+def check_dsd(
+    which: str, topology: Topology, values: Tensor, dense: Tensor, transposed: bool, reserve: Tensor
+) -> None:
+    want = dsd(values, topology, dense, transposed)
+    out = torch.zeros_like(want)
     if which == "values":
         values = far(values, reserve)
     elif which == "dense":
         dense = far(dense, reserve)
     else:
         out = far(out, reserve)
-    assert torch.equal(dsd(values, TOPOLOGY, dense, transposed, out), want)
+    assert torch.equal(dsd(values, topology, dense, transposed, out), want)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["S", "S^T"])
+@pytest.mark.parametrize("which", ["values", "dense", "out"])
+def test_dsd_far_apart(which: str, transposed: bool, reserve: Tensor) -> None:
+    check_dsd(which, TOPOLOGY, VALUES, ROWS if transposed else WIDE.mT.contiguous(), transposed, reserve)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["S", "S^T"])
+@pytest.mark.parametrize("which", ["values", "dense", "out"])
+def test_dsd_far_apart_in_one_block(which: str, transposed: bool, reserve: Tensor) -> None:
+    topology = expert_topology(EXPERTS[:1], 3, 19, 16, 16)
+    dense = ROWS[:16] if transposed else WIDE.mT.contiguous()
+    check_dsd(which, topology, VALUES[:16].contiguous(), dense, transposed, reserve)
+
+
+@pytest.mark.parametrize("which", ["rows", "values"])
+def test_sdd_far_apart_in_one_block(which: str, reserve: Tensor) -> None:
+    topology = expert_topology(EXPERTS[:1], 3, 19, 16, 16)
+    want = sdd(ROWS[:16], WIDE, topology)
+    rows, out = ROWS[:16], torch.zeros_like(want)
+    rows, out = (far(rows, reserve), out) if which == "rows" else (rows, far(out, reserve))
+    assert torch.equal(sdd(rows, WIDE, topology, out), want)
 
 
 @pytest.mark.parametrize("which", ["rows", "matrices"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import block_sparse_cases as cases
 import pytest
 import torch
-from block_sparse_cases import BOUNDS, close, flat, masked, of_experts, to_dense
+from block_sparse_cases import BOUNDS, close, flat, masked, of_experts, rest, to_dense
 from torch import Tensor
 
 from moetrain.kernels.block_sparse.autograd import dds_product, dsd_product, sdd_product
@@ -46,6 +46,7 @@ def product(name: str, topology: Topology, mask: Tensor, depth: int, dtype: torc
     transposed = name.endswith("T")
     if name == "sdd":
         leaves, run = [tall, wide], lambda a, b: to_dense(sdd_product(a, b, topology), topology)
+        assert not rest(sdd_product(tall, wide, topology), topology).any()
         want_run = lambda a, b: twin.sdd(a, flat(b), mask)  # noqa: E731
     elif name.startswith("dsd"):
         leaves = [values, tall if transposed else wide.mT]

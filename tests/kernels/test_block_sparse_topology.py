@@ -60,6 +60,11 @@ def test_blocks_of_a_mask_in_both_orders(rows: int, columns: int, share: float) 
     assert topology.values_shape == (int(mask.sum()) * 16, 32)
 
 
+def test_a_mask_may_be_a_view() -> None:
+    mask = random_mask(5, 3, 0.5, seed=2).t()
+    check(mask_topology(mask, 3 * 16, 5 * 16, 16, 16), mask)
+
+
 @pytest.mark.parametrize("width", [13, 32, 41])
 @pytest.mark.parametrize(("experts", "num_experts"), EXPERTS, ids=[str(e[0])[:24] for e in EXPERTS])
 def test_rows_have_the_columns_of_their_expert(experts: list[int], num_experts: int, width: int) -> None:
