@@ -22,25 +22,33 @@ from .tiles import BLOCK_M, Arch
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """Which source row each computed row is, which expert each block belongs to, and the way back.
+class Blocks:
+    """Which source row each computed row is, and which expert each block belongs to: all that products read.
 
     block           rows of a block.
     ids_R           int64, source row of each computed row; -1 for padding and behind the last block.
-    slots_N         int64, computed row of each assignment; -1 behind the last assignment.
-    starts_E1       int64, first assignment of each expert; the last entry is their number.
     block_starts_E1  int64, first block of each expert; the last entry is the number of used blocks.
     block_expert_B  int32, expert of each block; -1 behind the last.
-    by_source_N     int64, computed rows grouped by their source row, in the experts' order; -1 behind the
-                    last assignment. ``ends_X`` closes each source row's group.
     """
 
     block: int
     ids_R: Tensor
-    slots_N: Tensor
-    starts_E1: Tensor
     block_starts_E1: Tensor
     block_expert_B: Tensor
+
+
+@dataclass(frozen=True)
+class Metadata(Blocks):
+    """The way back as well.
+
+    slots_N         int64, computed row of each assignment; -1 behind the last assignment.
+    starts_E1       int64, first assignment of each expert; the last entry is their number.
+    by_source_N     int64, computed rows grouped by their source row, in the experts' order; -1 behind the
+                    last assignment. ``ends_X`` closes each source row's group.
+    """
+
+    slots_N: Tensor
+    starts_E1: Tensor
     by_source_N: Tensor
     ends_X: Tensor
 
@@ -84,7 +92,7 @@ def lay_out(
     order_N = stable_order(token_ids_N, num_source, starts_E1[-1:])
     by_source_N = slots_N[order_N]
     ends_X = ends(ids_R, by_source_N, num_source)
-    found = Metadata(block, ids_R, slots_N, starts_E1, block_starts_E1, block_expert_B, by_source_N, ends_X)
+    found = Metadata(block, ids_R, block_starts_E1, block_expert_B, slots_N, starts_E1, by_source_N, ends_X)
     return found, weights_R
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import activate, activate_backward, is_gated
-from ..metadata import Metadata
+from ..metadata import Blocks
 from ..specimen import Specimen, pointer
 from ..tiles import Arch
 from .parts import activation_cases, arch_for, row_launch, row_product, walk
@@ -22,7 +22,7 @@ _HELD = 4  # tiles in registers at once: dh, gate, up and the activated gate; wi
 
 def hidden_gradient(
     dout: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     weights_R: Tensor,
     w_down_EFD: Tensor,
     z_RP: Tensor,

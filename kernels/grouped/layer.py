@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import is_gated
-from ..metadata import Metadata
+from ..metadata import Blocks
 from .hidden_gradient import hidden_gradient
 from .product import product
 from .up import up
@@ -21,7 +21,7 @@ from .weight_gradient import weight_gradient
 
 def forward(
     source_XD: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
@@ -50,7 +50,7 @@ def forward(
 def backward(
     dout: Tensor,
     source_XD: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
@@ -91,7 +91,7 @@ def backward(
 
 def _check(
     source_XD: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
@@ -100,10 +100,13 @@ def _check(
     """The width F of the hidden rows."""
     experts, hidden = w_down_EFD.shape[:2]
     columns = hidden * (2 if is_gated(activation) else 1)
-    if w_up_EDP.shape != (experts, source_XD.shape[1], columns) or experts + 1 != meta.starts_E1.shape[0]:
+    if (
+        w_up_EDP.shape != (experts, source_XD.shape[1], columns)
+        or experts + 1 != meta.block_starts_E1.shape[0]
+    ):
         raise ValueError(
             f"source {_of(source_XD)}, w_up {_of(w_up_EDP)}, w_down {_of(w_down_EFD)}, {activation} and "
-            f"rows of {meta.starts_E1.shape[0] - 1} experts do not fit each other"
+            f"rows of {of_rows} experts do not fit each other"
         )
     if weights_R.shape != meta.ids_R.shape:
         raise ValueError(f"weights {_of(weights_R)} are not one for each of {meta.ids_R.shape[0]} rows")

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import GATED, PLAIN
-from ..metadata import Metadata
+from ..metadata import Blocks
 from ..tiles import BLOCK_M, DTYPES, Arch, Tile, arch_of, gradient_tile, tile
 
 
@@ -68,7 +68,7 @@ class Launch:
     constants: dict[str, object]
     sub: int  # row tiles of a block
 
-    def row_tiles(self, meta: Metadata) -> int:
+    def row_tiles(self, meta: Blocks) -> int:
         """Row tiles, those of blocks behind the last included."""
         return meta.block_expert_B.shape[0] * self.sub
 

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..metadata import Metadata
+from ..metadata import Blocks
 from ..specimen import Specimen, pointer
 from ..tiles import BLOCK_M, Arch
 from .parts import arch_for, precisions, row_launch, row_product, walk
 
 
-def product(rows_RK: Tensor, meta: Metadata, w_EKN: Tensor, out_RN: Tensor, tf32: bool = False) -> None:
+def product(rows_RK: Tensor, meta: Blocks, w_EKN: Tensor, out_RN: Tensor, tf32: bool = False) -> None:
     """Write ``rows @ w[e]`` to ``out_RN``; rows behind the last used block are neither read nor written."""
     _, depth, width = w_EKN.shape
     arch = arch_for(rows_RK, w_EKN, out_RN, meta.ids_R)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import activate, is_gated
-from ..metadata import Metadata
+from ..metadata import Blocks
 from ..specimen import Specimen, pointer
 from ..tiles import Arch
 from .parts import activation_cases, arch_for, multiply, row_launch, walk
@@ -19,7 +19,7 @@ from .parts import activation_cases, arch_for, multiply, row_launch, walk
 
 def up(
     source_XD: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     weights_R: Tensor,
     w_up_EDP: Tensor,
     activation: str,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..metadata import Metadata
+from ..metadata import Blocks
 from ..specimen import Specimen, pointer
 from ..tiles import BLOCK_M, Arch
 from .parts import Launch, arch_for, gradient_launch, multiply, precisions, walk
@@ -26,7 +26,7 @@ _MOST_BYTES = 64 << 20  # of the chunks' products
 def weight_gradient(
     left: Tensor,
     right: Tensor,
-    meta: Metadata,
+    meta: Blocks,
     out_EKN: Tensor,
     gathered: tuple[bool, bool] = (False, False),
     tf32: bool = False,

@@ -63,6 +63,7 @@ def test_a_layer_waits_for_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome(layer, torch.randn(2, 17, 19))
 
 
+@pytest.mark.real
 @pytest.mark.usefixtures("training")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_steps_equal_the_loop(backend: str, corpus: Path, tmp_path: Path) -> None:

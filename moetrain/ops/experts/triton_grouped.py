@@ -16,7 +16,7 @@ from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.triton_cases import block_experts_B, block_starts_E1, refusal_of_kernels
 
 if TYPE_CHECKING:
-    from moetrain.kernels.metadata import Metadata
+    from moetrain.kernels.metadata import Blocks
 
 ON_DEVICE = True
 KEEPS = "the pre-activation of all rows, padding included"
@@ -43,7 +43,7 @@ def forward(
     """(out [R, D], [z [R, P]]). Rows behind the last used block are not written."""
     from moetrain.kernels import grouped
 
-    rows = _metadata(ids_R, segments)
+    rows = _blocks(ids_R, segments)
     out_RD, z_RP = grouped.forward(source_XD, rows, weights_R, w_up_EDP, w_down_EFD, activation)
     assert z_RP is not None
     return out_RD, [z_RP]
@@ -63,23 +63,13 @@ def backward(
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     from moetrain.kernels import grouped
 
-    rows, (z_RP,) = _metadata(ids_R, segments), kept
+    rows, (z_RP,) = _blocks(ids_R, segments), kept
     operands = (source_XD, rows, weights_R, w_up_EDP, w_down_EFD)
     return grouped.backward(dout_RD, *operands, z_RP, activation)
 
 
-def _metadata(ids_R: Tensor, segments: Segments) -> Metadata:
-    from moetrain.kernels.metadata import Metadata
+def _blocks(ids_R: Tensor, segments: Segments) -> Blocks:
+    from moetrain.kernels.metadata import Blocks
 
-    starts_E1 = block_starts_E1(segments)
-    none = ids_R[:0]
-    return Metadata(
-        segments.block,
-        ids_R,
-        none,
-        starts_E1,
-        starts_E1,
-        block_experts_B(segments, ids_R.shape[0]),
-        none,
-        none,
-    )
+    experts_B = block_experts_B(segments, ids_R.shape[0])
+    return Blocks(segments.block, ids_R, block_starts_E1(segments), experts_B)
