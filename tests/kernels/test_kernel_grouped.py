@@ -26,10 +26,12 @@ CASES = [*((case, 23, 7) for case in kernel_cases.EDGES), *RANDOM]
 
 
 def many() -> list[tuple[Case, int, int]]:
+    """One width of each is small: the interpreter takes a second for a hundred tiles."""
     g = torch.Generator().manual_seed(5)
-    dims = torch.randint(0, 30, (104, 2), generator=g).tolist()
+    dims = torch.stack([torch.randint(0, most, (104,), generator=g) for most in (18, 6)], 1)
     primes = kernel_cases.PRIMES
-    found = [(kernel_cases.random_case(s, 120), primes[d], primes[f]) for s, (d, f) in enumerate(dims)]
+    widths = [(primes[i], primes[j])[:: 1 if s % 2 else -1] for s, (i, j) in enumerate(dims.tolist())]
+    found = [(kernel_cases.random_case(s, 60), *each) for s, each in enumerate(widths)]
     return [
         *found,
         (Case((3, 0, 20), 23), 251, 3),
@@ -123,8 +125,8 @@ def test_forward_and_gradients_in_fp16(case: Case, depth: int, hidden: int, devi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "depth", "hidden"), many(), ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_many_shapes(case: Case, depth: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_many_shapes(case: Case, depth: int, hidden: int, device: torch.device) -> None:
+    dtype = torch.float16 if depth % 3 == 1 else torch.float32
     check(case, depth, hidden, NAMES[(depth + hidden) % len(NAMES)], dtype, device)
 
 
