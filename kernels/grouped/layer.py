@@ -100,10 +100,8 @@ def _check(
     """The width F of the hidden rows."""
     experts, hidden = w_down_EFD.shape[:2]
     columns = hidden * (2 if is_gated(activation) else 1)
-    if (
-        w_up_EDP.shape != (experts, source_XD.shape[1], columns)
-        or experts + 1 != meta.block_starts_E1.shape[0]
-    ):
+    of_rows = meta.block_starts_E1.shape[0] - 1
+    if w_up_EDP.shape != (experts, source_XD.shape[1], columns) or experts != of_rows:
         raise ValueError(
             f"source {_of(source_XD)}, w_up {_of(w_up_EDP)}, w_down {_of(w_down_EFD)}, {activation} and "
             f"rows of {of_rows} experts do not fit each other"
