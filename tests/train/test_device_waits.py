@@ -48,7 +48,8 @@ def places(counted: device_waits.Found) -> Counter[tuple[str, str]]:
 
 
 def test_the_list():
-    """One wait a layer and pass, and two a step: whether to update, and whether the update broke a weight."""
+    """One wait a layer and pass in fp32, and two a step: whether to update, and whether the update broke a
+    weight."""
     counted = found()
     assert counted.passes == 2 * MICRO_BATCHES
     assert places(counted) == {
@@ -56,6 +57,14 @@ def test_the_list():
         ("train/step.py", "_on_host"): 1,
         ("train/step.py", "_broken_weights"): 1,
     }
+
+
+@pytest.mark.parametrize("overrides", [(), ("router=deepseek_v3",), ("router=switch",)], ids=str)
+def test_no_wait_a_layer_in_bf16(overrides):
+    """Where grouped products compute, which take their counts on the device: two waits a step."""
+    counted = found("train.precision=bf16", "model.d_model=16", "model.d_ff_expert=16", *overrides)
+    assert counted.passes == 2 * MICRO_BATCHES
+    assert places(counted) == {("train/step.py", "_on_host"): 1, ("train/step.py", "_broken_weights"): 1}
 
 
 @pytest.mark.parametrize(
