@@ -38,7 +38,7 @@ def hidden_gradient(
     gated = is_gated(activation)
     _, hidden, depth = w_down_EFD.shape
     arch = arch_for(dout, w_down_EFD, weights_R, z_RP, meta.ids_R)
-    launch = row_launch(arch, dout.dtype, meta.block, hidden, depth, 2, tf32)
+    launch = row_launch(arch, dout.dtype, meta.block, hidden, depth, _accumulators(activation), tf32)
     row_tiles, column_tiles = launch.row_tiles(meta), triton.cdiv(hidden, launch.tile.block_n)
     rows = meta.ids_R.shape[0]
     parts_CR = torch.empty(column_tiles, rows, dtype=torch.float32, device=dout.device)
@@ -54,6 +54,11 @@ def hidden_gradient(
         parts_CR, meta.ids_R, dweights_R, rows, parts_CR.stride(0), PARTS=column_tiles, BLOCK=128, num_warps=4
     )
     return dweights_R
+
+
+def _accumulators(activation: str) -> int:
+    """Products that a tile has room for: gate, up, h and both gradients are in registers at its end."""
+    return 8 if activation == "swiglu_clamped" else 4
 
 
 @triton.jit(do_not_specialize=["row_tiles", "part_stride"])
@@ -122,7 +127,7 @@ def specimens(arch: Arch, depth: int = 2048, hidden: int = 768) -> list[Specimen
 def _specimen(
     arch: Arch, dtype: torch.dtype, block: int, name: str, tf32: bool, depth: int, hidden: int
 ) -> Specimen:
-    launch = row_launch(arch, dtype, block, hidden, depth, 2, tf32)
+    launch = row_launch(arch, dtype, block, hidden, depth, _accumulators(name), tf32)
     kind = pointer(dtype)
     signature = dict.fromkeys(("dout", "w_down", "z", "dz", "h"), kind)
     signature |= {"ids": "*i64", "weights": "*fp32", "block_expert": "*i32", "parts": "*fp32"}
