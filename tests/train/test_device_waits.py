@@ -59,7 +59,7 @@ def test_the_list():
     }
 
 
-@pytest.mark.parametrize("overrides", [(), ("router=switch",)], ids=str)
+@pytest.mark.parametrize("overrides", [(), ("router.score=sigmoid",)], ids=str)
 def test_no_wait_a_layer_in_bf16(overrides):
     """Where grouped products compute, which take their counts on the device: two waits a step."""
     counted = found("train.precision=bf16", "model.d_model=16", "model.d_ff_expert=16", *overrides)
