@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-.PHONY: demo test test-real test-variants lint clean
+.PHONY: demo test test-real test-variants kernels-static lint clean
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
@@ -32,6 +32,10 @@ test-variants: $(VENV)/.installed-dev
 	@failed=; for variant in $(VARIANTS); do echo "with $$variant"; \
 	  env OMP_NUM_THREADS=1 $$variant $(PYTEST) -m "not slow and not gpu and not real" $(PRODUCTS) || failed="$$failed $$variant"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# One kernel in seven, for one GPU of each maker, compiled without a GPU and compared with the recorded binaries.
+kernels-static: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/kernels_static.py --archs sm_90 gfx942 --every 7 --check benchmarks/kernels_static.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
