@@ -87,6 +87,19 @@ def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     return place
 
 
+def _where_rows_are_few(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """By columns what has fewer rows than there are ranks, such as keys of few heads; all else by rows.
+
+    A cut of columns is copied when it is gathered, which whole rows are not.
+    """
+    ways, by_columns = mesh.size(mesh.ndim - 1), _placement(mesh)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return by_columns(parameter) if parameter.shape[0] < ways else None
+
+    return place
+
+
 def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> list[nn.Module]:
     """Give each rank of ``ep`` its block of every layer's experts; returns the modules that hold them."""
     if meshes.sparse is None:
@@ -182,7 +195,7 @@ def _shard(
     for module in routers:
         fully_shard(module, mesh=mesh, mp_policy=gathered_in(None), shard_placement_fn=_placement(mesh))
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_where_rows_are_few(mesh))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -15,6 +15,7 @@ from stand_in import PARTS, STEPS, StandIn, loss_of, model, step_data
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_
 from moetrain.parallel.distributed import all_reduce_sum_
@@ -100,6 +101,37 @@ def assert_equal_runs(results: list[dict[str, Any]], alone: dict[str, Any], tole
 def test_every_layout_trains_like_one_process(alone, world, layout, recompute):
     assert alone["norms"][0] > 0.5, "the test must clip"
     assert_equal_runs(run_ranks(train, world, layout, ADAMW, recompute), alone)
+
+
+class Narrow(nn.Module):
+    """A block whose first matrix has two rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8))])
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_TD = x_TD + block(x_TD)
+        return x_TD
+
+
+def narrow_gradients(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    net = parallelize(Narrow().double(), build_meshes(ParallelConfig(), world))
+    x_TD = torch.randn(12, 8, dtype=torch.float64).chunk(world)[rank]
+    net(x_TD).square().sum().backward()
+    named = dict(net.named_parameters())
+    shapes = {name: tuple(local_part(p).shape) for name, p in named.items()}
+    return {name: full(p.grad) for name, p in named.items() if p.grad is not None}, shapes
+
+
+def test_fewer_rows_than_ranks_are_cut_by_columns():
+    want, _ = narrow_gradients(0, 1)
+    for got, shapes in run_ranks(narrow_gradients, 4):
+        assert shapes["blocks.0.0.weight"] == (2, 2)
+        assert shapes["blocks.0.1.weight"] == (2, 2)  # eight rows of two
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_evaluating_between_steps_changes_nothing(alone):
