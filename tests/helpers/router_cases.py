@@ -1,64 +1,51 @@
-"""Logits and rules for the router's kernels: ties, gaps, bias, groups, sizes that no tile divides.
+"""Routers that see given logits, and what a Routing chose as a matrix.
 
-Shapes: T tokens, E experts, K chosen.
+Shapes: T tokens, E experts, D model, N assignments.
 """
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.kernels.router.rule import GROUP_SCORES, SCORES, Rule
+from moetrain.moe import Routing, build_router
+from moetrain.moe.routers.base import Router
+
+SEEDS = st.integers(0, 2**20)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Tokens, experts, the rule, whether there is a bias, and a seed."""
-
-    tokens: int
-    experts: int
-    rule: Rule
-    bias: bool
-    seed: int
-
-    def __str__(self) -> str:
-        rule = self.rule
-        limits = f"g{rule.top_groups}of{rule.num_groups}{rule.group_score}"
-        shape = f"T{self.tokens}-E{self.experts}-k{rule.top_k}-{limits}"
-        return f"{shape}-{rule.score}{'-sum1' if rule.renormalize else ''}{'-bias' if self.bias else ''}"
-
-    def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """Logits from a grid of few steps, so that ties are many and exact and no two scores nearly equal."""
-        made = torch.Generator().manual_seed(self.seed)
-        steps = torch.randint(-6, 7, (self.tokens, self.experts), generator=made)
-        bias = torch.randint(-3, 4, (self.experts,), generator=made) * 0.25 if self.bias else None
-        return steps * 0.5, bias
+def looking_at_logits(name: str, num_experts: int, **options: object) -> Router:
+    """A router whose input is its logits."""
+    router = build_router(name, d_model=num_experts, num_experts=num_experts, **options).double()
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(num_experts))
+    return router
 
 
-def draw(seed: int) -> Case:
-    """A random case, with any option."""
-    pick = random.Random(seed)
-    groups = pick.choice([1, 1, 2, 3, 5, 8])
-    experts = groups * pick.randint(1, max(1, pick.choice([5, 13, 64, 512]) // groups))
-    top_groups = pick.randint(1, groups)
-    top_k = pick.randint(1, min(32, top_groups * (experts // groups)))
-    rule = Rule(
-        top_k, pick.choice(SCORES), pick.random() < 0.5, pick.choice([1.0, 2.5]), groups, top_groups,
-        pick.choice(GROUP_SCORES),
-    )  # fmt: skip
-    return Case(pick.choice([1, 2, 7, 31, 67]), experts, rule, pick.random() < 0.5, seed)
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-FEW = [
-    Case(37, 8, Rule(2), False, 1), Case(5, 1, Rule(1), True, 2),
-    Case(67, 5, Rule(1, renormalize=False), True, 3), Case(7, 13, Rule(13, "softmax_after"), False, 4),
-    Case(3, 512, Rule(32, "sigmoid", route_scale=2.5), True, 5),
-    Case(11, 160, Rule(6, "softmax", False, 16.0, 8, 3, "max"), False, 6),
-    Case(19, 64, Rule(8, "sigmoid", True, 2.5, 8, 4), True, 7),
-    Case(1, 21, Rule(5, "softmax_after", num_groups=7, top_groups=3), True, 8),
-    Case(13, 6, Rule(3, "sigmoid", False, num_groups=6, top_groups=4), True, 9),
-    Case(2, 127, Rule(4, "softmax_after", route_scale=0.5), True, 10),
-]  # fmt: skip
+def dense_weights(routing: Routing, tokens: int) -> Tensor:
+    """[T, E], zero where nothing is assigned."""
+    weights_TE = torch.zeros(tokens, routing.num_experts, dtype=routing.assignment.weights_N.dtype)
+    weights_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = (
+        routing.assignment.weights_N.detach()
+    )
+    return weights_TE
+
+
+def chosen(routing: Routing, tokens: int) -> Tensor:
+    mask_TE = torch.zeros(tokens, routing.num_experts, dtype=torch.bool)
+    mask_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = True
+    return mask_TE
+
+
+def assert_sigmoids(weights_N: Tensor, logits_N: Tensor) -> None:
+    """The weights, taken from a matrix of scores, are the logits' sigmoids.
+
+    The last elements of a tensor may be computed by another exponential than those before: it, a sum and a
+    quotient err by at most 5 * 2^-53 of the value on either side.
+    """
+    torch.testing.assert_close(weights_N, logits_N.sigmoid(), rtol=10 * 2**-53, atol=0)

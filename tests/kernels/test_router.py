@@ -8,7 +8,7 @@ from __future__ import annotations
 import interpreted  # noqa: F401
 import pytest
 import torch
-from router_cases import FEW, Case, draw
+from fused_router_cases import FEW, Case, draw
 from torch import Tensor
 
 from moetrain.kernels.router.route import route
