@@ -8,6 +8,9 @@ Shapes: M keys, X values that a key may have, C chunks, B bins (values of a digi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -180,14 +183,14 @@ def specimens(arch: Arch) -> list[Specimen]:
         tile = {"TILE": _TILE}
         counts = {"counts": "*i64", "totals": "*i64"}
         to = {"starts": "*i64", "new": "*i64"}
-        parts: list[tuple[object, dict[str, str], dict[str, object]]] = [
+        parts: list[tuple[Any, dict[str, str], Mapping[str, object]]] = [
             (histogram_kernel, pointers | sizes, flags | tile),
-            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": rows} | tile),
+            (prefix_kernel, counts | {"chunks": "i32"}, {"BINS": bins, "ROWS": rows, **tile}),
             (starts_kernel, {"totals": "*i64"}, {"BINS": bins}),
             (place_kernel, pointers | to | sizes, flags | tile),
         ]
         found += [
-            Specimen(f"{kernel.__name__} {bins} bins", kernel, signature, constants, 4, 1, False)  # type: ignore
+            Specimen(f"{kernel.__name__} {bins} bins", kernel, signature, constants, 4, 1, False)
             for kernel, signature, constants in parts
         ]
     signature = dict.fromkeys(("keys", "order", "ends"), "*i64")

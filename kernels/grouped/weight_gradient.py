@@ -60,7 +60,8 @@ def num_chunks(arch: Arch, launch: Launch, experts: int, depth: int, width: int)
     """Chunks of an expert's rows: more where experts and tiles are too few to fill a device."""
     programs = _tiles(launch, depth, width) * experts
     room = _MOST_BYTES // (4 * experts * depth * width)
-    return max(1, min(triton.cdiv(3 if arch.interpreted else _PROGRAMS, programs), _MOST_CHUNKS, room))
+    wanted: int = triton.cdiv(3 if arch.interpreted else _PROGRAMS, programs)
+    return max(1, min(wanted, _MOST_CHUNKS, room))
 
 
 def _tiles(launch: Launch, depth: int, width: int) -> int:
