@@ -43,10 +43,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first, by itself: the constraint picks the build that every later requirement then finds.
+# torch first, by itself: the constraint picks the build that every later requirement then finds. Another torch brings
+# its own Triton.
 $(VENV)/.installed-plot: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	sed -e '$(TORCH:%=s/^torch==.*/torch==%/)' constraints.txt > $(VENV)/constraints.txt
+	sed -e '$(TORCH:%=s/^torch==.*/torch==%/;/^triton==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch
 	$(PIP) -e '.[plot]'
 	touch $@

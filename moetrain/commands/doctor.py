@@ -34,7 +34,7 @@ _OPTIONAL = {
     "tensorboard": "tracker=tensorboard (moetrain[tensorboard])",
     "transformers": "tests against transformers (moetrain[hf])",
     "deepspeed": "benchmarks against DeepSpeed (moetrain[deepspeed])",
-    "triton": "train.compile on a GPU (moetrain[triton])",
+    "triton": "experts.backend=triton, train.compile on a GPU (moetrain[triton])",
 }
 _COMPILERS = ("g++", "clang++", "c++")
 

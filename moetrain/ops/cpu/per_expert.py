@@ -17,7 +17,6 @@ from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Segments
 
 ON_DEVICE = False
-KEEPS = "the pre-activations of useful rows"
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Segments
+from moetrain.ops.experts.rows import Segments, all_rows
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import refusal as refusal_of_widths
 
 ON_DEVICE = True
-KEEPS = "the pre-activation of all rows, padding included"
+kept_rows = all_rows
 
 
 def refusal(case: Case) -> str | None:
@@ -26,10 +26,6 @@ def refusal(case: Case) -> str | None:
     operands = (case.d_model, case.columns), (case.d_ff, case.d_model)
     reasons = [refusal_of_widths(case.device, case.dtype, widths) for widths in operands]
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
-    return [rows]
 
 
 def _ends(segments: Segments) -> Tensor:

@@ -54,6 +54,11 @@ class Segments:
         return (-(-num_assignments // self.block) + used) * self.block
 
 
+def all_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
+    """The rows of the pre-activations of a backend that keeps those of all ``rows`` in one tensor."""
+    return [rows]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which source row each computed row is, and back.

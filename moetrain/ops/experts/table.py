@@ -28,7 +28,6 @@ class Backend(Protocol):
     """The interface of a backend, which is a module. Shapes as in ``operator.py``."""
 
     ON_DEVICE: bool  # whether it needs no counts on the host, so that nothing waits for them
-    KEEPS: str  # what stays for the backward pass, beside the operands
 
     def refusal(self, case: Case) -> str | None:
         """The reason why it cannot compute ``case``; None if it can."""
@@ -72,7 +71,8 @@ BACKENDS: dict[str, Backend] = {
 NAMES = (AUTO, LOOP, *BACKENDS)
 # Best first; LOOP is the last of each.
 _LADDER = ("triton", "torch", "cpu")
-_CPU_LADDER = ("torch", "cpu")  # the first where the layer is traced
+_CPU_LADDER = ("cpu",)
+_TRACED_CPU_LADDER = ("torch", "cpu")
 _tested: dict[tuple[str, Case], str | None] = {}
 
 
@@ -118,7 +118,7 @@ def ladder(device: torch.device, traced: bool = False) -> tuple[str, ...]:
     """The backends of a device, best first. A traced layer begins with one that needs no host counts."""
     if device.type != "cpu":
         return (*_LADDER, LOOP)
-    return (*_CPU_LADDER[not traced :], LOOP)
+    return (*(_TRACED_CPU_LADDER if traced else _CPU_LADDER), LOOP)
 
 
 def _rungs(asked: str, rungs: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,27 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Segments
+from moetrain.ops.experts.rows import Segments, all_rows
 from moetrain.ops.experts.triton_cases import block_experts_B, block_starts_E1, refusal_of_kernels
 
 if TYPE_CHECKING:
     from moetrain.kernels.metadata import Blocks
 
 ON_DEVICE = True
-KEEPS = "the pre-activation of all rows, padding included"
-
-
-def refusal(case: Case) -> str | None:
-    """Why these kernels cannot compute ``case``; None if they can."""
-    return refusal_of_kernels(case)
-
-
-def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
-    return [rows]
+refusal, kept_rows = refusal_of_kernels, all_rows
 
 
 def forward(

@@ -40,7 +40,7 @@ class Faulty:
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    refusal, kept_rows, KEEPS = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows), ""
+    refusal, kept_rows = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows)
     ON_DEVICE = False
 
     def forward(self, source: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
