@@ -1,9 +1,12 @@
 """MoE layers side by side: forward plus backward, and the bytes kept for backward.
 
-    python benchmarks/layer.py [--shapes A B C] [--dtypes fp32 bf16] [--repetitions 30] [--out FILE]
+    python benchmarks/layer.py [--shapes A B C] [--dtypes fp32 bf16 pure_bf16] [--device cuda]
+                               [--repetitions 30] [--out FILE]
 
 Every repetition draws a new input, so new expert loads, as training does; all layers see the same one. All
-layers are timed in one interleaved pass. bf16 is autocast over fp32 weights. The balance loss is left out.
+layers are timed in one interleaved pass, from the call until the device has finished. bf16 is autocast over
+fp32 weights; in pure_bf16 weights and inputs are bf16, which layers made for GPUs need. The balance loss is
+left out.
 """
 
 from __future__ import annotations
@@ -14,49 +17,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from peers import LAYERS, SHAPES, Shape, saved_bytes
-from timing import interleaved, machine, medians, ratio, write_json
-from torch import Tensor, nn
+from kept import saved_bytes
+from peers import DENSE, OURS, PRECISIONS, SHAPES, Shape, build, call
+from timing import device_of, interleaved, machine, medians, ratio, write_json
 
 
-def build(shape: Shape) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    layers, skipped = {}, {}
-    for name, builder in LAYERS.items():
-        try:
-            torch.manual_seed(0)
-            layers[name] = builder(shape)
-        except ImportError as error:
-            skipped[name] = str(error)
-    return layers, skipped
-
-
-def measure(shape: Shape, bf16: bool, repetitions: int) -> dict[str, Any]:
-    layers, skipped = build(shape)
+def measure(shape: Shape, precision: str, device: str, repetitions: int) -> dict[str, Any]:
+    layers, skipped = build(shape, device, precision)
     torch.manual_seed(1)
-    inputs = [torch.randn(2, shape.tokens // 2, shape.d_model) for _ in range(repetitions + 1)]
-    grad = torch.randn(2, shape.tokens // 2, shape.d_model)
-
-    def forward(name: str, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return layers[name](x)
+    size = (2, shape.tokens // 2, shape.d_model)
+    inputs = [torch.randn(size, device=device) for _ in range(repetitions + 1)]
+    grad = torch.randn(size, device=device)
 
     def step(name: str, repetition: int) -> None:
         layers[name].zero_grad(set_to_none=True)
-        x = inputs[repetition].clone().requires_grad_()
-        y = forward(name, x)
+        y = call(layers[name], inputs[repetition].clone().requires_grad_(), precision)
         y.backward(grad.to(y.dtype))
 
-    times = interleaved({name: partial(step, name) for name in layers}, repetitions)
+    times = interleaved({name: partial(step, name) for name in layers}, repetitions, device=device)
     middle = medians(times)
     x = inputs[0].clone().requires_grad_()
+
+    def saved(name: str) -> int:
+        return saved_bytes(partial(call, layers[name], x, precision), layers[name])
+
     return {
         "skipped": skipped,
         "layers": {
             name: {
                 "ms": 1e3 * middle[name],
-                "percent_of_dense": 100 * ratio(times, "dense SwiGLU", name),
-                "speedup_of_ours": ratio(times, name, "moetrain"),
-                "saved_bytes_per_token": saved_bytes(partial(forward, name, x), layers[name]) // shape.tokens,
+                "percent_of_dense": 100 * ratio(times, DENSE, name),
+                "speedup_of_ours": ratio(times, name, OURS),
+                "saved_bytes_per_token": saved(name) // shape.tokens,
             }
             for name in layers
         },
@@ -66,18 +58,20 @@ def measure(shape: Shape, bf16: bool, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out")
     args = parser.parse_args()
+    device = device_of(parser, args.device)
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {"machine": machine(), "repetitions": args.repetitions, "shapes": {}}
     print(result["machine"])
     for name in args.shapes:
         for dtype in args.dtypes:
-            figures = measure(SHAPES[name], dtype == "bf16", args.repetitions)
+            figures = measure(SHAPES[name], dtype, device, args.repetitions)
             result["shapes"][f"{name} {dtype}"] = figures
             print(f"\n{name} {dtype}: {SHAPES[name]}")
             for layer, reason in figures["skipped"].items():

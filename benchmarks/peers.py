@@ -1,6 +1,8 @@
-"""Layers and models to compare with, each built the same way: same shapes, same activation, no dropped token.
+"""Layers to compare with, each built the same way: same shapes, same activation, no dropped token.
 
-A peer whose package is missing is skipped with the reason.
+A peer whose package is missing is skipped with the reason. Those that need a GPU are in ``gpu_peers.py``.
+
+Shapes: T tokens, D model, F hidden, P = 2F, E experts, K experts a token, N = T K.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe import MoELayer
+from moetrain.parallel.precision import round_for_inference
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ SHAPES = {
     "B": Shape(4096, 512, 256, 64, 8),
     "C": Shape(2048, 1024, 2048, 8, 2),
 }
+OURS, DENSE = "moetrain", "dense SwiGLU"
+# bf16 is autocast over fp32 weights; in pure_bf16 weights (but our router's) and inputs are bf16 themselves
+PRECISIONS = ("fp32", "bf16", "pure_bf16")
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -66,6 +72,54 @@ def ours(s: Shape) -> nn.Module:
 
 def dense(s: Shape) -> nn.Module:
     return DenseSwiGLU(s)
+
+
+class Routed(nn.Module):
+    """A softmax router whose chosen weights sum to 1, and experts that ``compute`` applies.
+
+    ``compute(x_TD, ids_TK, weights_TK, w_gate_up_EPD, w_down_EDF)`` is [T, D]: the layout of torch's linear.
+    """
+
+    def __init__(self, s: Shape, compute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.top_k, self.compute = s.top_k, compute
+        self.router_ED = nn.Parameter(torch.empty(s.experts, s.d_model))
+        self.w_gate_up_EPD = nn.Parameter(torch.empty(s.experts, 2 * s.d_ff, s.d_model))
+        self.w_down_EDF = nn.Parameter(torch.empty(s.experts, s.d_model, s.d_ff))
+        _initialised(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE = F.linear(x_TD, self.router_ED).float().softmax(-1)
+        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return self.compute(x_TD, ids_TK, weights_TK, self.w_gate_up_EPD, self.w_down_EDF).view_as(x)
+
+
+def looped(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_gate_up_EPD: Tensor, w_down_EDF: Tensor
+) -> Tensor:
+    """Expert by expert in Python, as the formula says."""
+    y_TD = x_TD.new_zeros(x_TD.shape)
+    for expert in range(len(w_down_EDF)):
+        tokens_n, choices_n = torch.where(ids_TK == expert)
+        gate_nF, up_nF = F.linear(x_TD[tokens_n], w_gate_up_EPD[expert]).chunk(2, dim=-1)
+        out_nD = F.linear(F.silu(gate_nF) * up_nF, w_down_EDF[expert])
+        y_TD = y_TD.index_add(0, tokens_n, (out_nD * weights_TK[tokens_n, choices_n, None]).to(y_TD.dtype))
+    return y_TD
+
+
+def grouped(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_gate_up_EPD: Tensor, w_down_EDF: Tensor
+) -> Tensor:
+    """Rows sorted by expert, and torch's grouped product."""
+    ids_N, order_N = ids_TK.flatten().sort(stable=True)
+    ends_E = torch.bincount(ids_N, minlength=len(w_down_EDF)).cumsum(0, dtype=torch.int32)
+    tokens_N = order_N // ids_TK.shape[1]
+    gate_NF, up_NF = F.grouped_mm(x_TD[tokens_N], w_gate_up_EPD.mT, offs=ends_E).chunk(2, dim=-1)
+    out_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, w_down_EDF.mT, offs=ends_E)
+    out_ND = out_ND * weights_TK.flatten()[order_N, None].to(out_ND.dtype)
+    return out_ND.new_zeros(x_TD.shape).index_add(0, tokens_N, out_ND)
 
 
 def transformers_qwen3(s: Shape) -> nn.Module:
@@ -122,12 +176,58 @@ def deepspeed_moe(s: Shape) -> nn.Module:
 
 
 LAYERS: dict[str, Callable[[Shape], nn.Module]] = {
-    "dense SwiGLU": dense,
-    "moetrain": ours,
+    DENSE: dense,
+    OURS: ours,
+    "Python loop": lambda s: Routed(s, looped),
+    "torch grouped_mm": lambda s: Routed(s, grouped),
     "transformers Mixtral": transformers_mixtral,
     "transformers Qwen3-MoE": transformers_qwen3,
     "deepspeed, no drop": deepspeed_moe,
 }
+
+
+def build(shape: Shape, device: str, precision: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that this machine can build and run forward and backward, and why not the others.
+
+    What fails in our own layer is an error.
+    """
+    builders = LAYERS
+    if device != "cpu":
+        from gpu_peers import GPU_LAYERS
+
+        builders = builders | GPU_LAYERS
+    layers, skipped = {}, {}
+    for name, builder in builders.items():
+        torch.manual_seed(0)
+        try:
+            layer = cast(builder(shape).to(device), precision)
+            x = torch.randn(2, shape.tokens // 2, shape.d_model, device=device)
+            call(layer, x.requires_grad_(), precision).sum().backward()
+            layer.zero_grad(set_to_none=True)
+            layers[name] = layer
+        except Exception as error:  # another's kernels may fail in any way on a machine that they do not know
+            if name == OURS:
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            skipped[name] = (
+                lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"
+            )
+    return layers, skipped
+
+
+def cast(layer: nn.Module, precision: str) -> nn.Module:
+    """``layer`` with the parameters of ``precision``."""
+    if precision == "pure_bf16":
+        round_for_inference(layer, torch.bfloat16)
+    return layer
+
+
+def call(layer: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """The layer's output of ``x``, in ``precision``."""
+    if precision == "pure_bf16":
+        return layer(x.to(torch.bfloat16))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return layer(x)
 
 
 def _initialised(module: nn.Module) -> nn.Module:
@@ -135,21 +235,3 @@ def _initialised(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
     return module
-
-
-def saved_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes that autograd keeps between forward and backward: distinct storages, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-        total = sum(kept.values())  # while the graph still holds them, no address is used twice
-    del out
-    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,11 +21,12 @@ def interleaved(
     repetitions: int,
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds by ``clock`` per repetition, after ``warm_up``; in each every run goes once, in random order.
 
-    Random, since what ran before leaves the heap and the caches in its own state: in a rotation every run
-    would always follow the same one.
+    A run's time ends when ``device`` has finished its work. The order is random, since what ran before leaves
+    the heap and the caches in its own state: in a rotation every run would always follow the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -33,9 +35,16 @@ def interleaved(
         for name in draw.sample(names, len(names)):
             start = clock()
             runs[name](repetition)
+            finish(device)
             if repetition >= warm_up:
                 times[name].append(clock() - start)
     return times
+
+
+def finish(device: str) -> None:
+    """Wait until what was launched on ``device`` is done; nothing to wait for on a CPU."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
@@ -61,7 +70,19 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        **(
+            {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+            if torch.cuda.is_available()
+            else {}
+        ),
     }
+
+
+def device_of(parser: argparse.ArgumentParser, asked: str) -> str:
+    """``asked``, or the parser's one-line refusal of a CUDA device where there is none."""
+    if asked != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {asked}: torch {torch.__version__} sees no CUDA device; take --device cpu")
+    return asked
 
 
 def write_json(path: str | None, result: dict[str, Any]) -> None:

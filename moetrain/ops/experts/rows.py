@@ -45,13 +45,16 @@ class Segments:
         return self.counts_E.shape[0]
 
     def bound(self, num_assignments: int) -> int:
-        """A number of rows that these segments need at most, whatever the counts: known without waiting."""
+        """The most rows that these segments can need, whatever the counts: known without waiting.
+
+        Most padding has a row of its own in each used expert, and whole blocks of all others.
+        """
         used = (
             self.num_experts
         )  # a traced layer may not compare a number of assignments that it does not know
         if not torch.compiler.is_compiling():
             used = min(used, num_assignments)
-        return (-(-num_assignments // self.block) + used) * self.block
+        return ((num_assignments - used) // self.block + used) * self.block
 
 
 def all_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:

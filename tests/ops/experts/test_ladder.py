@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, passed, table
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
 
 CPU = torch.device("cpu")
@@ -196,7 +198,7 @@ def test_rows_by_bound_are_those_by_counts() -> None:
     known, slots = layout(sources, torch.tensor(counts), counts, 9, block)
     bound, same_slots = layout(sources, torch.tensor(counts), None, 9, block)
     used = len(known.ids_R)
-    assert len(bound.ids_R) == bound.segments.bound(14) == (4 + 4) * block
+    assert len(bound.ids_R) == bound.segments.bound(14) == (2 + 4) * block
     assert torch.equal(bound.ids_R[:used], known.ids_R)
     assert (bound.ids_R[used:] == -1).all()
     for ours, theirs in (
@@ -205,6 +207,15 @@ def test_rows_by_bound_are_those_by_counts() -> None:
         (bound.ends_X, known.ends_X),
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 4])
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_the_bound_is_the_most_that_any_counts_need(experts: int, block: int) -> None:
+    for assignments in range(12):
+        counts = (c for c in product(range(assignments + 1), repeat=experts) if sum(c) == assignments)
+        most = max(sum(Segments(torch.tensor(c), block, c).aligned) for c in counts)
+        assert Segments(torch.zeros(experts), block, None).bound(assignments) == most
 
 
 def test_the_options_are_the_table() -> None:
