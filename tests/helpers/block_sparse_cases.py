@@ -18,21 +18,20 @@ from moetrain.kernels.twins import block_sparse as twin
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the largest element
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Tensors lie where kernels run, and whoever reads memory that no kernel wrote gets NaN."""
+def poisoned(device: torch.device) -> Iterator[None]:
+    """Tensors lie on ``device``; whoever reads memory that no kernel wrote gets NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.device(DEVICE):
+    with device:
         yield
     torch.use_deterministic_algorithms(False)
 
 
 def random_mask(rows: int, columns: int, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(rows, columns, generator=generator, device="cpu") < share).to(DEVICE)
+    return (torch.rand(rows, columns, generator=generator, device="cpu") < share).to(
+        torch.get_default_device()
+    )
 
 
 def masked(

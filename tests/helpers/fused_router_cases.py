@@ -30,12 +30,12 @@ class Case:
         shape = f"T{self.tokens}-E{self.experts}-k{rule.top_k}-{limits}"
         return f"{shape}-{rule.score}{'-sum1' if rule.renormalize else ''}{'-bias' if self.bias else ''}"
 
-    def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """Logits from a grid of few steps, so that ties are many and exact and no two scores nearly equal."""
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Logits on ``device``, from a grid of few steps: ties are many and exact, no two scores nearly equal."""
         made = torch.Generator().manual_seed(self.seed)
         steps = torch.randint(-6, 7, (self.tokens, self.experts), generator=made)
         bias = torch.randint(-3, 4, (self.experts,), generator=made) * 0.25 if self.bias else None
-        return steps * 0.5, bias
+        return (steps * 0.5).to(device), None if bias is None else bias.to(device)
 
 
 def draw(seed: int) -> Case:

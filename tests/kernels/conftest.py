@@ -1,4 +1,8 @@
-"""Without Triton the tests of kernels are skipped; helpers/interpreted.py has them run without a GPU."""
+"""Without Triton the tests of kernels are skipped; helpers/interpreted.py has them run without a GPU.
+
+``pytest -m gpu tests/kernels --confcutdir=tests/kernels`` runs the same tests on a GPU, and needs no more
+than torch, Triton, PyYAML and pytest.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,21 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return _Skipped.from_parent(parent, path=module_path)
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where kernels run: the GPU if there is one, else the CPU, interpreted."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param("cpu", id="interpreted"),
+        pytest.param("cuda", id="compiled", marks=pytest.mark.gpu),
+    ],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run: interpreted on the CPU, and compiled on a GPU, each where this machine has it.
+
+    A process has one of them: Triton chooses when it is imported.
+    """
+    on_gpu = torch.cuda.is_available()
+    if request.param == "cuda" and not on_gpu:
+        pytest.skip(f"torch {torch.__version__} sees no CUDA device")
+    if request.param == "cpu" and on_gpu:
+        pytest.skip("kernels are compiled where there is a GPU: pytest -m gpu")
+    return torch.device(request.param)

@@ -30,8 +30,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    with cases.poisoned():
+def poisoned(device: torch.device) -> Iterator[None]:
+    with cases.poisoned(device):
         yield
 
 

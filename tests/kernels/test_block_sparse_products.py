@@ -32,8 +32,8 @@ EXPERTS = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    with cases.poisoned():
+def poisoned(device: torch.device) -> Iterator[None]:
+    with cases.poisoned(device):
         yield
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import interpreted  # noqa: F401  before any kernel
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def outcome(layer: MoELayer, x_BSD: Tensor) -> dict[str, Tensor]:
     x_BSD = x_BSD.detach().clone().requires_grad_()
     y_BSD, _ = layer(x_BSD, RouterContext.default(*x_BSD.shape[:2], x_BSD.device))
-    cotangent = torch.linspace(-1, 2, y_BSD.numel(), dtype=y_BSD.dtype).view(y_BSD.shape)
+    cotangent = torch.linspace(-1, 2, y_BSD.numel(), dtype=y_BSD.dtype).view(y_BSD.shape).to(y_BSD.device)
     named = dict(layer.named_parameters())
     grads = torch.autograd.grad((y_BSD * cotangent).sum(), [x_BSD, *named.values()])
     return {"y": y_BSD.detach(), "x": grads[0], **dict(zip(named, grads[1:], strict=True))}
@@ -37,10 +36,10 @@ def outcome(layer: MoELayer, x_BSD: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("router", ["topk", "expert_choice", "relu", "moepp"])
-def test_a_layer_equals_the_loop(router: str, backend: str) -> None:
+def test_a_layer_equals_the_loop(router: str, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
     layer = MoELayer(19, 23, 5, router, activation="swiglu", backend="loop", num_shared_experts=1, block=16)
-    x_BSD = torch.randn(2, 17, 19)
+    layer, x_BSD = layer.to(device), torch.randn(2, 17, 19).to(device)
     want = outcome(layer, x_BSD)
     layer.experts.backend = backend
     for name, value in outcome(layer, x_BSD).items():
@@ -50,18 +49,18 @@ def test_a_layer_equals_the_loop(router: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_layer(backend: str) -> None:
-    layer = MoELayer(19, 23, 5, "topk", backend=backend, block=16)
-    got = outcome(layer, torch.zeros(2, 0, 19))
+def test_an_empty_layer(backend: str, device: torch.device) -> None:
+    layer = MoELayer(19, 23, 5, "topk", backend=backend, block=16).to(device)
+    got = outcome(layer, torch.zeros(2, 0, 19, device=device))
     assert got["y"].shape == (2, 0, 19)
     assert not any(value.any() for value in got.values())
 
 
-def test_a_layer_waits_for_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MoELayer(19, 23, 5, "topk", backend="triton", block=16)
+def test_a_layer_waits_for_no_count(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    layer = MoELayer(19, 23, 5, "topk", backend="triton", block=16).to(device)
     waits: list[object] = []
     monkeypatch.setattr("moetrain.moe.assignment.Assignment.counts_on_host", waits.append)
-    outcome(layer, torch.randn(2, 17, 19))
+    outcome(layer, torch.randn(2, 17, 19).to(device))
     assert not waits
 
 
@@ -69,6 +68,8 @@ def test_a_layer_waits_for_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("training")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_steps_equal_the_loop(backend: str, corpus: Path, tmp_path: Path) -> None:
+    import tiny  # the whole trainer, which the other tests do without
+
     common = ("train.steps=3", "checkpoint.every=3", "experts.block=16", "train.eval_every=0")
     for name in ("loop", backend):
         assert tiny.train(corpus, tmp_path / name, *common, f"experts.backend={name}") == 0

@@ -25,8 +25,8 @@ def close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
 
 
-def compare(case: Case) -> None:
-    logits_TE, bias_E = case.inputs()
+def compare(case: Case, device: torch.device) -> None:
+    logits_TE, bias_E = case.inputs(device)
     rule, wide_TE = case.rule, logits_TE.double().requires_grad_()
     wide_E = None if bias_E is None else bias_E.double()
     logits_TE.requires_grad_()
@@ -38,10 +38,10 @@ def compare(case: Case) -> None:
     close(scores_TE, want_scores_TE)
     close(weights_TK, want_weights_TK, rule.route_scale)
     made = torch.Generator().manual_seed(case.seed)
-    dweights_TK = torch.randn(weights_TK.shape, generator=made)
-    dscores_TE = torch.randn(scores_TE.shape, generator=made)
+    dweights_TK = torch.randn(weights_TK.shape, generator=made).to(device)
+    dscores_TE = torch.randn(scores_TE.shape, generator=made).to(device)
     for weighed, scored in ((1, 1), (1, 0), (0, 1)):
-        loss, want_loss = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+        loss, want_loss = logits_TE.new_zeros(()), wide_TE.new_zeros(())
         if weighed:
             loss = loss + (weights_TK * dweights_TK).sum()
             want_loss = want_loss + (want_weights_TK * dweights_TK).sum()
@@ -54,14 +54,14 @@ def compare(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_the_router_equals_its_twin(case: Case) -> None:
-    compare(case)
+def test_the_router_equals_its_twin(case: Case, device: torch.device) -> None:
+    compare(case, device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(120))
-def test_drawn_routers_equal_their_twins(seed: int) -> None:
-    compare(draw(seed))
+def test_drawn_routers_equal_their_twins(seed: int, device: torch.device) -> None:
+    compare(draw(seed), device)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -73,7 +73,7 @@ def test_the_twin_is_the_top_k_router(case: Case, dtype: torch.dtype) -> None:
         num_groups=rule.num_groups, top_groups=rule.top_groups, group_score=GroupScore(rule.group_score),
     )  # fmt: skip
     router = TopKRouter(1, case.experts, options)
-    logits_TE, bias_E = case.inputs()
+    logits_TE, bias_E = case.inputs(torch.device("cpu"))
     logits_TE, bias_E = logits_TE.to(dtype), None if bias_E is None else bias_E.to(dtype)
     if bias_E is not None:
         router.bias_E = bias_E
@@ -84,11 +84,13 @@ def test_the_twin_is_the_top_k_router(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("score", ["softmax", "softmax_after", "sigmoid"])
 @pytest.mark.parametrize("top_groups", [1, 3])
-def test_logits_without_a_number_choose_as_the_twin(score: str, top_groups: int) -> None:
+def test_logits_without_a_number_choose_as_the_twin(
+    score: str, top_groups: int, device: torch.device
+) -> None:
     rows = [[0.0, -0.0, -INF, 2, 2, 1], [-INF] * 6, [NAN, 0, 1, 2, 3, 4], [0, INF, 1, 1, -INF, 3]]
     rows += [[-1e30, 1e30, 1e30, 0, 0, 0], [3.4e38, -3.4e38, 0, 1, 2, 3], [NAN] * 6]
-    logits_TE = torch.tensor(rows)
-    bias_E = torch.tensor([0.0, -INF, -0.0, 0, -1, -INF])
+    logits_TE = torch.tensor(rows, device=device)
+    bias_E = torch.tensor([0.0, -INF, -0.0, 0, -1, -INF], device=device)
     rule = Rule(4 if top_groups == 3 else 2, score, num_groups=3, top_groups=top_groups)
     logits_TE.requires_grad_()
     ids_TK, weights_TK, scores_TE = route(logits_TE, bias_E, rule)
@@ -105,31 +107,33 @@ def test_logits_without_a_number_choose_as_the_twin(score: str, top_groups: int)
         assert not got_TE[1].any(), "experts that are out have no gradient"
 
 
-def test_a_negative_nan_is_the_largest_too() -> None:
-    bias_E = torch.tensor([0.0, 1.0, -NAN, 0.5, NAN])
+def test_a_negative_nan_is_the_largest_too(device: torch.device) -> None:
+    bias_E = torch.tensor([0.0, 1.0, -NAN, 0.5, NAN], device=device)
     assert bias_E[2].view(torch.int32) < 0, "its sign is set"
-    ids_TK, _, _ = route(torch.zeros(2, 5), bias_E, Rule(4))
+    ids_TK, _, _ = route(torch.zeros(2, 5, device=device), bias_E, Rule(4))
     assert ids_TK.tolist() == [[2, 4, 1, 3]] * 2
 
 
-def test_no_token_and_any_layout() -> None:
+def test_no_token_and_any_layout(device: torch.device) -> None:
     rule = Rule(3)
-    ids_TK, weights_TK, scores_TE = route(torch.zeros(0, 7, requires_grad=True), None, rule)
+    ids_TK, weights_TK, scores_TE = route(torch.zeros(0, 7, device=device, requires_grad=True), None, rule)
     assert (ids_TK.shape, weights_TK.shape, scores_TE.shape) == ((0, 3), (0, 3), (0, 7))
     (weights_TK.sum() + scores_TE.sum()).backward()
-    logits_TE = torch.randn(7, 5, generator=torch.Generator().manual_seed(3)).t()
+    logits_TE = torch.randn(7, 5, generator=torch.Generator().manual_seed(3)).to(device).t()
     for got, want in zip(
         route(logits_TE, None, rule), route(logits_TE.contiguous(), None, rule), strict=True
     ):
         assert torch.equal(got, want)
 
 
-def test_one_renormalized_choice_has_no_gradient() -> None:
-    logits_TE = torch.randn(11, 5, generator=torch.Generator().manual_seed(5))
+def test_one_renormalized_choice_has_no_gradient(device: torch.device) -> None:
+    logits_TE = torch.randn(11, 5, generator=torch.Generator().manual_seed(5)).to(device)
     logits_TE[:, 3] = -70  # its score is far below what divisors are kept from zero with
     logits_TE.requires_grad_()
-    _, weights_TK, _ = route(logits_TE, torch.tensor([0.0, 0, 0, 9, 0]), Rule(1, route_scale=2.0))
-    assert torch.equal(weights_TK, torch.full((11, 1), 2.0))
+    _, weights_TK, _ = route(
+        logits_TE, torch.tensor([0.0, 0, 0, 9, 0], device=device), Rule(1, route_scale=2.0)
+    )
+    assert torch.equal(weights_TK, torch.full((11, 1), 2.0, device=device))
     weights_TK.sum().backward()
     assert logits_TE.grad is not None
     assert not logits_TE.grad.any()
