@@ -1,6 +1,7 @@
 """Whole training steps side by side: a 22.6 M parameter model (6 layers, D 256, sequence 512), fused AdamW.
 
-    python benchmarks/step.py [--dtypes fp32 bf16] [--repetitions 30] [--sequences 4] [--out FILE]
+    python benchmarks/step.py [--dtypes fp32 bf16] [--device cuda] [--repetitions 30] [--sequences 4]
+                              [--out FILE]
 
 Forward, loss, backward, clip to norm 1 and update, on random tokens that are new in every step; all models
 in one interleaved pass, each in a process of its own, as it runs in real training: ours with the allocator's
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved, machine, medians, ratio, write_json
+from timing import device_of, finish, interleaved, machine, medians, ratio, write_json
 from torch import Tensor, nn
 
 OURS, BEFORE = "moetrain", "moetrain before"
@@ -114,7 +115,13 @@ BUILDERS: dict[str, Callable[[bool], tuple[nn.Module, Loss]]] = {
 
 
 def serve(
-    name: str, before: str | None, bf16: bool, threads: int, data: list[Tensor], pipe: Connection
+    name: str,
+    before: str | None,
+    bf16: bool,
+    device: str,
+    threads: int,
+    data: list[Tensor],
+    pipe: Connection,
 ) -> None:
     """A process with one model, which makes a step for every repetition that it is sent."""
     logging.disable(logging.WARNING)
@@ -129,19 +136,23 @@ def serve(
     except ImportError as error:
         pipe.send(str(error))
         return
+    model.to(device)
     pipe.send(sum(p.numel() for p in model.parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     while (repetition := pipe.recv()) is not None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and name != OURS):
-            value = loss(data[repetition])
+        with torch.autocast(device, torch.bfloat16, enabled=bf16 and name != OURS):
+            value = loss(data[repetition].to(device))
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        finish(device)
         pipe.send(None)
 
 
-def measure(bf16: bool, repetitions: int, sequences: int, threads: int, before: str | None) -> dict[str, Any]:
+def measure(
+    bf16: bool, device: str, repetitions: int, sequences: int, threads: int, before: str | None
+) -> dict[str, Any]:
     torch.manual_seed(1)
     data = [torch.randint(0, VOCAB, (sequences, SEQ)) for _ in range(WARM_UP + repetitions)]
     context = multiprocessing.get_context("spawn")
@@ -151,7 +162,7 @@ def measure(bf16: bool, repetitions: int, sequences: int, threads: int, before: 
     processes = []
     for name in [*BUILDERS, *([BEFORE] if before else [])]:
         here, there = context.Pipe()
-        arguments = (name, before if name == BEFORE else None, bf16, threads, data, there)
+        arguments = (name, before if name == BEFORE else None, bf16, device, threads, data, there)
         processes.append(context.Process(target=serve, args=arguments, daemon=True))
         processes[-1].start()
         answer = here.recv()
@@ -189,17 +200,23 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--before", metavar="FOLDER")
     parser.add_argument("--out")
     args = parser.parse_args()
+    device = device_of(parser, args.device)
     result: dict[str, Any] = {
         "machine": machine(), "repetitions": args.repetitions, "tokens": args.sequences * SEQ, "dtypes": {},
     }  # fmt: skip
     print(result["machine"])
     for dtype in args.dtypes:
-        figures = measure(dtype == "bf16", args.repetitions, args.sequences, args.threads, args.before)
+        figures = measure(
+            dtype == "bf16", device, args.repetitions, args.sequences, args.threads, args.before
+        )
         result["dtypes"][dtype] = figures
         print(f"\n{dtype}, {args.sequences} x {SEQ} tokens a step")
+        for name, reason in figures["skipped"].items():
+            print(f"  skipped: {name} ({reason})")
         for name, f in figures["models"].items():
             print(
                 f"  {name:24} {f['tokens_per_second']:7,.0f} tokens/s  ours is {f['speedup_of_ours']:.2f}x  "

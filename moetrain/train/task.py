@@ -6,18 +6,20 @@ Shapes: B batch, S sequence, T = B S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetrain.data import Batch
 from moetrain.errors import UserError
 from moetrain.models.cache import KVCache
 from moetrain.models.decoder import Decoder
 from moetrain.models.loss import cross_entropy_sum, token_nll
 from moetrain.moe import RouterContext, RoutingRecord
 from moetrain.nearest import nearest
+
+if TYPE_CHECKING:
+    from moetrain.data import Batch
 
 
 class TaskOutput(NamedTuple):

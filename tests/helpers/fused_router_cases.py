@@ -31,7 +31,7 @@ class Case:
         return f"{shape}-{rule.score}{'-sum1' if rule.renormalize else ''}{'-bias' if self.bias else ''}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Logits on ``device``, from a grid of few steps: ties are many and exact, no two scores nearly equal."""
+        """Logits on ``device``, from a grid of few steps: many exact ties, no two scores nearly equal."""
         made = torch.Generator().manual_seed(self.seed)
         steps = torch.randint(-6, 7, (self.tokens, self.experts), generator=made)
         bias = torch.randint(-3, 4, (self.experts,), generator=made) * 0.25 if self.bias else None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
-from moetrain.files import MB, read_bytes
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -25,7 +24,7 @@ from moetrain.moe.routing import Routing
 from moetrain.ops.counter import mix
 
 _MAX_IDS = 2**24  # a stray large id must not ask for gigabytes
-_MAX_BYTES = 100 * MB
+_MAX_BYTES = 100 * 10**6
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,8 @@ def read_frequencies(path: str) -> dict[int, int]:
 
     Raises ValueError, in one line, for a file that cannot be read or holds anything else.
     """
+    from moetrain.files import read_bytes  # with it comes pydantic, which layers do without
+
     try:
         counts = json.loads(read_bytes(Path(path), _MAX_BYTES).decode("utf-8"))
     except UserError as e:
