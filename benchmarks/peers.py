@@ -35,6 +35,7 @@ SHAPES = {
     "B": Shape(4096, 512, 256, 64, 8),
     "C": Shape(2048, 1024, 2048, 8, 2),
 }
+PUBLISHED = {**SHAPES, "Qwen3-30B-A3B": Shape(32768, 2048, 768, 128, 8)}
 OURS, DENSE = "moetrain", "dense SwiGLU"
 # bf16 is autocast over fp32 weights; in pure_bf16 weights (but our router's) and inputs are bf16 themselves
 PRECISIONS = ("fp32", "bf16", "pure_bf16")

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peers import SHAPES, Shape
+from peers import PUBLISHED, Shape
 
 from moetrain.kernels.tiles import ARCHITECTURES, Arch, Tile, tile
-
-PUBLISHED = {**SHAPES, "Qwen3-30B-A3B": Shape(32768, 2048, 768, 128, 8)}
 
 
 @dataclass(frozen=True)
