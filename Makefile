@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-.PHONY: demo test test-real test-variants kernels-static lint clean
+.PHONY: demo test test-real test-variants kernels-static gpu lint clean
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
@@ -37,11 +37,16 @@ test-variants: $(VENV)/.installed-dev
 kernels-static: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kernels_static.py --archs sm_90 gfx942 --every 7 --check benchmarks/kernels_static.json
 
+# Everything that is measured on a GPU, in under seven minutes, with the Python of the machine: docs/results.md.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu/run.sh
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run launch/torchrun/train.sh benchmarks/gpu/run.sh
 
 # torch first, by itself: the constraint picks the build that every later requirement then finds. Another torch brings
 # its own Triton.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from kept import saved_bytes
-from peers import DENSE, OURS, PRECISIONS, SHAPES, Shape, build, call
+from peers import DENSE, OURS, PRECISIONS, SHAPES, TINY, Shape, build, call
 from timing import device_of, interleaved, machine, medians, ratio, write_json
 
 
@@ -57,7 +57,7 @@ def measure(shape: Shape, precision: str, device: str, repetitions: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=[*SHAPES, *TINY])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=30)
@@ -69,11 +69,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {"machine": machine(), "repetitions": args.repetitions, "shapes": {}}
     print(result["machine"])
+    shapes = SHAPES | TINY
     for name in args.shapes:
         for dtype in args.dtypes:
-            figures = measure(SHAPES[name], dtype, device, args.repetitions)
+            figures = measure(shapes[name], dtype, device, args.repetitions)
             result["shapes"][f"{name} {dtype}"] = figures
-            print(f"\n{name} {dtype}: {SHAPES[name]}")
+            print(f"\n{name} {dtype}: {shapes[name]}")
             for layer, reason in figures["skipped"].items():
                 print(f"  skipped: {layer} ({reason})")
             for layer, f in figures["layers"].items():

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from kept import PARTS, Layer, kept_storages
-from peers import DENSE, OURS, SHAPES, Shape, build, call
+from peers import DENSE, OURS, SHAPES, TINY, Shape, build, call
 from timing import device_of, finish, machine, write_json
 from torch import Tensor, nn
 
@@ -57,8 +57,8 @@ def hidden_bytes(run: Callable[[], Tensor], device: str, seen: int) -> int | Non
 def measure(layer: nn.Module, sizes: Layer, x: Tensor, precision: str) -> dict[str, Any]:
     run = partial(call, layer, x, precision)
     parts = sizes.parts(kept_storages(run, layer))
-    own_input = parts["input"]  # which was there before
-    hidden = hidden_bytes(run, x.device.type, sum(parts.values()) - own_input)
+    made = sum(parts.values()) - x.untyped_storage().nbytes()  # the input was there before
+    hidden = hidden_bytes(run, x.device.type, made)
     return {"bytes": sum(parts.values()), "parts": parts, "hidden": hidden}
 
 
@@ -115,7 +115,7 @@ def table(figures: dict[str, Any], tokens: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=[*SHAPES, *TINY])
     parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out")
@@ -124,12 +124,13 @@ def main() -> int:
     logging.disable(logging.WARNING)
     result: dict[str, Any] = {"machine": machine(), "device": device, "shapes": {}}
     found = []
+    shapes = SHAPES | TINY
     for name in args.shapes:
         for precision in args.precisions:
-            figures = compare(SHAPES[name], precision, device)
+            figures = compare(shapes[name], precision, device)
             result["shapes"][f"{name} {precision}"] = figures
-            print(f"\n{name} {precision}: {SHAPES[name]}, blocks of {figures['block']} rows")
-            print("\n".join(table(figures, SHAPES[name].tokens)))
+            print(f"\n{name} {precision}: {shapes[name]}, blocks of {figures['block']} rows")
+            print("\n".join(table(figures, shapes[name].tokens)))
             for layer, reason in figures["skipped"].items():
                 print(f"skipped: {layer} ({reason})")
             found += [f"{name} {precision}: {line}" for line in faults(figures)]

@@ -35,6 +35,7 @@ SHAPES = {
     "B": Shape(4096, 512, 256, 64, 8),
     "C": Shape(2048, 1024, 2048, 8, 2),
 }
+TINY = {"tiny": Shape(64, 32, 16, 4, 2)}  # to see that a script runs
 PUBLISHED = {**SHAPES, "Qwen3-30B-A3B": Shape(32768, 2048, 768, 128, 8)}
 OURS, DENSE = "moetrain", "dense SwiGLU"
 # bf16 is autocast over fp32 weights; in pure_bf16 weights (but our router's) and inputs are bf16 themselves
@@ -67,8 +68,13 @@ class _First(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
+def as_output(layer: nn.Module) -> nn.Module:
+    """``layer``, of which the first thing that it returns is the output."""
+    return _First(layer)
+
+
 def ours(s: Shape) -> nn.Module:
-    return _First(MoELayer(s.d_model, s.d_ff, s.experts, router_options={"top_k": s.top_k}))
+    return as_output(MoELayer(s.d_model, s.d_ff, s.experts, router_options={"top_k": s.top_k}))
 
 
 def dense(s: Shape) -> nn.Module:
@@ -87,7 +93,7 @@ class Routed(nn.Module):
         self.router_ED = nn.Parameter(torch.empty(s.experts, s.d_model))
         self.w_gate_up_EPD = nn.Parameter(torch.empty(s.experts, 2 * s.d_ff, s.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(s.experts, s.d_model, s.d_ff))
-        _initialised(self)
+        initialised(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
@@ -135,7 +141,7 @@ def transformers_qwen3(s: Shape) -> nn.Module:
         norm_topk_prob=True,
     )
     config._experts_implementation = "grouped_mm"
-    return _initialised(_First(Qwen3MoeSparseMoeBlock(config)))
+    return initialised(as_output(Qwen3MoeSparseMoeBlock(config)))
 
 
 def transformers_mixtral(s: Shape) -> nn.Module:
@@ -149,7 +155,7 @@ def transformers_mixtral(s: Shape) -> nn.Module:
         num_experts_per_tok=s.top_k,
     )
     config._experts_implementation = "grouped_mm"
-    return _initialised(_First(MixtralSparseMoeBlock(config)))
+    return initialised(as_output(MixtralSparseMoeBlock(config)))
 
 
 def deepspeed_moe(s: Shape) -> nn.Module:
@@ -173,7 +179,7 @@ def deepspeed_moe(s: Shape) -> nn.Module:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, rank=0, world_size=1)
     layer = MoE(s.d_model, Expert(), num_experts=s.experts, ep_size=1, k=s.top_k, drop_tokens=False)
     layer.set_deepspeed_parallelism()
-    return _First(layer)
+    return as_output(layer)
 
 
 LAYERS: dict[str, Callable[[Shape], nn.Module]] = {
@@ -193,7 +199,7 @@ def build(shape: Shape, device: str, precision: str) -> tuple[dict[str, nn.Modul
     What fails in our own layer is an error.
     """
     builders = LAYERS
-    if device != "cpu":
+    if device != "cpu" and precision == "pure_bf16":
         from gpu_peers import GPU_LAYERS
 
         builders = builders | GPU_LAYERS
@@ -231,7 +237,7 @@ def call(layer: nn.Module, x: Tensor, precision: str) -> Tensor:
         return layer(x)
 
 
-def _initialised(module: nn.Module) -> nn.Module:
+def initialised(module: nn.Module) -> nn.Module:
     """Some of transformers' expert tensors are left uninitialised outside a whole model."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
