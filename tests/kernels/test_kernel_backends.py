@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D model.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import interpreted  # noqa: F401  before any kernel
@@ -15,6 +16,10 @@ from torch import Tensor
 from moetrain.moe import MoELayer
 from moetrain.moe.context import RouterContext
 from moetrain.ops.experts import table
+from moetrain.parallel.precision import round_for_inference
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import kept
 
 BACKENDS = ["triton", "triton_block_sparse"]
 
@@ -54,6 +59,17 @@ def test_an_empty_layer(backend: str, device: torch.device) -> None:
     got = outcome(layer, torch.zeros(2, 0, 19, device=device))
     assert got["y"].shape == (2, 0, 19)
     assert not any(value.any() for value in got.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_keeps_no_more_than_its_bound(backend: str, device: torch.device) -> None:
+    sizes = kept.Layer(29, 19, 23, 5, 2, 16, torch.bfloat16)
+    layer = MoELayer(19, 23, 5, "topk", backend=backend, block=16).to(device)
+    round_for_inference(layer, sizes.dtype)
+    x_BSD = torch.randn(1, 29, 19, device=device).to(sizes.dtype).requires_grad_()
+    found, bound = sizes.parts(kept.kept_storages(lambda: layer(x_BSD)[0], layer)), sizes.bound()
+    assert set(found) == set(kept.PARTS)
+    assert all(0 < found[part] <= bound[part] for part in kept.PARTS), (found, bound)
 
 
 def test_a_layer_waits_for_no_count(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
