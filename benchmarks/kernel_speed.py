@@ -180,11 +180,14 @@ def run_all(wanted: list[Job], seconds: float, repetitions: int, out: str | None
             result["left_out"].append(str(job))
             continue
         print(job, flush=True)
-        result["rows"] += run_job(job, repetitions, flush)
+        try:
+            result["rows"] += run_job(job, repetitions, flush)
+        except torch.OutOfMemoryError:
+            result["left_out"].append(f"{job}, for want of memory")
         torch.cuda.empty_cache()
         write_json(out, result)
     result["faults"] = faults(result["rows"])
-    print("\n".join([f"did not fit into {seconds:.0f} s: {job}" for job in result["left_out"]]))
+    print("\n".join([f"did not fit (--seconds {seconds:.0f}): {job}" for job in result["left_out"]]))
     print("\n".join([*result["faults"], f"{len(result['faults'])} faults"]))
     write_json(out, result)
     return bool(result["faults"])
