@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Segments, all_rows
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import refusal as refusal_of_widths
@@ -33,38 +34,24 @@ def _ends(segments: Segments) -> Tensor:
     return segments.aligned_E.cumsum(0, dtype=torch.int32)
 
 
-def forward(
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    segments: Segments,
-    activation: str,
-) -> tuple[Tensor, list[Tensor]]:
+def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
     """(out [R, D], [z [R, P]])."""
-    dtype = source_XD.dtype
-    ends_E = _ends(segments)
-    z_RP = F.grouped_mm(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), offs=ends_E)
-    h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(weights_R.to(dtype)[:, None])
-    return F.grouped_mm(h_RF, w_down_EFD.to(dtype), offs=ends_E), [z_RP]
+    dtype, activation = operands.dtype, operands.activation
+    ends_E = _ends(operands.segments)
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
+    z_RP = F.grouped_mm(x_RD, operands.w_up_EDP.to(dtype), offs=ends_E)
+    h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(operands.weights_R.to(dtype)[:, None])
+    return F.grouped_mm(h_RF, operands.w_down_EFD.to(dtype), offs=ends_E), [z_RP]
 
 
 def backward(
-    dout_RD: Tensor,
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    kept: Sequence[Tensor],
-    segments: Segments,
-    activation: str,
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
-    dtype = source_XD.dtype
+    dtype, activation = operands.dtype, operands.activation
+    w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
     (z_RP,) = kept
-    ends_E = _ends(segments)
+    ends_E = _ends(operands.segments)
     scale_R1 = weights_R.to(dtype)[:, None]
     gate_RF, up_RF = gate_and_up(z_RP, activation)
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
@@ -74,7 +61,7 @@ def backward(
     dz_RP = torch.empty_like(z_RP)
     dh_RF = dh_RF.mul_(scale_R1)
     activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
-    x_RD = gather_rows(source_XD, ids_R)
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
     dw_up_EDP = F.grouped_mm(x_RD.t(), dz_RP, offs=ends_E).to(w_up_EDP.dtype)
     dx_RD = F.grouped_mm(dz_RP, w_up_EDP.to(dtype).transpose(1, 2), offs=ends_E)
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD

@@ -15,6 +15,7 @@ from torch import Tensor
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, triton_block_sparse, triton_grouped
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.passed import keep_passed, was_passed
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
@@ -35,29 +36,11 @@ class Backend(Protocol):
     def kept_rows(self, segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
         """The rows of each pre-activation that :meth:`forward` returns, of ``rows`` R."""
 
-    def forward(
-        self,
-        source_XD: Tensor,
-        ids_R: Tensor,
-        weights_R: Tensor,
-        w_up_EDP: Tensor,
-        w_down_EFD: Tensor,
-        segments: Segments,
-        activation: str,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, operands: Operands) -> tuple[Tensor, list[Tensor]]:
         """(out [R, D], the pre-activations)."""
 
     def backward(
-        self,
-        dout_RD: Tensor,
-        source_XD: Tensor,
-        ids_R: Tensor,
-        weights_R: Tensor,
-        w_up_EDP: Tensor,
-        w_down_EFD: Tensor,
-        kept: Sequence[Tensor],
-        segments: Segments,
-        activation: str,
+        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
 

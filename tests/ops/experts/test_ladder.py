@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, passed, table
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.self_test import failure
 
 CPU = torch.device("cpu")
@@ -43,22 +44,22 @@ class Faulty:
     refusal, kept_rows = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows)
     ON_DEVICE = False
 
-    def forward(self, source: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
-        weights, up, down, segments, activation = others
+    def forward(self, operands: Operands) -> tuple[Tensor, list[Tensor]]:
+        ids, up = operands.ids_R, operands.w_up_EDP
         if self.fault == "a row of another token":
             ids = torch.where(ids == ids[2], ids[3], ids)
         if self.fault == "an expert is skipped":
             up = up.clone()
             up[-2] = 0
-        out, kept = per_expert.forward(source, ids, weights, up, down, segments, activation)
+        out, kept = per_expert.forward(replace(operands, ids_R=ids, w_up_EDP=up))
         if self.fault == "no padding mask":
             out[ids < 0] = 1
         if self.fault == "it raises":
             raise RuntimeError("no kernel image\nfor this device")
         return out, kept
 
-    def backward(self, dout: Tensor, *others: Any) -> Sequence[Tensor]:
-        dx, dweights, dup, ddown = per_expert.backward(dout, *others)
+    def backward(self, dout: Tensor, operands: Operands, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+        dx, dweights, dup, ddown = per_expert.backward(dout, operands, kept)
         if self.fault == "the weight's gradient is missing":
             dweights.zero_()
         if self.fault == "garbage where an expert has no rows":
