@@ -43,6 +43,17 @@ class Backend(Enum):
     triton_block_sparse = "triton_block_sparse"
 
 
+class Keep(Enum):
+    """What experts keep for the backward pass besides routing weights and indices.
+
+    ``preactivation``: their input and what the up projection yields; ``inputs``: their input alone, and the
+    backward pass computes the up projection again, to the same bits.
+    """
+
+    preactivation = "preactivation"
+    inputs = "inputs"
+
+
 class DropOrder(Enum):
     """Which assignments over capacity survive.
 
@@ -77,6 +88,7 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
+    keep: Keep = Keep.preactivation
     # rows; null: 32 on a CPU, 128 on a GPU
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound

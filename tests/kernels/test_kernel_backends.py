@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.moe import MoELayer
 from moetrain.moe.context import RouterContext
+from moetrain.moe.options import Keep
 from moetrain.ops.experts import table
 
 BACKENDS = ["triton", "triton_block_sparse"]
@@ -47,6 +48,17 @@ def test_a_layer_equals_the_loop(router: str, backend: str) -> None:
         torch.testing.assert_close(
             value, want[name], rtol=1e-5, atol=1e-5 * float(want[name].abs().max()), msg=name
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_kept_is_computed_to_the_same_bits(backend: str) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(19, 23, 5, "topk", activation="swiglu", backend=backend, block=16)
+    x_BSD = torch.randn(2, 17, 19)
+    kept = outcome(layer, x_BSD)
+    layer.experts.keep = Keep.inputs
+    for name, value in outcome(layer, x_BSD).items():
+        assert torch.equal(value, kept[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

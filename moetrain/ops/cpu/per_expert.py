@@ -63,20 +63,27 @@ def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int)
     return x_nD
 
 
+def _pre_activation(operands: Operands, expert: int, start: int, rows: int, width: int) -> Tensor:
+    x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
+    return product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+
+
 def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
     return h_nF.mul_(weights_n.to(h_nF.dtype)[:, None])
 
 
-def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it)."""
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it; none
+    of them if not ``keep``).
+    """
     dtype, activation = operands.dtype, operands.activation
-    out_RD, kept = operands.empty_out(), []
-    w_ups, w_downs = operands.w_up_EDP.unbind(), operands.w_down_EFD.unbind()
+    out_RD, kept = operands.empty_out(), list[Tensor]()
+    w_downs = operands.w_down_EFD.unbind()
     for e, start, rows, width, end in _segments(operands.segments, dtype):
         stop = start + width
-        x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
-        z_nP = product(x_nD, w_ups[e].to(dtype))
-        kept.append(z_nP)
+        z_nP = _pre_activation(operands, e, start, rows, width)
+        if keep:
+            kept.append(z_nP)
         h_nF = activate(*gate_and_up(z_nP, activation), activation)
         h_nF = _weighted(h_nF, operands.weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
@@ -86,7 +93,7 @@ def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
 
 
 def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     dtype, activation, source_XD = operands.dtype, operands.activation, operands.source_XD
@@ -99,8 +106,9 @@ def backward(
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(operands.segments, dtype), strict=True):
+    for number, (e, start, rows, width, _) in enumerate(_segments(operands.segments, dtype)):
         stop = start + width
+        z_nP = _pre_activation(operands, e, start, rows, width) if kept is None else kept[number]
         dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
         gate_nF, up_nF = gate_and_up(z_nP, activation)
         h_nF, active_nF = activate_again(gate_nF, up_nF, activation)

@@ -19,7 +19,7 @@ _SMALL_GPU, _TILE, _LARGEST_BLOCK = 288, 16, 128
 @dataclass(frozen=True)
 class Case:
     """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
-    rounded up to a multiple of.
+    rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass.
     """
 
     device: torch.device
@@ -28,13 +28,14 @@ class Case:
     d_ff: int
     activation: str
     block: int = 32
+    keep: bool = True
 
     @staticmethod
-    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int) -> Case:
+    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep)
 
     def small(self) -> Case:
         """The same with small widths, which tiles divide or not as they do these, and a usual block."""

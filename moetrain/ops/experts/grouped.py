@@ -34,24 +34,23 @@ def _ends(segments: Segments) -> Tensor:
     return segments.aligned_E.cumsum(0, dtype=torch.int32)
 
 
-def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], [z [R, P]])."""
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, [])."""
     dtype, activation = operands.dtype, operands.activation
     ends_E = _ends(operands.segments)
-    x_RD = gather_rows(operands.source_XD, operands.ids_R)
-    z_RP = F.grouped_mm(x_RD, operands.w_up_EDP.to(dtype), offs=ends_E)
+    z_RP = _pre_activation(operands, ends_E)
     h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(operands.weights_R.to(dtype)[:, None])
-    return F.grouped_mm(h_RF, operands.w_down_EFD.to(dtype), offs=ends_E), [z_RP]
+    return F.grouped_mm(h_RF, operands.w_down_EFD.to(dtype), offs=ends_E), [z_RP] if keep else []
 
 
 def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     dtype, activation = operands.dtype, operands.activation
     w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
-    (z_RP,) = kept
     ends_E = _ends(operands.segments)
+    (z_RP,) = [_pre_activation(operands, ends_E)] if kept is None else kept
     scale_R1 = weights_R.to(dtype)[:, None]
     gate_RF, up_RF = gate_and_up(z_RP, activation)
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
@@ -65,3 +64,8 @@ def backward(
     dw_up_EDP = F.grouped_mm(x_RD.t(), dz_RP, offs=ends_E).to(w_up_EDP.dtype)
     dx_RD = F.grouped_mm(dz_RP, w_up_EDP.to(dtype).transpose(1, 2), offs=ends_E)
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+
+
+def _pre_activation(operands: Operands, ends_E: Tensor) -> Tensor:
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
+    return F.grouped_mm(x_RD, operands.w_up_EDP.to(operands.dtype), offs=ends_E)

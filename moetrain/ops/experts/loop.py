@@ -6,6 +6,7 @@ Shapes: X source rows, D model, R computed rows, E experts, F hidden, P = 2F (ga
 from __future__ import annotations
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.experts.operands import Operands
@@ -22,3 +23,9 @@ def compute(operands: Operands) -> Tensor:
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     out_RD = grouped_mm(h_RF, operands.w_down_EFD.to(dtype), aligned, "loop")
     return (out_RD * operands.weights_R[:, None]).to(dtype)
+
+
+def compute_keeping_inputs(operands: Operands) -> Tensor:
+    """The same; the backward pass begins by computing it again."""
+    out_RD: Tensor = checkpoint(compute, operands, use_reentrant=False, preserve_rng_state=False)
+    return out_RD

@@ -33,10 +33,10 @@ _NAMES = (
 class Computes(Protocol):
     """The part of a backend that is tested."""
 
-    def forward(self, operands: Operands) -> tuple[Tensor, list[Tensor]]: ...
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]: ...
 
     def backward(
-        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
@@ -64,7 +64,7 @@ def _failure(backend: Computes, case: Case) -> str | None:
     try:
         with torch.no_grad(), torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext():
             operands, dout_RD = _inputs(case)
-            found = _by(backend, operands, dout_RD)
+            found = _by(backend, operands, dout_RD, case.keep)
         right = _by_the_loop(operands, dout_RD)
     except Exception as error:  # a compiler, a driver or a kernel: whatever is missing or broken
         return f"its self-test failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -103,9 +103,9 @@ def _inputs(case: Case) -> tuple[Operands, Tensor]:
     return operands, draw(len(ids_R), case.d_model) * used_R[:, None].to(case.device)
 
 
-def _by(backend: Computes, operands: Operands, dout_RD: Tensor) -> list[Tensor]:
-    out_RD, kept = backend.forward(operands)
-    dx_RD, *others = backend.backward(dout_RD, operands, kept)
+def _by(backend: Computes, operands: Operands, dout_RD: Tensor, keep: bool) -> list[Tensor]:
+    out_RD, kept = backend.forward(operands, keep)
+    dx_RD, *others = backend.backward(dout_RD, operands, kept if keep else None)
     return [out_RD, _at_the_source(dx_RD, operands), *others]
 
 

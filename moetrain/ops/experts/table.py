@@ -34,15 +34,18 @@ class Backend(Protocol):
         """The reason why it cannot compute ``case``; None if it can."""
 
     def kept_rows(self, segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
-        """The rows of each pre-activation that :meth:`forward` returns, of ``rows`` R."""
+        """The rows of each pre-activation that :meth:`forward` keeps, of ``rows`` R."""
 
-    def forward(self, operands: Operands) -> tuple[Tensor, list[Tensor]]:
-        """(out [R, D], the pre-activations)."""
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """(out [R, D], the pre-activations; none if not ``keep``)."""
 
     def backward(
-        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+        """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients.
+
+        ``kept``: what :meth:`forward` returned; None: it is computed again, to the same bits.
+        """
 
 
 BACKENDS: dict[str, Backend] = {
@@ -66,7 +69,7 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block)
+    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block, case.keep)
     chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
     return chosen
 

@@ -21,21 +21,21 @@ ON_DEVICE = True
 refusal, kept_rows = refusal_of_kernels, all_rows
 
 
-def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], [z [R, P]])."""
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, [])."""
     from moetrain.kernels.block_sparse import experts
 
     out_RD, z_RP = experts.forward(*_dense(operands), _topologies(operands), operands.activation)
-    return out_RD, [z_RP]
+    return out_RD, [z_RP] if keep else []
 
 
 def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     from moetrain.kernels.block_sparse import experts
 
-    (z_RP,) = kept
+    (z_RP,) = [None] if kept is None else kept
     topologies = _topologies(operands)
     return experts.backward(dout_RD, *_dense(operands), z_RP, topologies, operands.activation)
 

@@ -21,22 +21,21 @@ ON_DEVICE = True
 refusal, kept_rows = refusal_of_kernels, all_rows
 
 
-def forward(operands: Operands) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], [z [R, P]]). Rows behind the last used block are not written."""
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, []). Rows behind the last used block are not written."""
     from moetrain.kernels import grouped
 
-    out_RD, z_RP = grouped.forward(*_arguments(operands), operands.activation)
-    assert z_RP is not None
-    return out_RD, [z_RP]
+    out_RD, z_RP = grouped.forward(*_arguments(operands), operands.activation, keep)
+    return out_RD, [] if z_RP is None else [z_RP]
 
 
 def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor]
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     from moetrain.kernels import grouped
 
-    (z_RP,) = kept
+    (z_RP,) = [None] if kept is None else kept
     return grouped.backward(dout_RD, *_arguments(operands), z_RP, operands.activation)
 
 

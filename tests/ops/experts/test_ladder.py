@@ -44,21 +44,21 @@ class Faulty:
     refusal, kept_rows = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows)
     ON_DEVICE = False
 
-    def forward(self, operands: Operands) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
         ids, up = operands.ids_R, operands.w_up_EDP
         if self.fault == "a row of another token":
             ids = torch.where(ids == ids[2], ids[3], ids)
         if self.fault == "an expert is skipped":
             up = up.clone()
             up[-2] = 0
-        out, kept = per_expert.forward(replace(operands, ids_R=ids, w_up_EDP=up))
+        out, kept = per_expert.forward(replace(operands, ids_R=ids, w_up_EDP=up), keep)
         if self.fault == "no padding mask":
             out[ids < 0] = 1
         if self.fault == "it raises":
             raise RuntimeError("no kernel image\nfor this device")
         return out, kept
 
-    def backward(self, dout: Tensor, operands: Operands, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    def backward(self, dout: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> Sequence[Tensor]:
         dx, dweights, dup, ddown = per_expert.backward(dout, operands, kept)
         if self.fault == "the weight's gradient is missing":
             dweights.zero_()
