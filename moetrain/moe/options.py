@@ -89,7 +89,7 @@ class ExpertsConfig:
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
     keep: Keep = Keep.preactivation
-    # rows; null: 32 on a CPU, 128 on a GPU
+    # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound
     max_rows_per_rank: Optional[int] = field(default=None, metadata=at_least(1))
