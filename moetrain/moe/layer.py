@@ -21,7 +21,7 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import shared_refusal
+from moetrain.moe.rules import block_refusal, shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
         super().__init__()
         rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
-        if line := range_refusal(rows, "experts") or shared:
+        if line := range_refusal(rows, "experts") or shared or block_refusal(backend, block):
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options

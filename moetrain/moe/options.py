@@ -31,8 +31,9 @@ class ExpertKind(Enum):
 
 class Backend(Enum):
     """``loop`` is the oracle; ``triton`` and ``triton_block_sparse`` are kernels of this package, ``torch``
-    uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``auto`` is the first
-    of the device's ladder that fits and passes its self-test.
+    uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``megablocks`` and
+    ``scattermoe`` are products of other packages; ``auto`` is the first of the device's ladder that fits and
+    passes its self-test.
     """
 
     auto = "auto"
@@ -41,6 +42,8 @@ class Backend(Enum):
     torch = "torch"
     cpu = "cpu"
     triton_block_sparse = "triton_block_sparse"
+    megablocks = "megablocks"
+    scattermoe = "scattermoe"
 
 
 class Keep(Enum):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu.product import outer, product
-from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.case import TILE, Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Segments
 
-ON_DEVICE = False
+ON_DEVICE, WIDTH_UNIT = False, TILE
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
 

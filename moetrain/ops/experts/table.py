@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.cpu import per_expert
-from moetrain.ops.experts import grouped, triton_block_sparse, triton_grouped
+from moetrain.ops.experts import (
+    grouped,
+    megablocks_sparse,
+    scattermoe_grouped,
+    triton_block_sparse,
+    triton_grouped,
+)
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.passed import keep_passed, was_passed
@@ -29,6 +35,7 @@ class Backend(Protocol):
     """The interface of a backend, which is a module. Shapes as in ``operator.py``."""
 
     ON_DEVICE: bool  # whether it needs no counts on the host, so that nothing waits for them
+    WIDTH_UNIT: int  # widths with the same remainder by it take the same paths
 
     def refusal(self, case: Case) -> str | None:
         """The reason why it cannot compute ``case``; None if it can."""
@@ -53,8 +60,11 @@ BACKENDS: dict[str, Backend] = {
     "torch": grouped,
     "cpu": per_expert,
     "triton_block_sparse": triton_block_sparse,
+    "megablocks": megablocks_sparse,
+    "scattermoe": scattermoe_grouped,
 }
 NAMES = (AUTO, LOOP, *BACKENDS)
+BY_NAME = ("triton_block_sparse", "megablocks", "scattermoe")  # never by AUTO; see their modules
 # Best first; LOOP is the last of each.
 _LADDER = ("triton", "torch", "cpu")
 _CPU_LADDER = ("cpu",)
@@ -91,7 +101,7 @@ def why_not(name: str, case: Case) -> str | None:
     """The reason why the backend ``name`` does not compute ``case``; None if it does."""
     if name == LOOP:
         return None
-    return BACKENDS[name].refusal(case) or _self_test(name, case.small())
+    return BACKENDS[name].refusal(case) or _self_test(name, case.small(BACKENDS[name].WIDTH_UNIT))
 
 
 def on_device(asked: str, case: Case) -> bool:

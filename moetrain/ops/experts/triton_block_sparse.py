@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moetrain.ops.experts.case import TILE
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import all_rows
 from moetrain.ops.experts.triton_cases import block_experts_B, refusal_of_kernels
@@ -17,7 +18,7 @@ from moetrain.ops.experts.triton_cases import block_experts_B, refusal_of_kernel
 if TYPE_CHECKING:
     from moetrain.kernels.block_sparse.experts import Topologies
 
-ON_DEVICE = True
+ON_DEVICE, WIDTH_UNIT = True, TILE
 refusal, kept_rows = refusal_of_kernels, all_rows
 
 

@@ -16,7 +16,7 @@ from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, passed, table
-from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.case import TILE, Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.self_test import failure
 
@@ -42,7 +42,7 @@ class Faulty:
         self.fault = fault
 
     refusal, kept_rows = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows)
-    ON_DEVICE = False
+    ON_DEVICE, WIDTH_UNIT = False, TILE
 
     def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
         ids, up = operands.ids_R, operands.w_up_EDP
@@ -150,7 +150,7 @@ GPU_CASE = Case(torch.device("cuda"), torch.bfloat16, 64, 64, "swiglu")
 
 
 def test_a_gpu_that_has_passed_is_not_tested_again(gpu: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, changed in enumerate((None, "_triton", "_sources", "_device"), 1):
+    for number, changed in enumerate((None, "_packages", "_sources", "_device"), 1):
         if changed is not None:
             monkeypatch.setattr(passed, changed, lambda *_: "another")
         for _ in range(2):
