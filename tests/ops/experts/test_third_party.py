@@ -28,7 +28,7 @@ from moetrain.ops.experts.self_test import failure
 
 CPU = torch.device("cpu")
 MODULES = {"megablocks": megablocks_sparse, "scattermoe": scattermoe_grouped}
-SIZES = {"megablocks": (256, 128, 128), "scattermoe": (64, 96, 16)}  # d_model, d_ff, block
+SIZES = {"megablocks": (128, 256, 128), "scattermoe": (64, 96, 16)}  # d_model, d_ff, block
 
 
 def case(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU) -> Case:
@@ -57,12 +57,12 @@ def test_blocks_of_several_tiles() -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("activation", "last"), [("swiglu", 0), ("gelu", 7)])
 @pytest.mark.parametrize("name", MODULES)
-def test_rows_behind_the_last_segment_change_nothing(name: str, activation: str) -> None:
+def test_rows_behind_the_last_segment_change_nothing(name: str, activation: str, last: int) -> None:
     """As many rows as counts can need at most, where nobody has looked at them."""
     d_model, d_ff, block = SIZES[name]
-    counts, num_source = [3, 0, block + 1, 0], block + 2
+    counts, num_source = [3, 0, block + 1, last], block + 2
     rows = rows_of(counts, num_source, block)
     leaves = operands(rows, num_source, d_model, d_ff, torch.float32, is_gated(activation))
     source, weights, up, down = (leaf.detach() for leaf in leaves)
@@ -133,6 +133,15 @@ def test_what_they_refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert refusal(small) == "experts.block=64 is no multiple of 128, the rows of its blocks"
     monkeypatch.setattr("moetrain.ops.experts.triton_cases._missing", lambda: "Triton 3.1 is older than 3.4")
     assert refusal(case(name, device=gpu)) == "Triton 3.1 is older than 3.4"
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("name", MODULES)
+def test_the_ladder_tests_them_at_widths_that_they_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("moetrain.ops.experts.triton_cases._missing", lambda: None)
+    monkeypatch.setattr(table, "_tested", {})
+    assert table.why_not(name, Case(CPU, torch.float16, 4096, 14336, "swiglu", 128)) is None
 
 
 def test_a_small_case_has_widths_of_the_same_kind() -> None:
