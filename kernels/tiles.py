@@ -93,12 +93,15 @@ def of_capability(major: int, minor: int) -> Arch:
 
 
 def block_m(arch: Arch, dtype: torch.dtype, mean_rows: float, tf32: bool = False) -> int:
+    """Rows of a tile on ``arch``: :func:`rows_of_tile`, 16 in Triton's interpreter."""
+    return 16 if arch.interpreted else rows_of_tile(dtype, mean_rows, tf32)
+
+
+def rows_of_tile(dtype: torch.dtype, mean_rows: float, tf32: bool = False) -> int:
     """Rows of a tile, to which experts' rows are aligned: the least power of two that holds the mean rows.
 
     16 at least; at most 128, and 64 in exact fp32.
     """
-    if arch.interpreted:
-        return 16
     most = 128 if _on_tensor_cores(dtype, tf32) else 64
     return next((rows for rows in BLOCK_M if mean_rows <= rows and rows <= most), most)
 

@@ -6,7 +6,7 @@ them, E experts, F hidden, P = 2F (gate columns, then up columns) or F.
 Rows of an expert have the columns of that expert, and no others: z = SDD(x, w_up), h = weight * act(z), out =
 DSD(h, w_down), where the matrices [E, D, P] and [E, F, D] are read as [D, E * P] and [E * F, D] in place. One
 SDD computes gate and up columns, so that the gradient of x sums over both in fp32. Kept for backward: the
-source, the ids, the weights and z [R, P]. Rows, activation and weighting are computed anew.
+source, the ids, the weights and z [R, P], or not even z. Rows, activation and weighting are computed anew.
 """
 
 from __future__ import annotations
@@ -81,24 +81,27 @@ def backward(
     weights_R: Tensor,
     w_up_EDP: Tensor,
     w_down_EFD: Tensor,
-    z_RP: Tensor,
+    z_RP: Tensor | None,
     topology: Topologies,
     activation: str,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients.
 
-    Gradients of matrices have their types, and are rounded once. Raises ValueError as :func:`forward` does.
+    Gradients of matrices have their types, and are rounded once. Where ``z_RP`` is None it is computed anew.
+    Raises ValueError as :func:`forward` does.
     """
     dtype = source_XD.dtype
     up, down = topology.up, topology.down
+    x_RD = gather_rows(source_XD, ids_R)
+    if z_RP is None:
+        z_RP = sdd(x_RD, w_up_EDP.to(dtype), up, tf32=tf32)
     dh_RF = sdd(dout_RD, w_down_EFD.to(dtype).mT, down, tf32=tf32)
     dz_RP, h_RF, dweights_R = weighted_activation_backward(
         dh_RF, z_RP, weights_R, topology.experts_B, activation
     )
     dw_down_EFD = dsd(h_RF, down, dout_RD, transposed=True, dtype=w_down_EFD.dtype, tf32=tf32)
     dx_RD = dsd(dz_RP, up, w_up_EDP.to(dtype).mT, tf32=tf32)
-    x_RD = gather_rows(source_XD, ids_R)
     return dx_RD, dweights_R, dds(x_RD.mT, dz_RP, up, dtype=w_up_EDP.dtype, tf32=tf32), dw_down_EFD
 
 

@@ -102,12 +102,21 @@ def up_kernel(source, ids, weights, w_up, block_expert, z, h, row_tiles, depth, 
 
 
 def specimens(arch: Arch, depth: int = 2048, hidden: int = 768) -> list[Specimen]:
-    """Every activation at one tile, and every tile of swiglu and relu2 with its precision."""
-    return [_specimen(arch, *case, depth, hidden) for case in activation_cases()]
+    """Every activation at one tile, every tile of swiglu and relu2 with its precision, and without z or h."""
+    found = [_specimen(arch, *case, depth, hidden) for case in activation_cases()]
+    alone = (_specimen(arch, torch.bfloat16, 128, "swiglu", False, depth, hidden, out) for out in ("z", "h"))
+    return [*found, *alone]
 
 
 def _specimen(
-    arch: Arch, dtype: torch.dtype, block: int, name: str, tf32: bool, depth: int, hidden: int
+    arch: Arch,
+    dtype: torch.dtype,
+    block: int,
+    name: str,
+    tf32: bool,
+    depth: int,
+    hidden: int,
+    without: str | None = None,
 ) -> Specimen:
     launch = row_launch(arch, dtype, block, hidden, depth, _accumulators(name), tf32)
     kind = pointer(dtype)
@@ -117,6 +126,10 @@ def _specimen(
     signature |= dict.fromkeys(sizes, "i32")
     constants = {"NAME": name, "GATED": is_gated(name), "w_column": 1} | launch.constants
     label = f"up {kind[1:]}{' tf32' if tf32 else ''} {name} {block} rows"
+    if without is not None:
+        del signature[without]
+        constants[without] = None
+        label += f", no {without}"
     products = dtype is not torch.float32 or tf32
     return Specimen(
         label, up_kernel, signature, constants, **launch.options, products=products, tile=launch.tile,

@@ -35,6 +35,8 @@ _OPTIONAL = {
     "transformers": "tests against transformers (moetrain[hf])",
     "deepspeed": "benchmarks against DeepSpeed (moetrain[deepspeed])",
     "triton": "experts.backend=triton, train.compile on a GPU (moetrain[triton])",
+    "stanford-stk": "experts.backend=megablocks (moetrain[megablocks])",
+    "scattermoe": "experts.backend=scattermoe (github.com/shawntan/scattermoe)",
 }
 _COMPILERS = ("g++", "clang++", "c++")
 
@@ -83,17 +85,25 @@ def _print_torch_devices() -> None:
 
 
 def _print_ladder(device: torch.device) -> None:
-    """What ``experts.backend=auto`` takes, best first, and why not what stands above it."""
+    """What ``experts.backend=auto`` takes, best first, and why not what stands above it; then other names."""
     import torch
 
     from moetrain.ops.experts.case import Case
-    from moetrain.ops.experts.table import ladder, why_not
+    from moetrain.ops.experts.table import BY_NAME, ladder, why_not
 
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        case = Case(device, dtype, 1024, 1024, "swiglu")
+    cases = {
+        name: Case(device, dtype, 1024, 1024, "swiglu", block=128)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    for name, case in cases.items():
         reasons = {rung: why_not(rung, case) for rung in ladder(device)}
         rungs = [rung if reason is None else f"not {rung} ({reason})" for rung, reason in reasons.items()]
         _line(f"experts, {name}", ", then ".join(rungs))
+    for backend in BY_NAME:
+        found = {name: why_not(backend, case) or "ready" for name, case in cases.items()}
+        alike = len(set(found.values())) == 1
+        said = found["bf16"] if alike else "; ".join(f"{name}: {text}" for name, text in found.items())
+        _line("  by its name", f"{backend}: {said}")
 
 
 def _version(package: str) -> str | None:

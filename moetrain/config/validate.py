@@ -22,7 +22,12 @@ from moetrain.config.rules.model import (
     vocabulary_is_large_enough,
 )
 from moetrain.config.rules.router import router_accepts_its_options
-from moetrain.config.rules.train import attention_fits_device, ends_with_its_schedule, start_exists
+from moetrain.config.rules.train import (
+    attention_fits_device,
+    ends_with_its_schedule,
+    recomputes_once,
+    start_exists,
+)
 from moetrain.convert.options import ExportConfig, UpcycleConfig
 from moetrain.data.rules import check_data, check_paths
 from moetrain.errors import UserError
@@ -52,6 +57,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     check_batch(cfg.train, cfg.data.seq_len, world)
     check_loop(cfg.train)
     attention_fits_device(cfg)
+    recomputes_once(cfg)
     engine_of(cfg.engine.name)
     check_tracker(cfg.tracker)
     check_run(cfg.run)

@@ -82,6 +82,7 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "router_options": full_options(router),
         "activation": experts.activation.value,
         "backend": experts.backend.value,
+        "keep": experts.keep,
         "num_shared_experts": cfg.num_shared_experts,
         "d_ff_shared": cfg.d_ff_shared,
         "shared_gate": cfg.shared_gate,

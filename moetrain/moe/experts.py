@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moetrain.moe.dispatch.base import ExpertRows, Work
+from moetrain.moe.options import Keep
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
@@ -26,12 +27,18 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, d_model: int, d_ff: int, activation: str = "swiglu", backend: str = "auto"
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: str = "swiglu",
+        backend: str = "auto",
+        keep: Keep = Keep.preactivation,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
-        self.num_experts, self.activation, self.backend = num_experts, activation, backend
+        self.num_experts, self.activation, self.backend, self.keep = num_experts, activation, backend, keep
         columns = 2 if is_gated(activation) else 1
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(d_model**-0.5))
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
@@ -50,7 +57,8 @@ class Experts(nn.Module):
 
     def needs_counts(self, x_TD: Tensor, block: int) -> bool:
         """Whether what computes ``x_TD`` in blocks of rows needs each expert's number of rows on the host."""
-        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block)
+        keep = self.keep is Keep.preactivation
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep)
         return not on_device(self.backend, case)
 
     def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
@@ -64,6 +72,7 @@ class Experts(nn.Module):
             self.activation,
             self.backend,
             product_dtype(x_XD),
+            keep=self.keep is Keep.preactivation,
         )
 
 

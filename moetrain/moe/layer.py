@@ -18,10 +18,10 @@ from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.options import ExpertsConfig, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import shared_refusal
+from moetrain.moe.rules import block_refusal, shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -51,16 +51,17 @@ class MoELayer(nn.Module):
         shared_gate: bool = False,
         block: int | None = None,
         max_rows_per_rank: int | None = None,
+        keep: Keep = Keep.preactivation,
     ) -> None:
         super().__init__()
         rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
-        if line := range_refusal(rows, "experts") or shared:
+        if line := range_refusal(rows, "experts") or shared or block_refusal(backend, block):
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend)
+        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None

@@ -31,8 +31,9 @@ class ExpertKind(Enum):
 
 class Backend(Enum):
     """``loop`` is the oracle; ``triton`` and ``triton_block_sparse`` are kernels of this package, ``torch``
-    uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``auto`` is the first
-    of the device's ladder that fits and passes its self-test.
+    uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``megablocks`` and
+    ``scattermoe`` are products of other packages; ``auto`` is the first of the device's ladder that fits and
+    passes its self-test.
     """
 
     auto = "auto"
@@ -41,6 +42,19 @@ class Backend(Enum):
     torch = "torch"
     cpu = "cpu"
     triton_block_sparse = "triton_block_sparse"
+    megablocks = "megablocks"
+    scattermoe = "scattermoe"
+
+
+class Keep(Enum):
+    """What experts keep for the backward pass besides routing weights and indices.
+
+    ``preactivation``: their input and what the up projection yields; ``inputs``: their input alone, and the
+    backward pass computes the up projection again, to the same bits.
+    """
+
+    preactivation = "preactivation"
+    inputs = "inputs"
 
 
 class DropOrder(Enum):
@@ -77,7 +91,8 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
-    # rows; null: 32 on a CPU, 128 on a GPU
+    keep: Keep = Keep.preactivation
+    # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound
     max_rows_per_rank: Optional[int] = field(default=None, metadata=at_least(1))

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from moetrain.ops.experts.megablocks_products import BLOCK
+
+
+def block_refusal(backend: str, block: int | None) -> str | None:
+    """Why ``backend`` cannot compute blocks of ``block`` rows, whatever the layer; None where it may."""
+    if backend == "megablocks" and (block is None or block % BLOCK):
+        return (
+            f"experts.backend=megablocks has blocks of {BLOCK} rows, but experts.block={block or 'null'}: "
+            f"set experts.block={BLOCK}"
+        )
+    return None
+
 
 def shared_refusal(num_shared_experts: int, d_ff_shared: int | None, shared_gate: bool) -> str | None:
     """Why options of shared experts, without any, seem to have an effect; None where they fit."""

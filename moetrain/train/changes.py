@@ -45,8 +45,8 @@ RULES = (
     Rule(("model.vocab_size",), Change.free, "null is the tokenizer's; the embedding's shape is compared"),
     Rule(
         (
-            *("model.attention_backend", "experts.backend", "experts.block", "experts.max_rows_per_rank"),
-            *("train.recompute", "train.compile"),
+            *("model.attention_backend", "experts.backend", "experts.block", "experts.keep"),
+            *("experts.max_rows_per_rank", "train.recompute", "train.compile"),
         ),
         Change.free,
         "another way to compute the same",

@@ -23,7 +23,7 @@ IDENTITY = "identity"  # in the extra
 _FUNCTION = ("model", "router", "experts", "data.cross_document_attention", "data.reset_positions")
 _NO_FUNCTION = (  # of those: where weights started, how they are computed, and what their shapes tell
     *("model.init_std", "model.vocab_size", "model.attention_backend"),
-    *("experts.backend", "experts.block", "experts.max_rows_per_rank"),
+    *("experts.backend", "experts.block", "experts.keep", "experts.max_rows_per_rank"),
 )
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 _LIMIT = 256 * MB  # of one of them

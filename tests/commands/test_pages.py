@@ -95,6 +95,8 @@ def test_doctor_tells_versions_and_devices(capsys):
     for name in ("moetrain", "python", "torch", "hydra-core", "wandb", "C++ compiler", "cpu", "gpu"):
         assert re.search(rf"^{re.escape(name)} .*\S", out, re.M), name
     assert re.search(r"^experts, bf16 cpu, then loop$", out, re.M)
+    for backend in ("triton_block_sparse", "megablocks", "scattermoe"):
+        assert re.search(rf"^  by its name {backend}: .*\S", out, re.M), backend
 
 
 def test_doctor_tells_why_a_backend_is_passed_over(capsys, monkeypatch):

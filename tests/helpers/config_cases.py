@@ -16,7 +16,7 @@ from moetrain.data.options import (
 from moetrain.models.options import AttentionBackend
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.balance.settings import LossConfig, LossScope
-from moetrain.moe.options import ExpertKind
+from moetrain.moe.options import Backend, ExpertKind, Keep
 from moetrain.train.optim.options import MuonConfig
 from moetrain.train.options import EngineConfig, Residual
 
@@ -96,6 +96,13 @@ REFUSED = [
     ({"model.rope_scaling": YARN, "model.rope_theta": 1.0}, "model.rope_theta=1.0 must be above 1"),
     ({"model.norm_eps": NAN}, "model.norm_eps=nan"),
     ({"experts.block": 0}, "experts.block=0"),
+    ({"experts.backend": Backend.megablocks}, "has blocks of 128 rows, but experts.block=null"),
+    ({"experts.backend": Backend.megablocks, "experts.block": 64}, "experts.block=64: set experts.block=128"),
+    (
+        {"experts.keep": Keep.inputs, "train.recompute": True},
+        "experts.keep=inputs with train.recompute=true",
+        "a third time",
+    ),
     ({"model.num_heads": 7}, "model.num_heads=7 does not divide model.d_model=240: take 8 heads"),
     ({"model.num_heads": 16}, "model.head_dim=15 = model.d_model=240 / model.num_heads=16 must be even"),
     ({"model.head_dim": 33}, "model.head_dim=33 must be even"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.moe import MoELayer
 from moetrain.moe.context import RouterContext
+from moetrain.moe.options import Keep
 from moetrain.ops.experts import table
 from moetrain.parallel.precision import round_for_inference
 
@@ -40,10 +41,15 @@ def outcome(layer: MoELayer, x_BSD: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("router", ["topk", "expert_choice", "relu", "moepp"])
-def test_a_layer_equals_the_loop(router: str, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("router", "block"),
+    [("topk", 16), ("topk", 32), ("topk", 128), ("expert_choice", 16), ("relu", 16), ("moepp", 16)],
+)
+def test_a_layer_equals_the_loop(router: str, block: int, backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    layer = MoELayer(19, 23, 5, router, activation="swiglu", backend="loop", num_shared_experts=1, block=16)
+    layer = MoELayer(
+        19, 23, 5, router, activation="swiglu", backend="loop", num_shared_experts=1, block=block
+    )
     layer, x_BSD = layer.to(device), torch.randn(2, 17, 19).to(device)
     want = outcome(layer, x_BSD)
     layer.experts.backend = backend
@@ -51,6 +57,17 @@ def test_a_layer_equals_the_loop(router: str, backend: str, device: torch.device
         torch.testing.assert_close(
             value, want[name], rtol=1e-5, atol=1e-5 * float(want[name].abs().max()), msg=name
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_kept_is_computed_to_the_same_bits(backend: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(19, 23, 5, "topk", activation="swiglu", backend=backend, block=16)
+    layer, x_BSD = layer.to(device), torch.randn(2, 17, 19).to(device)
+    kept = outcome(layer, x_BSD)
+    layer.experts.keep = Keep.inputs
+    for name, value in outcome(layer, x_BSD).items():
+        assert torch.equal(value, kept[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

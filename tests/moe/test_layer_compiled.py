@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from moetrain.compat import compiles_gradients
 from moetrain.moe import MoELayer
+from moetrain.moe.options import Keep
 
 BATCHES = 50
 
@@ -29,10 +30,18 @@ def gradients(layer: MoELayer, y_BSD: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.skipif(not compiles_gradients(torch.__version__), reason="this torch compiles gradients wrongly")
-@pytest.mark.parametrize("router", ["topk", "expert_choice", "relu"])
-def test_one_graph_whatever_the_counts(router: str) -> None:
+@pytest.mark.parametrize(
+    ("router", "keep"),
+    [
+        ("topk", Keep.preactivation),
+        ("topk", Keep.inputs),
+        ("expert_choice", Keep.preactivation),
+        ("relu", Keep.preactivation),
+    ],
+)
+def test_one_graph_whatever_the_counts(router: str, keep: Keep) -> None:
     torch.manual_seed(0)
-    layer = MoELayer(16, 24, 5, router, num_shared_experts=1)
+    layer = MoELayer(16, 24, 5, router, num_shared_experts=1, keep=keep)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     loads = set()

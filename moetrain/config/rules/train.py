@@ -9,6 +9,7 @@ import torch
 from moetrain.errors import UserError
 from moetrain.models.attention import require_backend
 from moetrain.models.options import AttentionBackend
+from moetrain.moe.options import Keep
 from moetrain.train.options import Precision, TrainConfig
 
 
@@ -21,6 +22,15 @@ def attention_fits_device(cfg: TrainConfig) -> None:
     dtype = {Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}.get(cfg.train.precision)
     device = torch.device(resolve_device(cfg.train.device))
     require_backend(cfg.model, cfg.data.seq_len, dtype or torch.float32, device, tested=False)
+
+
+def recomputes_once(cfg: TrainConfig) -> None:
+    """A recomputed block keeps nothing of its experts anyway; their up projection would run thrice."""
+    if cfg.train.recompute and cfg.experts.keep is Keep.inputs:
+        raise UserError(
+            "experts.keep=inputs with train.recompute=true: a block that is recomputed as a whole keeps only "
+            "its own input, and would compute the experts' up projection a third time; leave one of them out"
+        )
 
 
 def start_exists(cfg: TrainConfig) -> None:

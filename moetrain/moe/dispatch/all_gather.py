@@ -17,7 +17,7 @@ from moetrain.moe.assign import stable_order
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.collectives import Exchange, PendingCollective, SplitSizes
 from moetrain.moe.dispatch.placement import Placement
-from moetrain.moe.dispatch.plan import Plan, block_of, place
+from moetrain.moe.dispatch.plan import Plan, place
 from moetrain.moe.dispatch.remote import RemoteDispatcher, pack, unpack, with_gradient_to
 
 
@@ -86,5 +86,6 @@ class AllGatherDispatcher(RemoteDispatcher):
         scale_x = scales[0][order_x] if scales else None
         here = Assignment(sources_x, weights_x[order_x], counts_Pe.sum(0), scale_x)
         useful = [sum(column) for column in zip(*received, strict=True)]
-        plan = place(here, useful, most * self.exchange.size, block_of(x_TD, self.block))
+        block = self.block_of(x_TD, by_slot, self.placement.per_rank)
+        plan = place(here, useful, most * self.exchange.size, block)
         return _Everywhere(self.exchange, x_TD.shape[0], most), [plan]

@@ -20,7 +20,7 @@ from moetrain.moe.assign import stable_order
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.collectives import Exchange, PendingCollective, SplitSizes
 from moetrain.moe.dispatch.placement import Placement
-from moetrain.moe.dispatch.plan import Plan, block_of, place
+from moetrain.moe.dispatch.plan import Plan, place
 from moetrain.moe.dispatch.remote import RemoteDispatcher, with_gradient_to
 from moetrain.moe.dispatch.row_index import RowIndex, inverse, joined, scaled
 from moetrain.ops.transfer import to_device
@@ -98,7 +98,8 @@ class AllToAllDispatcher(RemoteDispatcher):
         weights_X = whole.out("weights", leaving.weights_N.detach()).wait()
         weights_X = with_gradient_to(leaving.weights_N, weights_X, [(whole, None)])
         useful = [sum(column) for column in zip(*counts[1], strict=True)]
-        return route, self._plans(received_Pe, useful, weights_X, chunk_e, block_of(x_TD, self.block))
+        block = self.block_of(x_TD, by_slot, self.placement.per_rank)
+        return route, self._plans(received_Pe, useful, weights_X, chunk_e, block)
 
     def _plans(
         self, received_Pe: Tensor, useful: list[int], weights_X: Tensor, chunk_e: Tensor, block: int

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moetrain.moe.assignment import Assignment
 from moetrain.ops import Rows
+from moetrain.ops.experts.blocks import usual_block
+from moetrain.ops.precision import product_dtype
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,20 @@ class Work(ABC):
 class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results back.
 
-    ``block``: each expert's rows are padded to a multiple of it, 1 or more; None: the device's default.
+    ``block``: each expert's rows are padded to a multiple of it, 1 or more; None: see :meth:`block_of`.
     """
 
     def __init__(self, block: int | None = None) -> None:
         self.block = block
+
+    def block_of(self, x_TD: Tensor, assignment: Assignment, experts: int) -> int:
+        """The rows of a block: what was asked for, or what suits the mean rows of the ``experts`` here.
+
+        All ranks are taken to send as many assignments as this one, which is known without a wait.
+        """
+        if self.block is not None:
+            return self.block
+        return usual_block(x_TD.device, product_dtype(x_TD), assignment.token_ids_N.shape[0], experts)
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> Work:

@@ -23,7 +23,7 @@ from moetrain.moe.assign import stable_order
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.collectives import Exchange, SplitSizes
 from moetrain.moe.dispatch.placement import Placement
-from moetrain.moe.dispatch.plan import Plan, block_of, place
+from moetrain.moe.dispatch.plan import Plan, place
 from moetrain.moe.dispatch.remote import RemoteDispatcher, pack, unpack, with_gradient_to
 from moetrain.moe.dispatch.row_index import RowIndex
 from moetrain.moe.dispatch.two_levels import Level, Summed, Unsummed
@@ -86,7 +86,8 @@ class HierarchicalDispatcher(RemoteDispatcher):
         rows_x = numbers_x + _starts(counts.far_LMC[..., 0].sum(1), far_L, len(numbers_x))
         hops = [(counts.nodes[1], None), (spread.each, spread.order_n)]
         weights_x = with_gradient_to(weights_n, weights_x, hops)
-        plan = self._plan(counts, rows_x, weights_x, scales, block_of(x_TD, self.block))
+        block = self.block_of(x_TD, by_slot, self.placement.per_rank)
+        plan = self._plan(counts, rows_x, weights_x, scales, block)
         level = Level(*counts.nodes, index_u)
         if self.node_sums:
             return Summed(level, spread), [plan]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.base import Dispatcher, ExpertRows, Work
-from moetrain.moe.dispatch.plan import Plan, block_of, place, sum_by_source
+from moetrain.moe.dispatch.plan import Plan, place, sum_by_source
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LocalDispatcher(Dispatcher):
         self.needs_counts = needs_counts
 
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> LocalWork:
-        useful, block = None, block_of(x_TD, self.block)
+        useful, block = None, self.block_of(x_TD, assignment, len(assignment.ffn_counts_e))
         if assignment.num_ffn_experts is not None or self.needs_counts(x_TD, block):
             useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
             assignment = assignment.to_ffn(sum(useful))

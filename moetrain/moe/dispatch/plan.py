@@ -16,9 +16,6 @@ from moetrain.moe.assign import count, stable_order
 from moetrain.moe.assignment import Assignment
 from moetrain.ops import Rows, Segments, gather_sum
 
-_BLOCK = {"cpu": 32}
-_BLOCK_GPU = 128
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,11 +32,6 @@ def sum_by_source(out_RD: Tensor, plan: Plan) -> Tensor:
         # the value is scaled, the gradient is not (gradient estimators for a discrete choice)
         out_RD = out_RD + (out_RD * (plan.scale_R[:, None] - 1)).detach().to(out_RD.dtype)
     return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R)
-
-
-def block_of(x: Tensor, block: int | None) -> int:
-    """The number of rows in a block: ``block``, or if that is None the default of ``x``'s device."""
-    return block or _BLOCK.get(x.device.type, _BLOCK_GPU)
 
 
 def place(assignment: Assignment, useful: list[int] | None, num_source: int, block: int) -> Plan:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu.product import outer, product
-from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.case import TILE, Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Segments
 
-ON_DEVICE = False
+ON_DEVICE, WIDTH_UNIT = False, TILE
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
 
@@ -62,30 +63,29 @@ def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int)
     return x_nD
 
 
+def _pre_activation(operands: Operands, expert: int, start: int, rows: int, width: int) -> Tensor:
+    x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
+    return product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+
+
 def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
     return h_nF.mul_(weights_n.to(h_nF.dtype)[:, None])
 
 
-def forward(
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    segments: Segments,
-    activation: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it)."""
-    dtype = source_XD.dtype
-    out_RD = source_XD.new_empty(ids_R.shape[0], w_down_EFD.shape[2])
-    kept = []
-    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for e, start, rows, width, end in _segments(segments, dtype):
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it; none
+    of them if not ``keep``).
+    """
+    dtype, activation = operands.dtype, operands.activation
+    out_RD, kept = operands.empty_out(), list[Tensor]()
+    w_downs = operands.w_down_EFD.unbind()
+    for e, start, rows, width, end in _segments(operands.segments, dtype):
         stop = start + width
-        x_nD = _gather(source_XD, ids_R, start, rows, width)
-        z_nP = product(x_nD, w_ups[e].to(dtype))
-        kept.append(z_nP)
-        h_nF = _weighted(activate(*gate_and_up(z_nP, activation), activation), weights_R[start:stop])
+        z_nP = _pre_activation(operands, e, start, rows, width)
+        if keep:
+            kept.append(z_nP)
+        h_nF = activate(*gate_and_up(z_nP, activation), activation)
+        h_nF = _weighted(h_nF, operands.weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
         if stop < end:
             out_RD[stop:end].zero_()
@@ -93,28 +93,22 @@ def forward(
 
 
 def backward(
-    dout_RD: Tensor,
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    kept: Sequence[Tensor],
-    segments: Segments,
-    activation: str,
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
-    dtype = source_XD.dtype
-    dx_RD = source_XD.new_empty(ids_R.shape[0], source_XD.shape[1])
+    dtype, activation, source_XD = operands.dtype, operands.activation, operands.source_XD
+    w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
+    dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
     dweights_R = torch.zeros_like(weights_R)
     dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
-    for e, rows in enumerate(segments.on_host):
+    for e, rows in enumerate(operands.segments.on_host):
         if not rows:
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for z_nP, (e, start, rows, width, _) in zip(kept, _segments(segments, dtype), strict=True):
+    for number, (e, start, rows, width, _) in enumerate(_segments(operands.segments, dtype)):
         stop = start + width
+        z_nP = _pre_activation(operands, e, start, rows, width) if kept is None else kept[number]
         dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
         gate_nF, up_nF = gate_and_up(z_nP, activation)
         h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
@@ -126,6 +120,6 @@ def backward(
         dh_nF = _weighted(dh_nF, weights_n)
         dz_parts = gate_and_up(dz_nP, activation)
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
-        outer(_gather(source_XD, ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
+        outer(_gather(source_XD, operands.ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD

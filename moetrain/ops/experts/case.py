@@ -13,13 +13,14 @@ from torch import Tensor
 from moetrain.ops.activations import is_gated
 
 _SMALL = {"cpu": 32}  # widths of several tiles, of the interpreter's on a CPU
-_SMALL_GPU, _TILE, _LARGEST_BLOCK = 288, 16, 128
+_SMALL_GPU, _LARGEST_BLOCK = 288, 128
+TILE = 16  # the least width of a tile
 
 
 @dataclass(frozen=True)
 class Case:
     """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
-    rounded up to a multiple of.
+    rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass.
     """
 
     device: torch.device
@@ -28,18 +29,19 @@ class Case:
     d_ff: int
     activation: str
     block: int = 32
+    keep: bool = True
 
     @staticmethod
-    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int) -> Case:
+    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep)
 
-    def small(self) -> Case:
-        """The same with small widths, which tiles divide or not as they do these, and a usual block."""
-        least = _SMALL.get(self.device.type, _SMALL_GPU)
-        d_model, d_ff = (least + width % _TILE for width in (self.d_model, self.d_ff))
+    def small(self, unit: int) -> Case:
+        """The same with small widths, which ``unit`` divides or not as it does these, and a usual block."""
+        least = -(-_SMALL.get(self.device.type, _SMALL_GPU) // unit) * unit
+        d_model, d_ff = (least + width % unit for width in (self.d_model, self.d_ff))
         return replace(self, d_model=d_model, d_ff=d_ff, block=min(self.block, _LARGEST_BLOCK))
 
     @property

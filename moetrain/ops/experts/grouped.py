@@ -1,23 +1,24 @@
-"""Expert MLP over all experts at once with ``torch.nn.functional.grouped_mm``: the path of a GPU.
+"""Experts by ``torch.nn.functional.grouped_mm``, all at once: the path of a GPU without Triton.
 
-Shapes as in ``operator.py``. Padding rows are zero, so aligned segments need no masks.
+Shapes as in ``products.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
-from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Segments, all_rows
-from moetrain.ops.gather_sum import gather_rows
+from moetrain.ops.experts import products
+from moetrain.ops.experts.case import TILE, Case
+from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.rows import all_rows
 from moetrain.ops.grouped_mm import refusal as refusal_of_widths
 
-ON_DEVICE = True
+ON_DEVICE, WIDTH_UNIT = True, TILE
 kept_rows = all_rows
 
 
@@ -28,53 +29,30 @@ def refusal(case: Case) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _ends(segments: Segments) -> Tensor:
-    """The end of each expert's rows, int32, as torch's grouped_mm wants it."""
-    return segments.aligned_E.cumsum(0, dtype=torch.int32)
+@dataclass(frozen=True)
+class _Grouped:
+    """``ends_E``: the end of each expert's rows, int32, as torch's grouped_mm wants it."""
+
+    ends_E: Tensor
+
+    @staticmethod
+    def of(operands: Operands) -> _Grouped:
+        return _Grouped(operands.segments.aligned_E.cumsum(0, dtype=torch.int32))
+
+    def of_rows(self, x_RA: Tensor, w_EAB: Tensor) -> Tensor:
+        return F.grouped_mm(x_RA, w_EAB, offs=self.ends_E)
+
+    def of_weights(self, x_RA: Tensor, y_RB: Tensor) -> Tensor:
+        return F.grouped_mm(x_RA.t(), y_RB, offs=self.ends_E)
 
 
-def forward(
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    segments: Segments,
-    activation: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], [z [R, P]])."""
-    dtype = source_XD.dtype
-    ends_E = _ends(segments)
-    z_RP = F.grouped_mm(gather_rows(source_XD, ids_R), w_up_EDP.to(dtype), offs=ends_E)
-    h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(weights_R.to(dtype)[:, None])
-    return F.grouped_mm(h_RF, w_down_EFD.to(dtype), offs=ends_E), [z_RP]
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, [])."""
+    return products.forward(operands, keep, _Grouped.of(operands))
 
 
 def backward(
-    dout_RD: Tensor,
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    kept: Sequence[Tensor],
-    segments: Segments,
-    activation: str,
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
-    dtype = source_XD.dtype
-    (z_RP,) = kept
-    ends_E = _ends(segments)
-    scale_R1 = weights_R.to(dtype)[:, None]
-    gate_RF, up_RF = gate_and_up(z_RP, activation)
-    h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
-    dh_RF = F.grouped_mm(dout_RD, w_down_EFD.to(dtype).transpose(1, 2), offs=ends_E)
-    dweights_R = torch.linalg.vecdot(dh_RF.to(weights_R.dtype), h_RF.to(weights_R.dtype))
-    dw_down_EFD = F.grouped_mm(h_RF.t(), dout_RD * scale_R1, offs=ends_E).to(w_down_EFD.dtype)
-    dz_RP = torch.empty_like(z_RP)
-    dh_RF = dh_RF.mul_(scale_R1)
-    activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
-    x_RD = gather_rows(source_XD, ids_R)
-    dw_up_EDP = F.grouped_mm(x_RD.t(), dz_RP, offs=ends_E).to(w_up_EDP.dtype)
-    dx_RD = F.grouped_mm(dz_RP, w_up_EDP.to(dtype).transpose(1, 2), offs=ends_E)
-    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+    return products.backward(dout_RD, operands, kept, _Grouped.of(operands))

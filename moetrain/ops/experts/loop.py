@@ -6,21 +6,26 @@ Shapes: X source rows, D model, R computed rows, E experts, F hidden, P = 2F (ga
 from __future__ import annotations
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.ops.activations import activate, gate_and_up
-from moetrain.ops.experts.rows import Rows
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
 
 
-def compute(
-    source_XD: Tensor, rows: Rows, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor, activation: str
-) -> Tensor:
+def compute(operands: Operands) -> Tensor:
     """out [R, D] in the source's dtype."""
-    dtype = source_XD.dtype
-    x_RD = gather_rows(source_XD, rows.ids_R)
-    aligned = rows.segments.aligned
-    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), aligned, "loop")
+    dtype, activation = operands.dtype, operands.activation
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
+    aligned = operands.segments.aligned
+    z_RP = grouped_mm(x_RD, operands.w_up_EDP.to(dtype), aligned, "loop")
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
-    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), aligned, "loop")
-    return (out_RD * weights_R[:, None]).to(dtype)
+    out_RD = grouped_mm(h_RF, operands.w_down_EFD.to(dtype), aligned, "loop")
+    return (out_RD * operands.weights_R[:, None]).to(dtype)
+
+
+def compute_keeping_inputs(operands: Operands) -> Tensor:
+    """The same; the backward pass begins by computing it again."""
+    out_RD: Tensor = checkpoint(compute, operands, use_reentrant=False, preserve_rng_state=False)
+    return out_RD

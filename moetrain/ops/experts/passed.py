@@ -18,6 +18,7 @@ import moetrain
 from moetrain.cache_folder import cache_root
 from moetrain.errors import UserError
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.third_party import DISTRIBUTIONS
 
 _FOLDER = "self_tests"
 
@@ -45,7 +46,7 @@ def _file(name: str, case: Case) -> Path | None:
     device = _device(case.device)
     if device is None:
         return None
-    facts = (name, case, device, torch.__version__, _triton(), moetrain.__version__, _sources())
+    facts = (name, case, device, torch.__version__, _packages(), moetrain.__version__, _sources())
     try:
         return cache_root() / _FOLDER / hashlib.sha256(repr(facts).encode()).hexdigest()
     except UserError:
@@ -59,9 +60,14 @@ def _device(device: torch.device) -> str | None:
     return f"{properties.name} {properties.major}.{properties.minor} {torch.version.cuda} {torch.version.hip}"
 
 
-def _triton() -> str | None:
+def _packages() -> list[str | None]:
+    """The versions of all packages that a backend may compute with."""
+    return [_version(name) for name in ("triton", *DISTRIBUTIONS)]
+
+
+def _version(name: str) -> str | None:
     try:
-        return version("triton")
+        return version(name)
     except PackageNotFoundError:
         return None
 

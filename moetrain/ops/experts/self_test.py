@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.rows import Rows, Segments
+from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.rows import Segments
 
 # of the largest value; rows missing, twice, or of another expert change values by far more
 _ROUNDINGS = {2: 4, 4: 16, 8: 16}  # by bytes of the dtype: sums of halves are in fp32
@@ -32,15 +33,11 @@ _NAMES = (
 class Computes(Protocol):
     """The part of a backend that is tested."""
 
-    def forward(
-        self, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor,
-        segments: Segments, activation: str,
-    ) -> tuple[Tensor, list[Tensor]]: ...  # fmt: skip
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]: ...
 
     def backward(
-        self, dout_RD: Tensor, source_XD: Tensor, ids_R: Tensor, weights_R: Tensor, w_up_EDP: Tensor,
-        w_down_EFD: Tensor, kept: Sequence[Tensor], segments: Segments, activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 def failure(backend: Computes, case: Case) -> str | None:
@@ -66,9 +63,9 @@ def _is_real(device: torch.device) -> bool:
 def _failure(backend: Computes, case: Case) -> str | None:
     try:
         with torch.no_grad(), torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext():
-            rows, operands, dout_RD = _inputs(case)
-            found = _by(backend, rows, operands, dout_RD, case)
-        right = _by_the_loop(rows, operands, dout_RD, case.activation)
+            operands, dout_RD = _inputs(case)
+            found = _by(backend, operands, dout_RD, case.keep)
+        right = _by_the_loop(operands, dout_RD)
     except Exception as error:  # a compiler, a driver or a kernel: whatever is missing or broken
         return f"its self-test failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     least = 0.0 if case.device.type == "cpu" else _COARSEST
@@ -80,7 +77,7 @@ def _failure(backend: Computes, case: Case) -> str | None:
     return None
 
 
-def _inputs(case: Case) -> tuple[Rows, list[Tensor], Tensor]:
+def _inputs(case: Case) -> tuple[Operands, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -93,39 +90,36 @@ def _inputs(case: Case) -> tuple[Rows, list[Tensor], Tensor]:
     for start, count in zip(torch.tensor([0, *aligned]).cumsum(0).tolist(), counts, strict=False):
         ids_R[start : start + count] = torch.randperm(num_source, generator=generator)[:count].sort().values
     used_R = ids_R >= 0
-    by_source_N = torch.where(used_R)[0][ids_R[used_R].argsort(stable=True)]
-    ends_X = torch.bincount(ids_R[used_R], minlength=num_source).cumsum(0)
-    device = case.device
-    segments = Segments(torch.tensor(counts).to(device), case.block, counts)
-    rows = Rows(ids_R.to(device), segments, by_source_N.to(device), ends_X.to(device))
     weights_R = torch.rand(len(ids_R), generator=generator) * used_R
-    weights_R = weights_R.to(device, torch.promote_types(case.dtype, torch.float32))
-    up = draw(len(counts), case.d_model, case.columns) / case.d_model**0.5
-    down = draw(len(counts), case.d_ff, case.d_model) / case.d_ff**0.5
-    dout_RD = draw(len(ids_R), case.d_model) * used_R[:, None].to(device)
-    return rows, [draw(num_source, case.d_model), weights_R, up, down], dout_RD
-
-
-def _by(backend: Computes, rows: Rows, operands: list[Tensor], dout_RD: Tensor, case: Case) -> list[Tensor]:
-    source_XD, weights_R, up, down = operands
-    named = (source_XD, rows.ids_R, weights_R, up, down)
-    static = (rows.segments, case.activation)
-    out_RD, kept = backend.forward(*named, *static)
-    dx_RD, *others = backend.backward(dout_RD, *named, kept, *static)
-    return [out_RD, _at_the_source(dx_RD, rows), *others]
-
-
-def _at_the_source(dx_RD: Tensor, rows: Rows) -> Tensor:
-    ids_R = rows.ids_R.cpu()
-    used_R = ids_R >= 0
-    return dx_RD.new_zeros(len(rows.ends_X), dx_RD.shape[1], device="cpu", dtype=torch.float64).index_add_(
-        0, ids_R[used_R], dx_RD.cpu().double()[used_R]
+    operands = Operands(
+        source_XD=draw(num_source, case.d_model),
+        ids_R=ids_R.to(case.device),
+        weights_R=weights_R.to(case.device, torch.promote_types(case.dtype, torch.float32)),
+        w_up_EDP=draw(len(counts), case.d_model, case.columns) / case.d_model**0.5,
+        w_down_EFD=draw(len(counts), case.d_ff, case.d_model) / case.d_ff**0.5,
+        segments=Segments(torch.tensor(counts).to(case.device), case.block, counts),
+        activation=case.activation,
     )
+    return operands, draw(len(ids_R), case.d_model) * used_R[:, None].to(case.device)
 
 
-def _by_the_loop(rows: Rows, operands: list[Tensor], dout_RD: Tensor, activation: str) -> list[Tensor]:
-    on_host = Rows(rows.ids_R.cpu(), rows.segments, rows.by_source_N.cpu(), rows.ends_X.cpu())
-    source, weights, up, down = (t.cpu().double().requires_grad_() for t in operands)
-    out_RD = loop.compute(source, on_host, weights, up, down, activation)
-    grads = torch.autograd.grad(out_RD, [source, weights, up, down], dout_RD.cpu().double())
+def _by(backend: Computes, operands: Operands, dout_RD: Tensor, keep: bool) -> list[Tensor]:
+    out_RD, kept = backend.forward(operands, keep)
+    dx_RD, *others = backend.backward(dout_RD, operands, kept if keep else None)
+    return [out_RD, _at_the_source(dx_RD, operands), *others]
+
+
+def _at_the_source(dx_RD: Tensor, operands: Operands) -> Tensor:
+    ids_R = operands.ids_R.cpu()
+    used_R = ids_R >= 0
+    dsource_XD = torch.zeros(operands.source_XD.shape, dtype=torch.float64)
+    return dsource_XD.index_add_(0, ids_R[used_R], dx_RD.cpu().double()[used_R])
+
+
+def _by_the_loop(operands: Operands, dout_RD: Tensor) -> list[Tensor]:
+    tensors = operands.source_XD, operands.weights_R, operands.w_up_EDP, operands.w_down_EFD
+    source, weights, up, down = leaves = [t.cpu().double().requires_grad_() for t in tensors]
+    ids_R, segments, activation = operands.ids_R.cpu(), operands.segments, operands.activation
+    out_RD = loop.compute(Operands(source, ids_R, weights, up, down, segments, activation))
+    grads = torch.autograd.grad(out_RD, leaves, dout_RD.cpu().double())
     return [out_RD.detach(), *grads]

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.cpu import per_expert
-from moetrain.ops.experts import grouped, triton_block_sparse, triton_grouped
+from moetrain.ops.experts import (
+    grouped,
+    megablocks_sparse,
+    scattermoe_grouped,
+    triton_block_sparse,
+    triton_grouped,
+)
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.passed import keep_passed, was_passed
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
@@ -28,38 +35,24 @@ class Backend(Protocol):
     """The interface of a backend, which is a module. Shapes as in ``operator.py``."""
 
     ON_DEVICE: bool  # whether it needs no counts on the host, so that nothing waits for them
+    WIDTH_UNIT: int  # widths with the same remainder by it take the same paths
 
     def refusal(self, case: Case) -> str | None:
         """The reason why it cannot compute ``case``; None if it can."""
 
     def kept_rows(self, segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
-        """The rows of each pre-activation that :meth:`forward` returns, of ``rows`` R."""
+        """The rows of each pre-activation that :meth:`forward` keeps, of ``rows`` R."""
 
-    def forward(
-        self,
-        source_XD: Tensor,
-        ids_R: Tensor,
-        weights_R: Tensor,
-        w_up_EDP: Tensor,
-        w_down_EFD: Tensor,
-        segments: Segments,
-        activation: str,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(out [R, D], the pre-activations)."""
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """(out [R, D], the pre-activations; none if not ``keep``)."""
 
     def backward(
-        self,
-        dout_RD: Tensor,
-        source_XD: Tensor,
-        ids_R: Tensor,
-        weights_R: Tensor,
-        w_up_EDP: Tensor,
-        w_down_EFD: Tensor,
-        kept: Sequence[Tensor],
-        segments: Segments,
-        activation: str,
+        self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+        """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients.
+
+        ``kept``: what :meth:`forward` returned; None: it is computed again, to the same bits.
+        """
 
 
 BACKENDS: dict[str, Backend] = {
@@ -67,8 +60,11 @@ BACKENDS: dict[str, Backend] = {
     "torch": grouped,
     "cpu": per_expert,
     "triton_block_sparse": triton_block_sparse,
+    "megablocks": megablocks_sparse,
+    "scattermoe": scattermoe_grouped,
 }
 NAMES = (AUTO, LOOP, *BACKENDS)
+BY_NAME = ("triton_block_sparse", "megablocks", "scattermoe")  # never by AUTO; see their modules
 # Best first; LOOP is the last of each.
 _LADDER = ("triton", "torch", "cpu")
 _CPU_LADDER = ("cpu",)
@@ -83,7 +79,7 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block)
+    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block, case.keep)
     chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
     return chosen
 
@@ -105,7 +101,7 @@ def why_not(name: str, case: Case) -> str | None:
     """The reason why the backend ``name`` does not compute ``case``; None if it does."""
     if name == LOOP:
         return None
-    return BACKENDS[name].refusal(case) or _self_test(name, case.small())
+    return BACKENDS[name].refusal(case) or _self_test(name, case.small(BACKENDS[name].WIDTH_UNIT))
 
 
 def on_device(asked: str, case: Case) -> bool:

@@ -10,56 +10,45 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moetrain.ops.experts.rows import Segments, all_rows
+from moetrain.ops.experts.case import TILE
+from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.rows import all_rows
 from moetrain.ops.experts.triton_cases import block_experts_B, refusal_of_kernels
 
 if TYPE_CHECKING:
     from moetrain.kernels.block_sparse.experts import Topologies
 
-ON_DEVICE = True
+ON_DEVICE, WIDTH_UNIT = True, TILE
 refusal, kept_rows = refusal_of_kernels, all_rows
 
 
-def forward(
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    segments: Segments,
-    activation: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """(out [R, D], [z [R, P]])."""
+def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, [])."""
     from moetrain.kernels.block_sparse import experts
 
-    topology = _topologies(ids_R, w_down_EFD, segments, activation)
-    out_RD, z_RP = experts.forward(source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, topology, activation)
-    return out_RD, [z_RP]
+    out_RD, z_RP = experts.forward(*_dense(operands), _topologies(operands), operands.activation)
+    return out_RD, [z_RP] if keep else []
 
 
 def backward(
-    dout_RD: Tensor,
-    source_XD: Tensor,
-    ids_R: Tensor,
-    weights_R: Tensor,
-    w_up_EDP: Tensor,
-    w_down_EFD: Tensor,
-    kept: Sequence[Tensor],
-    segments: Segments,
-    activation: str,
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     from moetrain.kernels.block_sparse import experts
 
-    topology = _topologies(ids_R, w_down_EFD, segments, activation)
-    (z_RP,) = kept
-    operands = (source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD)
-    return experts.backward(dout_RD, *operands, z_RP, topology, activation)
+    (z_RP,) = [None] if kept is None else kept
+    topologies = _topologies(operands)
+    return experts.backward(dout_RD, *_dense(operands), z_RP, topologies, operands.activation)
 
 
-def _topologies(ids_R: Tensor, w_down_EFD: Tensor, segments: Segments, activation: str) -> Topologies:
+def _dense(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    matrices = operands.w_up_EDP, operands.w_down_EFD
+    return operands.source_XD, operands.ids_R, operands.weights_R, *matrices
+
+
+def _topologies(operands: Operands) -> Topologies:
     from moetrain.kernels.block_sparse import experts
 
-    experts_B = block_experts_B(segments, ids_R.shape[0])
-    hidden = w_down_EFD.shape[1]
-    return experts.topologies(experts_B, segments.num_experts, hidden, segments.block, activation)
+    segments, hidden = operands.segments, operands.w_down_EFD.shape[1]
+    experts_B = block_experts_B(segments, operands.num_rows)
+    return experts.topologies(experts_B, segments.num_experts, hidden, segments.block, operands.activation)

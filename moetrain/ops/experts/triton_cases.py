@@ -21,15 +21,22 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal_of_kernels(case: Case) -> str | None:
-    """Why no Triton kernel can compute ``case``; None where one may."""
-    if case.device.type == "cpu" and not _interpreted():
-        return "Triton needs a GPU (or TRITON_INTERPRET=1, to try it on a CPU)"
-    if case.device.type not in ("cpu", "cuda"):
-        return f"the kernels are for NVIDIA's and AMD's GPUs, not {case.device.type}"
+    """Why no kernel of this package can compute ``case``; None where one may."""
+    if (reason := refusal_of_triton(case)) is not None:
+        return reason
     if case.dtype not in _DTYPES:
         return f"the kernels do not take {case.dtype}"
     if case.block not in BLOCKS:
         return f"experts.block={case.block} is not one of {', '.join(map(str, BLOCKS))}"
+    return None
+
+
+def refusal_of_triton(case: Case) -> str | None:
+    """Why Triton cannot run where ``case`` is; None where it may."""
+    if case.device.type == "cpu" and not _interpreted():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, to try it on a CPU)"
+    if case.device.type not in ("cpu", "cuda"):
+        return f"the kernels are for NVIDIA's and AMD's GPUs, not {case.device.type}"
     return _missing()
 
 

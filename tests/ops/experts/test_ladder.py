@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.options import Backend
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, passed, table
-from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.case import TILE, Case
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
 
@@ -43,24 +44,24 @@ class Faulty:
         self.fault = fault
 
     refusal, kept_rows = staticmethod(per_expert.refusal), staticmethod(per_expert.kept_rows)
-    ON_DEVICE = False
+    ON_DEVICE, WIDTH_UNIT = False, TILE
 
-    def forward(self, source: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
-        weights, up, down, segments, activation = others
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        ids, up = operands.ids_R, operands.w_up_EDP
         if self.fault == "a row of another token":
             ids = torch.where(ids == ids[2], ids[3], ids)
         if self.fault == "an expert is skipped":
             up = up.clone()
             up[-2] = 0
-        out, kept = per_expert.forward(source, ids, weights, up, down, segments, activation)
+        out, kept = per_expert.forward(replace(operands, ids_R=ids, w_up_EDP=up), keep)
         if self.fault == "no padding mask":
             out[ids < 0] = 1
         if self.fault == "it raises":
             raise RuntimeError("no kernel image\nfor this device")
         return out, kept
 
-    def backward(self, dout: Tensor, *others: Any) -> Sequence[Tensor]:
-        dx, dweights, dup, ddown = per_expert.backward(dout, *others)
+    def backward(self, dout: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        dx, dweights, dup, ddown = per_expert.backward(dout, operands, kept)
         if self.fault == "the weight's gradient is missing":
             dweights.zero_()
         if self.fault == "garbage where an expert has no rows":
@@ -151,7 +152,7 @@ GPU_CASE = Case(torch.device("cuda"), torch.bfloat16, 64, 64, "swiglu")
 
 
 def test_a_gpu_that_has_passed_is_not_tested_again(gpu: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, changed in enumerate((None, "_triton", "_sources", "_device"), 1):
+    for number, changed in enumerate((None, "_packages", "_sources", "_device"), 1):
         if changed is not None:
             monkeypatch.setattr(passed, changed, lambda *_: "another")
         for _ in range(2):

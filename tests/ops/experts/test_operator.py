@@ -145,12 +145,12 @@ def test_opcheck_of_the_operator(backend: str) -> None:
     rows = rows_of([5, 0, 3], 7, 4)
     source, weights, up, down = operands(rows, 7, 8, 4, torch.float32)
     indices = (rows.by_source_N, rows.ends_X, rows.segments.counts_E)
-    static = (list(rows.segments.on_host), rows.segments.block, "swiglu", backend)
+    static = (list(rows.segments.on_host), rows.segments.block, "swiglu", True, backend)
     forward = (source, rows.ids_R, weights, up, down, *indices, *static)
     torch.library.opcheck(torch.ops.moetrain.expert_mlp.default, forward)
     plain = [t.detach() if isinstance(t, Tensor) else t for t in forward]
     out, z = torch.ops.moetrain.expert_mlp(*plain)
-    backward = (torch.randn_like(out), *plain[:5], z, *plain[5:])
+    backward = (torch.randn_like(out), z, *plain)
     checks = ("test_schema", "test_faketensor")  # it has no derivative of its own
     torch.library.opcheck(torch.ops.moetrain.expert_mlp_backward.default, backward, test_utils=checks)
 

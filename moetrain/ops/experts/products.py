@@ -1,0 +1,62 @@
+"""The experts' feed-forward from two products of groups of rows: all that a library of such products gives.
+
+Shapes as in ``operands.py``; A and B are widths of a product. Padding rows are zero, so aligned segments need
+no masks; rows behind the last segment belong to no expert, and their results are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
+from moetrain.ops.experts.operands import Operands
+from moetrain.ops.gather_sum import gather_rows
+
+
+class Products(Protocol):
+    """Products over the segments of one call, all operands of one dtype."""
+
+    def of_rows(self, x_RA: Tensor, w_EAB: Tensor) -> Tensor:
+        """[R, B]: each expert's rows times its matrix."""
+
+    def of_weights(self, x_RA: Tensor, y_RB: Tensor) -> Tensor:
+        """[E, A, B]: each expert's rows ``x``, transposed, times its rows ``y``; zero without rows."""
+
+
+def forward(operands: Operands, keep: bool, products: Products) -> tuple[Tensor, list[Tensor]]:
+    """(out [R, D], [z [R, P]] or, not ``keep``, [])."""
+    dtype, activation = operands.dtype, operands.activation
+    z_RP = _pre_activation(operands, products)
+    h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(operands.weights_R.to(dtype)[:, None])
+    return products.of_rows(h_RF, operands.w_down_EFD.to(dtype)), [z_RP] if keep else []
+
+
+def backward(
+    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None, products: Products
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+    dtype, activation = operands.dtype, operands.activation
+    w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
+    (z_RP,) = [_pre_activation(operands, products)] if kept is None else kept
+    scale_R1 = weights_R.to(dtype)[:, None]
+    gate_RF, up_RF = gate_and_up(z_RP, activation)
+    h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
+    dh_RF = products.of_rows(dout_RD, w_down_EFD.to(dtype).transpose(1, 2))
+    dweights_R = torch.linalg.vecdot(dh_RF.to(weights_R.dtype), h_RF.to(weights_R.dtype))
+    dw_down_EFD = products.of_weights(h_RF, dout_RD * scale_R1).to(w_down_EFD.dtype)
+    dz_RP = torch.empty_like(z_RP)
+    dh_RF = dh_RF.mul_(scale_R1)
+    activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
+    dw_up_EDP = products.of_weights(x_RD, dz_RP).to(w_up_EDP.dtype)
+    dx_RD = products.of_rows(dz_RP, w_up_EDP.to(dtype).transpose(1, 2))
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+
+
+def _pre_activation(operands: Operands, products: Products) -> Tensor:
+    x_RD = gather_rows(operands.source_XD, operands.ids_R)
+    return products.of_rows(x_RD, operands.w_up_EDP.to(operands.dtype))
