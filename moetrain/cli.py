@@ -15,7 +15,8 @@ import moetrain
 from moetrain.errors import UserError, write_error_file
 from moetrain.machine_errors import machine_error
 from moetrain.nearest import nearest
-from moetrain.parallel.environment import is_rank_0
+from moetrain.parallel.early_warning import keep_early_warning
+from moetrain.parallel.environment import adopt_launcher, is_rank_0
 from moetrain.parallel.launcher import end_with_launcher
 from moetrain.terminal import finish, one_line, set_up, show, tell
 
@@ -49,6 +50,8 @@ stop before the last step and saved: the same command goes on; 128 and more: end
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
+    adopt_launcher()
+    keep_early_warning()
     end_with_launcher()
     set_up()
     return finish(_run(sys.argv[1:] if argv is None else argv))

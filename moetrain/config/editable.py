@@ -8,11 +8,13 @@ and ``freeze`` turns the finished object into the original, immutable classes.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _ORIGINAL = "_moetrain_original"
+_MIRROR_OF = "mirror of "
 
 
 @cache
@@ -21,8 +23,20 @@ def editable(cls: type) -> type:
     bases = tuple(editable(b) for b in cls.__bases__ if dataclasses.is_dataclass(b))
     hints = get_type_hints(cls)
     specs = [(f.name, _mirror_hint(hints[f.name]), _mirror_field(f)) for f in dataclasses.fields(cls)]
-    namespace = {_ORIGINAL: cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    place = f"{_MIRROR_OF}{cls.__module__}:{cls.__qualname__}".replace(".", "/")
+    namespace = {_ORIGINAL: cls, "__module__": __name__, "__qualname__": place, "__doc__": cls.__doc__}
     return dataclasses.make_dataclass(cls.__name__, specs, bases=bases, namespace=namespace)
+
+
+def __getattr__(name: str) -> Any:
+    """A mirror by its ``__qualname__``, so that another process that unpickles one has its own (submitit)."""
+    if not name.startswith(_MIRROR_OF):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, qualname = name.removeprefix(_MIRROR_OF).replace("/", ".").partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return editable(found)
 
 
 def original(cls: type) -> type:

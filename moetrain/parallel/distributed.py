@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from moetrain.errors import UserError
+from moetrain.parallel.interface import choose_interface
 from moetrain.parallel.meeting import meet
 from moetrain.parallel.watchdog.flight_recorder import watched
 
@@ -39,18 +40,22 @@ def init_from_env(timeout: float = 600.0, device: str = "cpu") -> None:
         return
     size = _env_int("WORLD_SIZE", 1)
     if device == "cuda":
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(_own_gpu())
     if size == 1:
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE={size} but {', '.join(missing)} unset: start the ranks with torchrun")
+        raise UserError(
+            f"WORLD_SIZE={size} but {', '.join(missing)} unset: start the ranks with torchrun, or set them"
+        )
     own = _env_int("RANK", 0)
     if not 0 <= own < size:
         raise UserError(f"RANK={own} does not lie below WORLD_SIZE={size}: start the ranks with torchrun")
     if local_world() == size and any(name == "lo" for _, name in socket.if_nameindex()):
         # All ranks share this machine: do not depend on its host name resolving.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        choose_interface(os.environ["MASTER_ADDR"])
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     try:
@@ -183,6 +188,19 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """The number of this rank's GPU; launchers that show each rank one GPU only number it 0."""
+    seen = torch.cuda.device_count()
+    if seen == 1 and local_world() > 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    if local_rank() >= seen:
+        raise UserError(
+            f"LOCAL_RANK={local_rank()}, but {seen} GPU(s) can be seen here: start one rank a GPU, "
+            "or take train.device=cpu"
+        )
+    return local_rank()
 
 
 def _env_int(name: str, default: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -25,13 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moetrain.parallel.early_warning import early_warning
+from moetrain.parallel.environment import grace_seconds as launchers_grace
 from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.parallel.watchdog.peer_errors import PeerLostError, cause
 
 STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: a batch system's usual warning
-# torchrun passes on the signal that the terminal has already sent to every process.
-_TORCHRUN_GRACE_SECONDS = 3.0
 log = logging.getLogger(__name__)
 
 
@@ -41,9 +42,9 @@ class StopFlag:
     Used as a context manager: inside it SIGINT, SIGTERM and SIGUSR1 set the flag, and a second signal leaves
     at once even while the main thread waits in a collective (a small thread listens); outside it the earlier
     handlers are back. ``stop_file`` (rank 0 looks) is the same as a SIGTERM and is removed when it has been
-    obeyed. ``group`` carries the agreement, None for the default one; it needs gloo or a CUDA device. Under
-    torchrun signals within ``grace_seconds`` of the first count as one, because torchrun sends each a second
-    time. Entered outside the main thread, only the STOP file works.
+    obeyed. ``group`` carries the agreement, None for the default one; it needs gloo or a CUDA device. Signals
+    within ``grace_seconds`` of the first count as one, because launchers send them more than once; None: as
+    long as this one does. Entered outside the main thread, only the STOP file works.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class StopFlag:
         grace_seconds: float | None = None,
     ) -> None:
         if grace_seconds is None:
-            grace_seconds = _TORCHRUN_GRACE_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+            grace_seconds = launchers_grace()
         distributed = dist.is_available() and dist.is_initialized()
-        self.reason: str | None = None
+        self.reason: str | None = early_warning()
         self._stop_file = stop_file
         self._group = group
         self._grace = grace_seconds
@@ -149,7 +150,8 @@ class StopFlag:
         if self._first is None:
             self._first = now
             self.reason = self.reason or name
-            self._say(f"{name}: stopping after this step and saving; once more leaves at once without saving")
+            again = "; once more leaves at once without saving" if self._grace < math.inf else ""
+            self._say(f"{name}: stopping after this step and saving{again}")
         elif now - self._first >= self._grace:
             self._say(f"{name} again: leaving at once, nothing more is saved")
             os._exit(128 + number)

@@ -44,9 +44,7 @@ def sweep(flags: argparse.Namespace) -> int:
         raise UserError(
             "-m: init_from decides the model and cannot be swept: take compare.arms, or a command for each"
         )
-    source = source_overrides(TrainConfig, flags.overrides, flags.config_name, flags.config_dir)
-    given = [*source, *flags.overrides]
-    overrides = prepare(TrainConfig, given, flags.config_dir, sweep=True)
+    overrides = _overrides(flags)
     run = _check_jobs(flags, _jobs(overrides))
     folder = run.dir or run.root
     if run.dir is None and run.name is None:
@@ -64,6 +62,16 @@ def sweep(flags: argparse.Namespace) -> int:
         if is_rank_0():
             tell(f"moetrain: {e}")
         return stopped()
+
+
+def sweep_jobs(flags: argparse.Namespace) -> list[list[str]]:
+    """The overrides of each job of a sweep, in the order in which it numbers them."""
+    return _jobs(_overrides(flags))
+
+
+def _overrides(flags: argparse.Namespace) -> list[str]:
+    source = source_overrides(TrainConfig, flags.overrides, flags.config_name, flags.config_dir)
+    return prepare(TrainConfig, [*source, *flags.overrides], flags.config_dir, sweep=True)
 
 
 @contextlib.contextmanager
