@@ -56,7 +56,8 @@ PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 # Slurm reads what it prints: here the way to give one node of several on this machine a fault of its own.
 _TASK_PROLOG = """\
 #!/bin/sh
-[ -n "$SLURM_STEP_ID" ] && grep -qx "$SLURMD_NODENAME" {root}/sick 2>/dev/null && echo "export SLURM_GPUS_ON_NODE=1"
+[ -n "$SLURM_STEP_ID" ] && grep -qx "$SLURMD_NODENAME" {root}/sick 2>/dev/null &&
+  echo "export SLURM_GPUS_ON_NODE=1"
 exit 0
 """
 
