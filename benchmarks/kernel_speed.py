@@ -130,10 +130,11 @@ def run_job(job: Job, repetitions: int, flush: Tensor) -> list[dict[str, Any]]:
     from kernel_problem import draw
     from kernel_units import units
 
-    from moetrain.moe.dispatch.plan import block_of
+    from moetrain.ops.experts.blocks import usual_block
 
     shape, device = PUBLISHED[job.shape], flush.device
-    block = block_of(flush, None)
+    assignments = shape.tokens * shape.top_k
+    block = usual_block(device, DTYPES[job.dtype], assignments, shape.experts)
     small = draw(replace(shape, tokens=CHECKED_TOKENS), job.load, DTYPES[job.dtype], device, block)
     off = {unit.name: errors(unit, small) for unit in units(small, job.parts)}
     del small

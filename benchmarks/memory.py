@@ -30,7 +30,7 @@ from peers import DENSE, OURS, SHAPES, TINY, Shape, build, call
 from timing import device_of, finish, machine, write_json
 from torch import Tensor, nn
 
-from moetrain.moe.dispatch.plan import block_of
+from moetrain.ops.experts.blocks import usual_block
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.table import BACKENDS, LOOP, why_not
 
@@ -68,7 +68,7 @@ def compare(shape: Shape, precision: str, device: str) -> dict[str, Any]:
     layers, skipped = build(shape, device, precision)
     x = torch.randn(2, shape.tokens // 2, shape.d_model, generator=torch.Generator().manual_seed(1))
     x = x.to(device, dtype).requires_grad_()
-    block = block_of(x, None)
+    block = usual_block(x.device, dtype, shape.tokens * shape.top_k, shape.experts)
     sizes = Layer(shape.tokens, shape.d_model, shape.d_ff, shape.experts, shape.top_k, block, dtype)
     ours, found = layers.pop(OURS), {}
     for name, reason in rungs(shape, device, dtype, block).items():

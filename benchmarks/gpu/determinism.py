@@ -17,7 +17,7 @@ from peers import OURS, SHAPES, TINY, Shape, call, cast, ours
 from timing import device_of, machine, write_json
 from torch import Tensor, nn
 
-from moetrain.moe.dispatch.plan import block_of
+from moetrain.ops.experts.blocks import usual_block
 
 
 def bits(layer: nn.Module, x: Tensor, precision: str) -> list[Tensor]:
@@ -44,7 +44,8 @@ def measure(shape: Shape, precision: str, device: str, runs: int) -> dict[str, l
     layer = cast(ours(shape).to(device), precision)
     x = torch.randn(2, shape.tokens // 2, shape.d_model, device=device).to(DTYPES[precision])
     found: dict[str, list[str] | None] = {}
-    for name, reason in rungs(shape, device, DTYPES[precision], block_of(x, None)).items():
+    block = usual_block(x.device, DTYPES[precision], shape.tokens * shape.top_k, shape.experts)
+    for name, reason in rungs(shape, device, DTYPES[precision], block).items():
         layer.layer.experts.backend = name
         found[name] = differing(layer, x, precision, runs) if reason is None else None
     return found

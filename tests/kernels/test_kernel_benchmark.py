@@ -128,7 +128,7 @@ def test_a_job_yields_figures_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(kernel_speed, "repetitions_within", lambda *unused: 3)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *unused: None)
-    monkeypatch.setattr("moetrain.moe.dispatch.plan.block_of", lambda *unused: 16)
+    monkeypatch.setattr("moetrain.ops.experts.blocks.usual_block", lambda *unused: 16)
     (job,) = kernel_speed.jobs(["A"], ["zipf"], ["fp32"], whole=True)
     rows = kernel_speed.run_job(job, 3, torch.zeros(1, dtype=torch.int8))
     assert [row["unit"] for row in rows] == ["forward", "forward + backward"]
