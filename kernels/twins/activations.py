@@ -24,7 +24,9 @@ def activate(z_nP: Tensor, name: str) -> Tensor:
         return _unary(z_nP, name)
     gate_nF, up_nF = z_nP.chunk(2, dim=-1)
     if name == "swiglu_clamped":
-        gate_nF, up_nF = gate_nF.clamp(max=LIMIT), up_nF.clamp(-LIMIT, LIMIT)
+        # Not clamp, whose slope at the limit itself is 1 before torch 2.15 and 0 since.
+        gate_nF = torch.where(gate_nF > LIMIT, LIMIT, gate_nF)
+        up_nF = torch.where(up_nF.abs() > LIMIT, LIMIT * up_nF.sign(), up_nF)
         return gate_nF * torch.sigmoid(ALPHA * gate_nF) * (up_nF + 1)
     return _unary(gate_nF, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(name, name)) * up_nF
 

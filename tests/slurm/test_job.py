@@ -62,7 +62,7 @@ def test_it_submits_itself_again_without_bad_nodes(programs, monkeypatch):
     )
 
 
-def test_without_the_command_that_submitted_it_the_nodes_are_named(programs, monkeypatch, capsys):
+def test_without_its_command_the_nodes_are_named(programs, monkeypatch, capsys):
     monkeypatch.delenv(RESUBMIT, raising=False)
     assert jobs._submit_again(of(), {"n3": "no disk"}, 1) == 1
     assert "submit it again with --exclude=n3" in capsys.readouterr().err

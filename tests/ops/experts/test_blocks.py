@@ -37,7 +37,7 @@ def test_few_values_whatever_the_number_of_assignments() -> None:
     assert {usual_block(CPU, torch.bfloat16, n, 5) for n in (0, 1, 10**6)} == {32}
 
 
-def test_a_traced_layer_does_not_look_at_the_number_of_assignments() -> None:
+def test_a_traced_layer_does_not_look_at_assignments() -> None:
     torch._dynamo.reset()
     traced = torch.compile(
         lambda ids_N: ids_N.new_zeros(block(ids_N.shape[0], 5)), backend="eager", fullgraph=True, dynamic=True
@@ -46,9 +46,7 @@ def test_a_traced_layer_does_not_look_at_the_number_of_assignments() -> None:
 
 
 @pytest.mark.parametrize("tokens", [3, 97, 499])
-def test_on_an_accelerator_nothing_waits_and_nothing_else_changes(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_an_accelerator_nothing_waits_nor_changes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer on the pretended device: the chosen block, against one of 128 as asked for."""
     torch.manual_seed(0)
     layer = MoELayer(16, 16, 5, "topk", router_options={"top_k": 2}).bfloat16()

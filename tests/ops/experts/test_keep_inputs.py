@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_operator import operands, rows_of, saved_bytes
+from operator_cases import operands, rows_of, saved_bytes
 from torch import Tensor
 
 from moetrain.config.hydra.compose import compose_train

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 import third_party_stand_ins
 import torch
-from test_operator import operands, rows_of
+from operator_cases import operands, rows_of
 
 from moetrain.errors import UserError
 from moetrain.moe import MoELayer
