@@ -112,6 +112,12 @@ def test_a_negative_nan_is_the_largest_too() -> None:
     assert ids_TK.tolist() == [[2, 4, 1, 3]] * 2
 
 
+def test_a_column_without_an_expert_is_never_chosen() -> None:
+    """Though every expert's score, with its bias, is below that of padding."""
+    ids_TK, _, _ = route(torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]), torch.full((5,), -2.0), Rule(3))
+    assert ids_TK.tolist() == [[4, 3, 2]]
+
+
 def test_no_token_and_any_layout() -> None:
     rule = Rule(3)
     ids_TK, weights_TK, scores_TE = route(torch.zeros(0, 7, requires_grad=True), None, rule)
