@@ -1,4 +1,4 @@
-"""The faults of ``benchmarks/planted_faults.py`` still fit the kernels; what sees each is shown by that script."""
+"""The faults of ``benchmarks/planted_faults.py`` still fit the kernels; the script shows what sees each."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import interpreted  # noqa: F401
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import planted_faults
 from planted_faults_list import FAULTS, Fault
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.kind}")
