@@ -18,8 +18,11 @@ _MOST_SIZE, _MOST_STRIDE = 2**31 - 1, 2**40 - 1  # elements, since coordinates a
 Operand = Tensor | TensorDescriptor
 
 
-def refusal(operand: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Why no descriptor reads blocks of the operand as ``dtype``; None if one does."""
+def refusal(operand: Tensor, block: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> str | None:
+    """Why no descriptor reads blocks of the operand as ``dtype``; None if one does.
+
+    Blocks start at multiples of their size, and ``start`` elements behind these in the last dimension too.
+    """
     itemsize = operand.element_size()
     if operand.dtype is not dtype:
         return f"it is {operand.dtype} and computed with in {dtype}"
@@ -35,14 +38,18 @@ def refusal(operand: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> str 
             return (
                 f"a stride has {stride * itemsize} bytes, no multiple of {_ALIGNED} from 1 to {_MOST_STRIDE}"
             )
+    if start * itemsize % _ALIGNED:
+        return f"blocks start {start * itemsize} bytes behind others, no multiple of {_ALIGNED}"
     if max(block) > _MOST_BLOCK or block[-1] * itemsize < _ALIGNED:
         return f"a block of {block} has a side above {_MOST_BLOCK}, or a row below {_ALIGNED} bytes"
     return None
 
 
-def described(operand: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> TensorDescriptor | None:
+def described(
+    operand: Tensor, block: tuple[int, ...], dtype: torch.dtype, start: int = 0
+) -> TensorDescriptor | None:
     """A descriptor of the operand in blocks, or None where :func:`refusal` has a reason."""
-    if refusal(operand, block, dtype):
+    if refusal(operand, block, dtype, start):
         return None
     return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), list(block))
 

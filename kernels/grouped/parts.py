@@ -164,15 +164,19 @@ def _constants(arch: Arch, dtype: torch.dtype, found: Tile, tf32: bool) -> dict[
     }
 
 
-def matrices(size: Tile, w_EKN: Tensor, dtype: torch.dtype) -> tuple[Operand, dict[str, bool]]:
+def matrices(
+    size: Tile, w_EKN: Tensor, dtype: torch.dtype, start: int = 0
+) -> tuple[Operand, dict[str, bool]]:
     """The experts' matrices, by a descriptor if the tile wants one and they take it, and the :func:`form`.
 
-    The descriptor is of [E, N, K], turned, where K is the contiguous dimension.
+    The descriptor is of [E, N, K], turned, where K is the contiguous dimension. Tiles may start at ``start``
+    columns more than multiples of their width.
     """
-    turned = w_EKN.stride(2) != 1
-    of_EXY = w_EKN.transpose(1, 2) if turned else w_EKN
-    sides = (size.block_n, size.block_k) if turned else (size.block_k, size.block_n)
-    found = described(of_EXY, (1, *sides), dtype) if size.descriptors else None
+    found, turned = None, w_EKN.stride(2) != 1
+    if size.descriptors and turned:
+        found = described(w_EKN.transpose(1, 2), (1, size.block_n, size.block_k), dtype)
+    elif size.descriptors:
+        found = described(w_EKN, (1, size.block_k, size.block_n), dtype, start)
     return w_EKN if found is None else found, form(found is not None, turned)
 
 

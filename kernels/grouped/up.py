@@ -50,7 +50,7 @@ def up(
     hidden = w_up_EDP.shape[2] // (2 if gated else 1)
     arch = arch_for(source_XD, w_up_EDP, weights_R, meta.ids_R)
     launch = row_launch(arch, source_XD.dtype, meta.block, hidden, depth, _accumulators(activation), tf32)
-    w_up, flags = matrices(launch.tile, w_up_EDP, source_XD.dtype)
+    w_up, flags = matrices(launch.tile, w_up_EDP, source_XD.dtype, start=hidden if gated else 0)
     up_kernel[(launch.programs(meta, hidden, flags["DESCRIBED"]),)](
         source_XD, meta.ids_R, weights_R, w_up, meta.block_expert_B, meta.block_starts_E1, z_RP, h_RF,
         launch.row_tiles(meta), w_up_EDP.shape[0], depth, hidden, source_XD.stride(0), *w_up_EDP.stride(),

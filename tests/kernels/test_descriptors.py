@@ -36,8 +36,10 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     make = descriptors.described
 
-    def counted(operand: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> TensorDescriptor | None:
-        made = make(operand, block, dtype)
+    def counted(
+        operand: Tensor, block: tuple[int, ...], dtype: torch.dtype, start: int = 0
+    ) -> TensorDescriptor | None:
+        made = make(operand, block, dtype, start)
         found.extend([operand] if made is not None else [])
         return made
 
@@ -144,6 +146,15 @@ def test_what_descriptors_do_not_take(name: str) -> None:
     operand, block, words = REFUSED[name]
     assert words in str(descriptors.refusal(operand, block, torch.float32))
     assert descriptors.described(operand, block, torch.float32) is None
+
+
+def test_up_columns_that_start_between_two_units(described: list[Tensor]) -> None:
+    """12 columns are whole units of 16 bytes, and the 6 of the gate are not: only both products have any."""
+    words = "blocks start 24 bytes behind others"
+    assert words in str(descriptors.refusal(torch.zeros(2, 24, 12), (1, 16, 16), torch.float32, start=6))
+    for found in outputs(Case((5, 3), 7), 24, 6, "swiglu", torch.float32):
+        assert not found[: 2 * BLOCK].isnan().any()
+    assert [tuple(each.shape[-2:]) for each in described] == [(6, 24), (24, 12), (48, 12)]
 
 
 def test_what_descriptors_take() -> None:
