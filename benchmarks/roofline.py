@@ -17,21 +17,20 @@ from moetrain.kernels.tiles import ARCHITECTURES, Arch, Tile, tile
 
 @dataclass(frozen=True)
 class Device:
-    """Dense bf16 peak in TFLOP/s, memory in GB/s, and multiprocessors."""
+    """Dense bf16 peak in TFLOP/s, and memory in GB/s."""
 
     name: str
     tflops: float
     gb_per_s: float
-    processors: int
 
 
 DEVICES = {
-    "sm_80": Device("A100 SXM 80 GB", 312, 2039, 108),
-    "sm_89": Device("L40S", 362, 864, 142),
-    "sm_90": Device("H100 SXM", 989, 3350, 132),
-    "sm_100": Device("B200", 2250, 8000, 148),
-    "sm_120": Device("RTX 5090", 209.5, 1792, 170),
-    "gfx942": Device("MI300X", 1307, 5300, 304),
+    "sm_80": Device("A100 SXM 80 GB", 312, 2039),
+    "sm_89": Device("L40S", 362, 864),
+    "sm_90": Device("H100 SXM", 989, 3350),
+    "sm_100": Device("B200", 2250, 8000),
+    "sm_120": Device("RTX 5090", 209.5, 1792),
+    "gfx942": Device("MI300X", 1307, 5300),
 }
 
 
@@ -88,7 +87,7 @@ def _bound(
     moved = (rows * depth + s.experts * depth * columns * accumulators + written) * dtype.itemsize
     blocks = rows / found.block_m + s.experts / 2
     tiles = blocks * -(-columns // found.block_n)
-    waves = tiles / device.processors
+    waves = tiles / arch.processors
     padding, last_wave = rows / (blocks * found.block_m), waves / -(-waves // 1)
     arithmetic = flops / (device.tflops * 1e12) * 1e3
     memory = moved / (device.gb_per_s * 1e9) * 1e3

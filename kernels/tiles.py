@@ -21,7 +21,10 @@ class Arch:
 
     ``wide`` is the largest number of accumulators of a tile (rows x columns, all products together) in 16-bit
     types and tf32, ``stages`` the copies of the operands in flight, and ``group`` the number of row blocks
-    that share a column of tiles in the L2 cache. ``interpreted`` stands for Triton's interpreter.
+    that share a column of tiles in the L2 cache. ``processors`` is the number of multiprocessors (compute
+    units), ``persistent`` whether each computes tile after tile where it has room for one only, and
+    ``descriptors`` whether operands may be read by tensor descriptors (TMA). ``interpreted`` stands for
+    Triton's interpreter.
     """
 
     name: str
@@ -32,6 +35,9 @@ class Arch:
     wide: int
     stages: int
     group: int
+    processors: int
+    persistent: bool = False
+    descriptors: bool = False
     interpreted: bool = False
 
 
@@ -39,15 +45,18 @@ _KB = 1024
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", "cuda", 80, 32, 163 * _KB, 128 * 128, 4, 8),
-        Arch("sm_89", "cuda", 89, 32, 99 * _KB, 128 * 128, 3, 8),
-        Arch("sm_90", "cuda", 90, 32, 227 * _KB, 128 * 256, 4, 8),
-        Arch("sm_100", "cuda", 100, 32, 227 * _KB, 128 * 256, 4, 8),
-        Arch("sm_120", "cuda", 120, 32, 99 * _KB, 128 * 128, 3, 8),
-        Arch("gfx942", "hip", "gfx942", 64, 64 * _KB, 128 * 128, 2, 4),
+        Arch("sm_80", "cuda", 80, 32, 163 * _KB, 128 * 128, 4, 8, 108),
+        Arch("sm_89", "cuda", 89, 32, 99 * _KB, 128 * 128, 3, 8, 142),
+        Arch("sm_90", "cuda", 90, 32, 227 * _KB, 128 * 256, 4, 8, 132, persistent=True, descriptors=True),
+        Arch("sm_100", "cuda", 100, 32, 227 * _KB, 128 * 256, 4, 8, 148, persistent=True, descriptors=True),
+        Arch("sm_120", "cuda", 120, 32, 99 * _KB, 128 * 128, 3, 8, 170),
+        Arch("gfx942", "hip", "gfx942", 64, 64 * _KB, 128 * 128, 2, 4, 304),
     )
 }
-INTERPRETER = Arch("interpreter", "cpu", "cpu", 32, 1 << 30, 16 * 16, 1, 2, interpreted=True)
+INTERPRETER = Arch(
+    "interpreter", "cpu", "cpu", 32, 1 << 30, 16 * 16, 1, 2, 3, persistent=True, descriptors=True,
+    interpreted=True,
+)  # fmt: skip
 _BY_CAPABILITY = {
     (8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_89", (8, 9): "sm_89", (9, 0): "sm_90", (10, 0): "sm_100",
     (10, 3): "sm_100", (11, 0): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
@@ -56,7 +65,11 @@ _BY_CAPABILITY = {
 
 @dataclass(frozen=True)
 class Tile:
-    """[block_m, block_n] of a product, block_k of its depth a step, and how it is launched."""
+    """[block_m, block_n] of a product, block_k of its depth a step, and how it is launched.
+
+    ``persistent``: one program for each multiprocessor, which computes tiles until there are none.
+    ``descriptors``: contiguous operands are read by tensor descriptors, where these take them.
+    """
 
     block_m: int
     block_n: int
@@ -64,6 +77,8 @@ class Tile:
     group: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
+    descriptors: bool = False
 
 
 def arch_of(device: torch.device) -> Arch:
@@ -78,8 +93,10 @@ def arch_of(device: torch.device) -> Arch:
     props = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = str(props.gcnArchName).partition(":")[0]
-        return replace(ARCHITECTURES["gfx942"], name=name, target=name, warp_size=props.warp_size)
-    return of_capability(props.major, props.minor)
+        found = replace(ARCHITECTURES["gfx942"], name=name, target=name, warp_size=props.warp_size)
+    else:
+        found = of_capability(props.major, props.minor)
+    return replace(found, processors=props.multi_processor_count)
 
 
 def of_capability(major: int, minor: int) -> Arch:
@@ -150,7 +167,7 @@ def _tile(
         raise ValueError(f"kernels take bf16, fp16 and fp32, not {str(dtype).removeprefix('torch.')}")
     fast = _on_tensor_cores(dtype, tf32)
     if arch.interpreted:
-        return Tile(rows, 16, 16, arch.group, 1, 1)
+        return Tile(rows, 16, 16, arch.group, 1, 1, arch.persistent, arch.descriptors)
     # Exact fp32 has no tensor cores: each thread holds its rows and columns of a whole step in registers.
     # tf32 is made of fp32 in registers.
     room = arch.wide if dtype.itemsize == 2 else min(arch.wide, 128 * 128) if fast else 64 * 64
@@ -160,9 +177,11 @@ def _tile(
     block_k = min(_STEP_BYTES // dtype.itemsize if fast else 16, _power_of_two(depth))
     held = rows * block_n * accumulators // (4 * arch.warp_size)  # by each thread of four warps
     warps = 8 if held > (64 if dtype.itemsize == 2 else 32) else 4
-    found = Tile(rows, block_n, block_k, arch.group, warps, 1)
+    found = Tile(rows, block_n, block_k, arch.group, warps, 1, descriptors=arch.descriptors and fast)
     staged = [replace(found, num_stages=stages) for stages in range(1, arch.stages + 1)]
-    return [each for each in staged if shared_bytes(each, dtype, accumulators) <= arch.shared][-1]
+    found = [each for each in staged if shared_bytes(each, dtype, accumulators) <= arch.shared][-1]
+    alone = 2 * shared_bytes(found, dtype, accumulators) > arch.shared
+    return replace(found, persistent=arch.persistent and alone)
 
 
 def _on_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:

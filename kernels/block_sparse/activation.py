@@ -14,6 +14,8 @@ from ..specimen import Specimen
 from ..tiles import Arch
 from .parts import DTYPES, checked, has_shape, on_device, signature
 
+_FORWARD, _BACKWARD = 128, 64  # columns at a time: of 128 a backward pass holds so much that it spills
+
 
 @triton.jit
 def forward_kernel(
@@ -84,7 +86,7 @@ def weighted_activation(z_RP: Tensor, weights_R: Tensor, experts_B: Tensor, acti
     arch = _checked(z_RP, weights_R, experts_B, activation)
     h_RF = z_RP.new_empty(_hidden(z_RP, activation))
     if z_RP.shape[0]:
-        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation)
+        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation, _FORWARD)
         with on_device(z_RP):
             forward_kernel[(z_RP.shape[0] // tile["ROWS"],)](
                 h_RF, z_RP, weights_R, experts_B, h_RF.shape[1], h_RF.stride(0), z_RP.stride(0),
@@ -106,7 +108,7 @@ def weighted_activation_backward(
     dz_RP, h_RF = z_RP.new_empty(z_RP.shape), dh_RF.new_empty(dh_RF.shape)
     dweights_R = weights_R.new_empty(weights_R.shape)
     if z_RP.shape[0]:
-        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation)
+        tile = constants(arch, z_RP.shape[0] // experts_B.shape[0], activation, _BACKWARD)
         with on_device(z_RP):
             backward_kernel[(z_RP.shape[0] // tile["ROWS"],)](
                 dz_RP, h_RF, dweights_R, dh_RF, z_RP, weights_R, experts_B, h_RF.shape[1],
@@ -115,9 +117,9 @@ def weighted_activation_backward(
     return dz_RP, h_RF, dweights_R
 
 
-def constants(arch: Arch, block: int, activation: str) -> dict[str, int]:
-    """The tile of both kernels, which divides a block of rows."""
-    rows, columns = (block, 64) if arch.interpreted else (16, 128)
+def constants(arch: Arch, block: int, activation: str, columns: int) -> dict[str, int]:
+    """A kernel's tile, whose rows divide a block of rows."""
+    rows, columns = (block, 64) if arch.interpreted else (16, columns)
     return {"BLOCK": block, "ROWS": rows, "COLUMNS": columns, "GATED": is_gated(activation)}
 
 
@@ -126,8 +128,8 @@ def specimens(arch: Arch) -> list[Specimen]:
     found = []
     for dtype in DTYPES:
         for name in (GATED + PLAIN)[: None if dtype is DTYPES[0] else 1]:
-            fixed: dict[str, object] = {**constants(arch, 128, name), "NAME": name}
-            for kernel in (forward_kernel, backward_kernel):
+            for kernel, columns in ((forward_kernel, _FORWARD), (backward_kernel, _BACKWARD)):
+                fixed: dict[str, object] = {**constants(arch, 128, name, columns), "NAME": name}
                 types = signature(kernel, fixed, dtype)
                 found.append(Specimen(f"{kernel.__name__} {name} {dtype}", kernel, types, fixed, 4, 1, False))
     return found

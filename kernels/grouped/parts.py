@@ -13,20 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import GATED, PLAIN
+from ..descriptors import Operand, described
 from ..metadata import Blocks
 from ..tiles import BLOCK_M, DTYPES, Arch, Tile, arch_of, gradient_tile, tile
 
 
 @triton.jit
-def walk(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: GROUP row tiles pass over the columns together.
+def walk(at, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of the tile ``at``: GROUP row tiles pass over the columns together.
 
     Their expert's weights and their rows are then in the L2 cache when the next tile asks for them.
     """
     in_group = GROUP * column_tiles
-    first = program // in_group * GROUP
+    first = at // in_group * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
-    inside = program % in_group
+    inside = at % in_group
     return first + inside % size, inside // size
 
 
@@ -38,6 +39,34 @@ def multiply(left, right, sums, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def used_row_tiles(block_starts, experts, SUB: tl.constexpr):
+    """Row tiles of the blocks that have an expert, as the device has counted them."""
+    return tl.load(block_starts + experts).to(tl.int32) * SUB
+
+
+@triton.jit
+def turns_of(tiles):
+    """How many of the tiles this program computes, where it takes every ``num_programs``-th."""
+    return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def used(expert, size):
+    """A tile's depth or width: 0, to compute nothing, behind the last used block, whose expert is -1."""
+    return tl.where(expert < 0, 0, size)
+
+
+@triton.jit
+def matrix_tile(w, expert, first, column, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of an expert's matrix by its descriptor, that of the transposed one if TURNED."""
+    if TURNED:
+        found = w.load([expert.to(tl.int32), column, first]).reshape(BLOCK_N, BLOCK_K).trans()
+    else:
+        found = w.load([expert.to(tl.int32), first, column]).reshape(BLOCK_K, BLOCK_N)
+    return found
 
 
 @triton.jit
@@ -60,6 +89,19 @@ def row_product(left, left_row, left_mask, left_stride, right, right_depth, righ
     return sums
 
 
+@triton.jit
+def described_product(left, first_row, right, expert, first_column, depth, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+                      UPCAST: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
+    """The same of BLOCK_M rows and BLOCK_N columns from the first on, by descriptors of both operands."""
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, depth, BLOCK_K):
+        a = left.load([first_row, first])
+        b = matrix_tile(right, expert, first, first_column, BLOCK_K, BLOCK_N, TURNED)
+        sums = multiply(a, b, sums, PRECISION, UPCAST)
+    return sums
+
+
 @dataclass(frozen=True)
 class Launch:
     """A tile and what follows from it, the rows' blocks and the device."""
@@ -67,10 +109,20 @@ class Launch:
     tile: Tile
     constants: dict[str, object]
     sub: int  # row tiles of a block
+    processors: int
 
     def row_tiles(self, meta: Blocks) -> int:
         """Row tiles, those of blocks behind the last included."""
         return meta.block_expert_B.shape[0] * self.sub
+
+    def persistent(self, is_described: bool) -> bool:
+        """Whether a program computes tile after tile; those that hold pointers meanwhile spill registers."""
+        return self.tile.persistent and is_described
+
+    def programs(self, meta: Blocks, columns: int, is_described: bool) -> int:
+        """Programs for all rows by so many columns: one a tile, or, persistent, one a multiprocessor."""
+        tiles = self.row_tiles(meta) * int(triton.cdiv(columns, self.tile.block_n))
+        return min(tiles, self.processors) if self.persistent(is_described) else tiles
 
     @property
     def options(self) -> dict[str, int]:
@@ -90,7 +142,7 @@ def row_launch(
     """The launch of a product of rows in blocks of ``block``; the block stands for the mean rows."""
     found = tile(arch, dtype, block, columns, depth, accumulators, tf32)
     sub = block // found.block_m
-    return Launch(found, _constants(arch, dtype, found, tf32) | {"SUB": sub}, sub)
+    return Launch(found, _constants(arch, dtype, found, tf32) | {"SUB": sub}, sub, arch.processors)
 
 
 def gradient_launch(
@@ -98,7 +150,7 @@ def gradient_launch(
 ) -> Launch:
     """The launch of a product over the rows of blocks of ``block``."""
     found = gradient_tile(arch, dtype, block, depth, columns, tf32)
-    return Launch(found, _constants(arch, dtype, found, tf32) | {"BLOCK": block}, 1)
+    return Launch(found, _constants(arch, dtype, found, tf32) | {"BLOCK": block}, 1, arch.processors)
 
 
 def _constants(arch: Arch, dtype: torch.dtype, found: Tile, tf32: bool) -> dict[str, object]:
@@ -112,6 +164,27 @@ def _constants(arch: Arch, dtype: torch.dtype, found: Tile, tf32: bool) -> dict[
     }
 
 
+def matrices(
+    size: Tile, w_EKN: Tensor, dtype: torch.dtype, start: int = 0
+) -> tuple[Operand, dict[str, bool]]:
+    """The experts' matrices, by a descriptor if the tile wants one and they take it, and the :func:`form`.
+
+    The descriptor is of [E, N, K], turned, where K is the contiguous dimension. Tiles may start at ``start``
+    columns more than multiples of their width.
+    """
+    found, turned = None, w_EKN.stride(2) != 1
+    if size.descriptors and turned:
+        found = described(w_EKN.transpose(1, 2), (1, size.block_n, size.block_k), dtype)
+    elif size.descriptors:
+        found = described(w_EKN, (1, size.block_k, size.block_n), dtype, start)
+    return w_EKN if found is None else found, form(found is not None, turned)
+
+
+def form(is_described: bool, turned: bool = False) -> dict[str, bool]:
+    """The constants of a kernel that reads matrices by a descriptor, or else by pointers."""
+    return {"DESCRIBED": is_described, "TURNED": is_described and turned}
+
+
 def activation_cases() -> list[tuple[torch.dtype, int, str, bool]]:
     """(type, block, activation, tf32) to compile: each activation, a gated and a plain one at each tile."""
     cases = [(torch.bfloat16, 128, name, False) for name in GATED + PLAIN]
@@ -122,6 +195,12 @@ def activation_cases() -> list[tuple[torch.dtype, int, str, bool]]:
         for name in ("swiglu", "relu2")
         if (dtype, block) != (torch.bfloat16, 128)
     ]
+
+
+def forms(size: Tile, turned: bool = False) -> list[tuple[str, dict[str, bool]]]:
+    """(words for a specimen's name, constants) of each form that a kernel has at a tile."""
+    found = [("", form(False))]
+    return [*found, (" by descriptors", form(True, turned))] if size.descriptors else found
 
 
 def precisions() -> list[tuple[torch.dtype, bool]]:

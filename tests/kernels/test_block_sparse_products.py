@@ -15,6 +15,9 @@ from block_sparse_cases import BOUNDS, close, flat, masked, of_experts, rest, to
 from torch import Tensor
 
 from moetrain.kernels.block_sparse.autograd import dds_product, dsd_product, sdd_product
+from moetrain.kernels.block_sparse.dds import dds
+from moetrain.kernels.block_sparse.dsd import dsd
+from moetrain.kernels.block_sparse.sdd import sdd
 from moetrain.kernels.block_sparse.topology import Topology
 from moetrain.kernels.twins import block_sparse as twin
 
@@ -103,6 +106,26 @@ def test_products_of_experts(name: str, case: tuple[list[int], int, int, int, in
 def test_products_of_half_precision(name: str, dtype: torch.dtype) -> None:
     product(name, *masked(37, 53, 16, 32, 0.6, seed=1), 19, dtype)
     product(name, *of_experts([0, 2, 2, -1], 3, 29, 16, 16), 13, dtype)
+
+
+def fenced(x: Tensor) -> Tensor:
+    """The same values; what lies beside them in memory is no number."""
+    room = x.new_full([n + 17 for n in x.shape], torch.nan)
+    view = room[tuple(slice(n) for n in x.shape)]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["S", "S^T"])
+def test_what_lies_beside_an_operand_is_not_read(transposed: bool) -> None:
+    topology, _ = of_experts([0, 0, 2, -1], 3, 37, 16, 16)
+    a_MK, b_GKW, values_VW = torch.randn(64, 23), torch.randn(3, 23, 37), torch.randn(64, 37)
+    dense = a_MK if transposed else b_GKW.mT
+    want = dsd(values_VW, topology, dense, transposed)
+    assert torch.equal(dsd(fenced(values_VW), topology, fenced(dense), transposed), want)
+    want = dds(dense.mT, values_VW, topology, not transposed)
+    assert torch.equal(dds(fenced(dense.mT), fenced(values_VW), topology, not transposed), want)
+    here = (topology.rows_N.view(4, -1)[:, 0] >= 0).repeat_interleave(16)
+    assert torch.equal(sdd(fenced(a_MK), fenced(b_GKW), topology)[here], sdd(a_MK, b_GKW, topology)[here])
 
 
 @pytest.mark.slow

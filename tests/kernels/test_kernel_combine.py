@@ -11,7 +11,7 @@ import torch
 from kernel_cases import Case
 
 from moetrain.kernels import metadata
-from moetrain.kernels.combine import combine
+from moetrain.kernels.combine import combine, combine_kernel
 from moetrain.kernels.twins import combine as twins
 
 WIDTHS = (1, 31, 7, 37, 2, 17)
@@ -48,6 +48,16 @@ def test_sums_are_rounded_once(device: torch.device) -> None:
 @pytest.mark.parametrize(("case", "width"), MANY, ids=str)
 def test_sums_of_many_shapes(case: Case, width: int, device: torch.device) -> None:
     check(case, width, torch.float32, device)
+
+
+def test_nothing_beside_the_sums_is_written(device: torch.device) -> None:
+    """17 columns are a block of 16 and one that is cut."""
+    rows_RD = torch.ones(5, 17, device=device)
+    by_source_N, ends_X = torch.arange(5, device=device), torch.tensor([2, 2, 5], device=device)
+    room_XD = torch.full((4, 17), 7.0, device=device)
+    combine_kernel[(3, 2)](rows_RD, by_source_N, ends_X, room_XD, 17, 17, 17, BLOCK=16, num_warps=4)
+    assert room_XD[:, 0].tolist() == [2, 0, 3, 7]
+    assert room_XD[3].eq(7).all()
 
 
 def test_fp64_is_refused(device: torch.device) -> None:

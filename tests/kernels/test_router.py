@@ -114,6 +114,13 @@ def test_a_negative_nan_is_the_largest_too(device: torch.device) -> None:
     assert ids_TK.tolist() == [[2, 4, 1, 3]] * 2
 
 
+def test_a_column_without_an_expert_is_never_chosen(device: torch.device) -> None:
+    """Though every expert's score, with its bias, is below that of padding."""
+    logits_TE, bias_E = torch.arange(5.0, device=device)[None], torch.full((5,), -2.0, device=device)
+    ids_TK, _, _ = route(logits_TE, bias_E, Rule(3))
+    assert ids_TK.tolist() == [[4, 3, 2]]
+
+
 def test_no_token_and_any_layout(device: torch.device) -> None:
     rule = Rule(3)
     ids_TK, weights_TK, scores_TE = route(torch.zeros(0, 7, device=device, requires_grad=True), None, rule)
