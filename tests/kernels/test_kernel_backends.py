@@ -42,7 +42,7 @@ def test_a_layer_equals_the_loop(router: str, backend: str) -> None:
     layer = MoELayer(19, 23, 5, router, activation="swiglu", backend="loop", num_shared_experts=1, block=16)
     x_BSD = torch.randn(2, 17, 19)
     want = outcome(layer, x_BSD)
-    layer.experts.backend = backend
+    layer.use_backend(backend)
     for name, value in outcome(layer, x_BSD).items():
         torch.testing.assert_close(
             value, want[name], rtol=1e-5, atol=1e-5 * float(want[name].abs().max()), msg=name

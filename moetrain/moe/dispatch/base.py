@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetrain.moe.assignment import Assignment
 from moetrain.ops import Rows
+from moetrain.ops.kernel_or_torch import AUTO
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results back.
 
     ``block``: each expert's rows are padded to a multiple of it, 1 or more; None: the device's default.
+    ``backend``: ``experts.backend`` of its layer, which sums of rows follow.
     """
 
     def __init__(self, block: int | None = None) -> None:
-        self.block = block
+        self.block, self.backend = block, AUTO
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, assignment: Assignment) -> Work:

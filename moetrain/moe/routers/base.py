@@ -22,6 +22,7 @@ from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.zero_experts import ZeroKinds
 from moetrain.ops.init import Normal, drop_overwritten_initializers, in_memory, parameter
+from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.linear import wide_linear
 
 
@@ -46,6 +47,7 @@ class Router(nn.Module):
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters
+    backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
     _fp32_buffers: tuple[str, ...] = ("bias_E",)

@@ -17,7 +17,8 @@ from torch import Tensor
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Rows, Segments
-from moetrain.ops.experts.table import AUTO, BACKENDS, LOOP, choose
+from moetrain.ops.experts.table import BACKENDS, LOOP, choose
+from moetrain.ops.kernel_or_torch import AUTO
 
 _TENSORS = 8  # arguments of the operator: five operands, then what the rows are
 
@@ -115,7 +116,7 @@ def _backward(
     dx_RD, dweights_R, dw_up_EDP, dw_down_EFD = BACKENDS[backend].backward(
         dout_RD, source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, kept, segments, activation
     )
-    dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, ids_R)
+    dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, ids_R, backend)
     return dsource_XD, dweights_R, dw_up_EDP, dw_down_EFD
 
 
