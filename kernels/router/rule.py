@@ -37,8 +37,8 @@ class Rule:
             raise ValueError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
         if self.group_score not in GROUP_SCORES:
             raise ValueError(f"unknown group_score {self.group_score!r}; known: {', '.join(GROUP_SCORES)}")
-        if not 1 <= self.top_k <= MOST_CHOSEN:
-            raise ValueError(f"the router's kernels choose 1 to {MOST_CHOSEN} experts, not {self.top_k}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(f"top_groups={self.top_groups} must lie in 1 to num_groups={self.num_groups}")
 
@@ -48,7 +48,9 @@ class Rule:
         return self.top_groups < self.num_groups
 
     def check(self, num_experts: int) -> None:
-        """Raise ValueError where a number of experts does not fit."""
+        """Raise ValueError where no kernel computes the rule for a number of experts."""
+        if self.top_k > MOST_CHOSEN:
+            raise ValueError(f"the router's kernels choose 1 to {MOST_CHOSEN} experts, not {self.top_k}")
         if not 1 <= num_experts <= MOST_EXPERTS:
             raise ValueError(f"the router's kernels take 1 to {MOST_EXPERTS} experts, not {num_experts}")
         if num_experts % self.num_groups:

@@ -17,6 +17,7 @@ from moetrain.config.rules.layers import (
 )
 from moetrain.config.rules.model import (
     repair_looks_ahead,
+    rounding_looks_ahead,
     router_is_causal,
     routing_group_divides_micro_batch,
     vocabulary_is_large_enough,
@@ -63,7 +64,8 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     check_run(cfg.run)
     start_exists(cfg)
     check_compare(cfg.compare)
-    warnings = (router_is_causal(cfg), repair_looks_ahead(cfg), ends_with_its_schedule(cfg))
+    looks_ahead = (router_is_causal(cfg), repair_looks_ahead(cfg), rounding_looks_ahead(cfg))
+    warnings = (*looks_ahead, ends_with_its_schedule(cfg))
     return [text for text in warnings if text is not None]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CAPACITY = "a capacity may drop assignments; set router.capacity_factor=null"
+CAPACITY = (
+    "a capacity or a rounding may drop assignments; set router.capacity_factor=null and router.rounding=none"
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Combine:
     even_weight  the weight of each of them where all experts score alike; None where it is not known.
     total        the sum of a token's weights where it is the same for all tokens, else None.
     ties_whole   whether experts of equal score are chosen by index, so that neighbours go together.
-    drops        whether a capacity may take assignments away.
+    drops        whether a capacity or a rounding may take assignments away.
     own_scores   whether an expert's score is its own (sigmoid), not a share of one (softmax).
     num_groups   groups of experts that selection is limited to; 1 where there is no limit.
     """

@@ -68,6 +68,11 @@ class MoELayer(nn.Module):
         kinds = self.router.zero_experts
         self.zero_experts = ZeroExperts(d_model, kinds) if kinds is not None else None
         self.dispatcher: Dispatcher = LocalDispatcher(block, self.experts.needs_counts)
+        self.use_backend(backend)
+
+    def use_backend(self, backend: str) -> None:
+        """Compute experts, sums of rows and the router's choice by ``backend`` (``experts.backend``)."""
+        self.experts.backend = self.dispatcher.backend = self.router.backend = backend
 
     def forward(
         self,

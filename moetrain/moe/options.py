@@ -85,6 +85,17 @@ class Repair(Enum):
     fill_in = "fill_in"
 
 
+class Rounding(Enum):
+    """The multiple of ``router.rounding_tile`` that an expert's number of tokens becomes in training
+    (``token_rounding.py``): ``none``: as it is; ``nearest``; ``up``; ``down``.
+    """
+
+    none = "none"
+    nearest = "nearest"
+    up = "up"
+    down = "down"
+
+
 @dataclass(frozen=True)
 class ExpertsConfig:
     kind: ExpertKind = ExpertKind.networks
@@ -102,7 +113,7 @@ class ExpertsConfig:
 class RouterConfig:
     """The options that all routers share. ``name`` is the router's key in ROUTERS.
 
-    ``group``: how many sequences form a routing group, the tokens that a capacity couples:
+    ``group``: how many sequences form a routing group, the tokens that a capacity or a rounding couples:
     ``sequence`` (one), a number that divides the micro-batch, or ``all``: the step's, over all ranks.
     """
 
@@ -114,6 +125,8 @@ class RouterConfig:
     min_capacity: int = field(default=4, metadata=at_least(0))
     drop_order: DropOrder = DropOrder.position
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
+    rounding: Rounding = Rounding.none  # in training; needs a router with scores, and no capacity factor
+    rounding_tile: int = field(default=128, metadata=at_least(1, 2**20))  # tokens
 
     def evaluation_rule(self, num_experts: int) -> Optional[Words]:
         """The router's rule in evaluation over E experts, as ``evaluation.py`` describes it, or None.
@@ -124,7 +137,12 @@ class RouterConfig:
 
     @property
     def drops(self) -> bool:
-        """Whether a capacity may take assignments away."""
+        """Whether a capacity or a rounding may take assignments away."""
+        return self.limits or self.rounding is not Rounding.none
+
+    @property
+    def limits(self) -> bool:
+        """Whether there is a capacity, in training or in evaluation."""
         return self.capacity_factor is not None or self.eval_capacity_factor is not None
 
     def combine(self, num_experts: int) -> Combine:

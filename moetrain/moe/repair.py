@@ -12,7 +12,7 @@ are Rectify-Router's intra-GPU and fill-in rectification (Zeng et al. 2024, arXi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from moetrain.moe.assign import count, drop_priority, group_capacity, group_ids, rank_within
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import DropOrder, Repair
+from moetrain.moe.pairs import Pairs, least_divisor
 from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import first_max, top_ids
 
@@ -60,7 +61,7 @@ def repair_overflow(
     """
     if wanted.scores_TE is None:
         raise ValueError(f"router.repair={rule.name} needs a router with scores: set router.repair=none")
-    pairs = _Pairs.of(wanted, kept, wanted.scores_TE)
+    pairs = Pairs.of(wanted, kept, wanted.scores_TE)
     if rule is Repair.local:
         return _local(pairs, _local_mask(local_TE, wanted.scores_TE))
     if rule is Repair.none:
@@ -79,62 +80,7 @@ def repair_overflow(
     return _next_expert(pairs, free_Q, group_T, priority_N)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Wanted assignments by (token, expert). ``index_TE`` is the place among N, -1 where it is not wanted."""
-
-    wanted: Routing
-    kept: Routing
-    scores_TE: Tensor
-    experts_N: Tensor
-    index_TE: Tensor
-    lost_L: Tensor  # places among N
-
-    @staticmethod
-    def of(wanted: Routing, kept: Routing, scores_TE: Tensor) -> _Pairs:
-        experts_N, tokens_N = wanted.assignment.expert_ids_N(), wanted.assignment.token_ids_N
-        places_N = torch.arange(len(tokens_N), device=tokens_N.device)
-        index_TE = torch.full(scores_TE.shape, -1, device=tokens_N.device)
-        index_TE[tokens_N, experts_N] = places_N
-        lost_N = torch.ones_like(places_N, dtype=torch.bool)
-        lost_N[index_TE[kept.assignment.token_ids_N, kept.assignment.expert_ids_N()]] = False
-        return _Pairs(wanted, kept, scores_TE, experts_N, index_TE, lost_N.nonzero().squeeze(1))
-
-    def moved_weights(self, from_A: Tensor, experts_A: Tensor) -> Tensor:
-        """w_old score_new / score_old; w_old where score_old is too small to divide by."""
-        old_A = self.scores_TE[self.wanted.assignment.token_ids_N[from_A], self.experts_N[from_A]]
-        new_A = self.scores_TE[self.wanted.assignment.token_ids_N[from_A], experts_A]
-        weights_A = self.wanted.assignment.weights_N[from_A]
-        usable_A = old_A.detach() > _least(old_A)
-        return torch.where(usable_A, weights_A * (new_A / old_A.where(usable_A, 1.0)), weights_A)
-
-    def add(self, from_A: Tensor, experts_A: Tensor, weights_A: Tensor, choice_A: Tensor | None) -> Routing:
-        """``kept`` with the added assignments sorted in; ``from_A``: places of those that they replace."""
-        kept, tokens_A = self.kept, self.wanted.assignment.token_ids_N[from_A]
-        tokens = torch.cat([kept.assignment.token_ids_N, tokens_A])
-        experts = torch.cat([kept.assignment.expert_ids_N(), experts_A])
-        order = torch.argsort(experts * max(len(self.scores_TE), 1) + tokens)
-        scale_N, choice_N = self.wanted.assignment.forward_scale_N, kept.assignment.choice_N
-        if choice_N is not None and choice_A is not None:
-            choice_N = torch.cat([choice_N, choice_A])[order]
-        if scale_N is not None and kept.assignment.forward_scale_N is not None:
-            scale_N = torch.cat([kept.assignment.forward_scale_N, scale_N[from_A]])[order]
-        assignment = replace(
-            kept.assignment,
-            token_ids_N=tokens[order],
-            weights_N=torch.cat([kept.assignment.weights_N, weights_A])[order],
-            counts_E=count(experts, kept.num_experts),
-            choice_N=choice_N,
-            forward_scale_N=scale_N,
-            host_counts=None,
-        )
-        return replace(kept, assignment=assignment, repaired_E=count(experts_A, kept.num_experts))
-
-    def choices(self, from_A: Tensor) -> Tensor | None:
-        return None if self.wanted.assignment.choice_N is None else self.wanted.assignment.choice_N[from_A]
-
-
-def _next_expert(pairs: _Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Tensor) -> Routing:
+def _next_expert(pairs: Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Tensor) -> Routing:
     num_experts = pairs.scores_TE.shape[1]
     groups = len(free_Q) // num_experts
     # each token's lost assignments, one after the other by priority: head_X is the one that asks
@@ -162,7 +108,7 @@ def _next_expert(pairs: _Pairs, free_Q: Tensor, group_T: Tensor, priority_N: Ten
     return pairs.add(from_A, experts_A, pairs.moved_weights(from_A, experts_A), pairs.choices(from_A))
 
 
-def _fill_in(pairs: _Pairs, free_Q: Tensor, group_T: Tensor) -> Routing:
+def _fill_in(pairs: Pairs, free_Q: Tensor, group_T: Tensor) -> Routing:
     scores_TE, wanted_TE = pairs.scores_TE.detach(), pairs.index_TE >= 0
     groups = len(free_Q) // max(scores_TE.shape[1], 1)
     tokens_X = (wanted_TE.any(1) & ~wanted_TE.all(1)).nonzero().squeeze(1)
@@ -177,7 +123,7 @@ def _fill_in(pairs: _Pairs, free_Q: Tensor, group_T: Tensor) -> Routing:
     return pairs.add(from_A, experts_A, weights_A, wanted_XE.sum(1)[granted_X])
 
 
-def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
+def _local(pairs: Pairs, local_TE: Tensor) -> Routing:
     wanted, kept, lost_L = pairs.wanted.assignment, pairs.kept.assignment, pairs.lost_L
     if wanted.choice_N is not None:  # what h gets has the best rank among the lost
         lost_L = lost_L[torch.argsort(wanted.choice_N[lost_L], stable=True)]
@@ -195,7 +141,7 @@ def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
     total_T = torch.zeros_like(number_TE[:, 0]).index_add(0, wanted.token_ids_N, wanted.weights_N.detach())
     sum_T = (number_TE * pairs.scores_TE.detach()).sum(1)
     touched_T = torch.zeros_like(sum_T, dtype=torch.bool).index_fill(0, tokens_X, True)
-    some_T = touched_T & (sum_T > _least(sum_T))
+    some_T = touched_T & (sum_T > least_divisor(sum_T))
     scale_T = total_T / torch.where(some_T, sum_T, number_TE.sum(1))
 
     def weights(tokens: Tensor, experts: Tensor) -> Tensor:
@@ -209,11 +155,6 @@ def _local(pairs: _Pairs, local_TE: Tensor) -> Routing:
     from_A, experts_A = first_X[~held_X], best_X[~held_X]
     weights_A = weights(wanted.token_ids_N[from_A], experts_A)
     return pairs.add(from_A, experts_A, weights_A, pairs.choices(from_A))
-
-
-def _least(scores: Tensor) -> float:
-    """The least score to divide by: of what is below, the square, which gradients have, underflows."""
-    return float(torch.finfo(scores.dtype).tiny ** 0.5)
 
 
 def _local_mask(local_TE: Tensor | tuple[int, int] | None, scores_TE: Tensor) -> Tensor:

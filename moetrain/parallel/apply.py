@@ -121,6 +121,7 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         device = torch.device(mesh.device_type)  # the weights may lie on the meta device still
         layer.dispatcher = build_dispatcher(meshes, exchange, placement, device, layer.dispatcher.block)
+        layer.use_backend(layer.experts.backend)
         holders.append(layer.experts)
     return holders
 

@@ -39,6 +39,7 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
         cfg.router,
         group="2" if group == 2 else cfg.router.group,
         min_capacity=min(cfg.router.min_capacity, 1),  # else no capacity would ever drop anything
+        rounding_tile=min(cfg.router.rounding_tile, 2),  # nor would a sequence hold a tile
     )
     experts = cfg.experts
     if experts.max_rows_per_rank is not None:

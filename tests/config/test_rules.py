@@ -113,7 +113,7 @@ def test_accepted(base, changes):
 def test_every_rule_refuses_something(base):
     """Each check that ``validate`` makes raises for at least one of the cases above."""
     own_tests = {"attention_accepts_its_options", "layers_accept_their_options", "check_tracker"}
-    warnings = {"router_is_causal", "repair_looks_ahead", "ends_with_its_schedule"}
+    warnings = {"router_is_causal", "repair_looks_ahead", "rounding_looks_ahead", "ends_with_its_schedule"}
     others = {"check_eval", "check_generate", "feed_forward_is_own"}
     rules = {name for name, value in vars(validate_module).items() if inspect.isfunction(value)}
     rules = {name for name in rules if not name.startswith(("_", "validate"))}
@@ -285,3 +285,21 @@ def test_the_config_knows_it_and_warns_of_what_looks_ahead() -> None:
         )
         assert ("train/loss and val/loss can" in " ".join(validate(both))) == (rule != "local")
     assert "looks ahead" not in " ".join(validate(compose_train(["router.capacity_factor=1.0"])))
+
+
+def test_rounding_is_warned_of_and_refused_beside_a_capacity() -> None:
+    small = ["router.rounding=nearest", "router.rounding_tile=128", "data.seq_len=64"]
+    (said,) = (line for line in validate(compose_train(small)) if "rounding" in line)
+    assert "router.rounding=nearest looks ahead" in said
+    assert "gets 16 tokens of a routing group on average, fewer than router.rounding_tile=128" in said
+    (said,) = (
+        line for line in validate(compose_train([*small, "router.rounding_tile=16"])) if "round" in line
+    )
+    assert "on average" not in said
+    for more, message in (
+        ("router.capacity_factor=1.0", "both decide how many tokens an expert takes"),
+        ("router.group=all", "not of router.group=all"),
+        ("router=hash", "router=hash returns none: set router.rounding=none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            validate(compose_train([*small, more]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from moetrain.kernels.router.route import route
 from moetrain.kernels.router.rule import Rule
 from moetrain.kernels.twins import router as twin
-from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions, TopKRouter
+from moetrain.moe.token_choice import choose_experts
 
 NAN, INF = float("nan"), float("inf")
 
@@ -66,20 +66,13 @@ def test_drawn_routers_equal_their_twins(seed: int, device: torch.device) -> Non
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_twin_is_the_top_k_router(case: Case, dtype: torch.dtype) -> None:
-    rule = case.rule
-    options = TopKOptions(
-        top_k=rule.top_k, score=Score(rule.score), renormalize=rule.renormalize, route_scale=rule.route_scale,
-        num_groups=rule.num_groups, top_groups=rule.top_groups, group_score=GroupScore(rule.group_score),
-    )  # fmt: skip
-    router = TopKRouter(1, case.experts, options)
+def test_the_twin_is_torch_s_way(case: Case, dtype: torch.dtype) -> None:
     logits_TE, bias_E = case.inputs(torch.device("cpu"))
-    logits_TE, bias_E = logits_TE.to(dtype), None if bias_E is None else bias_E.to(dtype)
-    if bias_E is not None:
-        router.bias_E = bias_E
-    ids_TK, weights_TK, scores_TE = twin.route(logits_TE, bias_E, rule)
-    assert torch.equal(ids_TK, router._select(scores_TE))
-    assert torch.equal(weights_TK, router._weights(scores_TE, logits_TE, ids_TK))
+    logits_TE = logits_TE.to(dtype)
+    bias_E = torch.zeros(case.experts, dtype=dtype) if bias_E is None else bias_E.to(dtype)
+    want = twin.route(logits_TE, bias_E, case.rule)
+    for got, wanted in zip(choose_experts(logits_TE, bias_E, case.rule, "torch"), want, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("score", ["softmax", "softmax_after", "sigmoid"])
@@ -155,7 +148,8 @@ def test_one_renormalized_choice_has_no_gradient(device: torch.device) -> None:
         (lambda: route(torch.zeros(2, 513), None, Rule(1)), "1 to 512 experts, not 513"),
         (lambda: route(torch.zeros(2, 6), None, Rule(1, num_groups=5)), "5 does not divide 6"),
         (lambda: route(torch.zeros(2, 6), None, Rule(3, num_groups=3)), "exceeds the 2 experts of 1 groups"),
-        (lambda: Rule(33), "1 to 32 experts, not 33"),
+        (lambda: route(torch.zeros(2, 40), None, Rule(33)), "choose 1 to 32 experts, not 33"),
+        (lambda: Rule(0), "top_k=0 must be at least 1"),
         (lambda: Rule(1, "best"), "unknown score 'best'"),
         (lambda: Rule(1, group_score="best"), "unknown group_score 'best'"),
         (lambda: Rule(1, num_groups=2, top_groups=3), "top_groups=3 must lie in 1 to num_groups=2"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from moetrain.arithmetic import divisor_near
+from moetrain.config.rules.router import built_router
 from moetrain.data.options import TokenizerKind
 from moetrain.errors import UserError
-from moetrain.moe.options import Repair
+from moetrain.moe.options import Repair, Rounding
 from moetrain.moe.routers import ROUTERS
 from moetrain.train.options import TrainConfig
 
@@ -67,4 +68,26 @@ def repair_looks_ahead(cfg: TrainConfig) -> str | None:
     return (
         f"router.repair={router.repair.name} looks ahead: a token's experts depend on later tokens of its "
         f"routing group, so {losses} can be too low for a language model; router.repair=local does not"
+    )
+
+
+def rounding_looks_ahead(cfg: TrainConfig) -> str | None:
+    """A warning: whether a token stays with an expert depends on later ones; and what a large tile does."""
+    rule, tile = cfg.router.rounding, cfg.router.rounding_tile
+    if rule is Rounding.none or not cfg.model.num_experts:
+        return None
+    text = (
+        f"router.rounding={rule.name} looks ahead: in training a token's experts depend on later tokens of "
+        "its routing group, so train/loss can be too low for a language model; evaluation rounds nothing"
+    )
+    top_k, group = built_router(cfg).top_k, cfg.router.group
+    if top_k is None:
+        return text
+    sequences = int(group) if group.isdecimal() else 1
+    mean = sequences * cfg.data.seq_len * top_k / cfg.model.num_experts
+    if mean >= tile:
+        return text
+    return (
+        f"{text}. An expert gets {mean:.4g} tokens of a routing group on average, fewer than "
+        f"router.rounding_tile={tile}, so most get none or many more: raise router.group, or lower the tile"
     )

@@ -86,6 +86,6 @@ class AllGatherDispatcher(RemoteDispatcher):
         scale_x = scales[0][order_x] if scales else None
         here = Assignment(sources_x, weights_x[order_x], counts_Pe.sum(0), scale_x)
         useful = [sum(column) for column in zip(*received, strict=True)]
-        block = self.block_of(x_TD, by_slot, self.placement.per_rank)
-        plan = place(here, useful, most * self.exchange.size, block)
+        num_source, block = most * self.exchange.size, self.block_of(x_TD, by_slot, self.placement.per_rank)
+        plan = place(here, useful, num_source, block, self.backend)
         return _Everywhere(self.exchange, x_TD.shape[0], most), [plan]

@@ -9,7 +9,7 @@ takes part in every exchange, with empty parts where it has nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -89,7 +89,8 @@ class AllToAllDispatcher(RemoteDispatcher):
         leaving = by_slot.to_ffn(sum(map(sum, counts[0])))
         chunk_e = self._chunk_of_each(x_TD.device)
         splits = [self._splits(counts, span) for span in self._spans()]
-        route = _Direct(splits, RowIndex.of(leaving.token_ids_N, x_TD.shape[0]), leaving.forward_scale_N)
+        index = RowIndex.of(leaving.token_ids_N, x_TD.shape[0], self.backend)
+        route = _Direct(splits, index, leaving.forward_scale_N)
         if self.overlap > 1:
             chunk_n = chunk_e[leaving.expert_ids_N() % num_local]
             route = _reordered(route, stable_order(chunk_n, self.overlap))
@@ -117,7 +118,7 @@ class AllToAllDispatcher(RemoteDispatcher):
             size = sum(useful[span])
             rows = slice(first, first + size)
             here = Assignment(places_X[rows] - first, weights_X[order_X[rows]], counts_e[span])
-            plans.append(place(here, useful[span], size, block))
+            plans.append(place(here, useful[span], size, block, self.backend))
             first += size
         return plans
 
@@ -137,5 +138,5 @@ class AllToAllDispatcher(RemoteDispatcher):
 def _reordered(route: _Direct, order_n: Tensor) -> _Direct:
     """The same rows, which go in ``order_n``; a token's are summed by expert all the same."""
     was, scale_n = route.index, route.scale_n
-    index = RowIndex(was.ids_u[order_n], inverse(order_n)[was.by_source_u], was.ends_X)
+    index = replace(was, ids_u=was.ids_u[order_n], by_source_u=inverse(order_n)[was.by_source_u])
     return _Direct(route.splits, index, None if scale_n is None else scale_n[order_n])

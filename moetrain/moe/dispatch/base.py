@@ -18,6 +18,7 @@ from torch import Tensor
 from moetrain.moe.assignment import Assignment
 from moetrain.ops import Rows
 from moetrain.ops.experts.blocks import usual_block
+from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.precision import product_dtype
 
 
@@ -55,10 +56,11 @@ class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results back.
 
     ``block``: each expert's rows are padded to a multiple of it, 1 or more; None: see :meth:`block_of`.
+    ``backend``: ``experts.backend`` of its layer, which sums of rows follow.
     """
 
     def __init__(self, block: int | None = None) -> None:
-        self.block = block
+        self.block, self.backend = block, AUTO
 
     def block_of(self, x_TD: Tensor, assignment: Assignment, experts: int) -> int:
         """The rows of a block: what was asked for, or what suits the mean rows of the ``experts`` here.

@@ -76,7 +76,7 @@ class HierarchicalDispatcher(RemoteDispatcher):
 
         node_n = self.placement.rank_of(leaving.expert_ids_N()) // self.node.size
         here_MT = here_PT.unflatten(0, (self.nodes.size, self.node.size)).any(1)
-        index_u, numbers_n = _distinct(here_MT, node_n, tokens_n, sum(counts.nodes[0].sent))
+        index_u, numbers_n = _distinct(here_MT, node_n, tokens_n, sum(counts.nodes[0].sent), self.backend)
         arrived_mW = counts.nodes[1].out("assignments", pack(numbers_n, values)).wait()
         spread, leaving_mW = self._spread(counts, arrived_mW)
         arrived_xW = counts.node[1].out("assignments", leaving_mW).wait()
@@ -91,7 +91,8 @@ class HierarchicalDispatcher(RemoteDispatcher):
         level = Level(*counts.nodes, index_u)
         if self.node_sums:
             return Summed(level, spread), [plan]
-        return Unsummed(level, spread, rows_x, RowIndex.of(tokens_n, x_TD.shape[0]), scale_n), [plan]
+        home = RowIndex.of(tokens_n, x_TD.shape[0], self.backend)
+        return Unsummed(level, spread, rows_x, home, scale_n), [plan]
 
     def _destinations(self, tokens: int, by_slot: Assignment) -> Tensor:
         """bool [P, T]: whether a token has an expert on a rank."""
@@ -149,7 +150,8 @@ class HierarchicalDispatcher(RemoteDispatcher):
         num_rows = sum(counts.nodes[0].received)
         here_LR = rank_m.new_zeros(self.node.size, num_rows, dtype=torch.bool)
         here_LR[rank_m, rows_m] = True
-        index_v, numbers_m = _distinct(here_LR, rank_m, rows_m, sum(counts.node[0].sent))
+        sent = sum(counts.node[0].sent)
+        index_v, numbers_m = _distinct(here_LR, rank_m, rows_m, sent, self.backend)
         order_m = stable_order(rank_m, self.node.size)
         leaving_mW = torch.cat([numbers_m[:, None].to(arrived_mW.dtype), arrived_mW[:, 1:]], 1)
         return Level(*counts.node, index_v, order_m), leaving_mW[order_m]
@@ -170,7 +172,7 @@ class HierarchicalDispatcher(RemoteDispatcher):
         num_source = sum(counts.node[0].received) if self.node_sums else rows_x.shape[0]
         scale_x = scales[0][order_x] if scales else None
         here = Assignment(sources_x, weights_x[order_x], counts_LMe.sum((0, 1)), scale_x)
-        return place(here, counts.useful, num_source, block)
+        return place(here, counts.useful, num_source, block, self.backend)
 
 
 def _cells(table: list[list[int]], first: int, width: int) -> list[list[list[int]]]:
@@ -186,12 +188,14 @@ def _assignments(cells: Sequence[list[int]]) -> int:
     return sum(sum(cell[1:]) for cell in cells)
 
 
-def _distinct(here_GS: Tensor, groups_n: Tensor, sources_n: Tensor, size: int) -> tuple[RowIndex, Tensor]:
+def _distinct(
+    here_GS: Tensor, groups_n: Tensor, sources_n: Tensor, size: int, backend: str
+) -> tuple[RowIndex, Tensor]:
     """The ``size`` (group, source) pairs that are True, in that order, and each one's number in its group."""
     places_n = (here_GS.view(-1).cumsum(0) - 1)[groups_n * here_GS.shape[1] + sources_n]
     ids_u = places_n.new_empty(size).scatter_(0, places_n, sources_n)
     sizes_G = here_GS.sum(1)
-    return RowIndex.of(ids_u, here_GS.shape[1]), places_n - (sizes_G.cumsum(0) - sizes_G)[groups_n]
+    return RowIndex.of(ids_u, here_GS.shape[1], backend), places_n - (sizes_G.cumsum(0) - sizes_G)[groups_n]
 
 
 def _starts(rows_G: Tensor, assignments_G: Tensor, size: int) -> Tensor:

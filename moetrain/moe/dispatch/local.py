@@ -54,7 +54,7 @@ class LocalDispatcher(Dispatcher):
         if assignment.num_ffn_experts is not None or self.needs_counts(x_TD, block):
             useful = assignment.counts_on_host()[: assignment.num_ffn_experts]
             assignment = assignment.to_ffn(sum(useful))
-        plan = place(assignment, useful, x_TD.shape[0], block)
+        plan = place(assignment, useful, x_TD.shape[0], block, self.backend)
         return LocalWork(x_TD, plan)
 
     def agree(self, rounds: int) -> int:

@@ -19,11 +19,15 @@ from moetrain.ops import Rows, Segments, gather_sum
 
 @dataclass(frozen=True)
 class Plan:
-    """Computed rows, the routing weight of each (0 on padding), and the factor of its value forward."""
+    """Computed rows, the routing weight of each (0 on padding), and the factor of its value forward.
+
+    ``backend``: ``experts.backend``, which sums follow.
+    """
 
     rows: Rows
     weights_R: Tensor
     scale_R: Tensor | None
+    backend: str
 
 
 def sum_by_source(out_RD: Tensor, plan: Plan) -> Tensor:
@@ -31,17 +35,19 @@ def sum_by_source(out_RD: Tensor, plan: Plan) -> Tensor:
     if plan.scale_R is not None:
         # the value is scaled, the gradient is not (gradient estimators for a discrete choice)
         out_RD = out_RD + (out_RD * (plan.scale_R[:, None] - 1)).detach().to(out_RD.dtype)
-    return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R)
+    return gather_sum(out_RD, plan.rows.by_source_N, plan.rows.ends_X, plan.rows.ids_R, plan.backend)
 
 
-def place(assignment: Assignment, useful: list[int] | None, num_source: int, block: int) -> Plan:
+def place(
+    assignment: Assignment, useful: list[int] | None, num_source: int, block: int, backend: str
+) -> Plan:
     """The plan of an assignment whose tokens are source rows; ``useful``: as in :func:`layout`."""
     rows, slots_N = layout(assignment.token_ids_N, assignment.counts_E, useful, num_source, block)
     weights_N, scale_N = assignment.weights_N, assignment.forward_scale_N
     size = rows.ids_R.shape[0]
     weights_R = weights_N.new_zeros(size).scatter(0, slots_N, weights_N)
     scale_R = None if scale_N is None else scale_N.new_ones(size).scatter(0, slots_N, scale_N)
-    return Plan(rows, weights_R, scale_R)
+    return Plan(rows, weights_R, scale_R, backend)
 
 
 def layout(

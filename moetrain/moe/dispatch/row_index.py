@@ -16,16 +16,20 @@ from moetrain.ops import gather_sum
 
 @dataclass(frozen=True)
 class RowIndex:
-    """``ids_u``: the source of each row; ``by_source_u`` and ``ends_X`` group the rows by it."""
+    """``ids_u``: the source of each row; ``by_source_u`` and ``ends_X`` group the rows by it.
+
+    ``backend``: ``experts.backend``, which sums follow.
+    """
 
     ids_u: Tensor
     by_source_u: Tensor
     ends_X: Tensor
+    backend: str
 
     @staticmethod
-    def of(ids_u: Tensor, num_source: int) -> RowIndex:
+    def of(ids_u: Tensor, num_source: int, backend: str) -> RowIndex:
         ends_X = count(ids_u, num_source).cumsum(0)
-        return RowIndex(ids_u, stable_order(ids_u, num_source), ends_X)
+        return RowIndex(ids_u, stable_order(ids_u, num_source), ends_X, backend)
 
     def take(self, source_XD: Tensor) -> Tensor:
         """The rows [u, D]."""
@@ -33,7 +37,7 @@ class RowIndex:
 
     def total(self, rows_uD: Tensor) -> Tensor:
         """Each source row's rows summed, in the order of ``by_source_u``: [X, D]."""
-        return gather_sum(rows_uD, self.by_source_u, self.ends_X, self.ids_u)
+        return gather_sum(rows_uD, self.by_source_u, self.ends_X, self.ids_u, self.backend)
 
 
 def inverse(order_n: Tensor) -> Tensor:

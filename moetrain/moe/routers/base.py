@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
-from moetrain.moe.options import DropOrder, Repair, RouterConfig
+from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
+from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
 from moetrain.ops.init import Normal, drop_overwritten_initializers, in_memory, parameter
+from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.linear import wide_linear
 
 
 class Router(nn.Module):
-    """Maps tokens to a Routing. A subclass defines ``route``; capacity and repair are applied to its result.
+    """Maps tokens to a Routing. A subclass defines ``route``; capacity, repair or rounding change its result.
 
     The attributes below describe the router to the trainer, the rules of the config and reports, which ask
     nothing else. ``moetrain router check`` compares them with the router's Routings.
@@ -46,6 +48,7 @@ class Router(nn.Module):
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters
+    backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
     _fp32_buffers: tuple[str, ...] = ("bias_E",)
@@ -74,6 +77,10 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             routing = self.route(x_TD, ctx)
             options = self.options
+            if self.training and options.rounding is not Rounding.none:
+                total = options.combine(self.num_experts).total
+                how = (options.rounding, options.rounding_tile, options.group, total)
+                return round_tokens(routing, ctx, *how)
             factor = options.capacity_factor if self.training else options.eval_capacity_factor
             if factor is None:
                 return routing
@@ -111,10 +118,26 @@ def _check_capacity(options: RouterConfig) -> None:
         raise ValueError(
             "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
         )
-    if options.repair is not Repair.none and not options.drops:
+    if options.rounding is not Rounding.none:
+        _check_rounding(options)
+    if options.repair is not Repair.none and not options.limits:
         raise ValueError(
             f"router.repair={options.repair.name} has nothing to repair without a capacity: "
             "set router.capacity_factor, or router.repair=none"
+        )
+
+
+def _check_rounding(options: RouterConfig) -> None:
+    rounding = options.rounding.name
+    if options.group == ALL:
+        raise ValueError(
+            f"router.rounding={rounding} is of the tokens of one rank, not of router.group=all: "
+            "set a smaller group, or router.rounding=none"
+        )
+    if options.capacity_factor is not None:
+        raise ValueError(
+            f"router.rounding={rounding} and router.capacity_factor={options.capacity_factor} both decide "
+            "how many tokens an expert takes: set router.capacity_factor=null, or router.rounding=none"
         )
 
 
@@ -124,6 +147,11 @@ def _check_scores(name: str, options: RouterConfig) -> None:
         raise ValueError(
             f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
             "set router.repair=none"
+        )
+    if options.rounding is not Rounding.none:
+        raise ValueError(
+            f"router.rounding={options.rounding.name} ranks tokens by scores, and router={name} returns "
+            "none: set router.rounding=none"
         )
     if options.drop_order is DropOrder.batch_prioritized:
         raise ValueError(

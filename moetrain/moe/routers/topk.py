@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.arithmetic import divisor_near
 from moetrain.bounds import at_least, within
+from moetrain.kernels.router.rule import Rule
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
@@ -23,7 +24,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.topk_ops import softmax, top_ids
+from moetrain.moe.token_choice import choose_experts
 
 _JITTER_SALT = 0x717E
 
@@ -106,6 +107,15 @@ class TopKRouter(LinearRouter):
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
         _check(options, self.top_k, num_experts)
+        self.rule = Rule(
+            self.top_k,
+            options.score.value,
+            options.renormalize,
+            options.route_scale,
+            options.num_groups,
+            options.num_groups if options.top_groups is None else options.top_groups,
+            options.group_score.value,
+        )
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         if self.training and self.options.jitter:
@@ -113,42 +123,10 @@ class TopKRouter(LinearRouter):
             noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
         logits_TE = self.logits(x_TD)
-        sigmoid = self.options.score is Score.sigmoid
-        scores_TE = logits_TE.sigmoid() if sigmoid else softmax(logits_TE)
-        ids_TK = self._select(scores_TE.detach())
-        weights_TK = self._weights(scores_TE, logits_TE, ids_TK)
-        return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
-
-    def _select(self, scores_TE: Tensor) -> Tensor:
-        """The chosen experts, int64 [T, K]; the bias takes part here and nowhere else."""
-        selection_TE = scores_TE + self.bias_E
-        options = self.options
-        if options.num_groups > 1 and options.top_groups not in (None, options.num_groups):
-            selection_TE = self._limit_to_groups(selection_TE)
-        return top_ids(selection_TE, self.top_k)
-
-    def _limit_to_groups(self, selection_TE: Tensor) -> Tensor:
-        """-inf outside each token's best groups: 0 would beat real scores under a negative bias."""
-        options = self.options
-        grouped_TME = selection_TE.unflatten(-1, (options.num_groups, -1))
-        best = 2 if options.group_score is GroupScore.top2 else 1
-        score_TM = grouped_TME.topk(min(best, grouped_TME.shape[-1]), dim=-1).values.sum(-1)
-        kept_TM = torch.zeros_like(score_TM, dtype=torch.bool)
-        kept_TM.scatter_(-1, top_ids(score_TM, options.top_groups or options.num_groups), True)
-        limited_TME: Tensor = grouped_TME.masked_fill(~kept_TM[..., None], float("-inf"))
-        return limited_TME.flatten(-2)
-
-    def _weights(self, scores_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        options = self.options
-        if options.score is Score.softmax_after:
-            weights_TK = softmax(logits_TE.gather(-1, ids_TK))
-        else:
-            weights_TK = scores_TE.gather(-1, ids_TK)
-            if options.renormalize and self.top_k == 1:
-                weights_TK = weights_TK * 0 + 1  # the quotient's gradient would be rounding noise, not zero
-            elif options.renormalize:
-                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return weights_TK * options.route_scale if options.route_scale != 1.0 else weights_TK
+        chosen = choose_experts(logits_TE, self.bias_E, self.rule, self.backend)
+        return from_token_choice(
+            chosen.ids_TK, chosen.weights_TK, ctx, self.num_experts, chosen.scores_TE, logits_TE
+        )
 
 
 def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:

@@ -21,7 +21,8 @@ from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Rows, Segments
-from moetrain.ops.experts.table import AUTO, BACKENDS, LOOP, Backend, choose
+from moetrain.ops.experts.table import BACKENDS, LOOP, Backend, choose
+from moetrain.ops.kernel_or_torch import AUTO
 
 # The operator's arguments: operands, then what the rows are, then what is no tensor.
 _NAMED, _TENSORS = 5, 8
@@ -101,7 +102,7 @@ def _backward(dout_RD: Tensor, kept: list[Tensor], *arguments: Any) -> tuple[Ten
         return tuple(torch.zeros_like(t) for t in _differentiable(arguments))  # type: ignore[return-value]
     dx_RD, dweights_R, dw_up_EDP, dw_down_EFD = backend.backward(dout_RD, operands, kept if keep else None)
     by_source_N, ends_X = arguments[_NAMED : _NAMED + 2]
-    dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, operands.ids_R)
+    dsource_XD = torch.ops.moetrain.gather_sum(dx_RD, by_source_N, ends_X, operands.ids_R, arguments[-1])
     return dsource_XD, dweights_R, dw_up_EDP, dw_down_EFD
 
 

@@ -5,21 +5,19 @@ Shapes: X source rows, D model, R rows, E experts, F hidden, P = 2F (gated) or F
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moetrain.ops import self_test
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.rows import Segments
 
 # of the largest value; rows missing, twice, or of another expert change values by far more
-_ROUNDINGS = {2: 4, 4: 16, 8: 16}  # by bytes of the dtype: sums of halves are in fp32
 _COARSEST = 4 * 2**-10  # an accelerator may take products of fp32 in ten bits
 _NAMES = (
     "output",
@@ -43,37 +41,20 @@ class Computes(Protocol):
 def failure(backend: Computes, case: Case) -> str | None:
     """What is wrong with a backend's output or gradients, as a phrase; None if they are right up to rounding.
 
-    None too on a device that this process only pretends to have. It runs in a thread of its own, free of the
-    caller's autocast, inference mode, tracing and counting.
+    None too on a device that this process only pretends to have.
     """
-    if not _is_real(case.device):
-        return None
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(_failure(backend, case)))
-    thread.start()
-    thread.join()
-    return found[0] if found else "its self-test was interrupted"
-
-
-def _is_real(device: torch.device) -> bool:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return device.type == "cpu" or (accelerator is not None and device.type == accelerator.type)
+    return self_test.run(lambda: _failure(backend, case), case.device)
 
 
 def _failure(backend: Computes, case: Case) -> str | None:
-    try:
-        with torch.no_grad(), torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext():
-            operands, dout_RD = _inputs(case)
-            found = _by(backend, operands, dout_RD, case.keep)
-        right = _by_the_loop(operands, dout_RD)
-    except Exception as error:  # a compiler, a driver or a kernel: whatever is missing or broken
-        return f"its self-test failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    with torch.no_grad():
+        operands, dout_RD = _inputs(case)
+        found = _by(backend, operands, dout_RD, case.keep)
+    right = _by_the_loop(operands, dout_RD)
     least = 0.0 if case.device.type == "cpu" else _COARSEST
-    bound = max(_ROUNDINGS[case.dtype.itemsize] * torch.finfo(case.dtype).eps, least)
     for name, ours, theirs in zip(_NAMES, found, right, strict=True):
-        off = float((ours.cpu().double() - theirs).abs().max() / theirs.abs().max())
-        if not off <= bound:
-            return f"its {name} is off by {off:.2g} of the largest value in a self-test"
+        if line := self_test.off(name, ours, theirs, case.dtype, least):
+            return line
     return None
 
 

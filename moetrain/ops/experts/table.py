@@ -25,9 +25,9 @@ from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.passed import keep_passed, was_passed
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.self_test import failure
+from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.say_once import say_once
 
-AUTO = "auto"
 LOOP = "loop"  # the oracle takes whatever is asked, and is not tested against itself
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.triton_cases import refusal_of_triton
+from moetrain.ops.triton_support import device_refusal
 
 DISTRIBUTIONS = ("stanford-stk", "scattermoe")  # whose versions a passed self-test is of
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ def refusal_of_package(case: Case, module: str, install: str) -> str | None:
         return f"{module} is not installed ({install})"
     if case.dtype not in _DTYPES:
         return f"its products are of bf16 and fp16, not {str(case.dtype).removeprefix('torch.')}"
-    return refusal_of_triton(case)
+    return device_refusal(case.device)
 
 
 def refusal_of_widths(case: Case, unit: int) -> str | None:
