@@ -24,12 +24,7 @@ from config_cases import (
 from moetrain.config import validate as validate_module
 from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate, validate_generate
-from moetrain.data.options import (
-    HubData,
-    MixtureData,
-    MixturePart,
-    SourceKind,
-)
+from moetrain.data.options import HubData, MixtureData, MixturePart, SourceKind
 from moetrain.errors import UserError
 from moetrain.models.options import AttentionBackend
 from moetrain.models.rope_options import RopeKind, RopeScaling

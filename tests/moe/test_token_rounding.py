@@ -200,7 +200,7 @@ def test_scores_that_underflow_keep_the_weight() -> None:
     }  # fmt: skip
 
 
-def test_in_training_a_router_rounds_and_in_evaluation_it_does_not() -> None:
+def test_a_router_rounds_in_training_not_in_evaluation() -> None:
     torch.manual_seed(0)
     router = build_router("topk", d_model=7, num_experts=5, top_k=2, rounding="nearest", rounding_tile=4)
     x_TD, ctx = torch.randn(34, 7), RouterContext.default(2, 17)

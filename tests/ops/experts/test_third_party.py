@@ -119,7 +119,7 @@ def test_what_they_refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "its products are of bf16 and fp16, not float32" in (refusal(case(name, torch.float32)) or "")
     assert "Triton needs a GPU" in (refusal(of) or "")
     assert "GPUs, not xpu" in (refusal(case(name, device=torch.device("xpu"))) or "")
-    monkeypatch.setattr("moetrain.ops.experts.triton_cases._missing", lambda: None)
+    monkeypatch.setattr("moetrain.ops.triton_support._missing", lambda: None)
     gpu = torch.device("cuda")
     assert refusal(case(name, device=gpu)) is None
     odd = Case(gpu, torch.bfloat16, 264, 128, "swiglu", 128)
@@ -129,7 +129,7 @@ def test_what_they_refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "megablocks":
         small = Case(gpu, torch.bfloat16, 256, 128, "swiglu", 64)
         assert refusal(small) == "experts.block=64 is no multiple of 128, the rows of its blocks"
-    monkeypatch.setattr("moetrain.ops.experts.triton_cases._missing", lambda: "Triton 3.1 is older than 3.4")
+    monkeypatch.setattr("moetrain.ops.triton_support._missing", lambda: "Triton 3.1 is older than 3.4")
     assert refusal(case(name, device=gpu)) == "Triton 3.1 is older than 3.4"
 
 
@@ -137,7 +137,7 @@ def test_what_they_refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_the_ladder_tests_them_at_widths_that_they_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("moetrain.ops.experts.triton_cases._missing", lambda: None)
+    monkeypatch.setattr("moetrain.ops.triton_support._missing", lambda: None)
     monkeypatch.setattr(table, "_tested", {})
     assert table.why_not(name, Case(CPU, torch.float16, 4096, 14336, "swiglu", 128)) is None
 
