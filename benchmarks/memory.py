@@ -75,7 +75,7 @@ def compare(shape: Shape, precision: str, device: str) -> dict[str, Any]:
         if reason is not None:
             skipped[f"{OURS} {name}"] = reason
             continue
-        ours.layer.experts.backend = name
+        ours.layer.use_backend(name)
         found[f"{OURS} {name}"] = measure(ours, sizes, x, precision)
     for name, layer in layers.items():
         found[name] = measure(layer, sizes, x, precision)

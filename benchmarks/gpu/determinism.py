@@ -46,7 +46,7 @@ def measure(shape: Shape, precision: str, device: str, runs: int) -> dict[str, l
     found: dict[str, list[str] | None] = {}
     block = usual_block(x.device, DTYPES[precision], shape.tokens * shape.top_k, shape.experts)
     for name, reason in rungs(shape, device, DTYPES[precision], block).items():
-        layer.layer.experts.backend = name
+        layer.layer.use_backend(name)
         found[name] = differing(layer, x, precision, runs) if reason is None else None
     return found
 
