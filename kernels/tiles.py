@@ -131,14 +131,18 @@ def tile(
     depth: int,
     accumulators: int = 1,
     tf32: bool = False,
+    products: int | None = None,
 ) -> Tile:
     """The tile of [rows of an expert, depth] @ [depth, columns].
 
-    ``accumulators`` is the number of products of one tile of rows (gate and up: 2), each ``block_n`` wide.
-    Raises ValueError for a type without kernels.
+    ``accumulators`` is the number of products of one tile of rows (gate and up: 2), each ``block_n`` wide;
+    ``products`` is the number that is computed, where a tile only leaves room for so many. Raises ValueError
+    for a type without kernels.
     """
     rows = block_m(arch, dtype, mean_rows, tf32)
-    return _tile(arch, dtype, rows, columns, depth, accumulators, tf32)
+    found = _tile(arch, dtype, rows, columns, depth, accumulators, tf32)
+    alone = 2 * shared_bytes(found, dtype, products or accumulators) > arch.shared or arch.interpreted
+    return replace(found, persistent=arch.persistent and alone)
 
 
 def gradient_tile(
@@ -167,7 +171,7 @@ def _tile(
         raise ValueError(f"kernels take bf16, fp16 and fp32, not {str(dtype).removeprefix('torch.')}")
     fast = _on_tensor_cores(dtype, tf32)
     if arch.interpreted:
-        return Tile(rows, 16, 16, arch.group, 1, 1, arch.persistent, arch.descriptors)
+        return Tile(rows, 16, 16, arch.group, 1, 1, descriptors=arch.descriptors)
     # Exact fp32 has no tensor cores: each thread holds its rows and columns of a whole step in registers.
     # tf32 is made of fp32 in registers.
     room = arch.wide if dtype.itemsize == 2 else min(arch.wide, 128 * 128) if fast else 64 * 64
@@ -179,9 +183,7 @@ def _tile(
     warps = 8 if held > (64 if dtype.itemsize == 2 else 32) else 4
     found = Tile(rows, block_n, block_k, arch.group, warps, 1, descriptors=arch.descriptors and fast)
     staged = [replace(found, num_stages=stages) for stages in range(1, arch.stages + 1)]
-    found = [each for each in staged if shared_bytes(each, dtype, accumulators) <= arch.shared][-1]
-    alone = 2 * shared_bytes(found, dtype, accumulators) > arch.shared
-    return replace(found, persistent=arch.persistent and alone)
+    return [each for each in staged if shared_bytes(each, dtype, accumulators) <= arch.shared][-1]
 
 
 def _on_tensor_cores(dtype: torch.dtype, tf32: bool) -> bool:

@@ -138,9 +138,10 @@ def row_launch(
     depth: int,
     accumulators: int = 1,
     tf32: bool = False,
+    products: int | None = None,
 ) -> Launch:
     """The launch of a product of rows in blocks of ``block``; the block stands for the mean rows."""
-    found = tile(arch, dtype, block, columns, depth, accumulators, tf32)
+    found = tile(arch, dtype, block, columns, depth, accumulators, tf32, products)
     sub = block // found.block_m
     return Launch(found, _constants(arch, dtype, found, tf32) | {"SUB": sub}, sub, arch.processors)
 

@@ -16,6 +16,7 @@ from ..metadata import Blocks
 from ..specimen import Specimen, pointer
 from ..tiles import Arch
 from .parts import (
+    Launch,
     activation_cases,
     arch_for,
     forms,
@@ -49,7 +50,7 @@ def up(
     depth = w_up_EDP.shape[1]
     hidden = w_up_EDP.shape[2] // (2 if gated else 1)
     arch = arch_for(source_XD, w_up_EDP, weights_R, meta.ids_R)
-    launch = row_launch(arch, source_XD.dtype, meta.block, hidden, depth, _accumulators(activation), tf32)
+    launch = _launch(arch, source_XD.dtype, meta.block, hidden, depth, activation, tf32)
     w_up, flags = matrices(launch.tile, w_up_EDP, source_XD.dtype, start=hidden if gated else 0)
     up_kernel[(launch.programs(meta, hidden, flags["DESCRIBED"]),)](
         source_XD, meta.ids_R, weights_R, w_up, meta.block_expert_B, meta.block_starts_E1, z_RP, h_RF,
@@ -60,9 +61,13 @@ def up(
     )  # fmt: skip
 
 
-def _accumulators(activation: str) -> int:
-    """Products that a tile has room for: a plain activation takes that of a second one, erf that of two."""
-    return 4 if activation == "geglu" else 2
+def _launch(
+    arch: Arch, dtype: torch.dtype, block: int, hidden: int, depth: int, activation: str, tf32: bool
+) -> Launch:
+    """With room for two products, as gate and up are, or for four where registers spilled with two."""
+    gated = is_gated(activation)
+    room = 4 if activation in ("geglu", "swiglu_clamped") or (tf32 and not gated) else 2
+    return row_launch(arch, dtype, block, hidden, depth, room, tf32, products=2 if gated else 1)
 
 
 @triton.jit(do_not_specialize=["row_tiles", "experts"])
@@ -84,15 +89,16 @@ def up_kernel(source, ids, weights, w_up, block_expert, block_starts, z, h, row_
     for _ in range(turns):
         row_tile, column_tile = walk(at, row_tiles, column_tiles, GROUP)
         expert = tl.load(block_expert + row_tile // SUB).to(tl.int64)
+        deep, wide = used(expert, depth), used(expert, hidden)
         row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         column = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(ids + row)
         gate, up = _pre_activation(
             source, token, source_stride, w_up, expert, w_expert, w_depth, w_column, column_tile * BLOCK_N,
-            hidden, used(expert, depth), GATED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST, DESCRIBED,
+            wide, deep, GATED, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST, DESCRIBED,
             TURNED,
         )  # fmt: skip
-        inside = (column < used(expert, hidden))[None, :]
+        inside = (column < wide)[None, :]
         stored = source.dtype.element_ty
         gate, up = gate.to(stored), up.to(stored)
         if z is not None:
@@ -166,7 +172,7 @@ def _specimens(
     hidden: int,
     without: str | None = None,
 ) -> list[Specimen]:
-    launch = row_launch(arch, dtype, block, hidden, depth, _accumulators(name), tf32)
+    launch = _launch(arch, dtype, block, hidden, depth, name, tf32)
     kind, size = pointer(dtype), launch.tile
     signature = dict.fromkeys(("source", "z", "h"), kind)
     signature |= {"ids": "*i64", "weights": "*fp32", "block_expert": "*i32", "block_starts": "*i64"}

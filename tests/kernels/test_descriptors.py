@@ -179,3 +179,14 @@ def test_only_devices_that_have_them_use_descriptors(arch: tiles.Arch) -> None:
             assert not size.persistent or has
         assert tiles.tile(arch, dtype, 128, 768, 2048, 2).persistent == has
     assert not tiles.tile(arch, torch.float32, 128, 768, 2048, 2).descriptors, "exact fp32 spills with them"
+
+
+def test_a_persistent_tile_is_one_of_which_no_second_fits() -> None:
+    """Four stages of 32 x (128 + n products x 32) elements of tf32 are 80, 96, 112 and 128 KB, of 227."""
+    hopper = tiles.ARCHITECTURES["sm_90"]
+    found = [
+        tiles.tile(hopper, torch.float32, 128, 768, 2048, 4, tf32=True, products=n) for n in (1, 2, 3, None)
+    ]
+    assert {each.block_n for each in found} == {32}
+    assert [each.persistent for each in found] == [False, False, False, True]
+    assert not tiles.gradient_tile(hopper, torch.bfloat16, 128, 768, 2048).persistent
