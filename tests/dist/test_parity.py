@@ -78,6 +78,13 @@ def test_a_layout_equals_one_process(router, layout):
     assert_equal(checks(router, layout, Precision.fp64, 1e-9))
 
 
+@pytest.mark.real
+@pytest.mark.parametrize(("router", "rule"), [("rounds", "nearest"), ("sigmoid", "up")])
+def test_rounding_is_the_same_on_a_layout(router, rule):
+    found = checks(router, "ep 2 x efsdp 2", Precision.fp64, 1e-9, f"router.rounding={rule}")
+    assert_equal(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", ROUTERS)
