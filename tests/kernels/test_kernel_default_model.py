@@ -14,10 +14,9 @@ from moetrain.cli import main
 STEPS = 3
 FEW_TOKENS = [  # all else is what ``moetrain train`` takes, and a vocabulary of its default tokenizer's size
     "data=local", "data.tokenizer.kind=bytes", "model.vocab_size=4096", "data.seq_len=16",
-    "train.micro_batch_size=2", "train.global_batch_tokens=64", "train.threads=1", "train.deterministic=true",
-    "experts.block=16",
-    f"train.steps={STEPS}", f"checkpoint.every={STEPS}", "train.eval_every=0", "train.eval_samples=1",
-    "train.sample_tokens=1",
+    "train.micro_batch_size=2", "train.global_batch_tokens=32", "train.threads=1", "train.deterministic=true",
+    "experts.block=16", f"train.steps={STEPS}", f"checkpoint.every={STEPS}", "train.eval_every=0",
+    "train.eval_samples=1", "train.sample_tokens=1",
 ]  # fmt: skip
 
 
@@ -42,6 +41,11 @@ def test_three_steps_of_the_default_model(backend: str, corpus: Path, tmp_path: 
         print(backend, {k: (want[k], got[k]) for k in ("train/loss", "train/grad_norm")})
         assert got["train/loss"] == pytest.approx(want["train/loss"], rel=1e-6)
         assert got["train/grad_norm"] == pytest.approx(want["train/grad_norm"], rel=1e-5)
-    off = {name: float((got_tensors[name] - t).abs().max()) for name, t in want_tensors.items()}
-    print("largest difference of a weight", max(off.values()), max(off, key=lambda name: off[name]))
-    assert max(off.values()) <= 1e-5, off
+    off = {name: (got_tensors[name] - tensor).abs() for name, tensor in want_tensors.items()}
+    mean = {name: float(difference.square().mean().sqrt()) for name, difference in off.items()}
+    largest = max(float(difference.max()) for difference in off.values())
+    print(backend, "weights: root mean square of a tensor at most", max(mean.values()), "largest", largest)
+    # AdamW moves a weight by the learning rate (1.2e-3 in all) however small its gradient: where that is
+    # rounding alone, so is the direction.
+    assert max(mean.values()) <= 1e-6, mean
+    assert largest <= 1e-4
