@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moetrain.kernels import descriptors, metadata, tiles
+from moetrain.kernels.activations import GATED, PLAIN, is_gated
 from moetrain.kernels.grouped import parts
 from moetrain.kernels.grouped.product import product
 from moetrain.kernels.grouped.up import up
@@ -52,7 +53,7 @@ def outputs(case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype) 
     """Of the up and down projection and of the input's gradient; not a number where they do not write."""
     token_ids_N, weights_N, counts_E = kernel_cases.assignment(case, torch.device("cpu"))
     meta, weights_R = metadata.lay_out(token_ids_N, weights_N, counts_E, BLOCK, case.num_source)
-    columns = hidden * (2 if name.endswith("glu") else 1)
+    columns = hidden * (2 if is_gated(name) else 1)
     g = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> Tensor:
@@ -73,6 +74,21 @@ def launched_as(monkeypatch: pytest.MonkeyPatch, persistent: bool, by_descriptor
     monkeypatch.setattr(tiles, "INTERPRETER", arch)
 
 
+def check(
+    case: Case, depth: int, hidden: int, name: str, dtype: torch.dtype, persistent: bool,
+    described: list[Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The form by descriptors, persistent or not, against that by pointers."""
+    launched_as(monkeypatch, False, False)
+    want = outputs(case, depth, hidden, name, dtype)
+    assert not described
+    launched_as(monkeypatch, persistent, True)
+    got = outputs(case, depth, hidden, name, dtype)
+    assert len(described) == 5, "w_up, h and w_down, dz and w_up"
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.nan_to_num(nan=9e4), other.nan_to_num(nan=9e4))
+
+
 @pytest.mark.parametrize(
     ("persistent", "dtype"), [(False, torch.float16), (True, torch.float32), (True, torch.bfloat16)]
 )
@@ -87,14 +103,18 @@ def test_every_form_has_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "relu2" if dtype is torch.float32 else "swiglu"
-    launched_as(monkeypatch, False, False)
-    want = outputs(case, depth, hidden, name, dtype)
-    assert not described
-    launched_as(monkeypatch, persistent, True)
-    got = outputs(case, depth, hidden, name, dtype)
-    assert len(described) == 5, "w_up, h and w_down, dz and w_up"
-    for one, other in zip(got, want, strict=True):
-        assert torch.equal(one.nan_to_num(nan=9e4), other.nan_to_num(nan=9e4))
+    check(case, depth, hidden, name, dtype, persistent, described, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(104))
+def test_many_shapes(seed: int, described: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(seed)
+    width, narrow, choice = (int(torch.randint(1, most, (), generator=g)) for most in (32, 8, 6))
+    sides = (8 * width, 8 * narrow)[:: 1 if seed % 2 else -1]
+    dtype = torch.float16 if choice < 3 else torch.float32
+    name = (GATED + PLAIN)[seed % 8]
+    check(kernel_cases.random_case(seed, 60, 7), *sides, name, dtype, choice % 3 > 0, described, monkeypatch)
 
 
 def test_what_a_persistent_launch_leaves_unwritten() -> None:
