@@ -24,6 +24,7 @@ from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
 from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moetrain.moe.routers.topk import TopKRouter
+from moetrain.moe.token_choice import Chosen, scores, weigh
 from moetrain.ops.local_part import local_part
 from moetrain.train.step import TrainStep
 
@@ -45,11 +46,13 @@ def deal_in_turn(layer: MoELayer) -> None:
         name = router.options.name
         raise UserError(f"router={name} fixes no number of rows: use router=topk or one like it")
 
-    def select(scores_TE: Tensor) -> Tensor:
-        places_N = torch.arange(scores_TE.shape[0] * router.top_k, device=scores_TE.device)
-        return (places_N % router.num_experts).view(-1, router.top_k)
+    def choose(logits_TE: Tensor) -> Chosen:
+        places_N = torch.arange(logits_TE.shape[0] * router.top_k, device=logits_TE.device)
+        ids_TK = (places_N % router.num_experts).view(-1, router.top_k)
+        scores_TE = scores(logits_TE, router.rule)
+        return Chosen(ids_TK, weigh(scores_TE, logits_TE, ids_TK, router.rule), scores_TE)
 
-    router._select = select  # type: ignore[method-assign]
+    router.choose = choose  # type: ignore[method-assign]
 
 
 def tell_counts(layer: MoELayer, tokens: int) -> None:

@@ -43,9 +43,14 @@ def _by_kernel(logits_TE: Tensor, bias_E: Tensor, rule: Rule) -> Chosen:
 
 
 def _by_torch(logits_TE: Tensor, bias_E: Tensor, rule: Rule) -> Chosen:
-    scores_TE = logits_TE.sigmoid() if rule.score == "sigmoid" else softmax(logits_TE)
+    scores_TE = scores(logits_TE, rule)
     ids_TK = select(scores_TE.detach(), bias_E, rule)
     return Chosen(ids_TK, weigh(scores_TE, logits_TE, ids_TK, rule), scores_TE)
+
+
+def scores(logits_TE: Tensor, rule: Rule) -> Tensor:
+    """The scores [T, E]."""
+    return logits_TE.sigmoid() if rule.score == "sigmoid" else softmax(logits_TE)
 
 
 def select(scores_TE: Tensor, bias_E: Tensor, rule: Rule) -> Tensor:
@@ -107,7 +112,7 @@ def _failure(device: torch.device, case: _Case) -> str | None:
     if not torch.equal(ids_TK, select(ours[1].detach().cpu(), bias_E, rule)):
         return "it chose other experts than the best in a self-test"
     wide_TE = logits_TE.double().requires_grad_()
-    scores_TE = wide_TE.sigmoid() if rule.score == "sigmoid" else softmax(wide_TE)
+    scores_TE = scores(wide_TE, rule)
     right = [weigh(scores_TE, wide_TE, ids_TK, rule), scores_TE]
     (wanted_TE,) = torch.autograd.grad(right, wide_TE, [c.double() for c in cotangents])
     names = ("weight", "score", "gradient of the logits")

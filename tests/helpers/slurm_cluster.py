@@ -166,7 +166,8 @@ def _write(root: Path) -> None:
 
 def _free_ports(count: int) -> range:
     """As many free ports in a row, which Slurm's list of nodes needs."""
-    for first in range(17_000, 30_000, count):
+    own = 17_000 + os.getpid() % 1000 * count  # others may look at the same moment
+    for first in range(own, 30_000, count):
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))

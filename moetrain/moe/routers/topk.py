@@ -24,7 +24,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.token_choice import choose_experts
+from moetrain.moe.token_choice import Chosen, choose_experts
 
 _JITTER_SALT = 0x717E
 
@@ -123,10 +123,14 @@ class TopKRouter(LinearRouter):
             noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
         logits_TE = self.logits(x_TD)
-        chosen = choose_experts(logits_TE, self.bias_E, self.rule, self.backend)
+        chosen = self.choose(logits_TE)
         return from_token_choice(
             chosen.ids_TK, chosen.weights_TK, ctx, self.num_experts, chosen.scores_TE, logits_TE
         )
+
+    def choose(self, logits_TE: Tensor) -> Chosen:
+        """Each token's experts, their weights and all scores."""
+        return choose_experts(logits_TE, self.bias_E, self.rule, self.backend)
 
 
 def _check(options: TopKOptions, top_k: int, num_experts: int) -> None:
