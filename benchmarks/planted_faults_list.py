@@ -47,7 +47,7 @@ _UP = [
     (NARROW, *_ROWS, f"{_OFFSETS} up_projection-z"),
     (MASK, "mask=(token >= 0)[:, None] & open_k[None, :]", "mask=(token >= 0)[:, None]", _GROUPED),
     (ROW, "token = tl.load(ids + row)", "token = tl.load(ids + (row ^ 1))", _GROUPED),
-    (EXPERT, "used(expert, depth)", "used(expert - 1, depth)", _GROUPED),
+    (EXPERT, "deep, wide = depth, hidden", "deep, wide = used(expert - 1, depth), hidden", _GROUPED),
     ("a persistent tile skipped", "at += tl.num_programs(0)", "at += tl.num_programs(0) + 1", _FORMS),
 ]
 _PRODUCT = [

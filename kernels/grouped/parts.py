@@ -60,6 +60,13 @@ def used(expert, size):
 
 
 @triton.jit
+def has_no_expert(block_expert, row_tiles, column_tiles, SUB: tl.constexpr, GROUP: tl.constexpr):
+    """Whether this program's first tile lies behind the last used block."""
+    row_tile, _ = walk(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    return tl.load(block_expert + row_tile // SUB) < 0
+
+
+@triton.jit
 def matrix_tile(w, expert, first, column, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of an expert's matrix by its descriptor, that of the transposed one if TURNED."""
     if TURNED:

@@ -20,6 +20,7 @@ from .parts import (
     activation_cases,
     arch_for,
     forms,
+    has_no_expert,
     matrices,
     matrix_tile,
     multiply,
@@ -85,11 +86,15 @@ def up_kernel(source, ids, weights, w_up, block_expert, block_starts, z, h, row_
     if PERSISTENT:
         row_tiles = used_row_tiles(block_starts, experts, SUB)
         turns = turns_of(row_tiles * column_tiles)
+    elif has_no_expert(block_expert, row_tiles, column_tiles, SUB, GROUP):
+        return  # a loop of no steps, as in product.py, makes some tiles of this kernel spill
     at = tl.program_id(0)
     for _ in range(turns):
         row_tile, column_tile = walk(at, row_tiles, column_tiles, GROUP)
         expert = tl.load(block_expert + row_tile // SUB).to(tl.int64)
-        deep, wide = used(expert, depth), used(expert, hidden)
+        deep, wide = depth, hidden
+        if PERSISTENT:  # every block is used; without this, masks are kept from tile to tile, and spill
+            deep, wide = used(expert, depth), used(expert, hidden)
         row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         column = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(ids + row)
