@@ -25,6 +25,7 @@ from moetrain.parallel.meeting import meet
 from moetrain.parallel.watchdog.flight_recorder import watched
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _prefix = ""  # of this start's keys in the store
 
 
@@ -191,9 +192,9 @@ def shutdown() -> None:
 
 
 def _own_gpu() -> int:
-    """The number of this rank's GPU; launchers that show each rank one GPU only number it 0."""
+    """The number of this rank's GPU; a launcher that shows each rank one GPU alone makes it number 0."""
     seen = torch.cuda.device_count()
-    if seen == 1 and local_world() > 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+    if seen == 1 and any(name in os.environ for name in _VISIBLE):
         return 0
     if local_rank() >= seen:
         raise UserError(

@@ -1,7 +1,8 @@
 """``python -m moetrain.slurm.job``: the one process of the batch script, which has no torch in it.
 
-Plan, preflight, train, and then what the exit code asks for. A run that was warned before its time is over,
-or preempted, has saved and goes back into the queue under the same job id, and so under the same run folder.
+Plan, preflight, train, and then what the exit code asks for. A run that was warned before its time is over
+has saved, and goes back into the queue under the same job id, and so under the same run folder. Slurm itself
+requeues what it preempts.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ EXCLUDED = "excluded_nodes"  # the file beside the run folders that submit reads
 RUN = "MOETRAIN_RUN"  # the words before -m of each step
 SRUN = "MOETRAIN_SRUN"  # more options of srun
 RESUBMIT = "MOETRAIN_SBATCH"  # the command that submitted this job, as JSON
-_WARNING = signal.SIGUSR1  # of --signal in the scripts; Slurm's own SIGTERM says that the job is cancelled or
-# preempted, and then it requeues by itself what its administrator has told it to
+_WARNING = signal.SIGUSR1  # of --signal in the scripts; SIGTERM is Slurm's own: cancelled, or preempted
 _MISTAKES = (2, 3, 130)  # which the same command makes again: input, a folder in use, Ctrl-C
 _PREFLIGHT_SECONDS = 600
 _PATIENCE_SECONDS = 1200

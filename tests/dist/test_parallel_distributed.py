@@ -186,3 +186,33 @@ def test_a_users_error_on_a_rank_keeps_its_kind():
     with pytest.raises(RankError) as error:
         run_ranks(refuse, 2)
     assert error.value.kind == "UserError"
+
+
+@pytest.mark.parametrize(
+    ("seen", "visible", "expected"),
+    [
+        (8, "CUDA_VISIBLE_DEVICES", 3),
+        (8, None, 3),
+        (1, "CUDA_VISIBLE_DEVICES", 0),
+        (1, "ROCR_VISIBLE_DEVICES", 0),
+    ],
+)
+def test_a_rank_s_own_gpu(seen, visible, expected, monkeypatch):
+    """All of a node's are seen, or the launcher shows each rank one."""
+    for name in distributed._VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    if visible:
+        monkeypatch.setenv(visible, "5")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert distributed._own_gpu() == expected
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3])
+def test_fewer_gpus_than_ranks(seen, monkeypatch):
+    for name in distributed._VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    with pytest.raises(UserError, match=rf"LOCAL_RANK=3, but {seen} GPU"):
+        distributed._own_gpu()

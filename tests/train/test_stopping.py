@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -42,6 +44,35 @@ def test_a_signal_asks_and_handlers_come_back(number, capfd):
     assert signal.set_wakeup_fd(-1) == -1
     assert threading.active_count() == threads
     assert flag.requested()  # the answer stays after leaving
+
+
+def test_slurm_repeats_its_signals(monkeypatch, capfd):
+    """SIGTERM after the warning, at the end of the time, must not cut the save short."""
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(lambda: "stopping after this step and saving\n" in capfd.readouterr().err)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        assert flag.reason == "SIGUSR1"
+
+
+@pytest.mark.parametrize(("step", "expected"), [("0", "SIGUSR1"), (None, "-10")])
+def test_a_warning_while_a_rank_starts(step, expected):
+    """In a step of Slurm it is kept for the stop flag; elsewhere it ends the process, as before."""
+    lines = [
+        "import os, signal",
+        "from moetrain.parallel.early_warning import keep_early_warning",
+        "keep_early_warning()",
+        "os.kill(os.getpid(), signal.SIGUSR1)",
+        "from moetrain.train.stopping import StopFlag",
+        "print(StopFlag().reason)",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_STEP_ID"}
+    environment |= {} if step is None else {"SLURM_STEP_ID": step}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip() or str(done.returncode)) == expected, done.stderr
 
 
 def test_handlers_come_back_after_an_error_and_flags_may_follow():
