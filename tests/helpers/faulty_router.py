@@ -31,6 +31,7 @@ class FaultyOptions(TopKOptions):
     route_scale: float = 2.0
     samples: list[int] = field(default_factory=list)
     fault: str = "nan"
+    pace: float = 0.0  # seconds of rest in each training step, which change nothing else
     # Once, in the step (from 0) called at_step, in the MoE layer called at_layer, by the rank called rank:
     signal: int = 0  # sent to this process
     sleep: float = 0.0  # seconds
@@ -49,6 +50,8 @@ class FaultyRouter(TopKRouter):
         routing = super().route(x_TD, ctx)
         if not self.training:
             return routing
+        if ctx.layer == 0:
+            time.sleep(options.pace)
         mine = options.rank == int(os.environ.get("RANK", "0"))
         now = (ctx.step, ctx.layer) == (options.at_step, options.at_layer)
         if mine and now and not getattr(self, "_done", False):
