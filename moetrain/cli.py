@@ -15,8 +15,9 @@ import moetrain
 from moetrain.errors import UserError, write_error_file
 from moetrain.machine_errors import machine_error
 from moetrain.nearest import nearest
+from moetrain.parallel.cores import choose_waiting
 from moetrain.parallel.early_warning import keep_early_warning
-from moetrain.parallel.environment import adopt_launcher, is_rank_0
+from moetrain.parallel.environment import adopt_launcher, is_rank_0, local_ranks
 from moetrain.parallel.launcher import end_with_launcher
 from moetrain.terminal import finish, one_line, set_up, show, tell
 
@@ -81,6 +82,8 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if args[0] not in COMMANDS:
         raise UserError(_unknown(args[0]))
+    if args[0] in _COMPUTES:
+        choose_waiting(local_ranks())  # which OpenMP reads once, and the import below brings torch
     command = importlib.import_module(f"moetrain.commands.{args[0]}")
     code: int = command.run(args[1:])
     return code
@@ -98,6 +101,8 @@ COMMANDS = (
     *("train", "verify", "generate", "eval", "convert", "upcycle", "export", "report", "status", "router"),
     *("data", "doctor"),
 )
+
+_COMPUTES = ("train", "eval", "generate")  # in this process, with threads
 
 
 def _without_launcher_options(args: list[str]) -> list[str]:

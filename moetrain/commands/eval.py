@@ -5,12 +5,9 @@ from __future__ import annotations
 from moetrain.commands.composed import composed, refuse_ranks
 from moetrain.config.validate import validate_eval
 from moetrain.evaluation.options import EvalConfig
-from moetrain.parallel.cores import choose_waiting
-from moetrain.parallel.environment import local_ranks
 
 
 def run(args: list[str]) -> int:
-    choose_waiting(local_ranks())  # before torch is imported
     cfg = composed("eval", EvalConfig, args)
     if cfg is None:
         return 0

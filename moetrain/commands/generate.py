@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from moetrain.commands.composed import composed
 from moetrain.config.validate import validate_generate
-from moetrain.parallel.cores import choose_waiting
-from moetrain.parallel.environment import local_ranks
 from moetrain.train.options import GenerateConfig
 
 
 def run(args: list[str]) -> int:
-    choose_waiting(local_ranks())  # before torch is imported
     cfg = composed("generate", GenerateConfig, args)
     if cfg is None:
         return 0

@@ -10,13 +10,11 @@ from moetrain.config.hydra.compose import load_yaml
 from moetrain.config.hydra.flags import parse_flags
 from moetrain.config.hydra.overrides import refuse_hydra
 from moetrain.config.pages import print_page
-from moetrain.parallel.cores import choose_waiting
-from moetrain.parallel.environment import is_rank_0, local_ranks, stopped, world_size
+from moetrain.parallel.environment import is_rank_0, stopped, world_size
 from moetrain.train.options import TrainConfig
 
 
 def run(args: list[str]) -> int:
-    choose_waiting(local_ranks())  # before torch is imported
     flags = parse_flags("train", args)
     if flags.page:
         return print_page(TrainConfig, "train", flags)

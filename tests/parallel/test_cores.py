@@ -124,3 +124,17 @@ def test_a_busy_process_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_that_does_not_say_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "_busy_ticks", lambda: None)
     assert cores.busy_cores(100.0) == 0.0
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+def test_it_is_chosen_before_torch_is_there(command: str) -> None:
+    """OpenMP reads the environment when it is loaded, and never again."""
+    lines = [
+        "import sys, moetrain.cli as cli",
+        "cli.choose_waiting = lambda ranks: print(ranks, 'torch' in sys.modules)",
+        f"cli.main([{command!r}, '--no-such-option'])",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["1 False"], done.stderr
