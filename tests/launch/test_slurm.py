@@ -79,7 +79,7 @@ def test_two_nodes_of_two_ranks_train_to_the_end(slurm, corpus, there):
 
 def test_a_time_limit_shorter_than_the_run(slurm, corpus, there):
     """It is warned, saves, goes back into the queue by itself, and ends as if nothing had happened."""
-    slow = ["plugins=[faulty_router]", "router=faulty", "router.pace=5"]
+    slow = ["plugins=[faulty_router]", "router=faulty", "router.pace=10"]  # twelve steps pass the limit
     limited = ["--time=2", "--signal=B:USR1@20", *TWO_BY_TWO, str(LAUNCH / "train.sbatch"), "--no-preflight"]
     job = slurm.sbatch(*limited, *overrides(corpus, *slow), cwd=there)
     state = slurm.wait(job, 500)
