@@ -57,19 +57,19 @@ def measure(
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = max(1, TOKENS // seq)
-    tensors = [
+    q, k, v = (
         torch.randn(batch, seq, n, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_()
         for n in (heads[0], heads[1], heads[1])
-    ]
+    )
     grad = torch.randn(batch, seq, heads[0], WIDTH, dtype=dtype)
     docs_BS = documents(batch, seq) if masked else None
 
     def step(which: str, repetition: int) -> None:
-        y = (ours if which == OURS else whole)(*tensors, seen_keys(seq, 0, None, docs_BS))
-        torch.autograd.grad(y, tensors, grad)
+        y = (ours if which == OURS else whole)(q, k, v, seen_keys(seq, 0, None, docs_BS))
+        torch.autograd.grad(y, (q, k, v), grad)
 
     times = interleaved({which: partial(step, which) for which in (WHOLE, OURS)}, repetitions, warm_up=2)
-    plan = plan_attention(AUTO, case_of(*tensors[:2], seen_keys(seq, 0, None, docs_BS)))
+    plan = plan_attention(AUTO, case_of(q, k, seen_keys(seq, 0, None, docs_BS)))
     rows = block_rows(seq, dtype) if plan.backend == "blocks" else None
     return {"rows": rows, "ms": 1e3 * medians(times)[WHOLE], "speedup": ratio(times, WHOLE, OURS)}
 

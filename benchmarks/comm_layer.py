@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.dispatch.collectives import Collective, Observer
+from moetrain.moe.routers.base import Router
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.mesh import build_meshes
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
@@ -89,7 +91,7 @@ def spread_block(
 ) -> nn.Module:
     torch.manual_seed(0)
     layer = MoELayer(d_model, d_ff, experts)
-    layer.router = Given(ids_TK, d_model, experts)
+    layer.router = cast(Router, Given(ids_TK, d_model, experts))
     meshes = build_meshes(cfg, dist.get_world_size())
     stack = parallelize(Stack(Block(layer)), meshes, observer=observer)
     return stack.blocks[0]

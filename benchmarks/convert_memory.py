@@ -75,7 +75,7 @@ def write_source(folder: Path, nbytes: float) -> int:
         shards[min(SHARDS - 1, SHARDS * done // total)][name] = shape
         done += size(shape)
     folder.mkdir(parents=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         write_shard(folder / file, shard)

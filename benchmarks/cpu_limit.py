@@ -82,7 +82,7 @@ class Runs:
         self.layer = layer_of(shape, load)
         torch.manual_seed(1)
         self.cases = [self._case() for _ in range(repetitions)]
-        self.counts = [list(case.chunk.rows.useful) for case in self.cases]
+        self.counts = [list(case.chunk.rows.segments.on_host) for case in self.cases]
         most = max(sum(self._widths(counts)) for counts in self.counts)
         d, f, p = shape.d_model, shape.d_ff, 2 * shape.d_ff
         widths = {"x": d, "z": p, "h": f, "out": d, "dout": d, "dh": f, "dz": p, "dx": d}

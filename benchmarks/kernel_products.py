@@ -28,11 +28,16 @@ from moetrain.kernels.grouped.up import up
 from moetrain.kernels.grouped.weight_gradient import weight_gradient
 from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.experts import grouped as torch_grouped
+from moetrain.ops.experts.operands import Operands
 from moetrain.ops.gather_sum import gather_rows
 
 
 def _operands(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return p.source_XD, p.rows.ids_R, p.weights_R, p.w_up_EDP, p.w_down_EFD
+
+
+def _for_torch(p: Problem) -> Operands:
+    return Operands(*_operands(p), p.rows.segments, ACTIVATION)
 
 
 def _looped(p: Problem, source_XD: Tensor, weights_R: Tensor, w_up_EDP: Tensor, w_down_EFD: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def feed_forward(p: Problem) -> Unit:
         "forward", 3 * flops(p, p.shape.d_ff), ours, lambda: list(forward_reference(p)[:2]),
         {
             "block-sparse": lambda: list(block_sparse.forward(*_operands(p), topologies(p), ACTIVATION)),
-            "grouped_mm": lambda: [torch_grouped.forward(*_operands(p), p.rows.segments, ACTIVATION)[0]],
+            "grouped_mm": lambda: [torch_grouped.forward(_for_torch(p), keep=True)[0]],
             "loop": lambda: [_looped(p, p.source_XD, p.weights_R, p.w_up_EDP, p.w_down_EFD)],
         },
     )  # fmt: skip
@@ -74,9 +79,8 @@ def feed_forward_and_backward(p: Problem) -> Unit:
         return [out, *block_sparse.backward(p.dout_RD, *_operands(p), z, topology, ACTIVATION)]
 
     def by_torch() -> list[Tensor]:
-        static = (p.rows.segments, ACTIVATION)
-        out, kept = torch_grouped.forward(*_operands(p), *static)
-        return [out, *torch_grouped.backward(p.dout_RD, *_operands(p), kept, *static)]
+        out, kept = torch_grouped.forward(_for_torch(p), keep=True)
+        return [out, *torch_grouped.backward(p.dout_RD, _for_torch(p), kept)]
 
     def by_loop() -> list[Tensor]:
         given = (p.source_XD, p.weights_R, p.w_up_EDP, p.w_down_EFD)

@@ -89,6 +89,7 @@ def activation_gradient(p: Problem) -> Unit:
 
 def torch_activation_gradient(p: Problem, dh: Tensor, z: Tensor) -> list[Tensor]:
     gate, value = gate_and_up(z, ACTIVATION)
+    assert gate is not None
     active = F.silu(gate)
     weights, dz = p.weights_R.to(p.dtype)[:, None], torch.empty_like(z)
     h = active * value

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from kept import PARTS, Layer, kept_storages
-from peers import DENSE, OURS, SHAPES, TINY, Shape, build, call
+from peers import DENSE, OURS, SHAPES, TINY, Shape, build, call, moe_layer
 from timing import device_of, finish, machine, write_json
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ def compare(shape: Shape, precision: str, device: str) -> dict[str, Any]:
         if reason is not None:
             skipped[f"{OURS} {name}"] = reason
             continue
-        ours.layer.use_backend(name)
+        moe_layer(ours).use_backend(name)
         found[f"{OURS} {name}"] = measure(ours, sizes, x, precision)
     for name, layer in layers.items():
         found[name] = measure(layer, sizes, x, precision)

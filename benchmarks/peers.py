@@ -56,7 +56,7 @@ class DenseSwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class _First(nn.Module):
+class First(nn.Module):
     """A layer that returns a tuple, reduced to its output."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -68,13 +68,20 @@ class _First(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-def as_output(layer: nn.Module) -> nn.Module:
+def as_output(layer: nn.Module) -> First:
     """``layer``, of which the first thing that it returns is the output."""
-    return _First(layer)
+    return First(layer)
 
 
 def ours(s: Shape) -> nn.Module:
     return as_output(MoELayer(s.d_model, s.d_ff, s.experts, router_options={"top_k": s.top_k}))
+
+
+def moe_layer(layer: nn.Module) -> MoELayer:
+    """The layer in what :func:`ours` returned."""
+    assert isinstance(layer, First)
+    assert isinstance(layer.layer, MoELayer)
+    return layer.layer
 
 
 def dense(s: Shape) -> nn.Module:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -70,7 +70,7 @@ class OnDevice(Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's own is no class method
         return _compute(func, args, kwargs or {})
 
 
@@ -216,10 +216,11 @@ def _made_of_others(func: Any) -> bool:
 
 def _place() -> tuple[str, str]:
     """(file:line, function) of the innermost call in the package, less the helper that copies."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_PACKAGE) and path.name != "transfer.py":
-            return f"{path.relative_to(_PACKAGE)}:{frame.f_lineno}", frame.f_code.co_qualname
+            name: str = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # since Python 3.11
+            return f"{path.relative_to(_PACKAGE)}:{frame.f_lineno}", name
         frame = frame.f_back
     return "outside of the package", ""

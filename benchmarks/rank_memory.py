@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.config.hydra.compose import compose_train
@@ -116,12 +117,12 @@ def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[s
     }
 
 
-def snapshot(tracker: Tracker, kind: str) -> dict[str, int]:
+def snapshot(tracker: FSDPMemTracker, kind: str) -> dict[str, int]:
     """Bytes by the tracker's names."""
     return named(tracker.get_tracker_snapshot(kind)[torch.device("cpu")])
 
 
-def module_snapshots(tracker: Tracker) -> Iterable[dict[str, int]]:
+def module_snapshots(tracker: FSDPMemTracker) -> Iterable[dict[str, int]]:
     """What the tracker saw before and after each FSDP module gathered, computed and gave back."""
     for stats in tracker.memory_tracking.values():
         for snaps in stats.snapshots.values():

@@ -17,6 +17,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moetrain.errors import UserError
 from moetrain.moe import MoELayer
@@ -61,6 +62,7 @@ def tell_counts(layer: MoELayer, tokens: int) -> None:
     Every rank deals alike. Raises UserError for a dispatcher that reads other counts.
     """
     router, dispatcher = layer.router, layer.dispatcher
+    assert router.top_k is not None  # deal_in_turn has chosen for it
     if isinstance(dispatcher, AllToAllDispatcher):
         counts_E = in_turn(tokens * router.top_k, router.num_experts)
         dispatcher.exchange = _told(dispatcher.exchange, _straight(dispatcher, counts_E))
@@ -136,7 +138,7 @@ class Tracker(FSDPMemTracker):
     """Without the peak of each module, which costs a look at all modules in every operation."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        modules, self.memory_tracking = self.memory_tracking, {}
+        modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
         super()._update_peak_stats(peak_state)
         self.memory_tracking = modules
 

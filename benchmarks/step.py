@@ -101,7 +101,7 @@ def from_transformers(kind: str) -> tuple[nn.Module, Loss]:
         )  # fmt: skip
         model = transformers.Qwen3MoeForCausalLM(config)
     if kind != "Llama":
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # of transformers' models
     model.train()
     return model, lambda ids_BS: model(input_ids=ids_BS, labels=ids_BS).loss
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -217,9 +218,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     given = parser.parse_args()
     began, root = time.monotonic(), given.folder.absolute()
-    queue(given.workers, [lambda seed=seed: base(root, seed) for seed in given.seeds])
+    queue(given.workers, [partial(base, root, seed) for seed in given.seeds])
     pairs = [(seed, name) for seed in given.seeds for name in given.arms]
-    folders = queue(given.workers, [lambda s=seed, n=name: arm(root, s, n) for seed, name in pairs])
+    folders = queue(given.workers, [partial(arm, root, seed, name) for seed, name in pairs])
     runs: dict[str, list[Path]] = {name: [] for name in given.arms}
     for (_, name), folder in zip(pairs, folders, strict=True):
         runs[name].append(folder)

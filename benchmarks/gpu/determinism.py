@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from memory import DTYPES, rungs
-from peers import OURS, SHAPES, TINY, Shape, call, cast, ours
+from peers import OURS, SHAPES, TINY, Shape, call, cast, moe_layer, ours
 from timing import device_of, machine, write_json
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def measure(shape: Shape, precision: str, device: str, runs: int) -> dict[str, l
     found: dict[str, list[str] | None] = {}
     block = usual_block(x.device, DTYPES[precision], shape.tokens * shape.top_k, shape.experts)
     for name, reason in rungs(shape, device, DTYPES[precision], block).items():
-        layer.layer.use_backend(name)
+        moe_layer(layer).use_backend(name)
         found[name] = differing(layer, x, precision, runs) if reason is None else None
     return found
 

@@ -105,19 +105,15 @@ def main() -> int:
     if missing := too_old():
         print("\n".join(missing))
         return 2
-    result = {
-        "python": sys.version.split()[0],
-        "gpu": gpu(),
-        "versions": versions(),
-        "steps": {step: why_not(modules) for step, modules in STEPS.items()},
-    }
-    print(f"Python {result['python']}; GPU: {result['gpu'] or 'none'}")
-    print(", ".join(f"{name} {found or '-'}" for name, found in result["versions"].items()))
-    for step, reason in result["steps"].items():
+    python, device, found = sys.version.split()[0], gpu(), versions()
+    steps = {step: why_not(modules) for step, modules in STEPS.items()}
+    print(f"Python {python}; GPU: {device or 'none'}")
+    print(", ".join(f"{name} {version or '-'}" for name, version in found.items()))
+    for step, reason in steps.items():
         print(f"{step}: {'can run' if reason is None else 'cannot run, ' + reason}")
-    write_json(args.out, result)
+    write_json(args.out, {"python": python, "gpu": device, "versions": found, "steps": steps})
     if args.missing:
-        lines = [f"{step}: {reason}\n" for step, reason in result["steps"].items() if reason]
+        lines = [f"{step}: {reason}\n" for step, reason in steps.items() if reason]
         args.missing.write_text("".join(lines))
     return 0
 

@@ -52,6 +52,18 @@ def test_no_kernel_is_above_its_bound(dtype: torch.dtype, load: str, device: tor
         assert kernel_speed.equal_bits(unit, p), unit.name
 
 
+def test_what_the_kernels_are_compared_with_runs(device: torch.device) -> None:
+    """Widths that torch's grouped product takes: none may be a call that nobody answers any more."""
+    p = problem(torch.float32, device, shape=Shape(13, 24, 8, 3, 2))
+    for unit in units(p):
+        for name, run in unit.others.items():
+            assert run(), (unit.name, name)
+    unit = kernel_products.feed_forward(p)
+    for name in unit.others:
+        found, wanted = unit.others[name]()[0], unit.reference()[0]
+        assert wanted[p.used_R].ratio(found[p.used_R]) <= 1, name
+
+
 def test_a_wrong_kernel_is_above_its_bound(device: torch.device) -> None:
     """One row is off by half a unit in the last place, or holds one value that is no number."""
     p = problem(torch.float16, device)
