@@ -7,8 +7,8 @@ of chaos_faults.py; then the same command starts it again until it has ended, ``
 run is right where every start ended in time, the last one with exit code 0; no completed checkpoint was lost
 (each start goes on from the newest one that the fault left whole); every row of metrics.jsonl (but for the
 clock) and the bytes of the final checkpoint equal those of a run that nobody touched; what happened was
-named; and no process outlived its launcher by 20 s. Linux, and root for disks and links; FAKETIME_LIBRARY
-may name libfaketimeMT.so.1. The exit code is 1 where any run was wrong.
+named; and no process outlived its launcher by 20 s. Linux; disks and links need root, the clock a C compiler.
+The exit code is 1 where any run was wrong.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,6 @@ from pathlib import Path
 from chaos_start import RANKS, Case, Start, netns
 
 _DISK = "24m"  # of a run folder on a disk that fills up
-_FAKETIME = ["/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1"]
 
 
 @dataclass(frozen=True)
@@ -165,28 +166,31 @@ def _clock(case: Case) -> Path:
     return case.run.parent / f"{case.run.name}.clock"
 
 
-def _faketime() -> str | None:
-    given = os.environ.get("FAKETIME_LIBRARY")
-    found = [given] if given else [path for pattern in _FAKETIME for path in glob.glob(pattern)]
-    return found[0] if found else None
+def _move_clock(case: Case, seconds: int) -> None:
+    """In place, as the file is mapped by all processes."""
+    with _clock(case).open("r+b") as file:
+        file.write(seconds.to_bytes(8, sys.byteorder, signed=True))
 
 
 @contextlib.contextmanager
 def _own_clock(case: Case) -> Iterator[Case]:
-    """All processes read a clock that is as far from the machine's as a file says."""
-    _clock(case).write_text("+0\n")
-    library = _faketime()
-    assert library is not None
-    env = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(_clock(case))}
-    env |= {"FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    """The wall clock of all processes is as far from the machine's as a file says."""
+    library = case.run.parent / "chaos_clock.so"
+    source = Path(__file__).with_name("chaos_clock.c")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    _clock(case).write_bytes(bytes(8))
+    env = {"LD_PRELOAD": str(library), "CLOCK_FILE": str(_clock(case))}
     yield replace(case, environment=(*case.environment, *env.items()))
 
 
 def _set_the_clock_back(start: Start, draw: random.Random) -> Struck:
     """An hour, under the running ranks; some steps later everything is killed, and begins in the past."""
-    _clock(start.case).write_text("-3600\n")
+    _move_clock(start.case, -3600)
     rows = start.rows()
     start.until(lambda: start.rows() >= rows + 3, 60)
+    last = (start.case.run / "metrics.jsonl").read_bytes().split(b"\n")[-2]
+    if json.loads(last)["time"] > time.time() - 3000:
+        raise SystemExit("the ranks' clock was not set back")
     start.signal_all(signal.SIGKILL)
     return Struck("all")
 
@@ -218,7 +222,7 @@ FAULTS = (
         "the clock is set back an hour, then a kill",
         _set_the_clock_back,
         prepare=_own_clock,
-        refused=lambda: None if _faketime() else "needs libfaketime (Debian: apt install libfaketime)",
+        refused=lambda: None if shutil.which("cc") else "a clock of its own needs cc",
     ),
     Fault("the prepared text is deleted, then a kill", _delete_the_cache, prepare=_own_cache),
 )
