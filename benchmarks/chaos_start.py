@@ -96,7 +96,7 @@ class Start:
 
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether ``condition`` came to hold before the start ended, and in ``seconds``."""
-        for _ in self._looks(seconds, 0.002):
+        for _ in self._looks(seconds, 0.01):
             if condition():
                 return True
             if any(agent.poll() is not None for agent in self.agents):

@@ -46,7 +46,8 @@ def last_wrong(records: Sequence[RankRecord], now: float) -> str | None:
     if not wrong:
         return None
     last = max(wrong, key=lambda record: record.wrong_at)
-    return f"went wrong last, {duration(max(0.0, now - last.wrong_at))} ago: rank {last.rank}: {last.wrong}"
+    what = last.wrong.removeprefix(f"rank {last.rank}: ")  # as ranks' own reports begin
+    return f"went wrong last, {duration(max(0.0, now - last.wrong_at))} ago: rank {last.rank}: {what}"
 
 
 def _row(record: RankRecord, now: float) -> list[str]:

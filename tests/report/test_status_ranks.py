@@ -70,9 +70,10 @@ def test_what_went_wrong_last_stays(tmp_path, capsys):
         record(1, wrong="older", wrong_at=now - 3000),
         record(2),
     ]
-    assert said(tmp_path / "a", records, capsys)[-1] == (
-        "a: went wrong last, 1 min 01 s ago: rank 0: rank 2: lost"
-    )
+    told = "a: went wrong last, 1 min 01 s ago: rank 0: "
+    assert said(tmp_path / "a", records, capsys)[-1] == f"{told}rank 2: lost"
+    records[0] = record(0, wrong="rank 0: waited", wrong_at=now - 61)
+    assert again(tmp_path / "a", records, capsys)[-1] == f"{told}waited"
 
 
 def test_ended_and_finished_ranks(tmp_path, capsys):
