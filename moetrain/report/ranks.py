@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from moetrain.parallel.watchdog.rank_record import FINISHED, RankRecord
+from moetrain.parallel.watchdog.rank_record import RankRecord
 from moetrain.report.tables import NOTHING, Table, duration, whole
 
 _LISTED = 32  # ranks; those that do not run first
@@ -30,8 +30,8 @@ def state_of_all(records: Sequence[RankRecord], now: float) -> str:
 
 
 def rank_table(records: Sequence[RankRecord], now: float) -> Table:
-    """A row a rank; empty where all have finished."""
-    if all(record.ended == FINISHED for record in records):
+    """A row a rank; empty where all have ended, and with nothing wrong."""
+    if all(record.ended and record.ended != record.wrong for record in records):
         return []
     ordered = sorted(records, key=lambda record: (record.state(now) == _ALIVE, record.rank))
     head = ["rank", "state", "tokens/s", "heard of", "was doing", "for", "process"]
