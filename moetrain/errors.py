@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 STOPPED = 75  # EX_TEMPFAIL: asked to stop before the last step, and saved; the same command goes on
@@ -45,8 +46,23 @@ def quoted(value: object) -> str:
         return "a huge number"
 
 
+_listeners: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """A context in which ``listener`` gets the line that this process ends with, from any thread."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 def write_error_file(line: str) -> None:
     """Leave ``line`` where torchrun looks for it: it shows that of the first rank to fail."""
+    for listener in list(_listeners):
+        listener(line)
     if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):

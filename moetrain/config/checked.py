@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from moetrain.config.elastic import for_ranks
 from moetrain.config.hydra.compose import compose_arms, compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.train.options import TrainConfig
 
-Checked = tuple[TrainConfig, list[str]]  # a valid config, and its warnings
+Checked = tuple[TrainConfig, list[str]]  # a valid config, and what is to be said of it
 
 
 def checked(
     overrides: list[str], world: int = 1, config_name: str = "train", config_dir: str | None = None
 ) -> Checked:
-    """The config that ``moetrain train <overrides>`` runs on ``world`` ranks, and its warnings.
+    """The config that ``moetrain train <overrides>`` runs on ``world`` ranks, and what is to be said of it.
 
     :func:`moetrain.train.run.train` takes both, and the reader of stored configs, as in
     ``train(cfg, load_yaml, notes)``. Raises UserError for what cannot be composed, and for the first broken
     rule.
     """
-    cfg = compose_train(overrides, config_name, config_dir)
-    return cfg, validate(cfg, world)
+    return _checked(compose_train(overrides, config_name, config_dir), world)
 
 
 def checked_arms(
@@ -34,7 +34,12 @@ def checked_arms(
     found = {}
     for name, arm in compose_arms(cfg, overrides, config_name, config_dir).items():
         try:
-            found[name] = arm, validate(arm, world)
+            found[name] = _checked(arm, world)
         except UserError as e:
             raise UserError(f"compare.arms.{name}: {e}") from e
     return found
+
+
+def _checked(cfg: TrainConfig, world: int) -> Checked:
+    cfg, changed = for_ranks(cfg, world)
+    return cfg, [*changed, *validate(cfg, world)]

@@ -24,11 +24,15 @@ class ExpertDispatch(Enum):
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """world = dp_replicate * dp_shard; ep borrows data-parallel ranks."""
+    """world = dp_replicate * dp_shard; ep borrows data-parallel ranks.
+
+    ``elastic``: sizes that do not fit the ranks become smaller ones that do, instead of being refused.
+    """
 
     dp_replicate: int = field(default=1, metadata=_RANKS)
     dp_shard: Optional[int] = field(default=None, metadata=_RANKS)  # null: fills the world
     ep: int = field(default=1, metadata=_RANKS)
+    elastic: bool = False
     dispatcher: ExpertDispatch = ExpertDispatch.all_to_all
     # consecutive ranks; null: LOCAL_WORLD_SIZE
     ranks_per_node: Optional[int] = field(default=None, metadata=_RANKS)

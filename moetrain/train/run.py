@@ -30,6 +30,7 @@ from moetrain.parallel.distributed import (
     world,
 )
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
+from moetrain.parallel.watchdog.rank_file import RankFile
 from moetrain.parallel.watchdog.watchdog import backend_timeout, watching
 from moetrain.plain import plain, to_yaml
 from moetrain.terminal import tell
@@ -66,14 +67,21 @@ def train(cfg: TrainConfig, read: ReadConfig, notes: Sequence[str] = ()) -> bool
     init_from_env(backend_timeout(cfg.parallel.timeout), device)
     _set_up_logging()
     try:
-        with watching(cfg.parallel.timeout), owning(*run_path(cfg)) as lock:
-            return _train(cfg, device, read, notes, lock)
+        at("starting")
+        with (
+            watching(cfg.parallel.timeout),
+            owning(*run_path(cfg)) as lock,
+            RankFile(lock.folder, rank(), world()) as beats,
+        ):
+            return _train(cfg, device, read, notes, lock, beats)
     finally:
         if not joined:
             shutdown()
 
 
-def _train(cfg: TrainConfig, device: str, read: ReadConfig, notes: Sequence[str], lock: FolderLock) -> bool:
+def _train(
+    cfg: TrainConfig, device: str, read: ReadConfig, notes: Sequence[str], lock: FolderLock, beats: RankFile
+) -> bool:
     started = time.monotonic()
     _set_up_torch(cfg, device)
     run_dir = RunDir(lock.folder, rank())
@@ -84,6 +92,7 @@ def _train(cfg: TrainConfig, device: str, read: ReadConfig, notes: Sequence[str]
         told = [*notes, *check_resume(cfg, resume_from, read)]
     built = start(cfg, device, checkpointer, resume_from, read)
     state = built.state
+    beats.speed = lambda: state.meter.speed
     if resume_from is None and cfg.init_from is not None and is_main():
         carry_over(Path(cfg.init_from).expanduser(), run_dir.path)
     run_dir.truncate_after(state.step)
@@ -108,6 +117,8 @@ def _train(cfg: TrainConfig, device: str, read: ReadConfig, notes: Sequence[str]
             loop = Loop(state, built.step, score, services, cfg.train, cfg.checkpoint, cfg.schedule)
             finished = loop.run()
         ok = True
+        if not finished:
+            beats.stopped(f"stopped after step {state.step} ({stop.reason})")
         _close(cfg, run_dir, built, finished, stop.reason, time.monotonic() - started)
     finally:
         tracker.finish(ok)

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from moetrain.checkpoint.peers import from_rank_0
 from moetrain.errors import TrainingError, UserError
+from moetrain.parallel.watchdog.rank_record import RANKS
 from moetrain.parallel.watchdog.watchdog import end_run
 from moetrain.train.run_dir import PLACES, cannot_be_used, missing, remove_empty
 from moetrain.train.run_owner import (
@@ -111,7 +113,8 @@ class FolderLock:
         """Leave the folder; remove it, and those above it, where this start made them and wrote nothing."""
         if self._made:
             with contextlib.suppress(OSError):  # of a folder that was never owned too
-                if self._lost() is None and set(os.listdir(self.folder)) <= {LOCK, RECORD, *PLACES}:
+                if self._lost() is None and set(os.listdir(self.folder)) <= {LOCK, RECORD, RANKS, *PLACES}:
+                    shutil.rmtree(self.folder / RANKS, ignore_errors=True)
                     remove_empty(self.folder / place for place in PLACES)
         self.release()
         remove_empty(self._made)

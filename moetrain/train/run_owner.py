@@ -22,12 +22,12 @@ from pydantic import Field
 from moetrain.errors import UserError
 from moetrain.files import parse_json
 from moetrain.parallel.launcher import launcher
+from moetrain.parallel.process import TEXT, boot_id, process_runs
 
 RECORD = ".owner.json"
 _SIZE = 2048  # bytes
-_TEXT = 60  # characters of a text: all fit in the record, each character escaped
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")  # batch systems' own variables
-_Short = Annotated[str, Field(max_length=_TEXT)]
+_Short = Annotated[str, Field(max_length=TEXT)]
 _Process = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -55,19 +55,11 @@ class Owner:
 
     def here(self) -> bool:
         """Whether it was started since this machine was."""
-        return self.boot == _boot()
+        return self.boot == boot_id()
 
     def runs_here(self) -> bool:
         """Whether a process of its number runs on this machine; one in another container is not seen."""
-        if not self.here():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except PermissionError:
-            return True
-        except (OSError, OverflowError):
-            return False
-        return True
+        return self.here() and process_runs(self.pid)
 
     def orphaned(self) -> bool:
         """Whether its launcher is gone, so that it is about to end."""
@@ -84,11 +76,11 @@ def this_process() -> Owner:
     """This process as an owner, with a token of its own."""
     job = next((os.environ[name] for name in _JOBS if os.environ.get(name)), None)
     return Owner(
-        host=socket.gethostname()[:_TEXT],
-        boot=_boot(),
+        host=socket.gethostname()[:TEXT],
+        boot=boot_id(),
         pid=os.getpid(),
         launcher=launcher(),
-        job=None if job is None else job[:_TEXT],
+        job=None if job is None else job[:TEXT],
         since=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
         token=secrets.token_hex(16),
     )
@@ -149,10 +141,3 @@ def _parse(data: bytes) -> Owner:
         return parse_json(data, Owner, RECORD)
     except UserError:  # its bytes stand for a token, which changes with them
         return Owner("", "", 0, None, None, "", token=hashlib.sha256(data).hexdigest())
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
-        return socket.gethostname()[:_TEXT]

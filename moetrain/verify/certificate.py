@@ -57,7 +57,7 @@ def proof_hash(cfg: TrainConfig, world: int) -> str:
         data=StdlibData(),
         schedule=ScheduleConfig(),
         optim=replace(twin.optim, lr=1.0),
-        parallel=replace(twin.parallel, timeout=ParallelConfig().timeout),
+        parallel=replace(twin.parallel, timeout=ParallelConfig().timeout, elastic=False),
         checkpoint=CheckpointConfig(),
         train=LoopConfig(recompute=twin.train.recompute, deterministic=twin.train.deterministic),
         plugins=[],

@@ -40,7 +40,7 @@ class Network:
             _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
             _ip("-n", self._switch, "link", "set", "bridge", "up")
             for number, name in enumerate(self.names):
-                self._join(number, name)
+                self._connect(number, name)
         except BaseException:
             self.__exit__()
             raise
@@ -68,7 +68,11 @@ class Network:
         """``ip link set down`` in namespace ``number``: its packets and those to it are lost."""
         _ip("-n", self.names[number], "link", "set", DEVICE, "down")
 
-    def _join(self, number: int, name: str) -> None:
+    def join(self, number: int) -> None:
+        """Undo :meth:`cut`."""
+        _ip("-n", self.names[number], "link", "set", DEVICE, "up")
+
+    def _connect(self, number: int, name: str) -> None:
         port = f"port{number}"
         _ip("-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", DEVICE, "netns", name)
         _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")

@@ -208,11 +208,12 @@ _TABLES = (
     Way("status", partial(_report, "status", False), anything),
 )
 _ROWS = ("run/metrics.jsonl", "run/load.jsonl")
+_FACTS = ("run/summary.json", "run/environment.json", "run/ranks/rank_00000.json")
 TARGETS = [
     Target("run_config", ("run", "text"), ("run/config.yaml",), yaml_file, _CONFIG_WAYS, share=3),
     Target("metrics_resume", ("run",), _ROWS, jsonl_file, (Way("resume", _truncated, _kept),), share=2),
     Target("report_rows", ("run",), _ROWS, jsonl_file, _TABLES, share=2),
-    Target("report_facts", ("run",), ("run/summary.json", "run/environment.json"), json_file, _TABLES),
+    Target("report_facts", ("run",), _FACTS, json_file, _TABLES),
     Target(
         "report_plots",
         ("run",),

@@ -20,6 +20,7 @@ import tiny
 from lock_cases import OTHER_BOOT, ended, held, quick, stranger, take_away
 
 from moetrain.errors import UserError
+from moetrain.parallel.process import TEXT, boot_id
 from moetrain.train import run_lock, run_owner
 from moetrain.train.run_dir import RunDir, new_folder
 from moetrain.train.run_lock import LOCK, FolderInUseError, FolderLock, owning
@@ -68,7 +69,7 @@ def test_a_clean_end_leaves_no_trace(tmp_path):
     lock = held(tmp_path / "runs" / "a")
     assert sorted(tiny.files(tmp_path)) == [f"runs/a/{LOCK}", f"runs/a/{RECORD}"]
     owner = read_owner(tmp_path / "runs" / "a")
-    assert (owner.pid, owner.boot) == (os.getpid(), run_owner._boot())
+    assert (owner.pid, owner.boot) == (os.getpid(), boot_id())
     lock.check()
     lock.release()
     assert tiny.files(tmp_path) == []
@@ -277,7 +278,7 @@ def test_records_say_the_job_and_fit(monkeypatch, tmp_path):
     write_owner(tmp_path, this_process(), new=True)
     found = read_owner(tmp_path)
     assert found is not None
-    assert found.job == "é" * run_owner._TEXT
+    assert found.job == "é" * TEXT
     assert (tmp_path / RECORD).stat().st_size == run_owner._SIZE
     assert json.loads((tmp_path / RECORD).read_text())["pid"] == os.getpid()
 

@@ -7,8 +7,8 @@ is recorded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -152,11 +152,35 @@ def patiently(name: str) -> AbstractContextManager[object]:
     """A context for long work of one rank while the others wait: the run ends only if heartbeats stop."""
     group = dist.group.WORLD
     if _recorder is None or group is None:
-        return nullcontext()
+        return _alone(name)
     return Entry(_recorder, Collective("", name, "", group, (), (), 0), patient=True)
 
 
 def at(phase: str) -> None:
     """Set the phase of the collectives from here on, such as ``step 8`` or ``evaluation after step 8``."""
+    global _phase
+    _phase = phase, time.monotonic()
     if _recorder is not None:
         _recorder.phase = phase
+
+
+def where() -> RankStatus:
+    """What this rank does, with a watchdog or without one; any thread may call it."""
+    if _recorder is not None:
+        return _recorder.status(_recorder.current)
+    phase, since = _phase
+    return RankStatus(phase, None, time.monotonic() - since, "", {})
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Of a process without a watchdog: its long work is part of the phase meanwhile."""
+    before = _phase[0]
+    at(f"{before}, {name}")
+    try:
+        yield
+    finally:
+        at(before)
+
+
+_phase = "starting", time.monotonic()  # and since when

@@ -20,6 +20,7 @@ class ThroughputMeter:
         self._mark = clock()
         self._depth = 0
         self.seconds = 0.0  # spent in steps since the run began, over all resumes
+        self.speed: float | None = None  # what the last step returned
 
     def start(self) -> None:
         """Begin to count now: call it just before the first step."""
@@ -32,7 +33,8 @@ class ThroughputMeter:
         self.seconds += elapsed
         self._recent.append((tokens, elapsed))
         spent = sum(t for _, t in self._recent)
-        return sum(n for n, _ in self._recent) / spent if spent > 0 else 0.0
+        self.speed = sum(n for n, _ in self._recent) / spent if spent > 0 else 0.0
+        return self.speed
 
     @contextmanager
     def paused(self) -> Iterator[None]:
