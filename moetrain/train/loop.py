@@ -14,7 +14,7 @@ from moetrain.parallel.watchdog.flight_recorder import at, patiently
 from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import load_every, step_row
 from moetrain.train.log.progress import Progress
-from moetrain.train.log.trackers import Tracker
+from moetrain.train.log.tracker import Tracker
 from moetrain.train.optim.options import ScheduleConfig
 from moetrain.train.optim.schedule import lr_factor
 from moetrain.train.options import LoopConfig, OnNonFinite
@@ -119,9 +119,11 @@ class Loop:
             control=result.control,
         )
         services.run_dir.metrics.append(row)
+        loads = None
         if result.routing.layers and (state.step % self._load_every == 0 or state.step == self.cfg.steps):
+            loads = result.routing.load()
             services.run_dir.load.append(result.routing.load_row(state.step))
-        services.tracker.log(row, state.step)
+        services.tracker.log(row, state.step, loads)
         services.progress.step(row)
         for line in result.messages:
             services.progress.say(line)

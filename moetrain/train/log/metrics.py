@@ -137,18 +137,18 @@ class RoutingSummary:
             row |= {f"moe/{layer}/{k}": v for k, v in figures.items()}
         return row
 
-    def load(self) -> list[list[float]]:
+    def load(self) -> dict[int, list[float]]:
         """Each expert's share of its layer's assignments, four digits; all 0 where nothing was routed."""
-        rows = []
-        for kept_E in self.counts.values():
+        rows = {}
+        for layer, kept_E in self.counts.items():
             kept = kept_E.tolist()
             total = sum(kept)
-            rows.append([float(f"{n / total:.4g}") if total else 0.0 for n in kept])
+            rows[layer] = [float(f"{n / total:.4g}") if total else 0.0 for n in kept]
         return rows
 
     def load_row(self, step: int) -> dict[str, Any]:
         """A row of ``load.jsonl``."""
-        return {"step": step, "layers": list(self.layers), "load": self.load()}
+        return {"step": step, "layers": list(self.layers), "load": list(self.load().values())}
 
     def _by_layer(self) -> dict[int, Tensor]:
         sizes = [2 * experts + _SUMS for experts in self.experts.values()]

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 
 from moetrain.errors import UserError
-from moetrain.train.log import trackers
+from moetrain.train.log.loads import Loads
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
-from moetrain.train.log.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
+from moetrain.train.log.rules import need
+from moetrain.train.log.tracker import NoTracker, Tracker
+from moetrain.train.log.trackers import TRACKERS, build_tracker
+from moetrain.train.log.wandb_run import WANDB_ID_FILE
 
 ROWS = [
     {"step": s, "train/loss": 8.0 / s, "moe/1/max_load": 1.5, "time": 1e9, "note": None} for s in (1, 2, 3)
@@ -214,7 +217,7 @@ def test_wandb_without_a_login_is_one_line(wandb_run: WandbRun) -> None:
     assert "tracker.mode=offline" in lines[0]
 
 
-class _Broken:
+class _Broken(NoTracker):
     """A tracker whose service is lost after the first row."""
 
     def __init__(self) -> None:
@@ -223,7 +226,7 @@ class _Broken:
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         self.calls.append("start")
 
-    def log(self, row: Mapping[str, Any], step: int) -> None:
+    def log(self, row: Mapping[str, Any], step: int, loads: Loads | None = None) -> None:
         self.calls.append(f"log {step}")
         if step > 1:
             raise ConnectionResetError("connection lost")
@@ -263,7 +266,7 @@ def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: py
     (tmp_path / "absent_service").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="needs the package absent_service"):
-        trackers._need("absent_service")
+        need("absent_service")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
