@@ -11,6 +11,7 @@ from moetrain.checkpoint.options import CheckpointConfig
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
+from moetrain.train.alarms import StepFigures
 from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import load_every, step_row
 from moetrain.train.log.progress import Progress
@@ -123,10 +124,23 @@ class Loop:
         if result.routing.layers and (state.step % self._load_every == 0 or state.step == self.cfg.steps):
             loads = result.routing.load()
             services.run_dir.load.append(result.routing.load_row(state.step))
+        self._watch(StepFigures.of(row, result.routing))
         services.tracker.log(row, state.step, loads)
         services.progress.step(row)
         for line in result.messages:
             services.progress.say(line)
+
+    def _watch(self, figures: StepFigures) -> None:
+        """Say and record what went wrong with this step, or is over; rank 0's to do."""
+        state, services = self.state, self.services
+        if state.alarms is None or not is_main():
+            return
+        for event in state.alarms.observe(figures):
+            services.run_dir.alarms.append(event.row())
+            services.progress.say(event.line())
+            if event.raised:
+                title = f"{event.alarm} in {services.run_dir.path.name}"
+                services.tracker.alert(title, event.line(), state.step)
 
     def _between_steps(self) -> None:
         state = self.state

@@ -57,6 +57,7 @@ class RunDir:
             raise cannot_be_used(self.path, error) from error
         self.metrics = JsonlFile(self.path / "metrics.jsonl", write=rank == 0)
         self.load = JsonlFile(self.path / "load.jsonl", write=rank == 0)
+        self.alarms = JsonlFile(self.path / "alarms.jsonl", write=rank == 0)
 
     def write_config(self, text: str) -> None:
         """config.yaml: the composed config."""
@@ -90,12 +91,14 @@ class RunDir:
         there = self.metrics.path.exists()
         last = self.metrics.truncate_after(step) or 0
         self.load.truncate_after(step)
+        self.alarms.truncate_after(step)
         if self._rank == 0 and there and last < step:
             log.warning("%s has no rows of steps %d to %d", self.metrics.path, last + 1, step)
 
     def close(self) -> None:
         self.metrics.close()
         self.load.close()
+        self.alarms.close()
 
 
 def new_folder(root: Path) -> tuple[Path, list[Path]]:
