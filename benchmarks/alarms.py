@@ -2,6 +2,7 @@
 
     python benchmarks/alarms.py record FOLDER [overrides]   # a queue: the same command goes on where it stopped
     python benchmarks/alarms.py replay FOLDER [overrides]   # counts runs and alarms, with any thresholds
+    python benchmarks/alarms.py cost                        # the time of all alarms in a step of a large model
 
 ``record`` is ``moetrain train experiment=router_comparison``, whose runs also keep ``figures.jsonl``: a step's
 loss, speed and routing sums, so that other thresholds need no other training.
@@ -10,12 +11,20 @@ loss, speed and routing sums, so that other thresholds need no other training.
 from __future__ import annotations
 
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moetrain.cli import main as moetrain
+from moetrain.config.hydra.compose import compose_train
 from moetrain.report import page
-from moetrain.train.log.jsonl import JsonlFile
+from moetrain.train.alarms import AlarmWatch, StepFigures
+from moetrain.train.alarms.options import AlarmsConfig
+from moetrain.train.log.jsonl import JsonlFile, read_metrics
+from moetrain.train.log.metrics import RoutingSummary
 from moetrain.train.loop import Loop
 from moetrain.train.step import StepResult
 
@@ -46,9 +55,61 @@ def row_of(result: StepResult, step: int) -> dict[str, Any]:
     return {"step": step, "loss": result.loss, "tokens": result.tokens, "experts": experts, "sums": sums}
 
 
+def replay(folder: Path, overrides: list[str]) -> int:
+    """Print every alarm of the runs whose steps are all there, and both counts; 1 where there is an alarm."""
+    cfg = compose_train(["experiment=router_comparison", *overrides])
+    raised: Counter[str] = Counter()
+    runs = with_experts = 0
+    for path in sorted(folder.glob(f"*/seed_*/{FIGURES}")):
+        figures = figures_of(path)
+        if len(figures) < cfg.train.steps:
+            continue
+        runs, with_experts = runs + 1, with_experts + bool(figures[0].demand)
+        for line, alarm in alarms_of(cfg.alarms, figures):
+            raised[alarm] += 1
+            print(f"{path.parent.relative_to(folder)}: {line}")
+    alarms = ", ".join(f"{number} {name}" for name, number in raised.items()) or "none"
+    print(f"{runs} runs of {cfg.train.steps} steps ({with_experts} with experts), alarms raised: {alarms}")
+    return int(bool(raised))
+
+
+def figures_of(path: Path) -> list[StepFigures]:
+    """What the alarms of a run saw, from its recorded sums and its rows."""
+    rows = {row["step"]: row for row in read_metrics(path.parent) if "train/loss" in row}
+    found = []
+    for kept in read_metrics(path):
+        sums_F = torch.tensor(kept["sums"], dtype=torch.float64)
+        routing = RoutingSummary({layer: number for layer, number in kept["experts"]}, sums_F)
+        found.append(StepFigures.of(rows[kept["step"]] | routing.metrics(), routing))
+    return found
+
+
+def alarms_of(cfg: AlarmsConfig, figures: list[StepFigures]) -> list[tuple[str, str]]:
+    watch = AlarmWatch(cfg, lambda name: None, {}, 0.0)
+    events = [event for each in figures for event in watch.observe(each)]
+    return [(event.line(), event.alarm) for event in events if event.raised]
+
+
+def cost(layers: int = 64, experts: int = 128, steps: int = 200) -> int:
+    """Print the time that alarms and a row's figures take for one step of a large model."""
+    generator = torch.Generator().manual_seed(0)
+    sums_F = torch.cat([torch.randint(1, 99, (2 * experts + 6,), generator=generator) for _ in range(layers)])
+    routing = RoutingSummary(dict.fromkeys(range(layers), experts), sums_F.double())
+    row = routing.metrics() | {"train/loss": 3.0, "tokens_per_second": 1e5}
+    watch = AlarmWatch(AlarmsConfig(), lambda name: None, {}, 0.0)
+    begun = time.perf_counter()
+    for step in range(1, steps + 1):
+        watch.observe(StepFigures.of(row | {"step": step, "time": step}, routing))
+    each = (time.perf_counter() - begun) / steps
+    print(f"alarms: {1e3 * each:.2f} ms a step, {layers} layers of {experts} experts")
+    return 0
+
+
 def main() -> int:
+    if sys.argv[1:] == ["cost"]:
+        return cost()
     mode, folder, *overrides = sys.argv[1:]
-    return record(Path(folder), overrides)
+    return {"record": record, "replay": replay}[mode](Path(folder), overrides)
 
 
 if __name__ == "__main__":
