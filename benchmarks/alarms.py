@@ -1,11 +1,11 @@
 """Alarms on healthy runs: trains a comparison of routers, keeps each step's figures, and replays them.
 
-    python benchmarks/alarms.py record FOLDER [overrides]   # a queue: the same command goes on where it stopped
+    python benchmarks/alarms.py record FOLDER [overrides]   # a queue: the same command goes on
     python benchmarks/alarms.py replay FOLDER [overrides]   # counts runs and alarms, with any thresholds
-    python benchmarks/alarms.py cost                        # the time of all alarms in a step of a large model
+    python benchmarks/alarms.py cost                        # all alarms' time in a step of a large model
 
-``record`` is ``moetrain train experiment=router_comparison``, whose runs also keep ``figures.jsonl``: a step's
-loss, speed and routing sums, so that other thresholds need no other training.
+``record`` is ``moetrain train experiment=router_comparison``, whose runs also keep ``figures.jsonl``: a
+step's loss and routing sums, so that other thresholds need no other training.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def figures_of(path: Path) -> list[StepFigures]:
     found = []
     for kept in read_metrics(path):
         sums_F = torch.tensor(kept["sums"], dtype=torch.float64)
-        routing = RoutingSummary({layer: number for layer, number in kept["experts"]}, sums_F)
+        routing = RoutingSummary(dict(kept["experts"]), sums_F)
         found.append(StepFigures.of(rows[kept["step"]] | routing.metrics(), routing))
     return found
 

@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moetrain.errors import UserError
-from moetrain.train.log.loads import Loads
+from moetrain.train.log.loads import MAX_LAYERS, Loads, heat_map, histogram, shown_layers
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from moetrain.train.log.rules import need
 from moetrain.train.log.tracker import NoTracker, Tracker
@@ -102,11 +102,54 @@ def test_tensorboard_has_a_step_once_after_a_rollback(tmp_path: Path) -> None:
     assert scalars["val/loss"] == [(2, 1.0)]
 
 
+def test_tensorboard_has_loads_and_alarms(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = build_tracker(TensorboardTracker())
+    tracker.start(tmp_path, {}, 0)
+    tracker.log(ROWS[0], 1, {layer: [1 / 128] * 128 for layer in range(64)})
+    tracker.alert("collapse", "in layer 3", 2)
+    tracker.log(ROWS[1], 2)
+    tracker.finish(True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["images"] == ["load/map"]
+    assert len(tags["histograms"]) == MAX_LAYERS
+    assert "alarms/text_summary" in tags["tensors"]
+
+
+def test_a_map_has_a_row_a_layer_and_a_column_an_expert() -> None:
+    pixels = heat_map({0: [0.5, 0.5, 0.0], 3: [1.0]})
+    cell = pixels.shape[0] // 2
+    assert pixels.shape == (2 * cell, 3 * cell, 3)
+    cells = pixels[::cell, ::cell].tolist()
+    assert cells[0][2] == [255, 255, 255]  # no token
+    assert cells[1][0] == [86, 180, 233]  # balanced
+    assert cells[1][1] == [224, 224, 224]  # no expert
+    assert max(heat_map({n: [1 / 128] * 128 for n in range(64)}).shape) == 1024
+
+
+def test_every_expert_is_in_a_bin() -> None:
+    counts, edges = histogram([0.9] + [0.1 / 6] * 6)
+    assert counts.sum() == 7
+    assert edges[-1] == pytest.approx(6.3)
+    assert histogram([0.0] * 5)[0].sum() == 5
+
+
+@pytest.mark.parametrize(("layers", "shown"), [([4], [4]), (range(16), [*range(16)]), (range(3, 67), None)])
+def test_layers_with_a_histogram(layers: Sequence[int], shown: list[int] | None) -> None:
+    found = shown_layers(layers)
+    assert found == shown if shown else len(set(found)) == MAX_LAYERS
+    assert (found[0], found[-1]) == (layers[0], layers[-1])
+
+
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     use(build_tracker(TensorboardTracker(), rank=1), tmp_path, ROWS)
     assert list(tmp_path.iterdir()) == []
 
 
+SECRET, ARGUMENT = "hunter2-in-the-environment", "--password=hunter2-on-the-command-line"
 _SCRIPT = """
 import json, logging, sys
 from pathlib import Path
@@ -122,7 +165,9 @@ for done, ok, lr in ((0, False, 1.0), (1, True, 1.0), (1, True, 2.0)):
     config = {"model": {"d_model": 32}, "optim": {"lr": lr}, "train": {"steps": 3 + ok}}
     tracker.start(Path(folder), config, done)
     for row in rows[done : 3 + ok]:
-        tracker.log(row, row["step"])
+        tracker.alert("collapse", f"of step {row['step']}", row["step"])
+        loads = {layer: [1 / 128] * 128 for layer in range(64)} if row["step"] % 2 else None
+        tracker.log(row, row["step"], loads)
     tracker.finish(ok)
 try:
     build_tracker(WandbTracker(mode=WandbMode.online)).start(Path(folder), {})
@@ -154,9 +199,9 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
     subprocess.run([*git, "remote", "add", "origin", "https://example.invalid/secret.git"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"HOME": str(root), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment |= {"PLANTED_TOKEN": SECRET, "HOME": str(root), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps([str(folder), ROWS])],
+        [sys.executable, "-c", _SCRIPT, json.dumps([str(folder), ROWS]), ARGUMENT],
         env=environment,
         cwd=root,
         capture_output=True,
@@ -208,6 +253,44 @@ def test_wandb_carries_no_code_and_no_git_state(wandb_run: WandbRun) -> None:
     left = [p for p in (wandb_run.folder / "wandb").rglob("*") if p.suffix in (".py", ".patch", ".diff")]
     assert left == []
     assert all(b"secret.git" not in path.read_bytes() for path in wandb_run.files())
+
+
+def test_wandb_carries_no_environment_command_line_or_host(wandb_run: WandbRun) -> None:
+    files = [path for path in (wandb_run.folder / "wandb").rglob("*") if path.is_file()]
+    assert files
+    for planted in (SECRET, ARGUMENT):
+        assert [path for path in files if planted.encode() in path.read_bytes()] == []
+    assert not list((wandb_run.folder / "wandb").rglob("wandb-metadata.json"))
+    assert not list((wandb_run.folder / "wandb").rglob("requirements.txt"))
+
+
+def test_wandb_has_a_bounded_number_of_keys_and_an_alert_once(wandb_run: WandbRun) -> None:
+    """64 layers of 128 experts: 16 histograms and one map, in every second row."""
+    records = [list(read_wandb(path)) for path in wandb_run.files()]
+    first, second = (
+        {"/".join(key.split("/")[:2]) for key in row if key.startswith("load/")}
+        for row in history_of(records[0])[:2]
+    )
+    assert first == {"load/map", *(f"load/layer_{layer}" for layer in shown_layers(range(64)))}
+    assert len(first) == 1 + MAX_LAYERS
+    assert not second
+    alerts = [[record.alert.text for record in part if record.HasField("alert")] for part in records]
+    assert alerts == [[f"of step {n}" for n in steps] for steps in ((1, 2, 3), (4,), (2, 3, 4))]
+
+
+def test_after_a_requeue_wandb_has_one_run_and_every_step_once(wandb_run: WandbRun) -> None:
+    """By wandb's own reader of what it would upload."""
+    steps: dict[str, list[int]] = {}
+    for path in wandb_run.files():
+        command = ["wandb", "leet", "inspect", "--json", str(path)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        records = [json.loads(line) for line in printed.splitlines()]
+        (run,) = {record["run"]["run_id"] for record in records if record["type"] == "run"}
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        steps.setdefault(run, []).extend(row["step"] for row in rows)
+    (once, other) = steps.values()
+    assert once == [1, 2, 3, 4]
+    assert other == [2, 3, 4]  # with another config
 
 
 def test_wandb_without_a_login_is_one_line(wandb_run: WandbRun) -> None:
