@@ -22,6 +22,7 @@ from pydantic import JsonValue
 import moetrain
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.redaction import redacted
 from moetrain.train.log.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
 from moetrain.writing import write_atomic
@@ -154,7 +155,7 @@ def environment(seed: int, world_size: int, argv: Sequence[str]) -> dict[str, An
         "cuda_device": cuda,
         "world_size": world_size,
         "seed": seed,
-        "argv": list(argv),
+        "argv": [redacted(word) for word in argv],
     }
 
 
