@@ -8,6 +8,7 @@ from typing import Any
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.options import CheckpointConfig
+from moetrain.checkpoint.read import step_folder
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
@@ -57,6 +58,7 @@ class Loop:
         self.cfg, self.checkpoint, self.schedule = cfg, checkpoint, schedule
         self._load_every = load_every(cfg.steps)
         self._broken_in_a_row = 0
+        self._told: int | None = None  # the step of the checkpoint that the tracker knows
         self._evaluated = -1  # the last step that was evaluated
 
     def run(self) -> bool:
@@ -76,6 +78,7 @@ class Loop:
         self._save()
         with patiently("saving a checkpoint"):
             services.checkpointer.wait()
+        self._tell_saved()
         return finished
 
     def _catch_up(self) -> None:
@@ -168,6 +171,15 @@ class Loop:
         at(f"after step {self.state.step}")
         with self.state.meter.paused(), patiently("saving a checkpoint"):
             self.state.save(self.services.checkpointer)
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        """Name the newest complete checkpoint to the tracker; one under way is named after the next."""
+        checkpointer = self.services.checkpointer
+        step = checkpointer.last_saved
+        if step is not None and step != self._told:
+            self._told = step
+            self.services.tracker.checkpoint(step_folder(checkpointer.dir, step), step)
 
     def _rolled_back(self, result: StepResult, samples: range) -> bool:
         """Deal with a broken step as ``train.on_nonfinite`` says; True where the state was reloaded."""

@@ -197,7 +197,7 @@ def test_numbers_in_words() -> None:
     assert [duration(s) for s in (42.2, 185, 7620)] == ["42 s", "3 min 05 s", "2 h 07 min"]
 
 
-def test_alarms_are_listed_with_what_may_help_and_when_they_were_over(tmp_path: Path) -> None:
+def test_alarms_are_listed_with_what_may_help(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=20)
     raised = {
         "alarm": "collapse",

@@ -162,7 +162,7 @@ def test_switched_off_nothing_is_said():
 
 
 @pytest.mark.parametrize("cut", range(1, 24))
-def test_a_watch_that_resumes_says_what_an_uninterrupted_one_says(cut):
+def test_a_watch_that_resumes_says_what_another_says(cut):
     """At any step, by the JSON of a checkpoint; and a rollback says again what came after it."""
     loads = [EVEN] * 2 + [ONE_OF_ALL] * 9 + [EVEN] * 8 + [ONE_OF_ALL] * 5
     losses = [5.0] * 12 + [9.0] + [5.0] * 11
@@ -186,7 +186,7 @@ def test_a_watch_that_resumes_says_what_an_uninterrupted_one_says(cut):
 
 
 @pytest.mark.usefixtures("training")
-def test_a_run_that_resumes_has_the_alarms_of_an_uninterrupted_one(corpus, tmp_path):
+def test_a_run_that_resumes_has_an_uninterrupted_runs_alarms(corpus, tmp_path):
     """Alarms without patience and limits that nothing meets: each step's are in the file once."""
     options = ["train.steps=9", "checkpoint.every=3", "checkpoint.keep_last=9", "alarms.dead_steps=2"]
     options += ["alarms.patience=2", "alarms.logit_rms=0", "alarms.collapse=1", "model.num_experts=7"]

@@ -59,7 +59,7 @@ def background(tracker: NoTracker, waiting: int = 7, seconds: float = 0.2) -> Ba
 
 
 @pytest.mark.parametrize("hanging", ["log"], indirect=True)
-def test_rows_that_a_hanging_tracker_cannot_take_are_counted_and_said_once(hanging, tmp_path, caplog):
+def test_rows_that_a_hanging_tracker_cannot_take_are_counted(hanging, tmp_path, caplog):
     tracker = background(hanging)
     tracker.start(tmp_path, {})
     begun = time.monotonic()
@@ -91,7 +91,7 @@ def test_the_end_of_a_run_waits_a_bounded_time(hanging, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("hanging", ["start"], indirect=True)
-def test_a_start_that_hangs_is_an_error_but_not_of_a_run_that_goes_on(hanging, tmp_path, caplog):
+def test_a_start_that_hangs_is_an_error_of_a_fresh_run_only(hanging, tmp_path, caplog):
     with pytest.raises(UserError, match=r"tracker=test did not start in 0.2 s"):
         background(hanging).start(tmp_path, {}, step=0)
     resumed = background(hanging)
@@ -108,7 +108,7 @@ class NoStart(NoTracker):
         raise UserError("no network")
 
 
-def test_a_start_that_fails_is_an_error_but_not_of_a_run_that_goes_on(tmp_path, caplog):
+def test_a_start_that_fails_is_an_error_of_a_fresh_run_only(tmp_path, caplog):
     with pytest.raises(UserError, match="no network"):
         background(NoStart()).start(tmp_path, {}, step=0)
     tracker = background(NoStart())
@@ -164,3 +164,28 @@ def test_a_process_ends_although_wandbs_own_is_stopped(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert not Path(f"/proc/{done.stdout.split()[-1]}").exists()
+
+
+class Listening(NoTracker):
+    def __init__(self) -> None:
+        self.config: Mapping[str, Any] = {}
+        self.checkpoints: list[tuple[str, int, bool]] = []
+
+    def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
+        self.config = config
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        self.checkpoints.append((folder.name, step, (folder / "manifest.json").exists()))
+
+
+@pytest.mark.usefixtures("training")
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_tracker_hears_of_versions_and_of_whole_checkpoints(background, corpus, tmp_path, monkeypatch):
+    tracker = Listening()
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda cfg: tracker)
+    options = [*tiny.TRAINED, "tracker=tensorboard", f"checkpoint.async_save={background}"]
+    assert tiny.train(corpus, tmp_path / "run", *options) == 0
+    assert tracker.checkpoints == [(f"step_{n:08}", n, True) for n in (5, 10, 12)]
+    environment = tracker.config["environment"]
+    assert {"torch", "git", "packages", "python"} <= environment.keys()
+    assert "argv" not in environment

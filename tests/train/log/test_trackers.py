@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_files import history_of, read_wandb
 
 from moetrain.errors import UserError
-from moetrain.train.log.loads import MAX_LAYERS, Loads, heat_map, histogram, shown_layers
+from moetrain.train.log.loads import MAX_LAYERS, Loads, shown_layers
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
 from moetrain.train.log.rules import need
 from moetrain.train.log.tracker import NoTracker, Tracker
@@ -41,29 +41,6 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def read_wandb(path: Path) -> Iterator[Any]:
-    """The records of an offline run: a header of 7 bytes, then protobuf messages in blocks of 32 KiB.
-
-    Each piece has a header: checksum (4 bytes), length (2), kind (1 whole, 2 first, 3 middle, 4 last).
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, message = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(message)
-            message = b""
-            yield record
 
 
 def test_jsonl_adds_nothing(tmp_path: Path) -> None:
@@ -100,48 +77,6 @@ def test_tensorboard_has_a_step_once_after_a_rollback(tmp_path: Path) -> None:
     scalars = read_events(tmp_path / "tensorboard")
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3]
     assert scalars["val/loss"] == [(2, 1.0)]
-
-
-def test_tensorboard_has_loads_and_alarms(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = build_tracker(TensorboardTracker())
-    tracker.start(tmp_path, {}, 0)
-    tracker.log(ROWS[0], 1, {layer: [1 / 128] * 128 for layer in range(64)})
-    tracker.alert("collapse", "in layer 3", 2)
-    tracker.log(ROWS[1], 2)
-    tracker.finish(True)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()
-    assert tags["images"] == ["load/map"]
-    assert len(tags["histograms"]) == MAX_LAYERS
-    assert "alarms/text_summary" in tags["tensors"]
-
-
-def test_a_map_has_a_row_a_layer_and_a_column_an_expert() -> None:
-    pixels = heat_map({0: [0.5, 0.5, 0.0], 3: [1.0]})
-    cell = pixels.shape[0] // 2
-    assert pixels.shape == (2 * cell, 3 * cell, 3)
-    cells = pixels[::cell, ::cell].tolist()
-    assert cells[0][2] == [255, 255, 255]  # no token
-    assert cells[1][0] == [86, 180, 233]  # balanced
-    assert cells[1][1] == [224, 224, 224]  # no expert
-    assert max(heat_map({n: [1 / 128] * 128 for n in range(64)}).shape) == 1024
-
-
-def test_every_expert_is_in_a_bin() -> None:
-    counts, edges = histogram([0.9] + [0.1 / 6] * 6)
-    assert counts.sum() == 7
-    assert edges[-1] == pytest.approx(6.3)
-    assert histogram([0.0] * 5)[0].sum() == 5
-
-
-@pytest.mark.parametrize(("layers", "shown"), [([4], [4]), (range(16), [*range(16)]), (range(3, 67), None)])
-def test_layers_with_a_histogram(layers: Sequence[int], shown: list[int] | None) -> None:
-    found = shown_layers(layers)
-    assert found == shown if shown else len(set(found)) == MAX_LAYERS
-    assert (found[0], found[-1]) == (layers[0], layers[-1])
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
@@ -211,14 +146,6 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
     )
     assert done.returncode == 0, done.stderr
     return WandbRun(folder, done.stdout, done.stderr)
-
-
-def history_of(records: list[Any]) -> list[dict[str, str]]:
-    return [
-        {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
-        for r in records
-        if r.HasField("history")
-    ]
 
 
 def test_wandb_offline_run_reads_back(wandb_run: WandbRun) -> None:
