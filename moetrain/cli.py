@@ -20,6 +20,7 @@ from moetrain.parallel.early_warning import keep_early_warning
 from moetrain.parallel.environment import adopt_launcher, is_rank_0, local_ranks
 from moetrain.parallel.launcher import end_with_launcher
 from moetrain.terminal import finish, one_line, set_up, show, tell
+from moetrain.writing import keep_others_out
 
 HELP = """\
 moetrain: train Mixture-of-Experts language models
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_early_warning()
     end_with_launcher()
     set_up()
+    keep_others_out()
     return finish(_run(sys.argv[1:] if argv is None else argv))
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from moetrain.errors import UserError
+from moetrain.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +47,8 @@ def as_text(text: str) -> str:
 
 
 def printable(text: str, encoding: str | None = None) -> str:
-    """``text`` without what acts on a terminal or turns text around, and without what ``encoding`` lacks."""
-    text = _UNSAFE.sub("\ufffd", as_text(text))
+    """``text`` without secrets, what acts on a terminal or turns text around, and what ``encoding`` lacks."""
+    text = _UNSAFE.sub("\ufffd", as_text(redacted(text)))
     encoding = encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,3 +37,8 @@ def write_atomic(path: Path, text: str) -> None:
             temporary.write_text(as_text(text), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def keep_others_out() -> None:
+    """What this process makes from here on is not writable for everybody, whatever umask it was given."""
+    os.umask(os.umask(0o077) | stat.S_IWOTH)

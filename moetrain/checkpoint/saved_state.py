@@ -15,6 +15,7 @@ from moetrain.files import parse_json
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=1 << 16)]
+Layer = Annotated[str, Field(pattern=r"^(-1|[0-9]{1,9})$")]
 _WORDS = 624  # of a Mersenne twister
 
 
@@ -63,6 +64,24 @@ class SavedRng:
 
 
 @dataclass(frozen=True)
+class SavedPlace:
+    """Readings of an alarm in a row, and whether it is raised."""
+
+    bad: Count
+    good: Count
+    raised: bool
+
+
+@dataclass(frozen=True)
+class SavedAlarms:
+    """An alarm's places, and a layer's experts' steps without a token; layers by their places, -1 the run."""
+
+    places: dict[str, dict[Layer, SavedPlace]]
+    idle: dict[Layer, Annotated[tuple[Count, ...], Field(max_length=1 << 20)]]
+    loss: SavedMonitor | None = None
+
+
+@dataclass(frozen=True)
 class SavedState:
     """The fields of `extra.json`. Unknown keys are ignored: a later version may write more."""
 
@@ -74,6 +93,7 @@ class SavedState:
     meter: SavedMeter
     rng: SavedRng
     identity: dict[str, str] | None = None  # what the run computes, to be compared on resume
+    alarms: SavedAlarms | None = None
 
     @staticmethod
     def of(extra: Mapping[str, Any], where: str) -> SavedState:

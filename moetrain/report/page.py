@@ -14,7 +14,7 @@ from moetrain.errors import UserError
 from moetrain.report import curves, heatmap
 from moetrain.report.plotting import MISSING, Plot, has_matplotlib, style
 from moetrain.report.runs import RunData, read_runs
-from moetrain.report.tables import config_differences, domain_table, headline
+from moetrain.report.tables import alarm_table, config_differences, domain_table, headline
 from moetrain.writing import replacing
 
 MAX_MAPS = 6  # runs whose load maps are drawn
@@ -62,7 +62,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 def render(runs: Sequence[RunData]) -> str:
     """The page's text."""
     several = len(runs) > 1
-    tables = [("", headline(runs)), ("Validation by domain", domain_table(runs))]
+    tables = [("", headline(runs)), ("Alarms", alarm_table(runs))]
+    tables.append(("Validation by domain", domain_table(runs)))
     if several:
         tables.append(("What differs", config_differences(runs)))
     return _template().render(

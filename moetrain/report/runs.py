@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -16,8 +17,10 @@ from pydantic import JsonValue
 from moetrain.errors import UserError
 from moetrain.files import MB, open_regular, parse_yaml, read_json
 from moetrain.report.columns import Array, Columns, Loads, read_columns, read_loads
+from moetrain.train.log.jsonl import read_lines
 
 _SAMPLES, _SAMPLE = 1000, 1 << 16  # the newest, and bytes of each
+_ALARMS = 1000  # lines
 _MARKS = ("metrics.jsonl", "config.yaml", "environment.json", "checkpoints")
 
 
@@ -33,6 +36,7 @@ class RunData:
     environment: dict[str, Any]
     config_text: str
     samples: list[tuple[str, str]]
+    alarms: list[dict[str, Any]] = field(default_factory=list)  # rows of alarms.jsonl, the oldest first
     notes: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> tuple[Array, Array]:
@@ -89,6 +93,7 @@ def read_run(path: Path, name: str | None = None) -> RunData:
         environment=_read_object(path / "environment.json", notes),
         config_text=_read_text(path / "config.yaml", notes) or "",
         samples=_read_samples(path / "samples", notes),
+        alarms=_read_alarms(path / "alarms.jsonl", notes),
         notes=notes,
     )
 
@@ -138,6 +143,18 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} is not a JSON object")
         return {}
     return value
+
+
+def _read_alarms(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The first rows of the file; lines that hold none are passed over."""
+    if not path.exists():  # nothing was wrong
+        return []
+    try:
+        rows = [line.row for line in itertools.islice(read_lines(path), _ALARMS) if line.row is not None]
+    except UserError as error:
+        notes.append(str(error))
+        return []
+    return rows
 
 
 def _read_samples(folder: Path, notes: list[str]) -> list[tuple[str, str]]:

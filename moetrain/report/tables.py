@@ -87,6 +87,32 @@ def domain_table(runs: Sequence[RunData]) -> Table:
     return [["Validation bits per byte", *(run.name for run in runs)], *rows]
 
 
+def alarm_table(runs: Sequence[RunData], limit: int = 50) -> Table:
+    """What was raised, the oldest first, and when it was over; empty where nothing was."""
+    rows = [row for run in runs for row in _alarm_rows(run, len(runs) > 1)]
+    if len(rows) > limit:
+        rows = [*rows[:limit], [f"... and {len(rows) - limit} more", *("" for _ in rows[0][1:])]]
+    return [["Step", "Alarm", "Where", "What", "May help", "Over at step"], *rows] if rows else []
+
+
+def _alarm_rows(run: RunData, named: bool) -> Table:
+    rows: Table = []
+    open_rows: dict[tuple[str, str], list[str]] = {}
+    for alarm in run.alarms:
+        step, name, layers = alarm.get("step"), str(alarm.get("alarm", "")), alarm.get("layers")
+        for layer in layers if isinstance(layers, list) and layers else ["the run"]:
+            key = name, str(layer)
+            if alarm.get("raised") is True:
+                where = str(layer) if layer == "the run" else f"layer {layer}"
+                first = f"{run.name}: {step}" if named else str(step)
+                what, helps = str(alarm.get("why", "")), str(alarm.get("suggestion") or NOTHING)
+                open_rows[key] = [first, name, where, what, helps, NOTHING]
+                rows.append(open_rows[key])
+            elif key in open_rows:
+                open_rows.pop(key)[-1] = str(step)
+    return rows
+
+
 def config_differences(runs: Sequence[RunData], limit: int = 60) -> Table:
     """The config keys whose values are not the same in all runs; empty if there is nothing to tell apart."""
     configs = [_flat(run.config()) for run in runs]

@@ -26,6 +26,7 @@ from typing import Any
 from moetrain.errors import STOPPED, UserError
 from moetrain.parallel.environment import port_of_job
 from moetrain.slurm.blame import blamed
+from moetrain.writing import keep_others_out
 
 EXCLUDED = "excluded_nodes"  # the file beside the run folders that submit reads
 RUN = "MOETRAIN_RUN"  # the words before -m of each step
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-preflight", action="store_true", help="take the nodes as they are")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of moetrain train")
     options = parser.parse_args(argv)
+    keep_others_out()
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     try:
         job = this_job(options.max_requeues, options.spare_nodes)

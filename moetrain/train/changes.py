@@ -84,7 +84,7 @@ RULES = (
         Change.free,
         "how far, and what is written on the way",
     ),
-    Rule(("run", "tracker", "compare"), Change.free, "where the run lies, and who is told"),
+    Rule(("run", "tracker", "alarms", "compare"), Change.free, "where the run lies, and who is told"),
     Rule(
         ("resume", "resume_changes", "plugins"),
         Change.free,

@@ -8,13 +8,15 @@ from typing import Any
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.options import CheckpointConfig
+from moetrain.checkpoint.read import step_folder
 from moetrain.errors import TrainingError
 from moetrain.parallel.distributed import broadcast_object, is_main
 from moetrain.parallel.watchdog.flight_recorder import at, patiently
+from moetrain.train.alarms import StepFigures
 from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import load_every, step_row
 from moetrain.train.log.progress import Progress
-from moetrain.train.log.trackers import Tracker
+from moetrain.train.log.tracker import Tracker
 from moetrain.train.optim.options import ScheduleConfig
 from moetrain.train.optim.schedule import lr_factor
 from moetrain.train.options import LoopConfig, OnNonFinite
@@ -56,6 +58,7 @@ class Loop:
         self.cfg, self.checkpoint, self.schedule = cfg, checkpoint, schedule
         self._load_every = load_every(cfg.steps)
         self._broken_in_a_row = 0
+        self._told: int | None = None  # the step of the checkpoint that the tracker knows
         self._evaluated = -1  # the last step that was evaluated
 
     def run(self) -> bool:
@@ -75,6 +78,7 @@ class Loop:
         self._save()
         with patiently("saving a checkpoint"):
             services.checkpointer.wait()
+        self._tell_saved()
         return finished
 
     def _catch_up(self) -> None:
@@ -119,12 +123,27 @@ class Loop:
             control=result.control,
         )
         services.run_dir.metrics.append(row)
+        loads = None
         if result.routing.layers and (state.step % self._load_every == 0 or state.step == self.cfg.steps):
+            loads = result.routing.load()
             services.run_dir.load.append(result.routing.load_row(state.step))
-        services.tracker.log(row, state.step)
+        self._watch(StepFigures.of(row, result.routing))
+        services.tracker.log(row, state.step, loads)
         services.progress.step(row)
         for line in result.messages:
             services.progress.say(line)
+
+    def _watch(self, figures: StepFigures) -> None:
+        """Say and record what went wrong with this step, or is over; rank 0's to do."""
+        state, services = self.state, self.services
+        if state.alarms is None or not is_main():
+            return
+        for event in state.alarms.observe(figures):
+            services.run_dir.alarms.append(event.row())
+            services.progress.say(event.line())
+            if event.raised:
+                title = f"{event.alarm} in {services.run_dir.path.name}"
+                services.tracker.alert(title, event.line(), state.step)
 
     def _between_steps(self) -> None:
         state = self.state
@@ -152,6 +171,15 @@ class Loop:
         at(f"after step {self.state.step}")
         with self.state.meter.paused(), patiently("saving a checkpoint"):
             self.state.save(self.services.checkpointer)
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        """Name the newest complete checkpoint to the tracker; one under way is named after the next."""
+        checkpointer = self.services.checkpointer
+        step = checkpointer.last_saved
+        if step is not None and step != self._told:
+            self._told = step
+            self.services.tracker.checkpoint(step_folder(checkpointer.dir, step), step)
 
     def _rolled_back(self, result: StepResult, samples: range) -> bool:
         """Deal with a broken step as ``train.on_nonfinite`` says; True where the state was reloaded."""

@@ -12,6 +12,7 @@ from moetrain.models.options import ModelConfig
 from moetrain.moe.balance.settings import BalanceConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.parallel.options import ParallelConfig
+from moetrain.train.alarms.options import AlarmsConfig
 from moetrain.train.log.options import TrackerConfig
 from moetrain.train.optim.options import OptimConfig, ScheduleConfig
 
@@ -113,6 +114,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
     init_optimizer: bool = False  # take the optimizer's state from there too
     resume: str = "auto"  # auto | none | a checkpoint's path

@@ -97,13 +97,14 @@ def _train(
         carry_over(Path(cfg.init_from).expanduser(), run_dir.path)
     run_dir.truncate_after(state.step)
     run_dir.write_config(to_yaml(cfg))
-    run_dir.write_environment(cfg.train.seed, world())
+    environment = run_dir.write_environment(cfg.train.seed, world())
     if is_main():
         (run_dir.path / _SUMMARY).unlink(missing_ok=True)  # of an earlier stop
         built.corpus.tokenizer.save(run_dir.path / TOKENIZER)
         state.identity = identity_of(cfg, run_dir.path)
     tracker = build_tracker(cfg.tracker, rank())
-    tracker.start(run_dir.path, plain(cfg) | {"counts": built.summary}, state.step)
+    described = {"counts": built.summary, "environment": environment}
+    tracker.start(run_dir.path, plain(cfg) | described, state.step)
     ok = False
     try:
         with (

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic import JsonValue
 import moetrain
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.redaction import redacted
 from moetrain.train.log.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
 from moetrain.writing import write_atomic
@@ -29,6 +31,7 @@ from moetrain.writing import write_atomic
 PLACES = ("checkpoints", "samples")  # folders in it
 _EARLIER = 20  # environments of earlier starts that environment.json keeps
 _GIT_SECONDS = 10
+_PACKAGES = ("numpy", "triton", "datasets", "tokenizers", "safetensors", "transformers", "deepspeed", "wandb")
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +60,27 @@ class RunDir:
             raise cannot_be_used(self.path, error) from error
         self.metrics = JsonlFile(self.path / "metrics.jsonl", write=rank == 0)
         self.load = JsonlFile(self.path / "load.jsonl", write=rank == 0)
+        self.alarms = JsonlFile(self.path / "alarms.jsonl", write=rank == 0)
 
     def write_config(self, text: str) -> None:
         """config.yaml: the composed config."""
         if self._rank == 0:
             write_atomic(self.config_file, text)
 
-    def write_environment(self, seed: int, world_size: int, argv: Sequence[str] | None = None) -> None:
-        """environment.json: versions, commit, command, seed, hardware; those of earlier starts too."""
+    def write_environment(
+        self, seed: int, world_size: int, argv: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """environment.json: versions, commit, command, seed, hardware; those of earlier starts too.
+
+        Returns what trackers may know: all of this start's but the command. Rank 0's to do.
+        """
         if self._rank != 0:
-            return
+            return {}
         now = environment(seed, world_size, sys.argv if argv is None else argv)
+        told = {key: value for key, value in now.items() if key != "argv"}
         now["earlier"] = self._earlier()[-_EARLIER:]
         write_atomic(self.environment_file, json.dumps(now, indent=1) + "\n")
+        return told
 
     def _earlier(self) -> list[JsonValue]:
         """What environment.json says of earlier starts; a damaged one is begun anew."""
@@ -90,12 +101,14 @@ class RunDir:
         there = self.metrics.path.exists()
         last = self.metrics.truncate_after(step) or 0
         self.load.truncate_after(step)
+        self.alarms.truncate_after(step)
         if self._rank == 0 and there and last < step:
             log.warning("%s has no rows of steps %d to %d", self.metrics.path, last + 1, step)
 
     def close(self) -> None:
         self.metrics.close()
         self.load.close()
+        self.alarms.close()
 
 
 def new_folder(root: Path) -> tuple[Path, list[Path]]:
@@ -145,14 +158,24 @@ def environment(seed: int, world_size: int, argv: Sequence[str]) -> dict[str, An
         "git": git_state(Path(moetrain.__file__).parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": _versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_threads": torch.get_num_threads(),
         "cuda_device": cuda,
         "world_size": world_size,
         "seed": seed,
-        "argv": list(argv),
+        "argv": [redacted(word) for word in argv],
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the installed ones among the packages that numbers may depend on."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_state(source: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.data import Corpus, TrainLoader, prepare
 from moetrain.errors import UserError
-from moetrain.models.count import flops_per_token
+from moetrain.models.count import flops_breakdown
 from moetrain.parallel.distributed import (
     is_main,
     new_gloo_group,
@@ -20,6 +20,7 @@ from moetrain.parallel.distributed import (
     world,
 )
 from moetrain.parallel.watchdog.flight_recorder import patiently
+from moetrain.train.alarms.build import build_alarms
 from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
 from moetrain.train.log.monitor import ThroughputMeter
@@ -81,11 +82,13 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     loader = TrainLoader(
         corpus.train, corpus.order, cfg.train.micro_batch_size, sequences, batch_rank, batch_ranks
     )
-    state = TrainState(made.engine, made.controllers, loader, made.monitor, ThroughputMeter())
+    flops = flops_breakdown(cfg.model, cfg.router, cfg.data.seq_len, vocab_size, cfg.experts)
+    alarms = build_alarms(cfg, made.task.model, flops)
+    state = TrainState(made.engine, made.controllers, loader, made.monitor, ThroughputMeter(), alarms=alarms)
     summary = {
         "params_total": made.counts.total,
         "params_active": made.counts.active,
-        "flops_per_token": flops_per_token(cfg.model, cfg.router, cfg.data.seq_len, vocab_size, cfg.experts),
+        "flops_per_token": flops.forward,
         "vocab_size": vocab_size,
         "train_tokens": corpus.train.num_tokens,
         "val_tokens": corpus.val.num_tokens,

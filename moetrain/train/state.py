@@ -20,6 +20,7 @@ from moetrain.checkpoint.state_dict import rng_state, set_rng_state
 from moetrain.data import TrainLoader
 from moetrain.errors import UserError
 from moetrain.moe.balance import Controller
+from moetrain.train.alarms import AlarmWatch
 from moetrain.train.engine import Engine
 from moetrain.train.identity import IDENTITY
 from moetrain.train.log.monitor import LossMonitor, ThroughputMeter
@@ -45,6 +46,7 @@ class TrainState:
     meter: ThroughputMeter
     step: int = 0
     tokens: int = 0
+    alarms: AlarmWatch | None = None  # of a run; rank 0 observes
     skipped: tuple[int, ...] = ()  # steps (from 0) whose batch is left out, after a rollback
     rng: dict[str, Any] | None = None  # of the checkpoint that was loaded
     identity: Mapping[str, str] | None = None  # of the run folder's files; rank 0 knows it
@@ -68,6 +70,8 @@ class TrainState:
             "meter": self.meter.state_dict(),
             "rng": rng_state(),
         }
+        if self.alarms is not None:
+            extra["alarms"] = self.alarms.state_dict()
         if self.identity is not None:
             extra[IDENTITY] = dict(self.identity)
         return checkpointer.save(self.step, self.tensors(), extra)
@@ -83,6 +87,8 @@ class TrainState:
         self.loader.load_state_dict(extra["loader"])
         self.monitor.load_state_dict(extra["monitor"])
         self.meter.load_state_dict(extra["meter"])
+        if self.alarms is not None:
+            self.alarms.load_state_dict(saved.alarms)
         self.rng = extra["rng"]
         set_rng_state(self.rng)
 

@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_cases import make_run
+from report_cases import make_run, write_lines
 
 from moetrain.errors import UserError
 from moetrain.report import write_report
-from moetrain.report.runs import read_runs
-from moetrain.report.tables import config_differences, duration, headline, status, whole
+from moetrain.report.page import render
+from moetrain.report.runs import read_run, read_runs
+from moetrain.report.tables import alarm_table, config_differences, duration, headline, status, whole
 
 TITLES = {"Loss", "Validation bits per byte", "Learning rate", "Gradient norm", "Throughput"}
 ROUTING = {"Busiest expert", "Spread of the load", "Router entropy", "Dropped assignments"}
@@ -194,3 +195,33 @@ def test_numbers_in_words() -> None:
     assert whole(1234567.0) == "1,234,567 (1.23 M)"
     assert whole(float("nan")) == "-"
     assert [duration(s) for s in (42.2, 185, 7620)] == ["42 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_alarms_are_listed_with_what_may_help(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=20)
+    raised = {
+        "alarm": "collapse",
+        "raised": True,
+        "why": "1.0 of 7 <experts>",
+        "suggestion": "balance=aux_free",
+    }
+    write_lines(
+        run / "alarms.jsonl",
+        [
+            {"step": 7, "layers": [1, 3], **raised},
+            {"step": 9, "alarm": "loss_spike", "raised": True, "layers": [], "why": "7", "suggestion": None},
+            {"step": 11, "alarm": "collapse", "raised": False, "layers": [3], "why": "", "suggestion": None},
+        ],
+    )
+    with (run / "alarms.jsonl").open("a") as file:
+        file.write("half a li")
+    data = read_run(run)
+    assert alarm_table([data])[1:] == [
+        ["7", "collapse", "layer 1", "1.0 of 7 <experts>", "balance=aux_free", "-"],
+        ["7", "collapse", "layer 3", "1.0 of 7 <experts>", "balance=aux_free", "11"],
+        ["9", "loss_spike", "the run", "7", "-", "-"],
+    ]
+    page = render([data])
+    assert "<h2>Alarms</h2>" in page
+    assert "1.0 of 7 &lt;experts&gt;" in page
+    assert "<h2>Alarms</h2>" not in render([read_run(make_run(tmp_path / "quiet", steps=5))])

@@ -23,6 +23,7 @@ from moetrain.config.explain import COMPOSE_ERRORS, explain, unknown_key
 from moetrain.config.hydra.overrides import normalize, plugins_in, refuse_empty
 from moetrain.config.hydra.store import CONFIG_DIR, class_of, register, tags_of, user_folder
 from moetrain.config.init_from import source_overrides
+from moetrain.config.rules.secrets import holds_no_secret
 from moetrain.errors import UserError, shortened
 from moetrain.files import MB, bounded_yaml, read_bytes
 from moetrain.plugins import import_plugins
@@ -204,6 +205,7 @@ def _finish(root: type, node: DictConfig, where: str = "") -> Any:
         raise UserError(f"{where}a key that no config has: {' '.join(str(e).split())}") from e
     _refuse_extra_keys(obj, where)
     cfg = freeze(obj)
+    holds_no_secret(cfg, where)
     for group, tag in tags_of(root).items():
         part = getattr(cfg, group)
         name = getattr(part, tag)

@@ -2,8 +2,9 @@
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
-Shapes: T tokens, E experts of one layer, C = 2E + 4 sums of one layer (kept_E, demand_E, granted, entropy,
-tokens with scores, tokens), F the C of all layers, one layer's after another's.
+Shapes: T tokens, E experts of one layer, C = 2E + 6 sums of one layer (kept_E, demand_E, granted, entropy,
+tokens with scores, squares of logits, tokens with logits, tokens), F the C of all layers, one layer's after
+another's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moetrain.parallel.watchdog.flight_recorder import watched
 
 MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
 OTHER_DOMAINS = "other"
+_SUMS = 6  # of a layer, besides two for each expert
 
 
 class RoutingStats:
@@ -75,9 +77,19 @@ def _sums_C(r: RoutingRecord) -> Tensor:
     entropy, scored = tokens.new_zeros(()), tokens.new_zeros(())
     if r.scores_TE is not None:
         entropy, scored = _entropy(r.scores_TE, r.valid_T), tokens
+    squares, with_logits = tokens.new_zeros(()), tokens.new_zeros(())
+    if r.logits_TE is not None:
+        squares, with_logits = _squares(r.logits_TE, r.valid_T), tokens
     granted = r.granted_E.sum().double()
-    sums = torch.stack([granted, entropy, scored, tokens])
+    sums = torch.stack([granted, entropy, scored, squares, with_logits, tokens])
     return torch.cat([r.computed_E.double(), r.demand_E.double(), sums])
+
+
+def _squares(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Sum over valid tokens of the mean over experts of the squared logits; masked ones (-inf) count as 0."""
+    square_T = logits_TE.masked_fill(~logits_TE.isfinite(), 0.0).double().square().mean(-1)
+    total: Tensor = (square_T if valid_T is None else square_T.masked_fill(~valid_T, 0.0)).sum()
+    return total
 
 
 def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -118,35 +130,35 @@ class RoutingSummary:
         return {layer: sums_C[self.experts[layer] : 2 * self.experts[layer]].long() for layer, sums_C in rows}
 
     def metrics(self) -> dict[str, float]:
-        """``moe/<layer>/<name>`` -> value, six or fewer per layer. See ``docs/metrics.md``."""
+        """``moe/<layer>/<name>`` -> value, seven or fewer per layer. See ``docs/metrics.md``."""
         row: dict[str, float] = {}
         for layer, sums_C in self._by_layer().items():
             figures = _layer_metrics(sums_C.tolist(), self.experts[layer])
             row |= {f"moe/{layer}/{k}": v for k, v in figures.items()}
         return row
 
-    def load(self) -> list[list[float]]:
+    def load(self) -> dict[int, list[float]]:
         """Each expert's share of its layer's assignments, four digits; all 0 where nothing was routed."""
-        rows = []
-        for kept_E in self.counts.values():
+        rows = {}
+        for layer, kept_E in self.counts.items():
             kept = kept_E.tolist()
             total = sum(kept)
-            rows.append([float(f"{n / total:.4g}") if total else 0.0 for n in kept])
+            rows[layer] = [float(f"{n / total:.4g}") if total else 0.0 for n in kept]
         return rows
 
     def load_row(self, step: int) -> dict[str, Any]:
         """A row of ``load.jsonl``."""
-        return {"step": step, "layers": list(self.layers), "load": self.load()}
+        return {"step": step, "layers": list(self.layers), "load": list(self.load().values())}
 
     def _by_layer(self) -> dict[int, Tensor]:
-        sizes = [2 * experts + 4 for experts in self.experts.values()]
+        sizes = [2 * experts + _SUMS for experts in self.experts.values()]
         return dict(zip(self.experts, self.sums_F.split(sizes), strict=True)) if sizes else {}
 
 
 def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
     kept = sums[:num_experts]
     demand = sum(sums[num_experts : 2 * num_experts])
-    granted, entropy, scored, tokens = sums[2 * num_experts :]
+    granted, entropy, scored, squares, with_logits, tokens = sums[2 * num_experts :]
     mean = sum(kept) / num_experts
     deviation = math.sqrt(sum((n - mean) ** 2 for n in kept) / num_experts)
     metrics = {
@@ -158,6 +170,8 @@ def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
     }
     if scored:
         metrics["entropy"] = entropy / scored
+    if with_logits:
+        metrics["logit_rms"] = math.sqrt(squares / with_logits)
     return metrics
 
 

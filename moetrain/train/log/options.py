@@ -12,6 +12,14 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+class Artifacts(Enum):
+    """The checkpoints to upload: none, the last one at the end of a start, or all once complete."""
+
+    none = "none"
+    last = "last"
+    all = "all"
+
+
 @dataclass(frozen=True)
 class TrackerConfig:
     """metrics.jsonl is always written; a tracker adds to it."""
@@ -36,3 +44,5 @@ class WandbTracker(TrackerConfig):
     project: str = "moetrain"
     entity: Optional[str] = None
     tags: list[str] = field(default_factory=list)
+    system_metrics: bool = True  # processor, memory, GPU and disk, by wandb itself
+    artifacts: Artifacts = Artifacts.none

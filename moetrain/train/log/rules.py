@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from moetrain.errors import UserError
 from moetrain.packages import is_installed
 from moetrain.train.log.options import TrackerConfig
@@ -21,3 +24,17 @@ def missing(package: str) -> UserError:
         f"tracker={package} needs the package {package}, which is not installed: "
         f"pip install 'moetrain[{package}]', or set tracker=jsonl"
     )
+
+
+def need(package: str) -> Any:
+    """Import an optional package, or say how to install it.
+
+    A folder of that name in the working directory (wandb makes one) imports as an empty package.
+    """
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        module = None
+    if module is None or module.__file__ is None:
+        raise missing(package)
+    return module

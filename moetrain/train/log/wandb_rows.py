@@ -35,6 +35,8 @@ _ELSEWHERE = (
     "plugins",
     "init_from",
     "counts",
+    "environment",
+    "alarms",
 )
 _LOOP = ("steps", "threads", "eval_every", "eval_samples", "sample_prompt", "sample_tokens", "on_nonfinite")
 

@@ -37,6 +37,7 @@ def make_routing(
     *,
     dropped: set[tuple[int, int]] = frozenset(),  # type: ignore[assignment]
     scores_TE: Tensor | None = None,
+    logits_TE: Tensor | None = None,
     valid_T: Tensor | None = None,
 ) -> Routing:
     """The routing of one sequence in which token t wants the experts ``choice_TK[t]``."""
@@ -54,6 +55,7 @@ def make_routing(
             None
         ],
         scores_TE=scores_TE,
+        logits_TE=logits_TE,
         valid_T=valid_T,
     )
     routing.check()
@@ -91,6 +93,17 @@ def test_entropy_is_of_normalised_scores_and_valid_tokens_only() -> None:
     stats = RoutingStats()
     stats.add({0: routing})
     assert stats.reduce().metrics()["moe/0/entropy"] == pytest.approx(1.5 * math.log(2) / 3)
+
+
+def test_the_size_of_logits_is_over_valid_tokens_and_micro_batches() -> None:
+    """Three tokens of two batches, one masked expert, and a padding token full of NaN."""
+    stats = RoutingStats()
+    first_TE = torch.tensor([[3.0, -math.inf, 4.0], [math.nan] * 3])
+    valid_T = torch.tensor([True, False])
+    stats.add({0: make_routing([[0], []], 3, logits_TE=first_TE, valid_T=valid_T)})
+    stats.add({0: make_routing([[0], [1]], 3, logits_TE=torch.tensor([[1.0, 1.0, 1.0], [-2.0, 0.0, 0.0]]))})
+    mean = (25 / 3 + 1 + 4 / 3) / 3
+    assert stats.reduce().metrics()["moe/0/logit_rms"] == pytest.approx(math.sqrt(mean))
 
 
 @settings(max_examples=25, deadline=None)
@@ -186,7 +199,9 @@ def documented_keys() -> set[str]:
 
 def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str, float]]:
     stats = RoutingStats()
-    stats.add({n: make_routing([[0], [1]], 2, scores_TE=torch.ones(2, 2)) for n in range(layers)})
+    ones_TE = torch.ones(2, 2)
+    routing = make_routing([[0], [1]], 2, scores_TE=ones_TE, logits_TE=ones_TE)
+    stats.add(dict.fromkeys(range(layers), routing))
     step = step_row(
         step=1,
         tokens=2,
@@ -209,8 +224,8 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 
 
 def test_the_number_of_keys_is_bounded() -> None:
-    step, evaluation = emitted_rows(layers=48, domains=1000)
-    assert len(step) == 7 + 4 + 48 * 7
+    step, evaluation = emitted_rows(layers=64, domains=1000)
+    assert len(step) == 7 + 4 + 64 * (7 + 1)
     assert len(evaluation) == 6 + 1 + 2 * 32
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_files import history_of, read_wandb
 
 from moetrain.errors import UserError
-from moetrain.train.log import trackers
+from moetrain.train.log.loads import MAX_LAYERS, Loads, shown_layers
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, TrackerConfig, WandbTracker
-from moetrain.train.log.trackers import TRACKERS, WANDB_ID_FILE, Tracker, build_tracker
+from moetrain.train.log.rules import need
+from moetrain.train.log.tracker import NoTracker, Tracker
+from moetrain.train.log.trackers import TRACKERS, build_tracker
+from moetrain.train.log.wandb_run import WANDB_ID_FILE
 
 ROWS = [
     {"step": s, "train/loss": 8.0 / s, "moe/1/max_load": 1.5, "time": 1e9, "note": None} for s in (1, 2, 3)
@@ -38,29 +41,6 @@ def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def read_wandb(path: Path) -> Iterator[Any]:
-    """The records of an offline run: a header of 7 bytes, then protobuf messages in blocks of 32 KiB.
-
-    Each piece has a header: checksum (4 bytes), length (2), kind (1 whole, 2 first, 3 middle, 4 last).
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, message = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(message)
-            message = b""
-            yield record
 
 
 def test_jsonl_adds_nothing(tmp_path: Path) -> None:
@@ -104,6 +84,7 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+SECRET, ARGUMENT = "hunter2-in-the-environment", "--password=hunter2-on-the-command-line"
 _SCRIPT = """
 import json, logging, sys
 from pathlib import Path
@@ -119,7 +100,9 @@ for done, ok, lr in ((0, False, 1.0), (1, True, 1.0), (1, True, 2.0)):
     config = {"model": {"d_model": 32}, "optim": {"lr": lr}, "train": {"steps": 3 + ok}}
     tracker.start(Path(folder), config, done)
     for row in rows[done : 3 + ok]:
-        tracker.log(row, row["step"])
+        tracker.alert("collapse", f"of step {row['step']}", row["step"])
+        loads = {layer: [1 / 128] * 128 for layer in range(64)} if row["step"] % 2 else None
+        tracker.log(row, row["step"], loads)
     tracker.finish(ok)
 try:
     build_tracker(WandbTracker(mode=WandbMode.online)).start(Path(folder), {})
@@ -151,9 +134,9 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
     subprocess.run([*git, "remote", "add", "origin", "https://example.invalid/secret.git"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"HOME": str(root), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment |= {"PLANTED_TOKEN": SECRET, "HOME": str(root), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps([str(folder), ROWS])],
+        [sys.executable, "-c", _SCRIPT, json.dumps([str(folder), ROWS]), ARGUMENT],
         env=environment,
         cwd=root,
         capture_output=True,
@@ -163,14 +146,6 @@ def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
     )
     assert done.returncode == 0, done.stderr
     return WandbRun(folder, done.stdout, done.stderr)
-
-
-def history_of(records: list[Any]) -> list[dict[str, str]]:
-    return [
-        {"/".join([i.key, *i.nested_key]).strip("/"): i.value_json for i in r.history.item}
-        for r in records
-        if r.HasField("history")
-    ]
 
 
 def test_wandb_offline_run_reads_back(wandb_run: WandbRun) -> None:
@@ -207,6 +182,44 @@ def test_wandb_carries_no_code_and_no_git_state(wandb_run: WandbRun) -> None:
     assert all(b"secret.git" not in path.read_bytes() for path in wandb_run.files())
 
 
+def test_wandb_carries_no_environment_command_line_or_host(wandb_run: WandbRun) -> None:
+    files = [path for path in (wandb_run.folder / "wandb").rglob("*") if path.is_file()]
+    assert files
+    for planted in (SECRET, ARGUMENT):
+        assert [path for path in files if planted.encode() in path.read_bytes()] == []
+    assert not list((wandb_run.folder / "wandb").rglob("wandb-metadata.json"))
+    assert not list((wandb_run.folder / "wandb").rglob("requirements.txt"))
+
+
+def test_wandb_has_a_bounded_number_of_keys_and_an_alert_once(wandb_run: WandbRun) -> None:
+    """64 layers of 128 experts: 16 histograms and one map, in every second row."""
+    records = [list(read_wandb(path)) for path in wandb_run.files()]
+    first, second = (
+        {"/".join(key.split("/")[:2]) for key in row if key.startswith("load/")}
+        for row in history_of(records[0])[:2]
+    )
+    assert first == {"load/map", *(f"load/layer_{layer}" for layer in shown_layers(range(64)))}
+    assert len(first) == 1 + MAX_LAYERS
+    assert not second
+    alerts = [[record.alert.text for record in part if record.HasField("alert")] for part in records]
+    assert alerts == [[f"of step {n}" for n in steps] for steps in ((1, 2, 3), (4,), (2, 3, 4))]
+
+
+def test_after_a_requeue_wandb_has_one_run_and_every_step_once(wandb_run: WandbRun) -> None:
+    """By wandb's own reader of what it would upload."""
+    steps: dict[str, list[int]] = {}
+    for path in wandb_run.files():
+        command = ["wandb", "leet", "inspect", "--json", str(path)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        records = [json.loads(line) for line in printed.splitlines()]
+        (run,) = {record["run"]["run_id"] for record in records if record["type"] == "run"}
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        steps.setdefault(run, []).extend(row["step"] for row in rows)
+    (once, other) = steps.values()
+    assert once == [1, 2, 3, 4]
+    assert other == [2, 3, 4]  # with another config
+
+
 def test_wandb_without_a_login_is_one_line(wandb_run: WandbRun) -> None:
     lines = [line for line in wandb_run.output.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
@@ -214,7 +227,7 @@ def test_wandb_without_a_login_is_one_line(wandb_run: WandbRun) -> None:
     assert "tracker.mode=offline" in lines[0]
 
 
-class _Broken:
+class _Broken(NoTracker):
     """A tracker whose service is lost after the first row."""
 
     def __init__(self) -> None:
@@ -223,7 +236,7 @@ class _Broken:
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         self.calls.append("start")
 
-    def log(self, row: Mapping[str, Any], step: int) -> None:
+    def log(self, row: Mapping[str, Any], step: int, loads: Loads | None = None) -> None:
         self.calls.append(f"log {step}")
         if step > 1:
             raise ConnectionResetError("connection lost")
@@ -263,7 +276,7 @@ def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: py
     (tmp_path / "absent_service").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="needs the package absent_service"):
-        trackers._need("absent_service")
+        need("absent_service")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""The alarms of a config: what they need of the model and its layout, and what each suggests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from moetrain.models.count import Flops
+from moetrain.models.decoder import Decoder
+from moetrain.moe.balance.settings import BalanceConfig
+from moetrain.moe.routers import Router
+from moetrain.train.alarms.routing import Ranks
+from moetrain.train.alarms.watch import AlarmWatch
+from moetrain.train.options import TrainConfig
+
+
+def build_alarms(cfg: TrainConfig, model: Decoder, flops: Flops) -> AlarmWatch:
+    """The watch over a run of ``cfg``; ``model`` may be laid out over ranks already."""
+    share = flops.experts / flops.forward if flops.forward else 0.0
+    routers = list(model.routers().values())
+    return AlarmWatch(cfg.alarms, partial(suggestion, cfg, routers), _ranks(model, cfg.parallel.ep), share)
+
+
+def suggestion(cfg: TrainConfig, routers: Sequence[Router], alarm: str) -> str | None:
+    """An override of ``moetrain train`` that may help against an alarm; None where there is none."""
+    if alarm == "loss_spike":
+        factor = cfg.alarms.loss_spike
+        return f"train.on_nonfinite=rollback train.spike_factor={factor:g}" if factor else None
+    if alarm == "large_logits":
+        balances = all(router.has_logits for router in routers)
+        has_z = any(loss.name == "z" for loss in cfg.balance.losses)
+        return "balance=switch" if balances and not has_z else f"optim.lr={cfg.optim.lr / 2:g}"
+    if alarm in ("collapse", "dead_experts", "imbalance_cost", "low_entropy"):
+        return _balance(cfg.balance, routers)
+    return None
+
+
+def _balance(cfg: BalanceConfig, routers: Sequence[Router]) -> str:
+    """A balance that these routers can have and the run has not, else a router that balances itself."""
+    if all(router.reads_bias and router.has_scores for router in routers) and "bias" not in cfg.controllers:
+        return "balance=aux_free"
+    losses = {loss.name for loss in cfg.losses}
+    if all(router.has_scores and router.has_logits for router in routers) and "switch" not in losses:
+        return "balance=switch"
+    return "router=topk_sigmoid balance=aux_free"
+
+
+def _ranks(model: Decoder, ep: int) -> Ranks:
+    """The experts of each rank of ``parallel.ep``, by layer; those without a network have none."""
+    ranks = {}
+    for place, layers in model.moe_layers().items():
+        for layer in layers if ep > 1 else ():
+            each = layer.experts.w_down_EFD.shape[0] // ep
+            ranks[place] = [range(rank * each, (rank + 1) * each) for rank in range(ep)]
+    return ranks
