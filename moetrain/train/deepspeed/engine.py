@@ -47,7 +47,7 @@ class DeepSpeedEngine(ABC):
     def backward(self, loss: Tensor) -> None:
         self._runtime.backward(with_all_used(loss, self._trained), scale_wrt_gas=False)
         with watched("DeepSpeed's sums of gradients"):
-            self._runtime.allreduce_gradients()
+            self._sum_gradients()
 
     def clip(self, max_norm: float | None) -> Tensor:
         norm = self.norm()
@@ -97,6 +97,10 @@ class DeepSpeedEngine(ABC):
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def _sum_gradients(self) -> None:
+        """Sum over the ranks what the stage sums now: after every backward pass, or after the last."""
+        self._runtime.allreduce_gradients()
+
     @abstractmethod
     def _held(self) -> list[Tensor]:
         """All gradients that this rank holds, after the last backward pass of a step."""
@@ -141,6 +145,16 @@ class Replicated(DeepSpeedEngine):
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing: they are the live ones."""
+
+    def _sum_gradients(self) -> None:
+        """By DeepSpeed's bucketed all-reduce, without its list of dtypes, which has no fp64."""
+        runtime = self._runtime
+        if not runtime.is_gradient_accumulation_boundary():
+            return
+        dense, experts = runtime._get_gradients_for_reduction()
+        runtime.allreduce_no_retain(dense, runtime.seq_data_parallel_group)
+        for name, gradients in experts.items():
+            runtime.allreduce_no_retain(gradients, runtime.expert_data_parallel_group[name])
 
     def _held(self) -> list[Tensor]:
         return [p.grad for p in self._trained if p.grad is not None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) 
     check_layout(cfg.parallel, world)
     _join(device)
     import deepspeed
+
+    _quieten(deepspeed)
 
     from moetrain.train.deepspeed.engine import DeepSpeedEngine, Replicated
     from moetrain.train.deepspeed.experts import by_experts, expert_mesh, present
@@ -67,6 +71,12 @@ def _join(device: str) -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _quieten(package: Any) -> None:
+    """Leave out an operator of inference, which it compiles wherever it can, and a warning at every step."""
+    package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 
 def _fit_buckets(config: Json, task: Task) -> None:
