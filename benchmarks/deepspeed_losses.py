@@ -22,8 +22,9 @@ BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "moetrain"]
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2", "--module", "moetrain"]
 OVERRIDES = [
-    "data.seq_len=128", "train.micro_batch_size=4", "train.global_batch_tokens=1024", "train.device=cpu",
-    "train.threads=1", "train.eval_every=0", "train.eval_samples=4", "train.sample_tokens=1",
+    "model.d_model=64", "model.num_layers=2", "model.d_ff=128", "model.d_ff_expert=64", "data.seq_len=64",
+    "train.micro_batch_size=4", "train.global_batch_tokens=1024", "train.device=cpu", "train.threads=1",
+    "train.eval_every=0", "train.eval_samples=4", "train.sample_tokens=1",
 ]  # fmt: skip
 
 
