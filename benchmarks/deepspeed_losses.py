@@ -1,12 +1,12 @@
-"""Losses of engine=deepspeed beside those of engine=native, step by step, on real text in fp32, two CPU ranks.
+"""Losses of engine=deepspeed beside those of engine=native, on real text in fp32, on two CPU ranks.
 
     pip install 'moetrain[deepspeed]'
     python benchmarks/deepspeed_losses.py --steps 100
 
-Each row is a run of its own by DeepSpeed's launcher against one by torchrun, with the same overrides: the largest
-difference of the training loss over the first ten steps, and over all of them. The last row of native is
-ep=2 against ep=1: what another order of sums makes of the same numbers. Then one folder goes on from engine to
-engine: DeepSpeed, native, DeepSpeed, against a native run that was never interrupted.
+Each row is a run of its own by DeepSpeed's launcher against one by torchrun, with the same overrides: the
+largest difference of the training loss over the first ten steps, and over all of them. The first rows compare
+native runs: what another order of sums makes of the same numbers. Last, one folder goes on from engine to
+engine, DeepSpeed, native, DeepSpeed, against a native run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+ALONE = [sys.executable, "-m", "moetrain"]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "moetrain"]
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2", "--module", "moetrain"]
 OVERRIDES = [
@@ -28,9 +29,8 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def train(engine: list[str], steps: int, folder: Path) -> list[float]:
+def train(launcher: list[str], engine: list[str], steps: int, folder: Path) -> list[float]:
     """The loss of every step in ``folder``, which the run goes on with."""
-    launcher = DEEPSPEED if "engine=deepspeed" in engine else TORCHRUN
     command = [*launcher, "train", *OVERRIDES, *engine, f"train.steps={steps}", f"run.dir={folder}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -53,21 +53,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"{'':34} {'10 steps':>9} {f'{steps} steps':>9}   loss of the last step", flush=True)
+        one = train(ALONE, ["engine=native"], steps, folder / "alone")
         native = {}
         for ep in (1, 2):
-            native[ep] = train(["engine=native", f"parallel.ep={ep}"], steps, folder / f"native{ep}")
-            print(f"native ep {ep} against native ep 1      {apart(native[1], native[ep])}", flush=True)
+            native[ep] = train(
+                TORCHRUN, ["engine=native", f"parallel.ep={ep}"], steps, folder / f"native{ep}"
+            )
+            print(f"native ep {ep} against one process     {apart(one, native[ep])}", flush=True)
+        print(f"native ep 2 against native ep 1      {apart(native[1], native[2])}", flush=True)
         for stage in (0, 1, 2):
             for ep in (1, 2):
                 engine = ["engine=deepspeed", f"engine.zero_stage={stage}", f"parallel.ep={ep}"]
-                losses = train(engine, steps, folder / f"stage{stage}ep{ep}")
-                print(f"stage {stage}, ep {ep} against native ep {ep}    {apart(native[ep], losses)}", flush=True)
+                losses = train(DEEPSPEED, engine, steps, folder / f"stage{stage}ep{ep}")
+                row = f"stage {stage}, ep {ep} against native ep {ep}   "
+                print(f"{row} {apart(native[ep], losses)}", flush=True)
         third = steps // 3
         for stage in (0, 1, 2):
-            moved, deepspeed = folder / f"moved{stage}", ["engine=deepspeed", f"engine.zero_stage={stage}"]
-            train([*deepspeed, "parallel.ep=2"], third, moved)
-            train(["engine=native", "parallel.ep=1"], 2 * third, moved)
-            losses = train([*deepspeed, "parallel.ep=2"], steps, moved)
+            moved, engine = folder / f"moved{stage}", ["engine=deepspeed", f"engine.zero_stage={stage}"]
+            train(DEEPSPEED, [*engine, "parallel.ep=2"], third, moved)
+            train(TORCHRUN, ["engine=native", "parallel.ep=1"], 2 * third, moved)
+            losses = train(DEEPSPEED, [*engine, "parallel.ep=2"], steps, moved)
             print(f"stage {stage}, native, stage {stage}, by thirds {apart(native[2], losses)}", flush=True)
 
 

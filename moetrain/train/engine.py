@@ -72,7 +72,7 @@ class Engine(Protocol):
         """``model.<name>`` -> live parameter or persistent buffer; a load fills them in place."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """``optim.<name>.<key>`` -> the optimizer's state; a load fills them in place, and then calls ``take``."""
+        """``optim.<name>.<key>`` -> the optimizer's state; a load fills it in place, and calls ``take``."""
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from ``tensors``, those of both methods above, which a load has filled."""

@@ -107,7 +107,8 @@ def _opening(cfg: VerifyConfig, world: int, twin: Twin) -> str:
     p, small = cfg.parallel, twin.cfg.parallel
     return (
         f"layout of {world} ranks: dp_replicate {p.dp_replicate}, dp_shard {dp_shard(p, world)}, ep {p.ep}; "
-        f"twin in {twin.cfg.train.precision.value} on {twin.world} ranks: dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
+        f"twin in {twin.cfg.train.precision.value} on {twin.world} ranks: "
+        f"dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
         f"ep {small.ep}, router {twin.cfg.router.name}, {twin.cfg.model.num_experts} experts"
     )
 

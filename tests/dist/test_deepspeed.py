@@ -163,7 +163,7 @@ def norm_alone(rank: int, world: int, arguments: list[str]) -> float:
 
 
 def test_deepspeeds_norm_of_experts_is_an_average_and_ours_is_the_norm(arguments):
-    """At stage 0 it averages the norms of ranks, whose experts differ: both numbers, where only they train."""
+    """At stage 0 it averages the ranks' norms, whose experts differ: both numbers, where only they train."""
     arguments = [*arguments, f"optim.frozen=[{','.join(OTHERS)}]", "model.num_shared_experts=0"]
     (true,) = run_ranks(norm_alone, 1, arguments, init=False, timeout=250)
     for found in run_ranks(norms, 2, [*arguments, "parallel.ep=2"], timeout=250):
@@ -194,12 +194,12 @@ def of_rare(rank: int, world: int, arguments: list[str]) -> list[dict[str, Tenso
     found = []
     for engine in ([], *ENGINES.values()):
         built = build(compose_train([*arguments, "train.task=rare", *engine]), "cpu")
-        engine_, batches = built.state.engine, built.state.loader.next_step()
-        engine_.task.rare.data.fill_(1.0)
+        made, batches = built.state.engine, built.state.loader.next_step()
+        made.task.rare.data.fill_(1.0)
         for number, batch in enumerate(batches):
-            output = engine_.forward(batch_arguments(batch.to_train(CPU), 0, 0), last=number == len(batches) - 1)
-            engine_.backward(output.loss_sum)
-        found.append({name: grad.clone() for name, grad in engine_.whole_gradients()})
+            output = made.forward(batch_arguments(batch.to_train(CPU), 0, 0), last=number == len(batches) - 1)
+            made.backward(output.loss_sum)
+        found.append({name: grad.clone() for name, grad in made.whole_gradients()})
         built.state.loader.close()
     return found
 

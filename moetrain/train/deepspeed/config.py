@@ -66,7 +66,7 @@ _DECIDED = {
 
 
 def own_config(cfg: DeepSpeedConfig) -> Json:
-    """What moetrain decides. DeepSpeed counts micro-batches of one sample: it never sees how many there are."""
+    """What moetrain decides. DeepSpeed counts one sample a micro-batch: it never sees how many there are."""
     zero: Json = {"stage": cfg.zero_stage}
     if cfg.zero_stage:
         zero |= {

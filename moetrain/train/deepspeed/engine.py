@@ -30,7 +30,7 @@ from moetrain.train.task import Task, TaskOutput
 
 
 class DeepSpeedEngine(ABC):
-    """``runtime`` is DeepSpeed's engine around ``task``, and ``optimizer`` what it was given to update with."""
+    """``runtime`` is DeepSpeed's engine around ``task``, ``optimizer`` what it was given to update with."""
 
     def __init__(self, task: Task, runtime: Any, optimizer: Optimizer, layout: Layout) -> None:
         self.task, self.optimizer, self.layout = task, optimizer, layout
@@ -81,7 +81,8 @@ class DeepSpeedEngine(ABC):
         return peak * factor
 
     def model_tensors(self) -> dict[str, Tensor]:
-        return {name: self._as_whole(tensor, tensor) for name, tensor in model_tensors(self.task.model).items()}
+        tensors = model_tensors(self.task.model)
+        return {name: self._as_whole(tensor, tensor) for name, tensor in tensors.items()}
 
     @abstractmethod
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -136,7 +137,7 @@ class Replicated(DeepSpeedEngine):
         self._runtime.zero_grad()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        parameters = {name: p for name, p in model_tensors(self.task.model).items()}
+        parameters = model_tensors(self.task.model)
         found = {}
         for name, state in optimizer_tensors(self.task.model, self.optimizer).items():
             parameter = parameters[MODEL + name.removeprefix("optim.").rpartition(".")[0]]

@@ -41,7 +41,10 @@ class _Piece:
 
 
 class Partitioned(DeepSpeedEngine):
-    """A rank holds its piece of the optimizer's state, and after a step's backward passes of the gradients."""
+    """A rank holds its piece of the optimizer's state, and after a step's backward passes of the gradients.
+
+    What DeepSpeed keeps of it, it keeps in fp32.
+    """
 
     def __init__(self, task: Task, runtime: Any, optimizer: Optimizer, layout: Layout) -> None:
         super().__init__(task, runtime, optimizer, layout)
@@ -86,7 +89,8 @@ class Partitioned(DeepSpeedEngine):
                     found[f"{OPTIM}{name}.{key}"] = value.clone()
                     continue
                 piece = self._pieces.get(parameter)
-                local = self._put_together(parameter, piece and piece.of(value), value.dtype)
+                part = None if piece is None else piece.of(value)
+                local = self._put_together(parameter, part, value.dtype)
                 found[f"{OPTIM}{name}.{key}"] = self.layout.share(parameter, local)
         return found
 
@@ -94,7 +98,7 @@ class Partitioned(DeepSpeedEngine):
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Weights become DeepSpeed's master weights; state is cut into the ranks' pieces.
 
-        Raises UserError where parameters of one group made different numbers of steps, of which ZeRO keeps one.
+        Raises UserError where parameters of one group made different numbers of steps: ZeRO keeps one.
         """
         self._zero.refresh_fp32_params()
         steps: dict[int, tuple[float, str]] = {}
@@ -163,6 +167,6 @@ def _piece(parameter: nn.Parameter, group: int) -> _Piece | None:
 
 def _steps_differ(one: str, steps: float, other: str, others: float) -> str:
     return (
-        f"the optimizer's state has made {steps:g} steps for {one} and {others:g} for {other}, but ZeRO keeps "
-        "one number for both: set engine.zero_stage=0 or engine=native, or leave init_optimizer out"
+        f"the optimizer's state has made {steps:g} steps for {one} and {others:g} for {other}, but ZeRO "
+        "keeps one number for both: set engine.zero_stage=0 or engine=native, or leave init_optimizer out"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.parallel.distributed import local_rank
@@ -24,7 +25,10 @@ from moetrain.train.task import Task
 
 
 def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) -> Engine:
-    """As :func:`moetrain.train.engine.prepare`, by DeepSpeed. Raises UserError for no layout of ``world`` ranks."""
+    """As :func:`moetrain.train.engine.prepare`, by DeepSpeed.
+
+    Raises UserError for what is no layout of ``world`` ranks.
+    """
     assert isinstance(cfg.engine, DeepSpeedConfig)
     check_layout(cfg.parallel, world)
     _join(device)
@@ -70,13 +74,13 @@ def _join(device: str) -> None:
     os.environ.setdefault("LOCAL_RANK", str(local_rank()))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _quieten(package: Any) -> None:
     """Leave out an operator of inference, which it compiles wherever it can, and a warning at every step."""
     package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
 
 
 def _fit_buckets(config: Json, task: Task) -> None:

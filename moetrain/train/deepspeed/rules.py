@@ -27,7 +27,7 @@ def check_engine(cfg: TrainConfig) -> None:
 
 
 def _stage_3(cfg: TrainConfig) -> str:
-    instead = "engine.zero_stage=2 cuts gradients and optimizer state; engine=native cuts parameters too (FSDP2)"
+    instead = "engine.zero_stage=2 cuts gradients and optimizer state; engine=native cuts parameters too"
     if cfg.model.num_experts and cfg.parallel.ep > 1:
         why = (
             "it would cut every parameter over all ranks, but experts of parallel.ep="
@@ -42,14 +42,14 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
     stage = engine.zero_stage
     if cfg.parallel.dp_replicate > 1:
         raise UserError(
-            f"parallel.dp_replicate={cfg.parallel.dp_replicate} is of engine=native: DeepSpeed's ZeRO-1 and 2 "
+            f"parallel.dp_replicate={cfg.parallel.dp_replicate} is of engine=native: ZeRO-1 and 2 "
             "hold whole weights on every rank anyway; set parallel.dp_replicate=1"
         )
     if cfg.train.compile:
         raise UserError("train.compile=true is of engine=native: set train.compile=false")
     if cfg.train.precision is Precision.fp64 and stage:
         raise UserError(
-            f"engine.zero_stage={stage} keeps its master weights in fp32, whatever train.precision=fp64 says: "
+            f"engine.zero_stage={stage} keeps its master weights in fp32, and train.precision=fp64 cannot: "
             "set engine.zero_stage=0, or train.precision=fp32"
         )
     if isinstance(cfg.optim, MuonConfig) and stage:

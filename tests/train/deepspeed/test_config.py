@@ -63,7 +63,7 @@ def test_a_users_own_keys_are_added(merged):
     ],
 )
 def test_keys_that_are_decided_elsewhere_are_refused_by_name(own, said, merged):
-    with pytest.raises(UserError, match="own.json: take out ") as error:
+    with pytest.raises(UserError, match=r"own\.json: take out ") as error:
         merged(own)
     for phrase in said:
         assert phrase in str(error.value)
@@ -84,7 +84,7 @@ def test_a_file_that_is_not_there_is_named():
     ("overrides", "said"),
     [
         (["engine.zero_stage=3", "parallel.ep=2"], r"zero_stage=3 is refused.*parallel\.ep=2.*zero_stage=2"),
-        (["engine.zero_stage=3", "model=tiny_dense"], r"zero_stage=3 is refused.*only average.*engine=native"),
+        (["engine.zero_stage=3", "model=tiny_dense"], r"=3 is refused.*only average.*engine=native"),
         (["engine.zero_stage=4"], r"engine\.zero_stage=4"),
         (["parallel.dp_replicate=2"], r"parallel\.dp_replicate=2 is of engine=native"),
         (["train.compile=true"], r"train\.compile=true is of engine=native"),
