@@ -214,6 +214,35 @@ def test_a_parameter_that_one_rank_uses(arguments):
             assert_same(other, native, 1e-4)
 
 
+def of_twice(rank: int, world: int, arguments: list[str]) -> list[list[dict[str, Tensor]]]:
+    """Engine -> the gradients of a step, and of the same step again after they were dropped."""
+    found = []
+    for engine in ENGINES.values():
+        built = build(compose_train([*arguments, *engine]), "cpu")
+        made, batches = built.state.engine, built.state.loader.next_step()
+        both = []
+        for _ in range(2):
+            for number, batch in enumerate(batches):
+                arguments_ = batch_arguments(batch.to_train(CPU), 0, 0)
+                made.backward(made.forward(arguments_, last=number == len(batches) - 1).loss_sum)
+            both.append({name: grad.clone() for name, grad in made.whole_gradients()})
+            made.drop_gradients()
+        found.append(both)
+        built.state.loader.close()
+    return found
+
+
+@pytest.mark.real
+@pytest.mark.timeout(300)
+def test_dropped_gradients_leave_nothing(arguments):
+    """As a step that is skipped for its loss drops them."""
+    for found in run_ranks(of_twice, 2, [*arguments, "parallel.ep=2"], timeout=250):
+        assert len(found) == len(ENGINES)
+        for once, again in found:
+            assert max(float(grad.abs().max()) for grad in once.values()) > 0.1
+            assert_same(again, once, 0.0)
+
+
 def with_other_steps(rank: int, world: int, arguments: list[str]) -> str:
     built = build(compose_train([*arguments, "engine=deepspeed"]), "cpu")
     tensors = built.state.tensors()
