@@ -47,7 +47,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file benchmarks/mypy.ini
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run launch/torchrun/*.sh launch/slurm/* benchmarks/gpu/run.sh
+	$(BIN)/shellcheck .ci/run launch/torchrun/*.sh launch/slurm/* launch/deepspeed/*.sh benchmarks/gpu/run.sh
 
 # torch first, by itself: the constraint picks the build that every later requirement then finds. Another torch brings
 # its own Triton.

@@ -44,7 +44,7 @@ def record(folder: Path, overrides: list[str]) -> int:
             files[path].truncate_after(loop.state.step - 1)
         files[path].append(row_of(result, loop.state.step))
 
-    Loop._report = reporting  # type: ignore[method-assign]
+    Loop._report = reporting  # type: ignore[assignment, method-assign]
     page.has_matplotlib = lambda: False  # the plots of a report take longer than a tenth of a run
     return moetrain(["train", "experiment=router_comparison", f"run.dir={folder}", *overrides])
 

@@ -54,7 +54,8 @@ class Trainer:
         self.steps(steps)
         ended, cpu_ended = time.perf_counter(), time.thread_time()
         if name == ASYNC:
-            self.late += self.savers[name]._pending is None or not self.savers[name]._pending[0].done()
+            pending = self.savers[name]._pending
+            self.late += pending is None or not pending[0].done()
             self.savers[name].wait()
         return {
             "seconds": ended - began, "cpu": cpu_ended - cpu,

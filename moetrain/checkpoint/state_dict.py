@@ -55,8 +55,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
                 raise ValueError(
                     f"the optimizer updates a parameter of shape {list(p.shape)} not in the model"
                 )
-            if p.requires_grad and not optimizer.state.get(p):
-                _make_state(optimizer, group, p)
+            if p.requires_grad:
+                ensure_state(optimizer, group, p)
             for key, value in optimizer.state.get(p, {}).items():
                 if value is None:
                     continue
@@ -67,8 +67,13 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return named
 
 
-def _make_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> None:
-    """Give ``p`` the state that a first step makes, all zero, by taking that step on a stand-in for ``p``."""
+def ensure_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> None:
+    """Give ``p``, of ``group``, the state that a first step makes, all zero, unless it has one.
+
+    It takes that step on a stand-in for ``p``.
+    """
+    if optimizer.state.get(p):
+        return
     stand_in = torch.zeros_like(p).requires_grad_()
     stand_in.grad = torch.zeros_like(p)
     groups = optimizer.param_groups

@@ -33,7 +33,7 @@ _OPTIONAL = {
     "lm-eval": "moetrain eval tasks=[...] (moetrain[eval])",
     "tensorboard": "tracker=tensorboard (moetrain[tensorboard])",
     "transformers": "tests against transformers (moetrain[hf])",
-    "deepspeed": "benchmarks against DeepSpeed (moetrain[deepspeed])",
+    "deepspeed": "engine=deepspeed (moetrain[deepspeed])",
     "triton": "experts.backend=triton, train.compile on a GPU (moetrain[triton])",
     "stanford-stk": "experts.backend=megablocks (moetrain[megablocks])",
     "scattermoe": "experts.backend=scattermoe (github.com/shawntan/scattermoe)",

@@ -37,6 +37,7 @@ from moetrain.evaluation.rules import check_eval
 from moetrain.models.rules import check_model
 from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.rules import check_layout
+from moetrain.train.deepspeed.rules import check_engine
 from moetrain.train.engine import engine_of
 from moetrain.train.log.rules import check_tracker
 from moetrain.train.optim.rules import check_optim, check_schedule
@@ -60,6 +61,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     attention_fits_device(cfg)
     recomputes_once(cfg)
     engine_of(cfg.engine.name)
+    check_engine(cfg)
     check_tracker(cfg.tracker)
     check_run(cfg.run)
     start_exists(cfg)
@@ -81,6 +83,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
     _check_model(cfg, world)
     _check_layers(cfg)
     _check_layout(cfg, world)
+    check_engine(cfg)
 
 
 def validate_upcycle(cfg: UpcycleConfig) -> None:

@@ -38,7 +38,8 @@ def global_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> T
     op = dist.ReduceOp.SUM if norm_type == 2.0 else dist.ReduceOp.MAX
     totals = []
     for layout, members in groups.items():
-        total = _local_total(members, norm_type)
+        grads = [local_part(p.grad) for p in members if p.grad is not None]
+        total = local_total(grads, norm_type, local_part(members[0]).device)
         if layout is not None:
             mesh, dims = layout
             for dim in dims:
@@ -61,18 +62,22 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """
     parameters = list(parameters)
     norm = global_norm(parameters)
-    scale = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
-    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
-    for device in dict.fromkeys(g.device for g in grads):
-        torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
+    scale_([local_part(p.grad) for p in parameters if p.grad is not None], norm, max_norm)
     return norm
 
 
-def _local_total(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
-    """Sum of squares (or largest magnitude) of this rank's shards, fp64; norms are taken in fp32 or fp64."""
-    grads = [local_part(p.grad) for p in parameters if p.grad is not None]
+@torch.no_grad()
+def scale_(grads: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Multiply plain tensors by min(1, max_norm / norm) in place; by 1 where ``norm`` is not finite."""
+    grads = list(grads)
+    scale = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
+    for device in dict.fromkeys(g.device for g in grads):
+        torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
+
+
+def local_total(grads: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Sum of squares (or largest magnitude) of plain tensors, fp64; norms are taken in fp32 or fp64."""
     grads = [g for g in grads if g.numel()]
-    device = local_part(parameters[0]).device
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = [

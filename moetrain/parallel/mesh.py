@@ -78,11 +78,12 @@ def build_meshes(cfg: ParallelConfig, world: int, device_type: str = "cpu") -> M
     if cfg.ep > 1:
         sizes = (cfg.dp_replicate, shard // cfg.ep, cfg.ep)
         sparse = init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, EFSDP, EP))
-    levels = _levels(cfg, world, device_type) if cfg.ep > 1 else None
+    levels = build_levels(cfg, world, device_type) if cfg.ep > 1 else None
     return Meshes(cfg.dp_replicate, shard, cfg.ep, dense, sparse, levels, cfg)
 
 
-def _levels(cfg: ParallelConfig, world: int, device_type: str) -> DeviceMesh | None:
+def build_levels(cfg: ParallelConfig, world: int, device_type: str) -> DeviceMesh | None:
+    """The [ep_group, ep_node, ep_place] mesh of hierarchical dispatch; None for any other."""
     if cfg.dispatcher is not ExpertDispatch.hierarchical:
         return None
     places = min(ranks_per_node(cfg), cfg.ep)

@@ -18,10 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.errors import UserError
+from moetrain.ops.local_part import whole
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.materialize import allocate, draw
-from moetrain.parallel.mesh import DataGroups, build_meshes
+from moetrain.parallel.mesh import DataGroups, Meshes, build_meshes
 from moetrain.parallel.watchdog.flight_recorder import observe, watched
 from moetrain.train.optim.build import build_optimizer, set_lr
 from moetrain.train.options import Precision, TrainConfig
@@ -49,8 +50,14 @@ class Engine(Protocol):
         None scales nothing. A norm that is not finite leaves the gradients as they are.
         """
 
+    def norm(self, norm_type: float = 2.0) -> Tensor:
+        """The norm (2 or inf) of all gradients taken as one vector, fp64, on the device."""
+
     def gradients(self) -> dict[str, Tensor | None]:
         """Parameter's name in the task -> this rank's part of its gradient. Any rank may ask alone."""
+
+    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and whole gradient, zeros where it has none, one at a time."""
 
     def update(self) -> None:
         """Move the weights by the gradients, at the learning rate that was set."""
@@ -65,7 +72,10 @@ class Engine(Protocol):
         """``model.<name>`` -> live parameter or persistent buffer; a load fills them in place."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """``optim.<name>.<key>`` -> live state of the optimizer; a load fills them in place."""
+        """``optim.<name>.<key>`` -> the optimizer's state; a load fills it in place, and calls ``take``."""
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from ``tensors``, those of both methods above, which a load has filled."""
 
     def forward_only(self) -> AbstractContextManager[None]:
         """A context for forward passes without a backward pass; on exit the gathered weights are freed."""
@@ -93,11 +103,18 @@ class NativeEngine:
         loss.backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        parameters = list(self.task.parameters())
-        return global_norm(parameters) if max_norm is None else clip_(parameters, max_norm)
+        return self.norm() if max_norm is None else clip_(list(self.task.parameters()), max_norm)
+
+    def norm(self, norm_type: float = 2.0) -> Tensor:
+        return global_norm(list(self.task.parameters()), norm_type)
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.task.named_parameters()}
+
+    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.task.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield name, whole(grad)
 
     def update(self) -> None:
         self.optimizer.step()
@@ -115,6 +132,9 @@ class NativeEngine:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_tensors(self.task.model, self.optimizer)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing: they are the live ones."""
 
     @contextmanager
     def forward_only(self) -> Iterator[None]:
@@ -148,16 +168,27 @@ def lay_out(task: Task, cfg: TrainConfig, device: str, world: int) -> DataGroups
     """Lay ``task``, on the meta device, out over ``world`` ranks. Returns the groups of ranks by data."""
     with watched("the process groups of the layout", ""):
         meshes = build_meshes(cfg.parallel, world, device)
+    spread(task, cfg, meshes)
+    return meshes.data
+
+
+def spread(task: Task, cfg: TrainConfig, meshes: Meshes) -> None:
+    """Lay ``task`` out over ``meshes``, as ``train`` says; the watchdog sees what it will exchange."""
     compute_dtype = torch.bfloat16 if cfg.train.precision is Precision.bf16 else None
     parallelize(
         task, meshes, cfg.train.recompute, cfg.train.compile, observer=observe, compute_dtype=compute_dtype
     )
-    return meshes.data
+
+
+def _prepare_deepspeed(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) -> Engine:
+    from moetrain.train.deepspeed.prepare import prepare  # an optional package
+
+    return prepare(task, cfg, device, world, drawn)
 
 
 # (task without memory, config, device, number of ranks, whether to draw the weights) -> engine
 Prepare = Callable[[Task, TrainConfig, str, int, bool], Engine]
-ENGINES: dict[str, Prepare] = {"native": prepare}  # by engine.name
+ENGINES: dict[str, Prepare] = {"native": prepare, "deepspeed": _prepare_deepspeed}  # by engine.name
 
 
 def engine_of(name: str) -> Prepare:

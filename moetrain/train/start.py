@@ -59,10 +59,11 @@ def start(
         if cfg.resume != "auto":  # else the next resume=auto would jump back to the steps left behind
             checkpointer.set_aside_after(state.step)
     elif cfg.init_from is not None:
-        path = Path(cfg.init_from).expanduser()
-        optimizer = state.engine.optimizer_tensors() if cfg.init_optimizer else {}
+        path, engine = Path(cfg.init_from).expanduser(), state.engine
+        model, optimizer = engine.model_tensors(), engine.optimizer_tensors() if cfg.init_optimizer else {}
         with patiently("loading the first weights"):
-            load_initial(path, state.engine.model_tensors(), optimizer, built.corpus.tokenizer, read)
+            load_initial(path, model, optimizer, built.corpus.tokenizer, read)
+        engine.take(model | optimizer)
     return built
 
 

@@ -81,7 +81,9 @@ class TrainState:
 
         Raises UserError, before anything is changed, if it is damaged, malformed, or of another run.
         """
-        extra = checkpointer.load(path, self.tensors(), check=partial(self._check, path))
+        tensors = self.tensors()
+        extra = checkpointer.load(path, tensors, check=partial(self._check, path))
+        self.engine.take(tensors)
         saved = SavedState.of(extra, str(path / EXTRA))
         self.step, self.tokens, self.skipped = saved.step, saved.tokens, saved.skipped
         self.loader.load_state_dict(extra["loader"])

@@ -20,7 +20,7 @@ from moetrain.verify.options import VerifyConfig
 from moetrain.verify.rounding import bound, compare_rounded, roundings
 from moetrain.verify.twin import Twin, dp_shard, twin_of
 
-TOLERANCE = 1e-9
+TOLERANCES = {Precision.fp64: 1e-9, Precision.fp32: 1e-5}  # by the twin's precision
 _SECONDS = 600.0
 _TELLING = ("gradient", "weight", "bits", "norm", "loss", "state")  # nearest to a cause first
 _AFTER, _LATER = f"{STEPS} steps", f"{STEPS + MORE_STEPS} steps"
@@ -63,11 +63,12 @@ def verify(cfg: VerifyConfig, world: int) -> int:
     return 0
 
 
-def prove(twin: Twin, tolerance: float = TOLERANCE) -> list[Check]:
+def prove(twin: Twin, tolerance: float | None = None) -> list[Check]:
     """Both sides run, each takes the other's checkpoint over, and everything is compared.
 
     Raises RankError where a rank fails, RanksTimeoutError where one hangs.
     """
+    tolerance = TOLERANCES[twin.cfg.train.precision] if tolerance is None else tolerance
     loose = [_AFTER, _LATER] if isinstance(twin.cfg.optim, MuonConfig) else []
 
     def alone(fn: Callable[..., Findings], checkpoints: Path) -> Findings:
@@ -106,7 +107,8 @@ def _opening(cfg: VerifyConfig, world: int, twin: Twin) -> str:
     p, small = cfg.parallel, twin.cfg.parallel
     return (
         f"layout of {world} ranks: dp_replicate {p.dp_replicate}, dp_shard {dp_shard(p, world)}, ep {p.ep}; "
-        f"twin in fp64 on {twin.world} ranks: dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
+        f"twin in {twin.cfg.train.precision.value} on {twin.world} ranks: "
+        f"dp_replicate {small.dp_replicate}, dp_shard {small.dp_shard}, "
         f"ep {small.ep}, router {twin.cfg.router.name}, {twin.cfg.model.num_experts} experts"
     )
 

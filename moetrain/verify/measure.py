@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.data import Batch
@@ -23,7 +22,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
 from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
-from moetrain.parallel.clip import global_norm
+from moetrain.ops.local_part import whole
 from moetrain.plugins import import_plugins
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.options import Precision, TrainConfig
@@ -77,6 +76,7 @@ def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     path = checkpointer.latest_valid()
     assert path is not None
     checkpointer.load(path, tensors)
+    made.engine.take(tensors)
     found = {"checkpoint": _whole("bits", tensors)}
     found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, partial(_split, twin, rank, world), _later())
     return found
@@ -160,11 +160,9 @@ def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
     step, found = made.step, dict[str, Tensor]()
 
     def record() -> None:
-        parameters = dict(made.task.named_parameters())
-        found["norm: largest"] = global_norm(parameters.values(), math.inf)
-        for name, grad in made.engine.gradients().items():
-            grad = torch.zeros_like(parameters[name]) if grad is None else grad
-            found[f"gradient: {name.removeprefix('model.')}"] = whole(grad)
+        found["norm: largest"] = made.engine.norm(math.inf)
+        for name, grad in made.engine.whole_gradients():
+            found[f"gradient: {name.removeprefix('model.')}"] = grad
 
     update, clip = step.update, step.clip_norm
     step.update, step.clip_norm = record, None
@@ -202,9 +200,3 @@ def _figures(result: StepResult) -> dict[str, Tensor]:
 
 def _whole(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}: {name}": whole(tensor) for name, tensor in tensors.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of all of it; every rank of its mesh must ask."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

@@ -1,4 +1,7 @@
-"""The scaled-down twin of a config: the same structure, small prime sizes, fp64, and few ranks."""
+"""The scaled-down twin of a config: the same structure, small prime sizes, fp64, and few ranks.
+
+An engine that computes in fp32 whatever it is told has a twin in fp32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from dataclasses import dataclass, replace
 from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
-from moetrain.train.options import Precision, TrainConfig
+from moetrain.train.deepspeed.options import DeepSpeedConfig
+from moetrain.train.options import EngineConfig, Precision, TrainConfig
 
 SEQ = 11  # positions of a sequence
 VOCAB = 211
@@ -27,7 +31,8 @@ class Twin:
 
     def alone(self) -> TrainConfig:
         """The same on one process, without a layout."""
-        return replace(self.cfg, parallel=ParallelConfig(), train=replace(self.cfg.train, recompute=False))
+        train = replace(self.cfg.train, recompute=False)
+        return replace(self.cfg, parallel=ParallelConfig(), engine=EngineConfig(), train=train)
 
 
 def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
@@ -46,7 +51,7 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
         experts = replace(experts, max_rows_per_rank=_ROWS)
     optim = cfg.optim if cfg.optim.clip_norm is None else replace(cfg.optim, clip_norm=_CLIP)
     train = replace(
-        cfg.train, precision=Precision.fp64, compile=False, device="cpu", threads=1, spike_factor=None
+        cfg.train, precision=_precision(cfg), compile=False, device="cpu", threads=1, spike_factor=None
     )
     small = replace(
         cfg,
@@ -59,6 +64,12 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
     )
     unit = 2 * group * ranks
     return Twin(small, ranks, unit * math.ceil(_SEQUENCES / unit))
+
+
+def _precision(cfg: TrainConfig) -> Precision:
+    """ZeRO-1 and 2 keep master weights in fp32."""
+    in_fp32 = isinstance(cfg.engine, DeepSpeedConfig) and cfg.engine.zero_stage > 0
+    return Precision.fp32 if in_fp32 else Precision.fp64
 
 
 def dp_shard(parallel: ParallelConfig, world: int) -> int:

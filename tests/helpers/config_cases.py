@@ -259,7 +259,7 @@ REFUSED = [
     ({"parallel.dp_shard": 2}, "parallel.dp_replicate=1 times parallel.dp_shard=2 is 2", "has 1 ranks"),
     ({"train.global_batch_tokens": 400}, "train.global_batch_tokens=400", "384", "384 or 768"),
     ({"train.global_batch_tokens": 63}, "train.global_batch_tokens=63", "the nearest that are: 384"),
-    ({"engine": EngineConfig(name="warp")}, "engine.name=warp is not known; known: native"),
+    ({"engine": EngineConfig(name="warp")}, "engine.name=warp is not known; known: deepspeed, native"),
     ({"run.name": ""}, "run.name is empty"),
     ({"run.name": "../x"}, "run.name=../x", "run.dir"),
     ({"run.name": "/x"}, "run.name=/x", "run.dir"),

@@ -25,6 +25,7 @@ from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
 from moetrain.flat import TAGS
 from moetrain.nearest import nearest
+from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, WandbTracker
 from moetrain.train.optim.options import AdamWConfig, MuonConfig
 from moetrain.train.options import EngineConfig, GenerateConfig, TrainConfig
@@ -54,7 +55,7 @@ def variants() -> dict[str, dict[str, type]]:
             "domains": DomainsData,
         },
         "optim": {"adamw": AdamWConfig, "muon": MuonConfig},
-        "engine": {"native": EngineConfig},
+        "engine": {"native": EngineConfig, "deepspeed": DeepSpeedConfig},
         "tracker": {"jsonl": JsonlTracker, "wandb": WandbTracker, "tensorboard": TensorboardTracker},
         "method": {name: spec.options for name, spec in METHODS.items()},
     }

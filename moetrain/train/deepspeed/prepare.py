@@ -1,0 +1,93 @@
+"""From a task without memory to the engine ``deepspeed``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.parallel.distributed import local_rank
+from moetrain.parallel.materialize import allocate, draw
+from moetrain.parallel.mesh import Meshes, build_levels
+from moetrain.parallel.rules import check_layout
+from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.deepspeed.config import Json, merged_config
+from moetrain.train.deepspeed.options import DeepSpeedConfig
+from moetrain.train.engine import Engine, spread
+from moetrain.train.optim.build import build_optimizer
+from moetrain.train.options import Precision, TrainConfig
+from moetrain.train.task import Task
+
+
+def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) -> Engine:
+    """As :func:`moetrain.train.engine.prepare`, by DeepSpeed.
+
+    Raises UserError for what is no layout of ``world`` ranks.
+    """
+    assert isinstance(cfg.engine, DeepSpeedConfig)
+    check_layout(cfg.parallel, world)
+    _join(device)
+    import deepspeed
+
+    _quieten(deepspeed)
+
+    from moetrain.train.deepspeed.engine import DeepSpeedEngine, Replicated
+    from moetrain.train.deepspeed.experts import by_experts, expert_mesh, present
+    from moetrain.train.deepspeed.layout import Layout
+    from moetrain.train.deepspeed.partitioned import Partitioned
+
+    ep = cfg.parallel.ep
+    with watched("the process groups of the layout", ""):
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        ranks = init_device_mesh(device, (world,))
+        experts: DeviceMesh | None = expert_mesh(ep, world, device) if ep > 1 else None
+        levels = build_levels(cfg.parallel, world, device) if ep > 1 else None
+    spread(task, cfg, Meshes(1, world, ep, None, experts, levels, cfg.parallel))
+    allocate(task, device)
+    if drawn:
+        draw(task, cfg.train.seed)
+    if ep > 1:
+        present(task, ep)
+    optimizer = build_optimizer(task, cfg.optim)
+    config = merged_config(cfg.engine)
+    if cfg.engine.zero_stage:
+        optimizer.param_groups[:] = by_experts(optimizer.param_groups, ep)
+        _fit_buckets(config, task)
+    with watched("DeepSpeed's start", "broadcast"):
+        runtime, *_ = deepspeed.initialize(
+            model=task, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    if cfg.train.precision is Precision.fp64:
+        runtime.communication_data_type = torch.float64  # which its configuration has no word for
+    kind: type[DeepSpeedEngine] = Partitioned if cfg.engine.zero_stage else Replicated
+    return kind(task, runtime, optimizer, Layout(ranks, experts))
+
+
+def _join(device: str) -> None:
+    """What DeepSpeed asks of its process: a process group, also of one rank, and the accelerator by name."""
+    os.environ.setdefault("DS_ACCELERATOR", device)  # else it looks for one, and warns where there is none
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def _quieten(package: Any) -> None:
+    """Leave out an operator of inference, which it compiles wherever it can, and a warning at every step."""
+    package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+
+
+def _fit_buckets(config: Json, task: Task) -> None:
+    """A buffer of gradients is allocated whole at every step: no larger than all gradients together."""
+    zero = config["zero_optimization"]
+    assert isinstance(zero, dict)
+    size = zero["reduce_bucket_size"]
+    elements = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    if isinstance(size, (int, float)) and size > elements:
+        zero["reduce_bucket_size"] = elements

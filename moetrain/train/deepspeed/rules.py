@@ -1,0 +1,61 @@
+"""What ``engine=deepspeed`` refuses, before a process group or a folder is made."""
+
+from __future__ import annotations
+
+from moetrain.errors import UserError
+from moetrain.packages import is_installed
+from moetrain.train.deepspeed.config import merged_config
+from moetrain.train.deepspeed.options import DeepSpeedConfig
+from moetrain.train.optim.options import MuonConfig
+from moetrain.train.options import Precision, TrainConfig
+
+
+def check_engine(cfg: TrainConfig) -> None:
+    """Raise UserError where ``engine=deepspeed`` cannot do what ``cfg`` asks for, or is not installed."""
+    engine = cfg.engine
+    if not isinstance(engine, DeepSpeedConfig):
+        return
+    if engine.zero_stage == 3:
+        raise UserError(_stage_3(cfg))
+    _check_settings(cfg, engine)
+    merged_config(engine)
+    if not is_installed("deepspeed"):
+        raise UserError(
+            "engine=deepspeed needs the package deepspeed, which is not installed: "
+            "pip install 'moetrain[deepspeed]', or set engine=native"
+        )
+
+
+def _stage_3(cfg: TrainConfig) -> str:
+    instead = "engine.zero_stage=2 cuts gradients and optimizer state; engine=native cuts parameters too"
+    if cfg.model.num_experts and cfg.parallel.ep > 1:
+        why = (
+            "it would cut every parameter over all ranks, but experts of parallel.ep="
+            f"{cfg.parallel.ep} differ from rank to rank, and DeepSpeed refuses its MoE layers there"
+        )
+    else:
+        why = "its gathering of parameters, whose gradients it can only average, is not built here"
+    return f"engine.zero_stage=3 is refused: {why}; {instead}"
+
+
+def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
+    stage = engine.zero_stage
+    if cfg.parallel.dp_replicate > 1:
+        raise UserError(
+            f"parallel.dp_replicate={cfg.parallel.dp_replicate} is of engine=native: ZeRO-1 and 2 "
+            "hold whole weights on every rank anyway; set parallel.dp_replicate=1"
+        )
+    if cfg.train.compile:
+        raise UserError("train.compile=true is of engine=native: set train.compile=false")
+    if cfg.train.precision is Precision.fp64 and stage:
+        raise UserError(
+            f"engine.zero_stage={stage} keeps its master weights in fp32, and train.precision=fp64 cannot: "
+            "set engine.zero_stage=0, or train.precision=fp32"
+        )
+    if isinstance(cfg.optim, MuonConfig) and stage:
+        raise UserError(
+            f"optim=muon needs whole matrices, which engine.zero_stage={stage} cuts at any element: set "
+            "engine.zero_stage=0, or optim=adamw"
+        )
+    if engine.offload and not stage:
+        raise UserError("engine.offload=true is of engine.zero_stage=1 or 2: set engine.zero_stage=1")
