@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetrain.config.hydra.compose import compose_arms, compose_train
+from moetrain.config.layout import of_layout
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.train.options import TrainConfig
@@ -15,11 +16,12 @@ def checked(
 ) -> Checked:
     """The config that ``moetrain train <overrides>`` runs on ``world`` ranks, and its warnings.
 
+    What the layout decides of a router stands in it (``layout.py``).
     :func:`moetrain.train.run.train` takes both, and the reader of stored configs, as in
     ``train(cfg, load_yaml, notes)``. Raises UserError for what cannot be composed, and for the first broken
     rule.
     """
-    cfg = compose_train(overrides, config_name, config_dir)
+    cfg = of_layout(compose_train(overrides, config_name, config_dir), world)
     return cfg, validate(cfg, world)
 
 
@@ -32,7 +34,8 @@ def checked_arms(
 ) -> dict[str, Checked]:
     """Each arm of ``cfg.compare`` likewise, under its name; ``overrides`` are those that made ``cfg``."""
     found = {}
-    for name, arm in compose_arms(cfg, overrides, config_name, config_dir).items():
+    for name, composed in compose_arms(cfg, overrides, config_name, config_dir).items():
+        arm = of_layout(composed, world)
         try:
             found[name] = arm, validate(arm, world)
         except UserError as e:

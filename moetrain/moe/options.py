@@ -76,13 +76,24 @@ class Repair(Enum):
 
     ``none``: dropped; ``next_expert``: to the token's next best expert with room; ``local``: to the best
     expert of the token's own device, whatever its load; ``fill_in``: dropped, but free places go to the
-    tokens that would choose the expert next.
+    tokens that would choose the expert next; ``local_fill_in``: both.
     """
 
     none = "none"
     next_expert = "next_expert"
     local = "local"
     fill_in = "fill_in"
+    local_fill_in = "local_fill_in"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it asks which experts lie on a token's own device."""
+        return self in (Repair.local, Repair.local_fill_in)
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether free places go to tokens that did not ask for them."""
+        return self in (Repair.fill_in, Repair.local_fill_in)
 
 
 class Rounding(Enum):
@@ -125,6 +136,10 @@ class RouterConfig:
     min_capacity: int = field(default=4, metadata=at_least(0))
     drop_order: DropOrder = DropOrder.position
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
+    # of a local repair: the devices that share the experts; null: as many as parallel.ep
+    local_devices: Optional[int] = field(default=None, metadata=at_least(2))
+    # and how many consecutive sequences of the run are one device's; null: a rank's share of a step
+    local_sequences: Optional[int] = field(default=None, metadata=at_least(1))
     rounding: Rounding = Rounding.none  # in training; needs a router with scores, and no capacity factor
     rounding_tile: int = field(default=128, metadata=at_least(1, 2**20))  # tokens
 

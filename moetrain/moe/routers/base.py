@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
+from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
@@ -88,7 +89,16 @@ class Router(nn.Module):
             kept = apply_capacity(routing, ctx, *limits)
             if options.repair is Repair.none:
                 return kept
-            return repair_overflow(routing, kept, ctx, options.repair, *limits)
+            local_TE = self._local_experts(ctx) if options.repair.is_local else None
+            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+
+    def _local_experts(self, ctx: RouterContext) -> Tensor:
+        """[T, E]: whether an expert lies on the token's own device. Experts without a network lie on all."""
+        devices, sequences = self.options.local_devices, self.options.local_sequences
+        assert devices is not None
+        assert sequences is not None
+        extra = 0 if self.zero_experts is None else self.zero_experts.total
+        return local_experts(ctx, self.num_experts - extra, extra, devices, sequences)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         kept = {name: self._buffers[name] for name in self._fp32_buffers}
@@ -222,6 +232,8 @@ def build_router(
     options = _with_overrides(options, overrides)
     if not spec.cls.has_scores:
         _check_scores(name, options)
+    if line := local_refusal(options, num_experts):
+        raise ValueError(line)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes
         router: Router = spec.cls(d_model, num_experts, options)
     drop_overwritten_initializers(router)
