@@ -95,6 +95,9 @@ class MoELayer(nn.Module):
         seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
         shared_BSD = x_BSD if shared_input is None else shared_input
         routing: Routing = self.router(seen_TD, ctx)
+        if self.router.input_scale != 1:
+            x_BSD = x_BSD * self.router.input_scale
+            x_TD = x_BSD.reshape(-1, width)
         assignment = routing.assignment
         starts = self._round_starts(assignment, batch * seq)
         if len(starts) > 1:

@@ -41,6 +41,7 @@ class Router(nn.Module):
     is_router = True  # its parameters form an FSDP group of their own, in fp32
     keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
+    input_scale = 1.0  # multiplies what all experts but the shared ones read
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
@@ -82,7 +83,7 @@ class Router(nn.Module):
                 total = options.combine(self.num_experts).total
                 how = (options.rounding, options.rounding_tile, options.group, total)
                 return round_tokens(routing, ctx, *how)
-            factor = options.capacity_factor if self.training else options.eval_capacity_factor
+            factor = self.capacity_factor()
             if factor is None:
                 return routing
             limits = (factor, options.min_capacity, options.drop_order, options.group)
@@ -91,6 +92,11 @@ class Router(nn.Module):
                 return kept
             local_TE = self._local_experts(ctx) if options.repair.is_local else None
             return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+
+    def capacity_factor(self) -> float | None:
+        """The factor that multiplies an expert's even share of the assignments; None: no capacity."""
+        options = self.options
+        return options.capacity_factor if self.training else options.eval_capacity_factor
 
     def _local_experts(self, ctx: RouterContext) -> Tensor:
         """[T, E]: whether an expert lies on the token's own device. Experts without a network lie on all."""
