@@ -29,6 +29,26 @@ class ExpertKind(Enum):
     adapters = "adapters"
 
 
+class FirstWeights(Enum):
+    """How experts' networks of width F begin, E of them. Dense layers and shared experts begin as the model.
+
+    ``model``: as all else, by ``model.init_std``. ``one_network``: as parts of one network of width E F, so
+    with variances 1 / D up and 1 / (E F) down (sigma-MoE). ``tenth``: a tenth of the variances of a network
+    of their own, 0.1 / D up and 0.1 / F down (Switch).
+    """
+
+    model = "model"
+    one_network = "one_network"
+    tenth = "tenth"
+
+    def stds(self, num_experts: int, d_model: int, d_ff: int) -> tuple[float, float]:
+        """Standard deviations, up and down; of a layer without a model around it for ``model``."""
+        if self is FirstWeights.one_network:
+            return d_model**-0.5, float(num_experts * d_ff) ** -0.5
+        scale = 0.1**0.5 if self is FirstWeights.tenth else 1.0
+        return scale * d_model**-0.5, scale * d_ff**-0.5
+
+
 class Backend(Enum):
     """``loop`` is the oracle; ``triton`` and ``triton_block_sparse`` are kernels of this package, ``torch``
     uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``megablocks`` and
@@ -113,6 +133,7 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
+    first_weights: FirstWeights = FirstWeights.model
     keep: Keep = Keep.preactivation
     # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))

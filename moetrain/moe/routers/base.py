@@ -23,7 +23,7 @@ from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
-from moetrain.ops.init import Normal, drop_overwritten_initializers, in_memory, parameter
+from moetrain.ops.init import Initializer, Normal, drop_overwritten_initializers, in_memory, parameter
 from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.linear import wide_linear
 
@@ -86,7 +86,10 @@ class Router(nn.Module):
             factor = self.capacity_factor()
             if factor is None:
                 return routing
-            limits = (factor, options.min_capacity, options.drop_order, options.group)
+            order = options.drop_order
+            if order is DropOrder.random and not self.training:
+                order = DropOrder.position  # evaluation draws nothing
+            limits = (factor, options.min_capacity, order, options.group)
             kept = apply_capacity(routing, ctx, *limits)
             if options.repair is Repair.none:
                 return kept
@@ -181,7 +184,11 @@ class LinearRouter(Router):
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__(d_model, num_experts, options)
-        self.weight_ED = parameter((num_experts, d_model), Normal(d_model**-0.5 * 0.5))
+        self.weight_ED = parameter((num_experts, d_model), self.first_weights(d_model))
+
+    @staticmethod
+    def first_weights(d_model: int) -> Initializer:
+        return Normal(d_model**-0.5 * 0.5)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
