@@ -234,6 +234,7 @@ def test_the_presets_are_the_two_forms() -> None:
     for name, form in (("moepp", "released"), ("moepp_paper", "paper")):
         cfg = compose_train([f"router={name}"])
         assert cfg.router.form.name == form
+        assert cfg.router.capacity_factor == (None if form == "released" else 1.1)
         assert [(loss.name, loss.coef) for loss in cfg.balance.losses] == [("moepp", 0.01)]
 
 
