@@ -170,7 +170,8 @@ def _element_indices(
 def _equal_rows(key: int, rows: int, columns: int) -> Tensor:
     """[rows, columns] fp64; the root mean square of each row is 1."""
     drawn = normal(key, torch.arange(rows * columns)).view(rows, columns)
-    return drawn * (columns**0.5 / _tree_sum(drawn.square()).sqrt())[:, None]
+    scale: Tensor = columns**0.5 / _tree_sum(drawn.square()).sqrt()
+    return drawn * scale[:, None]
 
 
 def _orthonormal(key: int, rows: int, columns: int) -> Tensor:

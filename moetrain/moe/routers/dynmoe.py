@@ -107,7 +107,7 @@ class DynMoERouter(Router):
         return replace(routing, stats=stats, penalty=self._penalty(scores_TE.dtype))
 
     def _tau(self, dtype: torch.dtype) -> Tensor:
-        log_tau_1 = self.log_tau_1
+        log_tau_1: Tensor = self.log_tau_1
         if not self.options.learn_tau:
             log_tau_1 = log_tau_1.detach() + 0 * log_tau_1  # its gradient is zero, on every rank
         return log_tau_1.to(dtype).clamp(max=_MAX_LOG_SCALE).exp()

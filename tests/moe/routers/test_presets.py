@@ -16,6 +16,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
         ("adaptive", {"margin": 0.1}, {}, FIRST),
         ("threshold", {"threshold": 0.9, "drop_order": "choice"}, {}, FIRST),
         ("cosine", {"top_k": 1, "temperature": 0.07}, {}, [("switch", 0.01, "global_batch")]),
+        (
+            "blockffn",
+            {"top_k": None},
+            {"activation": "silu"},
+            [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
+        ),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
             "sigma",
