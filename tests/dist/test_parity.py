@@ -29,7 +29,7 @@ ROUTERS = {
     "relu": ["router=relu"],
     "base": ["router=base"],
     "base, all": ["router=base", "router.group=all", "router.solver=auction"],
-    "moepp": ["router=moepp"],
+    "moepp": ["router=moepp", "router.capacity_factor=1.1"],
     "sparsemixer2": ["router=sparsemixer2"],
     "rounds": ["router=topk", "experts.max_rows_per_rank=64", "balance=sequence"],
 }
