@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moetrain.config.elastic import for_ranks
 from moetrain.config.hydra.compose import compose_arms, compose_train
+from moetrain.config.layout import of_layout
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.train.options import TrainConfig
@@ -16,6 +17,7 @@ def checked(
 ) -> Checked:
     """The config that ``moetrain train <overrides>`` runs on ``world`` ranks, and what is to be said of it.
 
+    What the layout decides of a router stands in it (``layout.py``).
     :func:`moetrain.train.run.train` takes both, and the reader of stored configs, as in
     ``train(cfg, load_yaml, notes)``. Raises UserError for what cannot be composed, and for the first broken
     rule.
@@ -42,4 +44,5 @@ def checked_arms(
 
 def _checked(cfg: TrainConfig, world: int) -> Checked:
     cfg, changed = for_ranks(cfg, world)
+    cfg = of_layout(cfg, world)
     return cfg, [*changed, *validate(cfg, world)]

@@ -17,7 +17,7 @@ from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
+from moetrain.moe.options import ExpertKind, ExpertsConfig, FirstWeights, RouterConfig
 from moetrain.moe.routers import full_options
 from moetrain.ops.init import with_own_values
 
@@ -90,5 +90,10 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "max_rows_per_rank": experts.max_rows_per_rank,
     }
     if experts.kind is ExpertKind.adapters:
+        if experts.first_weights is not FirstWeights.model:
+            raise ValueError(
+                f"experts.first_weights={experts.first_weights.name} is of networks, not of "
+                "experts.kind=adapters: set experts.first_weights=model"
+            )
         return AdapterLayer(d_ff=cfg.d_ff, d_adapter=cfg.d_ff_expert, **common)
-    return MoELayer(d_ff=cfg.d_ff_expert, **common)
+    return MoELayer(d_ff=cfg.d_ff_expert, first_weights=experts.first_weights, **common)

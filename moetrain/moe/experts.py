@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moetrain.moe.dispatch.base import ExpertRows, Work
-from moetrain.moe.options import Keep
+from moetrain.moe.options import FirstWeights, Keep
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
@@ -34,14 +34,17 @@ class Experts(nn.Module):
         activation: str = "swiglu",
         backend: str = "auto",
         keep: Keep = Keep.preactivation,
+        first_weights: FirstWeights = FirstWeights.model,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
         self.num_experts, self.activation, self.backend, self.keep = num_experts, activation, backend, keep
         columns = 2 if is_gated(activation) else 1
-        self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(d_model**-0.5))
-        self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(d_ff**-0.5))
+        up, down = first_weights.stds(num_experts, d_model, d_ff)
+        self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(up))
+        self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(down))
+        self.keeps_own_init = first_weights is not FirstWeights.model
 
     def forward(self, work: Work) -> list[Tensor]:
         """Compute each chunk's rows times their routing weights, and pass them to ``work.done``.

@@ -18,7 +18,7 @@ from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
-from moetrain.moe.options import ExpertsConfig, Keep, RouterConfig
+from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules import block_refusal, shared_refusal
@@ -52,6 +52,7 @@ class MoELayer(nn.Module):
         block: int | None = None,
         max_rows_per_rank: int | None = None,
         keep: Keep = Keep.preactivation,
+        first_weights: FirstWeights = FirstWeights.model,
     ) -> None:
         super().__init__()
         rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
@@ -61,7 +62,7 @@ class MoELayer(nn.Module):
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep)
+        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
@@ -95,6 +96,9 @@ class MoELayer(nn.Module):
         seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
         shared_BSD = x_BSD if shared_input is None else shared_input
         routing: Routing = self.router(seen_TD, ctx)
+        if self.router.input_scale != 1:
+            x_BSD = x_BSD * self.router.input_scale
+            x_TD = x_BSD.reshape(-1, width)
         assignment = routing.assignment
         starts = self._round_starts(assignment, batch * seq)
         if len(starts) > 1:

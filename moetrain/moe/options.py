@@ -29,6 +29,26 @@ class ExpertKind(Enum):
     adapters = "adapters"
 
 
+class FirstWeights(Enum):
+    """How experts' networks of width F begin, E of them. Dense layers and shared experts begin as the model.
+
+    ``model``: as all else, by ``model.init_std``. ``one_network``: as parts of one network of width E F, so
+    with variances 1 / D up and 1 / (E F) down (sigma-MoE). ``tenth``: a tenth of the variances of a network
+    of their own, 0.1 / D up and 0.1 / F down (Switch).
+    """
+
+    model = "model"
+    one_network = "one_network"
+    tenth = "tenth"
+
+    def stds(self, num_experts: int, d_model: int, d_ff: int) -> tuple[float, float]:
+        """Standard deviations, up and down; of a layer without a model around it for ``model``."""
+        if self is FirstWeights.one_network:
+            return d_model**-0.5, float(num_experts * d_ff) ** -0.5
+        scale = 0.1**0.5 if self is FirstWeights.tenth else 1.0
+        return scale * d_model**-0.5, scale * d_ff**-0.5
+
+
 class Backend(Enum):
     """``loop`` is the oracle; ``triton`` and ``triton_block_sparse`` are kernels of this package, ``torch``
     uses torch's grouped products, ``cpu`` works expert by expert in cache-sized tiles; ``megablocks`` and
@@ -76,13 +96,24 @@ class Repair(Enum):
 
     ``none``: dropped; ``next_expert``: to the token's next best expert with room; ``local``: to the best
     expert of the token's own device, whatever its load; ``fill_in``: dropped, but free places go to the
-    tokens that would choose the expert next.
+    tokens that would choose the expert next; ``local_fill_in``: both.
     """
 
     none = "none"
     next_expert = "next_expert"
     local = "local"
     fill_in = "fill_in"
+    local_fill_in = "local_fill_in"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it asks which experts lie on a token's own device."""
+        return self in (Repair.local, Repair.local_fill_in)
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether free places go to tokens that did not ask for them."""
+        return self in (Repair.fill_in, Repair.local_fill_in)
 
 
 class Rounding(Enum):
@@ -102,6 +133,7 @@ class ExpertsConfig:
     activation: Activation = Activation.swiglu  # of every feed-forward network: dense layers', and the one
     # that adapters share; adapters' own is gelu
     backend: Backend = Backend.auto
+    first_weights: FirstWeights = FirstWeights.model
     keep: Keep = Keep.preactivation
     # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
@@ -125,6 +157,10 @@ class RouterConfig:
     min_capacity: int = field(default=4, metadata=at_least(0))
     drop_order: DropOrder = DropOrder.position
     repair: Repair = Repair.none  # needs a capacity factor, and a router with scores
+    # of a local repair: the devices that share the experts; null: as many as parallel.ep
+    local_devices: Optional[int] = field(default=None, metadata=at_least(2))
+    # and how many consecutive sequences of the run are one device's; null: a rank's share of a step
+    local_sequences: Optional[int] = field(default=None, metadata=at_least(1))
     rounding: Rounding = Rounding.none  # in training; needs a router with scores, and no capacity factor
     rounding_tile: int = field(default=128, metadata=at_least(1, 2**20))  # tokens
 

@@ -45,7 +45,14 @@ class Orthogonal:
     gain: float = 1.0
 
 
-Initializer = Normal | Constant | Orthogonal
+@dataclass(frozen=True)
+class EqualRows:
+    """Normal values, each row then scaled to one norm: that of ``std`` in every element; two dimensions."""
+
+    std: float
+
+
+Initializer = Normal | Constant | Orthogonal | EqualRows
 
 
 @contextlib.contextmanager
@@ -82,6 +89,9 @@ def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
         made.normal_(0.0, initializer.std)
     elif isinstance(initializer, Constant):
         made.fill_(initializer.value)
+    elif isinstance(initializer, EqualRows):
+        made.normal_()
+        made.mul_(initializer.std * made.shape[1] ** 0.5 / made.norm(dim=1, keepdim=True))
     elif not made.is_meta:
         nn.init.orthogonal_(made, initializer.gain)
     made.initializer, made.init_version = initializer, made._version  # type: ignore[attr-defined]
@@ -127,7 +137,10 @@ def init_block(
         _init_normal(block, initializer.std, stream_key(seed, name), shape, offsets)
     else:
         rows, columns = shape
-        whole = _orthonormal(stream_key(seed, name), rows, columns) * initializer.gain
+        if isinstance(initializer, EqualRows):
+            whole = _equal_rows(stream_key(seed, name), rows, columns) * initializer.std
+        else:
+            whole = _orthonormal(stream_key(seed, name), rows, columns) * initializer.gain
         here = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
         block.copy_(whole[here].float())
 
@@ -152,6 +165,13 @@ def _element_indices(
         here = torch.arange(length, device=device) + offset
         indices = (indices[:, None] * whole + here).reshape(-1)
     return indices
+
+
+def _equal_rows(key: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns] fp64; the root mean square of each row is 1."""
+    drawn = normal(key, torch.arange(rows * columns)).view(rows, columns)
+    scale: Tensor = columns**0.5 / _tree_sum(drawn.square()).sqrt()
+    return drawn * scale[:, None]
 
 
 def _orthonormal(key: int, rows: int, columns: int) -> Tensor:

@@ -68,7 +68,7 @@ def mixed(sequences: int, seq: int, vocab: int, seed: int) -> Batch:
             labels_BS=ids_BT[:, 1:].where(place_S < targets_B1, IGNORE),
             doc_ids_BS=second_BS + 2 * ~valid_BS,
             positions_BS=place_S - second_BS * start_B1,
-            sample_ids_B=torch.arange(sequences) + 40,
+            sample_ids_B=torch.arange(sequences) + 5 * sequences,  # of the sixth step of a run
             domain_ids_BS=torch.zeros(sequences, seq, dtype=torch.int64),
             byte_counts_BS=torch.ones(sequences, seq, dtype=torch.int64),
             valid_BS=valid_BS,

@@ -21,7 +21,7 @@ from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
-from moetrain.ops.init import Constant, Normal, Orthogonal, initializer_of, set_initializer
+from moetrain.ops.init import Constant, EqualRows, Normal, Orthogonal, initializer_of, set_initializer
 from moetrain.ops.local_part import whole
 from moetrain.plugins import import_plugins
 from moetrain.train.assemble import Assembled, assemble
@@ -110,8 +110,8 @@ def enlarge_initializers(model: Decoder) -> None:
         initializer = initializer_of(parameter)
         if isinstance(initializer, Orthogonal):
             set_initializer(parameter, Orthogonal(more * initializer.gain))
-        elif isinstance(initializer, Normal):
-            set_initializer(parameter, Normal(more * initializer.std))
+        elif isinstance(initializer, (Normal, EqualRows)):
+            set_initializer(parameter, type(initializer)(more * initializer.std))
         elif isinstance(initializer, Constant):
             set_initializer(
                 parameter, Constant(more * initializer.value) if initializer.value else Normal(more * 0.1)

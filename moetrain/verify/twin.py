@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.options import AttentionBackend, ModelConfig
+from moetrain.moe.options import RouterConfig
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.options import EngineConfig, Precision, TrainConfig
@@ -40,8 +41,10 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
     parallel, ranks = _layout(cfg.parallel, world, most_ranks)
     model = _with_experts_sharded_alike(_model(cfg.model), cfg, world, parallel, ranks)
     group = 2 if cfg.router.group.isdecimal() else 1
+    unit = 2 * group * ranks
+    sequences = unit * math.ceil(_SEQUENCES / unit)
     router = replace(
-        cfg.router,
+        _with_local_experts(cfg, parallel.ep, sequences // ranks),
         group="2" if group == 2 else cfg.router.group,
         min_capacity=min(cfg.router.min_capacity, 1),  # else no capacity would ever drop anything
         rounding_tile=min(cfg.router.rounding_tile, 2),  # nor would a sequence hold a tile
@@ -62,8 +65,16 @@ def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:
         parallel=parallel,
         train=train,
     )
-    unit = 2 * group * ranks
-    return Twin(small, ranks, unit * math.ceil(_SEQUENCES / unit))
+    return Twin(small, ranks, sequences)
+
+
+def _with_local_experts(cfg: TrainConfig, ep: int, share: int) -> RouterConfig:
+    """A local repair's devices are the twin's ranks of ``ep``, where they are those of the layout."""
+    router = cfg.router
+    if not router.repair.is_local:
+        return router
+    own = router.local_devices in (None, cfg.parallel.ep)
+    return replace(router, local_devices=ep if own else router.local_devices, local_sequences=share)
 
 
 def _precision(cfg: TrainConfig) -> Precision:

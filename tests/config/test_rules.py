@@ -269,14 +269,18 @@ def test_a_share_that_is_no_whole_sequence_is_refused():
 
 
 def test_the_config_knows_it_and_warns_of_what_looks_ahead() -> None:
-    for rule in ("next_expert", "local", "fill_in"):
-        cfg = compose_train([f"router.repair={rule}", "router.capacity_factor=1.0"])
+    for rule in ("next_expert", "local", "fill_in", "local_fill_in"):
+        own = ["router.local_devices=2", "router.local_sequences=1"] if "local" in rule else []
+        cfg = compose_train([f"router.repair={rule}", "router.capacity_factor=1.0", *own])
         assert cfg.router.repair.name == rule
         said = " ".join(validate(cfg))
         assert ("looks ahead" in said) == (rule != "local")
         assert ("train/loss can be too low" in said) == (rule != "local")
         both = compose_train(
-            [f"router.repair={rule}", "router.capacity_factor=1.0", "router.eval_capacity_factor=1.0"]
+            [
+                *(f"router.repair={rule}", "router.capacity_factor=1.0", "router.eval_capacity_factor=1.0"),
+                *own,
+            ]
         )
         assert ("train/loss and val/loss can" in " ".join(validate(both))) == (rule != "local")
     assert "looks ahead" not in " ".join(validate(compose_train(["router.capacity_factor=1.0"])))

@@ -25,6 +25,7 @@ MODEL = [
 ROUTERS = {
     "topk": ["router=topk"],
     "orthogonal": ["router=base"],
+    "equal rows": ["router=sigma"],
     "buffers": ["router=dynmoe"],
     "parameters": ["router=moepp"],
     "hashed": ["router=hash"],

@@ -29,7 +29,7 @@ ROUTERS = {
     "relu": ["router=relu"],
     "base": ["router=base"],
     "base, all": ["router=base", "router.group=all", "router.solver=auction"],
-    "moepp": ["router=moepp"],
+    "moepp": ["router=moepp", "router.capacity_factor=1.1"],
     "sparsemixer2": ["router=sparsemixer2"],
     "rounds": ["router=topk", "experts.max_rows_per_rank=64", "balance=sequence"],
 }
@@ -62,7 +62,7 @@ PAIRS = [
 
 def checks(router: str, layout: str, precision: Precision, tolerance: float, *more: str) -> list[Check]:
     world, parallel = LAYOUTS[layout]
-    cfg = compose_train([*MODEL, *more, *ROUTERS[router], *parallel])
+    cfg = compose_train([*MODEL, *ROUTERS[router], *more, *parallel])
     twin = twin_of(cfg, world, 8)
     twin = replace(twin, cfg=replace(twin.cfg, train=replace(twin.cfg.train, precision=precision)))
     return prove(twin, tolerance)
@@ -83,6 +83,13 @@ def test_a_layout_equals_one_process(router, layout):
 def test_rounding_is_the_same_on_a_layout(router, rule):
     found = checks(router, "ep 2 x efsdp 2", Precision.fp64, 1e-9, f"router.rounding={rule}")
     assert_equal(found)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layout", ["ep 2", "hsdp 2 x ep 2"])
+def test_a_local_repair_is_the_same_on_a_layout(layout):
+    more = ("router.repair=local_fill_in", "router.capacity_factor=0.7", "router.drop_order=probability")
+    assert_equal(checks("topk", layout, Precision.fp64, 1e-9, *more))
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ class Case:
     def kept(self) -> Routing:
         return apply_capacity(self.wanted, self.ctx, *self.limits)
 
-    def repaired(self, rule: str, local: Tensor | tuple[int, int] | None = None) -> Routing:
+    def repaired(self, rule: str, local: Tensor | None = None) -> Routing:
+        if local is None and Repair[rule].is_local:
+            local = torch.ones_like(self.wanted.scores_TE, dtype=torch.bool)
         found = repair_overflow(self.wanted, self.kept(), self.ctx, Repair[rule], *self.limits, local)
         found.check()
         assert torch.equal(found.demand_BE, self.wanted.demand_BE)
@@ -164,33 +166,38 @@ def next_expert_by_hand(case: Case) -> dict[tuple[int, int], float]:
     return found
 
 
-def fill_in_by_hand(case: Case) -> dict[tuple[int, int], float]:
-    found, room = pairs(case.kept()), loads(case, case.kept())
-    for e in range(case.wanted.num_experts):
-        asking = [t for t, row in by_token(case.wanted).items() if row and others(case, t)[:1] == [e]]
+def rectified_by_hand(case: Case, local_TE: Tensor | None, fills: bool) -> dict[tuple[int, int], float]:
+    """``local`` and ``fill_in``: who stands for how many choices, then each changed token's weights."""
+    wanted, kept = by_token(case.wanted), by_token(case.kept())
+    number = {t: dict.fromkeys(kept[t], 1) for t in wanted}
+    changed = set()
+    for t, row in wanted.items() if local_TE is not None else ():
+        lost, near = len(row) - len(kept[t]), local_TE[t].nonzero().flatten().tolist()
+        if lost and near:
+            best = min(near, key=lambda e, t=t: (-float(case.wanted.scores_TE[t, e]), e))
+            number[t][best] = number[t].get(best, 0) + lost
+            changed.add(t)
+    room = loads(case, case.kept())
+    for e in range(case.wanted.num_experts) if fills else ():
+        asking = [t for t, row in wanted.items() if row and others(case, t)[:1] == [e] and e not in number[t]]
         for t in sorted(asking, key=lambda t, e=e: (-float(case.wanted.scores_TE[t, e]), t)):
             if room[e, case.group(t)] < case.capacity(case.group(t)):
                 room[e, case.group(t)] += 1
-                row = by_token(case.wanted)[t]
-                weakest = min(row, key=lambda j, t=t: (float(case.wanted.scores_TE[t, j]), j))
-                found[e, t] = moved(case, row[weakest], t, weakest, e)
+                number[t][e] = 1
+                changed.add(t)
+    found = pairs(case.kept())
+    for t in changed:
+        parts = {e: n * float(case.wanted.scores_TE[t, e]) for e, n in number[t].items()}
+        if not sum(parts.values()) > 1e-150:
+            parts = {e: float(n) for e, n in number[t].items()}
+        found |= {(e, t): sum(wanted[t].values()) * p / sum(parts.values()) for e, p in parts.items()}
     return found
 
 
-def local_by_hand(case: Case, local_TE: Tensor) -> dict[tuple[int, int], float]:
-    found, kept = pairs(case.kept()), by_token(case.kept())
-    for t, row in by_token(case.wanted).items():
-        lost, near = len(row) - len(kept[t]), local_TE[t].nonzero().flatten().tolist()
-        if lost and near:
-            score = case.wanted.scores_TE[t].tolist()
-            number = dict.fromkeys(kept[t], 1)
-            best = min(near, key=lambda e: (-score[e], e))
-            number[best] = number.get(best, 0) + lost
-            parts = {e: n * score[e] for e, n in number.items()}
-            if not sum(parts.values()) > 1e-150:
-                parts = {e: float(n) for e, n in number.items()}
-            found |= {(e, t): sum(row.values()) * p / sum(parts.values()) for e, p in parts.items()}
-    return found
+def some_local(case: Case, seed: int) -> Tensor:
+    """[T, E]: any experts, none or all of a token's among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(case.wanted.scores_TE.shape, generator=generator) < (0.4, 0.4, 2.0)[seed % 3]
 
 
 @quick
@@ -202,21 +209,15 @@ def test_next_expert_equals_the_loop(case: Case) -> None:
 @quick
 @given(cases())
 def test_fill_in_equals_the_loop(case: Case) -> None:
-    assert pairs(case.repaired("fill_in")) == pytest.approx(fill_in_by_hand(case))
+    assert pairs(case.repaired("fill_in")) == pytest.approx(rectified_by_hand(case, None, fills=True))
 
 
 @quick
-@given(cases(), st.integers(0, 99), st.sampled_from(["all", "mask", "range"]))
-def test_local_equals_the_loop(case: Case, seed: int, kind: str) -> None:
-    shape = case.wanted.scores_TE.shape
-    local_TE, argument = torch.ones(shape, dtype=torch.bool), None
-    if kind == "mask":
-        argument = local_TE = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
-    if kind == "range":
-        first, last = sorted((seed % shape[1], seed // 7 % shape[1]))
-        argument, experts_E = (first, last), torch.arange(shape[1])
-        local_TE = ((experts_E >= first) & (experts_E <= last)).expand(shape)
-    assert pairs(case.repaired("local", argument)) == pytest.approx(local_by_hand(case, local_TE))
+@given(cases(), st.integers(0, 99), st.sampled_from(["local", "local_fill_in"]))
+def test_local_equals_the_loop(case: Case, seed: int, rule: str) -> None:
+    local_TE = some_local(case, seed)
+    want = rectified_by_hand(case, local_TE, fills=rule == "local_fill_in")
+    assert pairs(case.repaired(rule, local_TE)) == pytest.approx(want)
 
 
 # what the rules promise
@@ -227,7 +228,7 @@ def test_local_equals_the_loop(case: Case, seed: int, kind: str) -> None:
 def test_no_expert_exceeds_capacity_and_no_kept_one_goes(case: Case, rule: str) -> None:
     found, kept = case.repaired(rule), case.kept()
     assert all(n <= case.capacity(g) for (_, g), n in loads(case, found).items())
-    assert pairs(kept).items() <= pairs(found).items()
+    assert pairs(kept).keys() <= pairs(found).keys()
     assert torch.equal(found.granted_E, kept.assignment.counts_E)
 
 
@@ -244,12 +245,28 @@ def test_next_expert_loses_nothing_while_there_is_room(case: Case) -> None:
 
 
 @quick
-@given(cases())
-def test_local_loses_no_token_and_keeps_the_sum_of_its_weights(case: Case) -> None:
-    rows = by_token(case.repaired("local"))
+@given(cases(), st.sampled_from(["local", "fill_in", "local_fill_in"]))
+def test_a_changed_token_keeps_the_sum_of_its_weights(case: Case, rule: str) -> None:
+    """And with ``local``, where all experts are, no token is left without an expert."""
+    rows, kept = by_token(case.repaired(rule)), by_token(case.kept())
     for t, wanted in by_token(case.wanted).items():
-        assert sum(rows[t].values()) == pytest.approx(sum(wanted.values()))
-        assert max(rows[t].values()) > 0
+        if rule != "fill_in" or rows[t].keys() - kept[t].keys():
+            assert sum(rows[t].values()) == pytest.approx(sum(wanted.values()))
+        if rule != "fill_in":
+            assert max(rows[t].values()) > 0
+
+
+@quick
+@given(cases(), st.integers(0, 99))
+def test_local_takes_no_place_from_fill_in(case: Case, seed: int) -> None:
+    """Together they compute what each does alone, but for a next choice to which a token was sent already."""
+    local_TE = some_local(case, seed)
+    home, filled, both = (
+        pairs(case.repaired(rule, local_TE)).keys() for rule in ("local", "fill_in", "local_fill_in")
+    )
+    assert home <= both
+    if not home & (filled - pairs(case.kept()).keys()):
+        assert both == home | filled
 
 
 @quick
@@ -295,4 +312,5 @@ def test_the_earlier_token_goes_first_whoever_refused_it() -> None:
 
 def test_scores_that_underflow_share_alike() -> None:
     case = wishes([[1, 0, 0], [1, 0, 0], [1, 0, 0]], [[1.0, 0.0, 0.0]] * 3)
-    assert pairs(case.repaired("local", (1, 2))) == {(0, 0): 1.0, (1, 1): 1.0, (1, 2): 1.0}
+    local_TE = torch.tensor([[False, True, True]] * 3)
+    assert pairs(case.repaired("local", local_TE)) == {(0, 0): 1.0, (1, 1): 1.0, (1, 2): 1.0}

@@ -17,6 +17,7 @@ from moetrain.moe import ROUTERS, MoELayer
 from moetrain.ops.counter import normal, stream_key
 from moetrain.ops.init import (
     Constant,
+    EqualRows,
     Normal,
     Orthogonal,
     init_block,
@@ -71,7 +72,7 @@ def test_the_distribution_is_normal_and_streams_are_apart():
 def test_a_block_is_that_block_of_the_whole(data):
     shape = data.draw(st.lists(st.integers(1, 13), min_size=1, max_size=3))
     initializer = data.draw(
-        st.sampled_from([Normal(0.3), Constant(2.5)] + [Orthogonal(0.7)] * (len(shape) == 2))
+        st.sampled_from([Normal(0.3), Constant(2.5)] + [Orthogonal(0.7), EqualRows(0.6)] * (len(shape) == 2))
     )
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     whole = torch.full(shape, torch.nan, dtype=dtype)
@@ -145,3 +146,18 @@ def test_a_parameter_gets_another_initializer():
     set_initializer(made, Normal(1e-3))
     assert initializer_of(made) == Normal(1e-3)
     assert made.abs().max() < 0.1
+
+
+def test_equal_rows_have_one_norm_and_the_directions_of_normal_values():
+    shape = (13, 31)
+    made, drawn = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+    init_block(made, EqualRows(0.3), 7, "w", shape, (0, 0))
+    init_block(drawn, Normal(1.0), 7, "w", shape, (0, 0))
+    norms = made.norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 0.3 * 31**0.5), rtol=1e-6, atol=0)
+    cosines = torch.nn.functional.cosine_similarity(made, drawn)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-6)
+    module = nn.Module()
+    module.w = parameter(shape, EqualRows(0.3))
+    norms = module.w.detach().norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 0.3 * 31**0.5), rtol=1e-5, atol=0)

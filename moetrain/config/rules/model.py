@@ -61,7 +61,7 @@ def router_is_causal(cfg: TrainConfig) -> str | None:
 def repair_looks_ahead(cfg: TrainConfig) -> str | None:
     """A warning: a place that a later token leaves free, or takes, decides where a repair sends a token."""
     router = cfg.router
-    if router.repair not in (Repair.next_expert, Repair.fill_in) or not cfg.model.num_experts:
+    if router.repair in (Repair.none, Repair.local) or not cfg.model.num_experts:
         return None
     limits = {"train/loss": router.capacity_factor, "val/loss": router.eval_capacity_factor}
     losses = " and ".join(key for key, factor in limits.items() if factor is not None)

@@ -1,4 +1,4 @@
-"""Balance losses of load shares: switch, gshard_first, sum_over_k, l1.
+"""Balance losses of load shares: switch, gshard_first, sum_over_k, moepp, l1.
 
 Shapes: T tokens, B sequences, E experts of the layer.
 
@@ -8,8 +8,11 @@ counted and normalised, the *scope* over which tokens. f is a count, so it has n
 the loss is linear in p: contributions of micro-batches and ranks add up to the loss of the whole batch.
 ``sequence`` and ``global_batch`` therefore do not depend on how the batch was split; ``micro`` does.
 
+``moepp`` lacks the factor E.
+
 Sources: Fedus et al. 2021 (switch, eq. 4), Lepikhin et al. 2020 (gshard_first), DeepSeek-AI 2024 (sequence
-scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Wang et al. 2024 (l1: ReMoE, eq. 9).
+scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Jin et al. 2024 (moepp, eq. 7), Wang et
+al. 2024 (l1: ReMoE, eq. 9).
 """
 
 from __future__ import annotations
@@ -74,6 +77,17 @@ def gshard_first(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
 def sum_over_k(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     share, per_token = _share(routing, seen, _demand_BE)
     return _loss(routing, seen, probabilities(routing), share * per_token)
+
+
+@register_loss(
+    "moepp",
+    scopes=SCOPES,
+    ahead=demand_E,
+    at_balance="k / E",
+    what="MoE++'s: `sum_over_k` without the factor E",
+)
+def moepp(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
+    return sum_over_k(routing, seen) / routing.num_experts
 
 
 @register_loss(

@@ -93,6 +93,9 @@ def chunk_sparsity(routing: RoutingRecord, seen: Seen[ChunkOptions]) -> Tensor:
 class DirichletOptions:
     # each expert's concentration in the prior
     alpha: float = field(default=1.0, metadata=above(0))
+    # the gradient takes the prior's density between these, since it may be 0 or infinite
+    least_density: float = field(default=1e-3, metadata=at_least(0))
+    most_density: float = field(default=100.0, metadata=above(0))
 
 
 @register_loss(
@@ -124,13 +127,17 @@ def dirichlet(routing: RoutingRecord, seen: Seen[DirichletOptions]) -> Tensor:
     rank_S = torch.arange(1, p_BSE.shape[1] + 1, device=p_BSE.device, dtype=p_BSE.dtype)
     tokens_B1 = valid_BS.sum(1, keepdim=True)
     quantile_BS = rank_S / (tokens_B1 + 1)
-    cdf_BSE = beta_cdf(p_BSE, alpha, (num_experts - 1) * alpha)
+    clip = seen.options.least_density, seen.options.most_density
+    cdf_BSE = beta_cdf(p_BSE, alpha, (num_experts - 1) * alpha, clip)
     square_BS = (quantile_BS[..., None] - cdf_BSE).square().mean(-1)
     return torch.where(rank_S <= tokens_B1, square_BS, 0).sum() / seen.num_tokens
 
 
-def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
+def beta_cdf(x: Tensor, a: float, b: float, clip: tuple[float, float] = (0.0, math.inf)) -> Tensor:
     """The CDF of Beta(a, b) at ``x``, of any shape; its gradient is the density, and 0 outside of (0, 1).
+
+    ``clip``: the least and the largest density that the gradient takes (0.001 and 100 in the batch-shaping
+    of Ehteshami Bejnordi et al. 2020, arXiv:1907.06627).
 
     At 0 and 1 the density may be infinite; a score there (an idle expert's) cannot move anyway.
     """
@@ -139,7 +146,7 @@ def beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
         log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         y = x.clamp(kind.tiny, 1 - kind.eps / 2).double()  # where the density is finite
         density = torch.exp((a - 1) * y.log() + (b - 1) * torch.log1p(-y) - log_beta).to(x.dtype)
-        slope = torch.where((x > 0) & (x < 1), density, 0)
+        slope = torch.where((x > 0) & (x < 1), density.clamp(*clip), 0)
         value = _incomplete_beta(x.double().clamp(0, 1), a, b, log_beta, max(kind.eps / 1e3, 1e-15)).to(
             x.dtype
         )

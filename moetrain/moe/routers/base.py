@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
+from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
-from moetrain.ops.init import Normal, drop_overwritten_initializers, in_memory, parameter
+from moetrain.ops.init import Initializer, Normal, drop_overwritten_initializers, in_memory, parameter
 from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.linear import wide_linear
 
@@ -40,6 +41,7 @@ class Router(nn.Module):
     is_router = True  # its parameters form an FSDP group of their own, in fp32
     keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
+    input_scale = 1.0  # multiplies what all experts but the shared ones read
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
@@ -81,14 +83,31 @@ class Router(nn.Module):
                 total = options.combine(self.num_experts).total
                 how = (options.rounding, options.rounding_tile, options.group, total)
                 return round_tokens(routing, ctx, *how)
-            factor = options.capacity_factor if self.training else options.eval_capacity_factor
+            factor = self.capacity_factor()
             if factor is None:
                 return routing
-            limits = (factor, options.min_capacity, options.drop_order, options.group)
+            order = options.drop_order
+            if order is DropOrder.random and not self.training:
+                order = DropOrder.position  # evaluation draws nothing
+            limits = (factor, options.min_capacity, order, options.group)
             kept = apply_capacity(routing, ctx, *limits)
             if options.repair is Repair.none:
                 return kept
-            return repair_overflow(routing, kept, ctx, options.repair, *limits)
+            local_TE = self._local_experts(ctx) if options.repair.is_local else None
+            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+
+    def capacity_factor(self) -> float | None:
+        """The factor that multiplies an expert's even share of the assignments; None: no capacity."""
+        options = self.options
+        return options.capacity_factor if self.training else options.eval_capacity_factor
+
+    def _local_experts(self, ctx: RouterContext) -> Tensor:
+        """[T, E]: whether an expert lies on the token's own device. Experts without a network lie on all."""
+        devices, sequences = self.options.local_devices, self.options.local_sequences
+        assert devices is not None
+        assert sequences is not None
+        extra = 0 if self.zero_experts is None else self.zero_experts.total
+        return local_experts(ctx, self.num_experts - extra, extra, devices, sequences)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         kept = {name: self._buffers[name] for name in self._fp32_buffers}
@@ -165,7 +184,11 @@ class LinearRouter(Router):
 
     def __init__(self, d_model: int, num_experts: int, options: RouterConfig) -> None:
         super().__init__(d_model, num_experts, options)
-        self.weight_ED = parameter((num_experts, d_model), Normal(d_model**-0.5 * 0.5))
+        self.weight_ED = parameter((num_experts, d_model), self.first_weights(d_model))
+
+    @staticmethod
+    def first_weights(d_model: int) -> Initializer:
+        return Normal(d_model**-0.5 * 0.5)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
@@ -222,6 +245,8 @@ def build_router(
     options = _with_overrides(options, overrides)
     if not spec.cls.has_scores:
         _check_scores(name, options)
+    if line := local_refusal(options, num_experts):
+        raise ValueError(line)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes
         router: Router = spec.cls(d_model, num_experts, options)
     drop_overwritten_initializers(router)

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
 from moetrain.moe.evaluation import Words
 from moetrain.moe.options import RouterConfig
-from moetrain.moe.routers.base import LinearRouter, register
+from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.ops.init import Constant, parameter
 
@@ -23,6 +24,8 @@ from moetrain.ops.init import Constant, parameter
 class BlockFFNOptions(RouterConfig):
     name: str = "blockffn"
     eps: float = 1.0e-6
+    # under ReMoE's loss: the mean number of experts a token that its controller aims at; null: 2
+    top_k: Optional[int] = None
 
     def evaluation_rule(self, num_experts: int) -> Words:
         return {"rule": "blockffn", "eps": self.eps}
@@ -35,10 +38,11 @@ class BlockFFNRouter(LinearRouter):
     A NaN counts as active, so that the loss of the step shows it.
     """
 
-    target_k = 1  # where ReMoE's loss and controller stand in for its own
+    target_k: int
 
     def __init__(self, d_model: int, num_experts: int, options: BlockFFNOptions) -> None:
         super().__init__(d_model, num_experts, options)
+        self.target_k = resolve_top_k(options.top_k, num_experts)
         self.scale_E = parameter((num_experts,), Constant(1.0))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moetrain.bounds import at_least
+from moetrain.bounds import at_least, within
 from moetrain.moe.assign import from_mask
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
@@ -35,6 +35,9 @@ class DynMoEOptions(RouterConfig):
     initial_experts: Optional[int] = None  # awake at the start; null: all
     # steps between two decisions on who is awake; 0: never
     interval: int = field(default=100, metadata=at_least(0))
+    # where the factor of the cosines starts: 10, learnt, in one release of the authors; 1, fixed, in another
+    tau: float = field(default=10.0, metadata=within(0, 100, open_low=True))
+    learn_tau: bool = True
 
 
 @register(
@@ -70,7 +73,7 @@ class DynMoERouter(Router):
             )
         self.weight_ED = parameter((num_experts, d_model), Orthogonal())
         self.threshold_E = parameter((num_experts,), Constant(0.0))
-        self.log_tau_1 = parameter((1,), Constant(0.0))
+        self.log_tau_1 = parameter((1,), Constant(math.log(options.tau)))
         self.register_buffer("awake_E", torch.arange(num_experts) < initial)
         self.register_buffer("taken_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("missed_1", torch.zeros(1, dtype=torch.int64))
@@ -104,7 +107,10 @@ class DynMoERouter(Router):
         return replace(routing, stats=stats, penalty=self._penalty(scores_TE.dtype))
 
     def _tau(self, dtype: torch.dtype) -> Tensor:
-        return self.log_tau_1.to(dtype).clamp(max=_MAX_LOG_SCALE).exp()
+        log_tau_1: Tensor = self.log_tau_1
+        if not self.options.learn_tau:
+            log_tau_1 = log_tau_1.detach() + 0 * log_tau_1  # its gradient is zero, on every rank
+        return log_tau_1.to(dtype).clamp(max=_MAX_LOG_SCALE).exp()
 
     def _penalty(self, dtype: torch.dtype) -> Tensor:
         weight_ED = self.weight_ED.to(dtype)

@@ -9,6 +9,7 @@ Shapes: T tokens, D model, E experts of all kinds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Optional
 
 import torch
@@ -28,6 +29,17 @@ from moetrain.ops.init import Constant, parameter
 _EXPERTS = at_least(0, 2**24)
 
 
+class MoEPPForm(Enum):
+    """``paper``: weights are the softmax over all experts (eq. 6), and capacity counts tokens (eq. 8).
+
+    ``released``: as the authors' layer is described to do it. Zero experts weigh nothing and the rest of a
+    token's weights sum to 1, every expert's input is multiplied by k, and capacity counts assignments.
+    """
+
+    paper = "paper"
+    released = "released"
+
+
 @dataclass(frozen=True)
 class MoEPPOptions(RouterConfig):
     name: str = "moepp"
@@ -38,17 +50,18 @@ class MoEPPOptions(RouterConfig):
     # share of tokens of a feed-forward expert, relative to a zero-computation one
     tau: float = field(default=0.75, metadata=within(0, 1, open_low=True))
     gating_residual: bool = True
+    form: MoEPPForm = MoEPPForm.paper
 
 
 @register(
     "moepp", MoEPPOptions, "Jin et al. 2024, arXiv:2410.07348", "k experts a token, some without a network"
 )
 class MoEPPRouter(LinearRouter):
-    """Weights are the softmax over all experts, not renormalised (eq. 6).
+    """k of the experts of all kinds, weighed by ``form``.
 
-    With a capacity factor the experts' capacities are as 1 to tau, and together the factor times the
-    assignments (eq. 8). The first MoE layer has no layer before it: there the residual's matrix is unused.
-    Raises ValueError for a negative number of experts, or tau outside (0, 1].
+    With a capacity factor the experts' capacities are as 1 to tau, and together the factor times the tokens
+    (``paper``) or the assignments (``released``). The first MoE layer has no layer before it: there the
+    residual's matrix is unused. Raises ValueError for a negative number of experts, or tau outside (0, 1].
     """
 
     options: MoEPPOptions
@@ -60,6 +73,8 @@ class MoEPPRouter(LinearRouter):
         super().__init__(d_model, num_experts + kinds.total, options)
         self.top_k = resolve_top_k(options.top_k, self.num_experts)
         self.num_ffn_experts, self.zero_experts = num_experts, kinds
+        self.released = options.form is MoEPPForm.released
+        self.input_scale = float(self.top_k) if self.released else 1.0
         self.residual_EE = None
         if options.gating_residual:
             self.residual_EE = parameter((self.num_experts, self.num_experts), Constant(0.0))
@@ -70,12 +85,27 @@ class MoEPPRouter(LinearRouter):
             logits_TE = logits_TE + self._residual(logits_TE, ctx)
         scores_TE = softmax(logits_TE)
         ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
-        weights_TK = scores_TE.gather(-1, ids_TK)
+        weights_TK = self._weights(scores_TE.gather(-1, ids_TK), ids_TK)
         routing = from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
         price_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)
         price_E[self.num_ffn_experts :] = self.options.tau
         assignment = replace(routing.assignment, num_ffn_experts=self.num_ffn_experts)
         return replace(routing, price_E=price_E, assignment=assignment)
+
+    def capacity_factor(self) -> float | None:
+        """A token makes k assignments, which the factor of ``paper`` does not count."""
+        factor = super().capacity_factor()
+        return factor if factor is None or self.released else factor / self.top_k
+
+    def _weights(self, scores_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        if not self.released:
+            return scores_TK
+        is_zero_TK = (ids_TK >= self.num_ffn_experts) & (
+            ids_TK < self.num_ffn_experts + self.options.num_zero
+        )
+        weights_TK = scores_TK.masked_fill(is_zero_TK, 0.0)
+        sum_T1 = weights_TK.sum(-1, keepdim=True)
+        return weights_TK / torch.where(sum_T1 > 0, sum_T1, 1.0)  # zero experts alone: no output
 
     def _residual(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The earlier layer's logits, mapped; where there is none, zeros that still reach the matrix."""

@@ -19,6 +19,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import softmax, top_ids
+from moetrain.ops.init import EqualRows, Initializer
 
 _SALT = 0x51A
 
@@ -27,7 +28,7 @@ _SALT = 0x51A
 class SigmaOptions(RouterConfig):
     name: str = "sigma"
     top_k: Optional[int] = None
-    # training only: probability that an expert is left out of a sequence
+    # training only: probability that an expert is left out of a token's choice
     expert_dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
 
     def evaluation_rule(self, num_experts: int) -> Words:
@@ -41,8 +42,8 @@ class SigmaOptions(RouterConfig):
 class SigmaRouter(LinearRouter):
     """Weights are sigmoid(logits). Scores are the softmax of the logits, which the entropy regulariser reads.
 
-    Dropout leaves an expert out of whole sequences, drawn per sample, so that no layout or micro-batch
-    changes it; a token always keeps k experts to choose from.
+    Dropout leaves each expert out of each token's choice by itself; where fewer than k are left, the best of
+    those left out are chosen all the same. At the start all experts' rows have one norm.
     """
 
     top_k: int
@@ -52,17 +53,17 @@ class SigmaRouter(LinearRouter):
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
 
+    @staticmethod
+    def first_weights(d_model: int) -> Initializer:
+        return EqualRows(d_model**-0.5)
+
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         selection_TE = logits_TE.detach().sigmoid() + self.bias_E
         rate = self.options.expert_dropout  # type: ignore[attr-defined]
         if self.training and rate:
-            selection_TE = selection_TE - 4.0 * self._dropped(ctx, rate)  # still chosen if too few are left
+            noise_TE = ctx.uniform((ctx.batch * ctx.seq, self.num_experts), _SALT)
+            selection_TE = selection_TE - 4.0 * (noise_TE < rate)  # still chosen if too few are left
         ids_TK = top_ids(selection_TE, self.top_k)
         weights_TK = logits_TE.gather(-1, ids_TK).sigmoid()
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, softmax(logits_TE), logits_TE)
-
-    def _dropped(self, ctx: RouterContext, rate: float) -> Tensor:
-        noise_TE = ctx.uniform((ctx.batch * ctx.seq, self.num_experts), _SALT)
-        first_BE = noise_TE.view(ctx.batch, ctx.seq, self.num_experts)[:, :1]
-        return (first_BE < rate).expand(-1, ctx.seq, -1).reshape(noise_TE.shape).float()

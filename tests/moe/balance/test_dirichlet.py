@@ -86,3 +86,26 @@ def test_idle_and_saturated_experts_have_finite_gradients(alpha: float, dtype: t
         ):
             (grad_TE,) = torch.autograd.grad(value(term, routing_of(logits_TE, score=score)), logits_TE)
             assert grad_TE.isfinite().all()
+
+
+def test_the_gradient_takes_a_density_between_two_bounds() -> None:
+    """Beta(0.2, 1.2) has a density beyond 100 near 0, and Beta(40, 3) one below 0.001."""
+    x = torch.tensor([1e-12, 0.3, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
+    for a, b in ((0.2, 1.2), (40.0, 3.0)):
+        density = torch.from_numpy(stats.beta(a, b).pdf(x.detach().numpy()))
+        (slope,) = torch.autograd.grad(beta_cdf(x, a, b, (1e-3, 100.0)).sum(), x)
+        torch.testing.assert_close(slope, density.clamp(1e-3, 100.0))
+        assert not torch.equal(density, density.clamp(1e-3, 100.0))
+        (free,) = torch.autograd.grad(beta_cdf(x, a, b).sum(), x)
+        torch.testing.assert_close(free, density)
+
+
+def test_the_loss_clips_by_its_options() -> None:
+    logits_TE = torch.tensor([[40.0, 0.0, 0.0], [0.0, 30.0, 0.0]], dtype=torch.float64)
+    found = []
+    for options in (DirichletOptions(0.2), DirichletOptions(0.2, 0.0, 1e30)):
+        z_TE = logits_TE.clone().requires_grad_()
+        term = LossTerm("dirichlet", 1.0, "micro", options=options)
+        value(term, routing_of(z_TE, score=softmax)).backward()
+        found.append(z_TE.grad)
+    assert not torch.allclose(*found, rtol=1e-3, atol=0)

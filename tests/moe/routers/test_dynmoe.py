@@ -152,3 +152,18 @@ def test_training_puts_experts_to_sleep_and_resumes(corpus, tmp_path):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"router.{next(iter(options))}="):
         build_router("dynmoe", d_model=D, num_experts=E, **options)
+
+
+@pytest.mark.parametrize(("tau", "learnt"), [(10.0, True), (1.0, False)])
+def test_tau_starts_as_told_and_is_learnt_or_not(tau: float, learnt: bool) -> None:
+    router = build_router("dynmoe", d_model=7, num_experts=5, tau=tau, learn_tau=learnt).double()
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(11, 7, generator=generator, dtype=torch.float64)
+    logits_TE = router.logits(x_TD)
+    cosine_TE = torch.nn.functional.cosine_similarity(x_TD[:, None], router.weight_ED[None], dim=-1)
+    torch.testing.assert_close(logits_TE, tau * cosine_TE, rtol=1e-6, atol=1e-9)
+    (slope_1,) = torch.autograd.grad(logits_TE.square().sum(), router.log_tau_1)
+    assert bool(slope_1.any()) is learnt
+    assert build_router("dynmoe", d_model=7, num_experts=5).options.tau == 10
+    with pytest.raises(ValueError, match=r"router\.tau=0"):
+        build_router("dynmoe", d_model=7, num_experts=5, tau=0.0)

@@ -18,6 +18,7 @@ from moetrain.errors import UserError
 from moetrain.models.count import experts_per_token
 from moetrain.models.hf.own import exported_routers
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
+from moetrain.moe.balance import build_controllers, make_terms
 from moetrain.moe.balance.settings import BalanceConfig, LossConfig
 from moetrain.moe.options import DropOrder, RouterConfig
 from moetrain.moe.routers import ROUTERS, Router, RouterSpec, full_options
@@ -79,6 +80,17 @@ def test_the_sparsity_controller_needs_a_target(base: TrainConfig, name: str) ->
         assert said.startswith(f"router={name} has no mean number of experts a token to aim at: take ")
     else:
         assert "returns no scores" in said
+
+
+@pytest.mark.parametrize("name", ["relu", "blockffn"])
+def test_the_sparsity_controller_aims_at_the_experts_of_a_token_that_are_asked_for(name: str) -> None:
+    for asked, target in ((None, 2), (1, 1), (3, 3)):
+        router = build_router(name, d_model=4, num_experts=8, top_k=asked)
+        assert router.target_k == target
+        (controller,) = build_controllers({"sparsity": {}}, make_terms([LossConfig("l1")]), {1: router})
+        assert controller.target == 1 - target / 8
+    with pytest.raises(ValueError, match=r"router\.top_k=9 must lie between 1 and num_experts=8"):
+        build_router(name, d_model=4, num_experts=8, top_k=9)
 
 
 def test_the_sparsity_controller_needs_its_loss(base: TrainConfig) -> None:

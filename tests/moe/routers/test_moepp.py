@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from moe_cases import reassigned
 from torch import Tensor
 
+from moetrain.config.hydra.compose import compose_train
 from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity
 from moetrain.moe.balance import StepTotals
@@ -36,7 +38,7 @@ def expected(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
     for n, (t, e) in enumerate(
         zip(routing.assignment.token_ids_N, routing.assignment.expert_ids_N(), strict=True)
     ):
-        x_D, weight = x_TD[t], routing.assignment.weights_N[n]
+        x_D, weight = x_TD[t] * layer.router.input_scale, routing.assignment.weights_N[n]
         index = int(e) - FFN
         if index < 0:
             gate, up = (x_D @ layer.experts.w_gate_up_EDCF[e].flatten(1)).chunk(2)
@@ -59,13 +61,19 @@ def expected(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
     batch=st.integers(1, 3),
     seq=st.integers(0, 13),
     padded=st.booleans(),
-    capacity=st.sampled_from([None, 0.7]),
+    capacity=st.sampled_from([None, 1.4]),
+    form=st.sampled_from(["paper", "released"]),
     seed=st.integers(0, 99),
 )
-def test_the_layer_equals_a_loop_over_assignments(kinds, batch, seq, padded, capacity, seed):
+def test_the_layer_equals_a_loop_over_assignments(kinds, batch, seq, padded, capacity, form, seed):
     zero, copy, constant = kinds
     layer = layer_of(
-        num_zero=zero, num_copy=copy, num_constant=constant, capacity_factor=capacity, min_capacity=1
+        num_zero=zero,
+        num_copy=copy,
+        num_constant=constant,
+        capacity_factor=capacity,
+        min_capacity=1,
+        form=form,
     )
     draw = torch.Generator().manual_seed(seed)
     x_BSD = torch.randn(batch, seq, D, generator=draw, dtype=torch.float64).requires_grad_()
@@ -126,6 +134,66 @@ def test_capacities_are_as_one_to_tau_and_add_up(tau):
     assert gamma * assignments <= kept_E.sum() < gamma * assignments + ffn + zero
 
 
+@pytest.mark.parametrize("wanted", ["networks", "others"])
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_capacity_counts_tokens_or_assignments(form: str, wanted: str) -> None:
+    """All tokens choose the same two experts: each keeps gamma eta / (tau FFN + ZC) of what is counted."""
+    ffn, zero, tokens, gamma, tau = 6, 4, 1201, 1.1, 0.75
+    router = build_router(
+        "moepp", d_model=D, num_experts=ffn, tau=tau, form=form, capacity_factor=gamma, min_capacity=0
+    )
+    first = 0 if wanted == "networks" else ffn
+    with torch.no_grad():
+        router.weight_ED.zero_()
+        router.weight_ED[first : first + 2] = 1.0
+    x_TD, ctx = torch.rand(tokens, D) + 0.1, RouterContext.default(1, tokens)
+    counted = tokens if form == "paper" else 2 * tokens
+    capacity = math.ceil((tau if wanted == "networks" else 1.0) * gamma * counted / (tau * ffn + zero))
+    found = router(x_TD, ctx).assignment.counts_E.tolist()
+    assert found[first : first + 2] == [capacity] * 2
+    assert sum(found) == 2 * capacity
+    assert router.eval()(x_TD, ctx).assignment.counts_E.sum() == 2 * tokens
+
+
+def test_the_released_weights_leave_zero_experts_out() -> None:
+    router = build_router(
+        "moepp", d_model=D, num_experts=FFN, num_zero=2, num_constant=1, top_k=3, form="released"
+    ).double()
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.randn(9, D, generator=torch.Generator().manual_seed(2)))
+    x_TD = torch.randn(97, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    routing = router(x_TD, RouterContext.default(1, 97))
+    rows: dict[int, dict[int, float]] = {t: {} for t in range(97)}
+    for t, e, weight in zip(
+        routing.assignment.token_ids_N.tolist(),
+        routing.assignment.expert_ids_N().tolist(),
+        routing.assignment.weights_N.tolist(),
+        strict=True,
+    ):
+        rows[t][e] = weight
+    seen = set()
+    for t, row in rows.items():
+        assert len(row) == 3
+        score_E = torch.softmax(x_TD[t] @ router.weight_ED.t(), 0).tolist()
+        rest = sum(score_E[e] for e in row if e not in (FFN, FFN + 1))
+        seen.add(sum(e in (FFN, FFN + 1) for e in row))
+        for e, weight in row.items():
+            assert weight == pytest.approx(0.0 if e in (FFN, FFN + 1) else score_E[e] / rest, abs=1e-15)
+    assert seen == {0, 1, 2}
+
+
+def test_a_released_token_of_zero_experts_alone_has_no_output() -> None:
+    layer = layer_of(num_zero=2, num_copy=1, form="released")
+    with torch.no_grad():
+        layer.router.weight_ED.zero_()
+        layer.router.weight_ED[FFN : FFN + 2, 0] = 50.0
+    x_BSD = (torch.rand(1, 3, D, dtype=torch.float64) + 0.5).requires_grad_()
+    y_BSD, _ = layer(x_BSD)
+    assert not y_BSD.any()
+    y_BSD.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 def routing_of(counts_E: Tensor, tokens: int, like: Routing) -> Routing:
     ids_N = torch.cat([torch.arange(int(n)) % tokens for n in counts_E])
     return reassigned(
@@ -142,6 +210,32 @@ def test_the_balance_loss_charges_tau_for_zero_experts():
     eta_E = torch.tensor([1.0] * FFN + [0.5] * 4, dtype=torch.float64)
     found = balance_loss(routing, "switch", "micro", StepTotals(46))
     torch.testing.assert_close(found, (FFN + 4) * (eta_E * f_E * p_TE.mean(0)).sum())
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_papers_loss_is_equation_7(top_k: int) -> None:
+    """sum_i eta_i f_i P_i by a loop: f_i the tokens that select i, a token, and P_i the mean probability."""
+    router = build_router("moepp", d_model=D, num_experts=FFN, tau=0.5, top_k=top_k).double()
+    x_TD = torch.randn(46, D, dtype=torch.float64)
+    routing = router(x_TD, RouterContext.default(2, 23))
+    want = torch.zeros((), dtype=torch.float64)
+    p_TE = (x_TD @ router.weight_ED.t()).softmax(-1)
+    for expert in range(FFN + 4):
+        selecting = sum(expert in row.topk(top_k).indices for row in p_TE.detach())
+        eta = 1.0 if expert < FFN else 0.5
+        want = want + eta * selecting / 46 * p_TE[:, expert].sum() / 46
+    found = balance_loss(routing, "moepp", "micro", StepTotals(46))
+    torch.testing.assert_close(found, want)
+    (ours,), (theirs,) = (torch.autograd.grad(x, router.weight_ED, retain_graph=True) for x in (found, want))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_presets_are_the_two_forms() -> None:
+    for name, form in (("moepp", "released"), ("moepp_paper", "paper")):
+        cfg = compose_train([f"router={name}"])
+        assert cfg.router.form.name == form
+        assert cfg.router.capacity_factor == (None if form == "released" else 1.1)
+        assert [(loss.name, loss.coef) for loss in cfg.balance.losses] == [("moepp", 0.01)]
 
 
 def test_earlier_logits_take_part_and_pass_gradients_back():

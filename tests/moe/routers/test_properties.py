@@ -99,18 +99,42 @@ def test_threshold_takes_the_smallest_prefix(seed, threshold):
         assert {e for e in range(6) if mask_E[e]} == wanted
 
 
-def test_sigma_drops_whole_experts_of_a_sequence():
-    router = looking_at_logits("sigma", 16, expert_dropout=0.4)
-    z_TE = normal(8, 12 * 40, 16)
-    routing = router(z_TE, RouterContext.default(12, 40))
+def test_sigma_leaves_each_expert_out_of_each_tokens_choice_by_itself():
+    """The token takes the best of what is left: three of sixteen, each there with probability 0.6."""
+    router = looking_at_logits("sigma", 16, expert_dropout=0.4, top_k=3)
+    z_TE, ctx = normal(8, 12 * 40, 16), RouterContext.default(12, 40)
+    routing = router(z_TE, ctx)
     routing.check()
-    gone = [set(range(16)) - set(row.nonzero().flatten().tolist()) for row in routing.demand_BE]
-    assert 0.3 < sum(map(len, gone)) / (12 * 16) < 0.5
-    assert len({frozenset(g) for g in gone}) > 6
+    taken_TE = chosen(routing, 480).bool()
+    last_T1 = z_TE.where(taken_TE, torch.inf).amin(-1, keepdim=True)
+    out_TE = (z_TE > last_T1) & ~taken_TE  # better than one that was taken
+    # of the experts down to the third that is taken all but these three are out: 2 of 5 on average
+    seen_TE = z_TE >= last_T1
+    assert abs(out_TE.sum() / seen_TE.sum() - 0.4) < 0.04
+    # a token's neighbour in the sequence has others left out: agreement is that of chance, 0.6^2 + 0.4^2
+    both_TE = seen_TE[1:] & seen_TE[:-1]
+    agree = (out_TE[1:] == out_TE[:-1])[both_TE].double().mean()
+    assert abs(agree - 0.52) < 0.06
     assert_sigmoids(
         routing.assignment.weights_N, z_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()]
     )
-    assert (router.eval()(z_TE, RouterContext.default(12, 40)).demand_BE > 0).all()
+    best_TE = torch.zeros_like(taken_TE).scatter(1, z_TE.topk(3).indices, True)
+    assert torch.equal(chosen(router.eval()(z_TE, ctx), 480).bool(), best_TE)
+
+
+@pytest.mark.parametrize("repair", ["none", "next_expert"])
+def test_a_random_order_of_drops_is_of_training_alone(repair):
+    limits = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 0, "repair": repair}
+    lucky = looking_at_logits("topk", 4, drop_order="random", **limits)
+    first = looking_at_logits("topk", 4, drop_order="position", **limits)
+    z_TE = normal(3, 2 * 31, 4)
+    contexts = [replace(RouterContext.default(2, 31), step=step) for step in range(3)]
+    drawn = {tuple(lucky(z_TE, ctx).assignment.token_ids_N.tolist()) for ctx in contexts}
+    assert len(drawn) == 3
+    for ctx in contexts:
+        one, other = (r.eval()(z_TE, ctx).assignment for r in (lucky, first))
+        assert torch.equal(one.token_ids_N, other.token_ids_N)
+        assert torch.equal(one.counts_E, other.counts_E)
 
 
 def test_sigma_with_every_expert_is_a_dense_network():

@@ -17,9 +17,10 @@ from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity, from_token_choice
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.repair import repair_overflow
+from moetrain.moe.routers import Router
 from moetrain.train.log.metrics import RoutingStats
 
-RULES = ["next_expert", "local", "fill_in"]
+RULES = ["next_expert", "local", "fill_in", "local_fill_in"]
 SCORED = sorted(name for name, spec in ROUTERS.items() if spec.cls.has_scores)
 LIMITS = (0.5, 0, DropOrder.position, "sequence")
 
@@ -39,7 +40,13 @@ def top_two(logits_TE: Tensor, ctx: RouterContext) -> Routing:
 
 def repaired(wanted: Routing, ctx: RouterContext, rule: str) -> Routing:
     kept = apply_capacity(wanted, ctx, *LIMITS)
-    return repair_overflow(wanted, kept, ctx, Repair[rule], *LIMITS)
+    all_TE = torch.ones(len(ctx.positions_T), wanted.num_experts, dtype=torch.bool)
+    return repair_overflow(wanted, kept, ctx, Repair[rule], *LIMITS, all_TE)
+
+
+def of_devices(rule: str, devices: int = 5) -> dict[str, int]:
+    """The options of a local repair over as many devices, which take a sequence each in turn."""
+    return {"local_devices": devices, "local_sequences": 1} if Repair[rule].is_local else {}
 
 
 def skewed(seed: int, tokens: int, num_experts: int) -> Tensor:
@@ -52,8 +59,8 @@ def skewed(seed: int, tokens: int, num_experts: int) -> Tensor:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_repair_needs_a_capacity_and_scores(rule: str) -> None:
     with pytest.raises(ValueError, match=rf"^router\.repair={rule} has nothing .*: set router\.cap"):
-        build_router("topk", d_model=3, num_experts=5, repair=rule)
-    build_router("topk", d_model=3, num_experts=5, repair=rule, eval_capacity_factor=1.0)
+        build_router("topk", d_model=3, num_experts=5, repair=rule, **of_devices(rule))
+    build_router("topk", d_model=3, num_experts=5, repair=rule, eval_capacity_factor=1.0, **of_devices(rule))
     for name in ("hash", "random"):
         with pytest.raises(ValueError, match=rf"^router\.repair={rule} .*router={name} returns none: set"):
             build_router(name, d_model=3, num_experts=5, repair=rule, capacity_factor=1.0)
@@ -63,13 +70,64 @@ def test_a_repair_needs_a_capacity_and_scores(rule: str) -> None:
         repaired(blind, ctx, rule)
 
 
-def test_local_experts_that_do_not_exist_are_refused() -> None:
-    ctx = RouterContext.default(1, 7)
-    wanted = top_two(skewed(0, 7, 5), ctx)
-    kept = apply_capacity(wanted, ctx, *LIMITS)
-    for block in ((-1, 2), (3, 5), (4, 3)):
-        with pytest.raises(ValueError, match=f"local experts {block[0]} to {block[1]} must lie"):
-            repair_overflow(wanted, kept, ctx, Repair.local, *LIMITS, local_TE=block)
+def test_a_local_repair_needs_devices_that_divide_the_experts() -> None:
+    limits = {"d_model": 3, "num_experts": 6, "capacity_factor": 1.0}
+    for rule in ("local", "local_fill_in"):
+        for given in ({}, {"local_devices": 2}, {"local_sequences": 1}):
+            with pytest.raises(
+                ValueError, match=rf"^router\.repair={rule} is of the experts of a token's own"
+            ):
+                build_router("topk", repair=rule, **limits, **given)
+        with pytest.raises(ValueError, match="local_devices=4 does not divide the 6 experts: take 3"):
+            build_router("topk", repair=rule, **limits, local_devices=4, local_sequences=1)
+    for key, value in (("local_devices", 2), ("local_sequences", 1)):
+        with pytest.raises(ValueError, match=rf"^router\.{key}={value} is of .*, not of fill_in"):
+            build_router("topk", repair="fill_in", **limits, **{key: value})
+    with pytest.raises(ValueError, match="local_devices=1 must be 2 or more"):
+        build_router("topk", repair="local", **limits, local_devices=1, local_sequences=1)
+    wanted = top_two(skewed(0, 7, 5), RouterContext.default(1, 7))
+    with pytest.raises(ValueError, match="needs to know each token's local experts"):
+        repair_overflow(wanted, wanted, RouterContext.default(1, 7), Repair.local, *LIMITS)
+
+
+@pytest.mark.parametrize("rule", ["local", "local_fill_in"])
+@pytest.mark.parametrize("name", ["topk", "moepp"])
+def test_what_a_local_repair_adds_lies_on_the_tokens_own_device(name: str, rule: str) -> None:
+    """Sequences 5 to 10 go to devices in twos, device = id // 2 mod 3; experts of no network lie on all."""
+    limits = {"capacity_factor": 0.6, "min_capacity": 0, "drop_order": "probability"}
+    options = {"repair": rule, "local_devices": 3, "local_sequences": 2} | limits
+    torch.manual_seed(0)
+    router = build_router(name, d_model=5, num_experts=6, **options).double()
+    ctx = replace(RouterContext.default(6, 7), sample_ids_B=torch.arange(5, 11))
+    x_TD = 3 * normal(2, 42, 5)
+    wanted = router.route(x_TD, ctx)
+    kept = pairs_of(apply_capacity(wanted, ctx, 0.6, 0, DropOrder.probability, "sequence"))
+    found = router(x_TD, ctx)
+    added = pairs_of(found) - kept
+    filled = set() if rule == "local" else pairs_of(build_filling(router, x_TD, ctx)) - kept
+    assert len(added - filled) > 5
+    for token, expert in added - filled:
+        assert expert >= 6 or expert // 2 == (5 + token // 7) // 2 % 3
+    assert {token for token, _ in kept | added} == set(range(42))
+    if rule == "local":  # on another device's block a token has its share only where the router chose it
+        other = build_router(name, d_model=5, num_experts=6, **options | {"local_sequences": 1}).double()
+        other.load_state_dict(router.state_dict())
+        assert pairs_of(other(x_TD, ctx)) != pairs_of(found)
+
+
+def pairs_of(routing: Routing) -> set[tuple[int, int]]:
+    """(token, expert)."""
+    a = routing.assignment
+    return set(zip(a.token_ids_N.tolist(), a.expert_ids_N().tolist(), strict=True))
+
+
+def build_filling(router: Router, x_TD: Tensor, ctx: RouterContext) -> Routing:
+    """What ``fill_in`` alone makes of the same weights and limits."""
+    plain = replace(router.options, repair=Repair.fill_in, local_devices=None, local_sequences=None)
+    experts = router.num_experts - (0 if router.zero_experts is None else router.zero_experts.total)
+    other = build_router(plain.name, d_model=router.d_model, num_experts=experts, options=plain).double()
+    other.load_state_dict(router.state_dict())
+    return other(x_TD, ctx)
 
 
 # in a router
@@ -82,7 +140,7 @@ def test_every_router_with_scores(name: str, rule: str) -> None:
     ctx = replace(RouterContext.default(3, 7), valid_T=torch.arange(21) % 7 < 6)
     limits = {"capacity_factor": 0.5, "eval_capacity_factor": 0.7, "min_capacity": 0}
     torch.manual_seed(0)
-    router = build_router(name, d_model=4, num_experts=5, repair=rule, **limits).double()
+    router = build_router(name, d_model=4, num_experts=5, repair=rule, **limits, **of_devices(rule)).double()
     for training in (True, False):
         for x_TD in (normal(0, 21, 4), 0 * normal(0, 21, 4), 1e4 * normal(0, 21, 4)):
             routing = router.train(training)(x_TD, ctx)
@@ -134,46 +192,47 @@ def test_the_group_bounds_the_repair() -> None:
 # gradients
 
 
-@pytest.mark.parametrize("rule", ["next_expert", "fill_in"])
-def test_gradients_of_moved_weights(rule: str) -> None:
+def test_gradients_of_moved_weights() -> None:
     ctx = RouterContext.default(2, 7)
     logits_TE = skewed(3, 14, 5).requires_grad_()
-    found = repaired(top_two(logits_TE, ctx), ctx, rule)
+    found = repaired(top_two(logits_TE, ctx), ctx, "next_expert")
     assert int(found.repaired_E.sum()) >= 3
     assert torch.autograd.gradcheck(
-        lambda z: repaired(top_two(z, ctx), ctx, rule).assignment.weights_N, logits_TE
+        lambda z: repaired(top_two(z, ctx), ctx, "next_expert").assignment.weights_N, logits_TE
     )
 
 
-def test_the_normaliser_of_local_is_a_constant_backward() -> None:
+@pytest.mark.parametrize("rule", ["local", "fill_in", "local_fill_in"])
+def test_the_normaliser_is_a_constant_backward(rule: str) -> None:
     """Weights are n s / sg(sum n s): forward they sum to 1, backward each follows its own score alone."""
     ctx, tokens = RouterContext.default(2, 7), 14
     logits_TE = skewed(3, tokens, 5).requires_grad_()
     wanted = top_two(logits_TE, ctx)
-    kept = apply_capacity(wanted, ctx, *LIMITS)
-    found = repaired(wanted, ctx, "local")
-    assert int(found.repaired_E.sum()) >= 3
-    kept_by = [
-        kept.assignment.expert_ids_N()[kept.assignment.token_ids_N == t].tolist() for t in range(tokens)
-    ]
+    kept = pairs_of(apply_capacity(wanted, ctx, *LIMITS))
+    found = repaired(wanted, ctx, rule)
+    added = pairs_of(found) - kept
+    assert int(found.repaired_E.sum()) == len(added) >= 3
+    kept_by = [[e for token, e in sorted(kept) if token == t] for t in range(tokens)]
     assert {len(row) for row in kept_by} == {0, 1, 2}
-    weights = []
+    weights, changed = [], set()
     for t, e in zip(
         found.assignment.token_ids_N.tolist(), found.assignment.expert_ids_N().tolist(), strict=True
     ):
         s_E, row = logits_TE[t].softmax(-1), kept_by[t]
-        if len(row) == 2:
-            weights.append(s_E[e] / s_E[row].sum())
+        best = int(s_E.argmax())  # of all experts, which are all local here
+        number = dict.fromkeys([*row, *(expert for token, expert in added if token == t)], 1)
+        if rule != "fill_in" and len(row) < 2:
+            number[best] = (best in row) + 2 - len(row)
+        if number == dict.fromkeys(row, 1):  # as top_two made them
+            weights.append(s_E[e] / s_E[logits_TE[t].topk(2).indices].sum())
             continue
-        number = dict.fromkeys(row, 1)
-        best = int(s_E.argmax())
-        number[best] = number.get(best, 0) + 2 - len(row)
+        changed.add(t)
         weights.append(number[e] * s_E[e] / sum(n * s_E[j] for j, n in number.items()).detach())
     torch.testing.assert_close(found.assignment.weights_N, torch.stack(weights))
     total_T = torch.zeros(14, dtype=torch.float64).index_add(
         0, found.assignment.token_ids_N, found.assignment.weights_N
     )
-    torch.testing.assert_close(total_T, torch.ones_like(total_T))
+    torch.testing.assert_close(total_T[sorted(changed)], torch.ones(len(changed), dtype=torch.float64))
     out_N = normal(4, len(weights))
     (got,) = torch.autograd.grad((found.assignment.weights_N * out_N).sum(), logits_TE, retain_graph=True)
     (want,) = torch.autograd.grad((torch.stack(weights) * out_N).sum(), logits_TE)
@@ -228,6 +287,8 @@ def test_ranks_and_forward_scales_follow(rule: str) -> None:
             assert added <= {(2, weakest)}
         elif rule == "next_expert":
             assert added <= before - left
+        elif rule == "local_fill_in":
+            assert added <= {(2, dict(before)[1]), min(before - left, default=(9, 9.0))}
         else:  # one for all that were lost, unless another took them up
             assert len(added) <= 1
             assert added <= {min(before - left, default=(9, 9.0))}
