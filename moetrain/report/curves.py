@@ -50,6 +50,7 @@ LAYER_FIGURES = (
     LayerFigure("max_load", "Busiest expert", "max / mean load", "1 is perfect balance."),
     LayerFigure("load_cv", "Spread of the load", "std / mean load", "0 is perfect balance."),
     LayerFigure("entropy", "Router entropy", "entropy (nats)", "Low: each token is sure of its experts."),
+    LayerFigure("logit_rms", "Size of the logits", "root mean square", "Growing: z-loss is missing or weak."),
     LayerFigure("drop_rate", "Dropped assignments", "dropped (%)", "Wanted but over capacity.", percent=True),
     LayerFigure("dead_experts", "Dead experts", "experts without a token", "Experts idle for a whole step."),
 )

@@ -11,7 +11,7 @@ class AlarmsConfig:
     """An alarm is raised after ``patience`` bad steps in a row, and cleared after as many good ones."""
 
     enabled: bool = True
-    patience: int = field(default=10, metadata=at_least(1, 10_000))
+    patience: int = field(default=20, metadata=at_least(1, 10_000))
     # of the way from all tokens with the same experts (0) to perfect balance (1)
     collapse: Optional[float] = field(default=0.1, metadata=within(0, 1))
     # an expert without a token for so many steps

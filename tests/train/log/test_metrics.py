@@ -95,7 +95,7 @@ def test_entropy_is_of_normalised_scores_and_valid_tokens_only() -> None:
     assert stats.reduce().metrics()["moe/0/entropy"] == pytest.approx(1.5 * math.log(2) / 3)
 
 
-def test_the_size_of_logits_is_over_valid_tokens_and_micro_batches() -> None:
+def test_the_size_of_logits_is_over_valid_tokens() -> None:
     """Three tokens of two batches, one masked expert, and a padding token full of NaN."""
     stats = RoutingStats()
     first_TE = torch.tensor([[3.0, -math.inf, 4.0], [math.nan] * 3])
