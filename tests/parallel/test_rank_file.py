@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,6 @@ def test_a_start_that_was_killed_is_what_went_wrong(tmp_path):
 
 
 def write(run: Path, record: RankRecord) -> None:
-    import json
-    from dataclasses import asdict
-
     path_of(run, record.rank).write_text(json.dumps(asdict(record)))
 
 
