@@ -60,7 +60,7 @@ def test_what_was_said_stays_and_one_device_is_refused() -> None:
     assert (router.local_devices, router.local_sequences) == (None, None)
 
 
-def test_another_layout_is_another_function_and_refused_on_resume() -> None:
+def test_another_layout_is_another_function_refused_on_resume() -> None:
     before, _ = checked([*LOCAL, "parallel.ep=2"], 2)
     with pytest.raises(UserError, match=r"router.local_devices=2, and now router.local_devices=4"):
         compare(before, checked([*LOCAL, "parallel.ep=4"], 4)[0], "runs/mine")

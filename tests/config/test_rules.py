@@ -107,7 +107,12 @@ def test_accepted(base, changes):
 
 def test_every_rule_refuses_something(base):
     """Each check that ``validate`` makes raises for at least one of the cases above."""
-    own_tests = {"attention_accepts_its_options", "layers_accept_their_options", "check_tracker"}
+    own_tests = {
+        "attention_accepts_its_options",
+        "layers_accept_their_options",
+        "check_tracker",
+        "check_engine",
+    }
     warnings = {"router_is_causal", "repair_looks_ahead", "rounding_looks_ahead", "ends_with_its_schedule"}
     others = {"check_eval", "check_generate", "feed_forward_is_own"}
     rules = {name for name, value in vars(validate_module).items() if inspect.isfunction(value)}
@@ -276,12 +281,8 @@ def test_the_config_knows_it_and_warns_of_what_looks_ahead() -> None:
         said = " ".join(validate(cfg))
         assert ("looks ahead" in said) == (rule != "local")
         assert ("train/loss can be too low" in said) == (rule != "local")
-        both = compose_train(
-            [
-                *(f"router.repair={rule}", "router.capacity_factor=1.0", "router.eval_capacity_factor=1.0"),
-                *own,
-            ]
-        )
+        limits = ["router.capacity_factor=1.0", "router.eval_capacity_factor=1.0"]
+        both = compose_train([f"router.repair={rule}", *limits, *own])
         assert ("train/loss and val/loss can" in " ".join(validate(both))) == (rule != "local")
     assert "looks ahead" not in " ".join(validate(compose_train(["router.capacity_factor=1.0"])))
 

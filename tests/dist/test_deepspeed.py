@@ -113,7 +113,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.mark.real
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2)])
-def test_every_stage_makes_the_native_steps_and_any_engine_goes_on(world, ep, arguments, tmp_path):
+def test_every_stage_makes_native_steps_and_any_engine_goes_on(world, ep, arguments, tmp_path):
     """Accumulated micro-batches, every step clipped; checkpoints to the bit, there and back."""
     arguments, folder = [*arguments, f"parallel.ep={ep}"], str(tmp_path / "saved")
     alone = [*arguments, "parallel.ep=1"]
@@ -162,7 +162,7 @@ def norm_alone(rank: int, world: int, arguments: list[str]) -> float:
     return float(built.state.engine.norm())
 
 
-def test_deepspeeds_norm_of_experts_is_an_average_and_ours_is_the_norm(arguments):
+def test_deepspeeds_norm_of_experts_is_an_average_ours_the_norm(arguments):
     """At stage 0 it averages the ranks' norms, whose experts differ: both numbers, where only they train."""
     arguments = [*arguments, f"optim.frozen=[{','.join(OTHERS)}]", "model.num_shared_experts=0"]
     (true,) = run_ranks(norm_alone, 1, arguments, init=False, timeout=250)

@@ -50,7 +50,7 @@ def test_experts_begin_as_they_are_told(overrides: list[str], up: float, down: f
         assert std(other.w_down_DF) == pytest.approx(0.01, rel=0.08)
 
 
-def test_all_of_sigmas_experts_with_weight_one_are_the_dense_network() -> None:
+def test_sigmas_experts_with_weight_one_are_the_dense_network() -> None:
     """Of width E F: an output of the variance that a dense one with its own first weights has."""
     layer = decoder("router=sigma").blocks[1].feed_forward.experts
     up_DH = layer.w_gate_up_EDCF[:, :, 0].transpose(0, 1).reshape(53, 259)

@@ -148,7 +148,7 @@ def test_a_parameter_gets_another_initializer():
     assert made.abs().max() < 0.1
 
 
-def test_equal_rows_have_one_norm_and_the_directions_of_normal_values():
+def test_equal_rows_have_one_norm_and_normal_directions():
     shape = (13, 31)
     made, drawn = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
     init_block(made, EqualRows(0.3), 7, "w", shape, (0, 0))

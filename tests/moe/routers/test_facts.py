@@ -83,7 +83,7 @@ def test_the_sparsity_controller_needs_a_target(base: TrainConfig, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["relu", "blockffn"])
-def test_the_sparsity_controller_aims_at_the_experts_of_a_token_that_are_asked_for(name: str) -> None:
+def test_the_sparsity_controller_aims_at_the_experts_asked_for(name: str) -> None:
     for asked, target in ((None, 2), (1, 1), (3, 3)):
         router = build_router(name, d_model=4, num_experts=8, top_k=asked)
         assert router.target_k == target

@@ -99,7 +99,7 @@ def test_threshold_takes_the_smallest_prefix(seed, threshold):
         assert {e for e in range(6) if mask_E[e]} == wanted
 
 
-def test_sigma_leaves_each_expert_out_of_each_tokens_choice_by_itself():
+def test_sigma_drops_each_expert_from_each_token_by_itself():
     """The token takes the best of what is left: three of sixteen, each there with probability 0.6."""
     router = looking_at_logits("sigma", 16, expert_dropout=0.4, top_k=3)
     z_TE, ctx = normal(8, 12 * 40, 16), RouterContext.default(12, 40)

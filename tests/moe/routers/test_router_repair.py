@@ -11,47 +11,13 @@ import pytest
 import torch
 from balance_cases import balance_loss, step_totals
 from moe_cases import reassigned
-from torch import Tensor
+from repair_routers import LIMITS, RULES, SCORED, normal, of_devices, pairs_of, repaired, skewed, top_two
 
-from moetrain.moe import ROUTERS, MoELayer, RouterContext, Routing, build_router
+from moetrain.moe import MoELayer, RouterContext, Routing, build_router
 from moetrain.moe.assign import apply_capacity, from_token_choice
 from moetrain.moe.options import DropOrder, Repair
 from moetrain.moe.repair import repair_overflow
-from moetrain.moe.routers import Router
 from moetrain.train.log.metrics import RoutingStats
-
-RULES = ["next_expert", "local", "fill_in", "local_fill_in"]
-SCORED = sorted(name for name, spec in ROUTERS.items() if spec.cls.has_scores)
-LIMITS = (0.5, 0, DropOrder.position, "sequence")
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def top_two(logits_TE: Tensor, ctx: RouterContext) -> Routing:
-    """Two experts a token, weights that sum to 1."""
-    scores_TE = logits_TE.softmax(-1)
-    ids_TK = logits_TE.topk(2).indices
-    weights_TK = scores_TE.gather(1, ids_TK)
-    weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
-    return from_token_choice(ids_TK, weights_TK, ctx, logits_TE.shape[1], scores_TE, logits_TE)
-
-
-def repaired(wanted: Routing, ctx: RouterContext, rule: str) -> Routing:
-    kept = apply_capacity(wanted, ctx, *LIMITS)
-    all_TE = torch.ones(len(ctx.positions_T), wanted.num_experts, dtype=torch.bool)
-    return repair_overflow(wanted, kept, ctx, Repair[rule], *LIMITS, all_TE)
-
-
-def of_devices(rule: str, devices: int = 5) -> dict[str, int]:
-    """The options of a local repair over as many devices, which take a sequence each in turn."""
-    return {"local_devices": devices, "local_sequences": 1} if Repair[rule].is_local else {}
-
-
-def skewed(seed: int, tokens: int, num_experts: int) -> Tensor:
-    return normal(seed, tokens, num_experts) - torch.arange(num_experts) / 2
-
 
 # what is refused
 
@@ -68,66 +34,6 @@ def test_a_repair_needs_a_capacity_and_scores(rule: str) -> None:
     blind = replace(top_two(skewed(0, 7, 5), ctx), scores_TE=None)
     with pytest.raises(ValueError, match=rf"^router\.repair={rule} needs a router with scores"):
         repaired(blind, ctx, rule)
-
-
-def test_a_local_repair_needs_devices_that_divide_the_experts() -> None:
-    limits = {"d_model": 3, "num_experts": 6, "capacity_factor": 1.0}
-    for rule in ("local", "local_fill_in"):
-        for given in ({}, {"local_devices": 2}, {"local_sequences": 1}):
-            with pytest.raises(
-                ValueError, match=rf"^router\.repair={rule} is of the experts of a token's own"
-            ):
-                build_router("topk", repair=rule, **limits, **given)
-        with pytest.raises(ValueError, match="local_devices=4 does not divide the 6 experts: take 3"):
-            build_router("topk", repair=rule, **limits, local_devices=4, local_sequences=1)
-    for key, value in (("local_devices", 2), ("local_sequences", 1)):
-        with pytest.raises(ValueError, match=rf"^router\.{key}={value} is of .*, not of fill_in"):
-            build_router("topk", repair="fill_in", **limits, **{key: value})
-    with pytest.raises(ValueError, match="local_devices=1 must be 2 or more"):
-        build_router("topk", repair="local", **limits, local_devices=1, local_sequences=1)
-    wanted = top_two(skewed(0, 7, 5), RouterContext.default(1, 7))
-    with pytest.raises(ValueError, match="needs to know each token's local experts"):
-        repair_overflow(wanted, wanted, RouterContext.default(1, 7), Repair.local, *LIMITS)
-
-
-@pytest.mark.parametrize("rule", ["local", "local_fill_in"])
-@pytest.mark.parametrize("name", ["topk", "moepp"])
-def test_what_a_local_repair_adds_lies_on_the_tokens_own_device(name: str, rule: str) -> None:
-    """Sequences 5 to 10 go to devices in twos, device = id // 2 mod 3; experts of no network lie on all."""
-    limits = {"capacity_factor": 0.6, "min_capacity": 0, "drop_order": "probability"}
-    options = {"repair": rule, "local_devices": 3, "local_sequences": 2} | limits
-    torch.manual_seed(0)
-    router = build_router(name, d_model=5, num_experts=6, **options).double()
-    ctx = replace(RouterContext.default(6, 7), sample_ids_B=torch.arange(5, 11))
-    x_TD = 3 * normal(2, 42, 5)
-    wanted = router.route(x_TD, ctx)
-    kept = pairs_of(apply_capacity(wanted, ctx, 0.6, 0, DropOrder.probability, "sequence"))
-    found = router(x_TD, ctx)
-    added = pairs_of(found) - kept
-    filled = set() if rule == "local" else pairs_of(build_filling(router, x_TD, ctx)) - kept
-    assert len(added - filled) > 5
-    for token, expert in added - filled:
-        assert expert >= 6 or expert // 2 == (5 + token // 7) // 2 % 3
-    assert {token for token, _ in kept | added} == set(range(42))
-    if rule == "local":  # on another device's block a token has its share only where the router chose it
-        other = build_router(name, d_model=5, num_experts=6, **options | {"local_sequences": 1}).double()
-        other.load_state_dict(router.state_dict())
-        assert pairs_of(other(x_TD, ctx)) != pairs_of(found)
-
-
-def pairs_of(routing: Routing) -> set[tuple[int, int]]:
-    """(token, expert)."""
-    a = routing.assignment
-    return set(zip(a.token_ids_N.tolist(), a.expert_ids_N().tolist(), strict=True))
-
-
-def build_filling(router: Router, x_TD: Tensor, ctx: RouterContext) -> Routing:
-    """What ``fill_in`` alone makes of the same weights and limits."""
-    plain = replace(router.options, repair=Repair.fill_in, local_devices=None, local_sequences=None)
-    experts = router.num_experts - (0 if router.zero_experts is None else router.zero_experts.total)
-    other = build_router(plain.name, d_model=router.d_model, num_experts=experts, options=plain).double()
-    other.load_state_dict(router.state_dict())
-    return other(x_TD, ctx)
 
 
 # in a router
