@@ -7,6 +7,7 @@ import torch
 
 from moetrain.config.hydra.compose import compose_train
 from moetrain.models.decoder import Decoder
+from moetrain.moe import build_router
 
 MODEL = [
     *("model.d_model=53", "model.num_layers=2", "model.num_heads=1", "model.head_dim=4", "model.d_ff=31"),
@@ -72,3 +73,9 @@ def test_routers_begin_as_their_papers_say(router: str, scale: float) -> None:
 def test_adapters_have_first_weights_of_their_own() -> None:
     with pytest.raises(ValueError, match=r"experts\.first_weights=tenth is of networks, not of"):
         decoder("experts=adapters", "experts.first_weights=tenth", "model.num_shared_experts=0")
+
+
+def test_switchs_router_begins_with_a_tenth_of_the_variance() -> None:
+    torch.manual_seed(0)
+    router = build_router("switch", d_model=211, num_experts=53)
+    torch.testing.assert_close(float(router.weight_ED.std()), (0.1 / 211) ** 0.5, rtol=0.03, atol=0.0)
