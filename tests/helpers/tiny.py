@@ -23,6 +23,7 @@ from moetrain.checkpoint.format import decode_metadata
 from moetrain.checkpoint.manifest import FileRecord, Manifest, encode_manifest, hash_file, read_manifest
 from moetrain.checkpoint.read import load_checkpoint
 from moetrain.cli import main
+from moetrain.parallel.watchdog.rank_record import RANKS
 from moetrain.train.log.jsonl import read_metrics
 
 BATCH = 4  # sequences of one optimizer step, in micro-batches of MICRO
@@ -132,8 +133,9 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """Every file below ``folder``, by relative name."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    """Every file below ``folder``, by relative name; not those in which ranks say what each start does."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(path) for path in paths if path.parts[0] != RANKS)
 
 
 class Process:

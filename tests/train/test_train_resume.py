@@ -151,7 +151,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(corpus, trained
         (["data.seq_len=8"], ["data.seq_len=16", "data.seq_len=8", "cannot change"]),
         (["model.norm_eps=0.1"], ["model.norm_eps=1e-05", "=0.1", "resume_changes=[model.norm_eps]"]),
         (["experts.activation=geglu"], ["experts.activation=swiglu", "=geglu"]),
-        (["router=switch"], ["router.name=topk,", "router.name=switch:", "resume_changes=[router.name]"]),
+        (["router=noisy_topk"], ["router.name=topk,", "router.name=noisy_topk", "resume_changes=[router"]),
         (["balance=none"], ["balance.losses=set", "balance.losses=[]"]),
         (["optim.lr=0.1", "optim.eps=1e-6"], ["0.001", "0.1", "resume_changes=[optim.lr,optim.eps]"]),
         (["optim.lr=0.1", "optim.eps=1", "resume_changes=[optim.lr]"], ["=[optim.lr,optim.eps]"]),

@@ -36,8 +36,8 @@ def test_a_run_from_start_to_end(corpus, tmp_path, capsys, monkeypatch):
     assert tiny.train(corpus, run, "optim.lr=0.01", "schedule.horizon=30", *steps) == 0
     said = capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "load.jsonl", "metrics.jsonl", "report.html",
-        "samples", "summary.json", "tokenizer",
+        "checkpoints", "config.yaml", "environment.json", "load.jsonl", "metrics.jsonl", "ranks",
+        "report.html", "samples", "summary.json", "tokenizer",
     ]  # fmt: skip
     assert [row["step"] for row in tiny.steps(run)] == list(range(1, 31))
     assert [row["step"] for row in tiny.evaluations(run)] == [15, 30]

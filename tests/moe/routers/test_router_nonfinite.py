@@ -26,7 +26,11 @@ CONTEXT = RouterContext(B, S, torch.arange(B), torch.arange(B * S) % 7)
 NAMES = sorted(ROUTERS)
 BAD = [math.nan, math.inf, -math.inf]
 CAPACITY = {"capacity_factor": 1.0, "eval_capacity_factor": 1.0}
-LIMITED = [{**CAPACITY, "repair": rule} for rule in ("next_expert", "local", "fill_in")]
+DEVICES = {"local_devices": 2, "local_sequences": 1}
+LIMITED: list[dict[str, object]] = [
+    {**CAPACITY, "repair": rule, **(DEVICES if "local" in rule else {})}
+    for rule in ("next_expert", "local", "fill_in", "local_fill_in")
+]
 OPTIONS: list[dict[str, object]] = [{}, {"group": "2"}, *LIMITED]
 OF_ONE: dict[str, list[dict[str, object]]] = {
     "base": [{"solver": "auction"}],
