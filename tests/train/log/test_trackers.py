@@ -209,7 +209,7 @@ def test_after_a_requeue_wandb_has_one_run_and_every_step_once(wandb_run: WandbR
     """By wandb's own reader of what it would upload."""
     steps: dict[str, list[int]] = {}
     for path in wandb_run.files():
-        command = ["wandb", "leet", "inspect", "--json", str(path)]
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         records = [json.loads(line) for line in printed.splitlines()]
         (run,) = {record["run"]["run_id"] for record in records if record["type"] == "run"}
