@@ -7,7 +7,7 @@ mesh dimension, and the meshes' totals are combined last. Replicated gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,6 @@ def global_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> T
     groups: dict[_Layout | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(_layout(parameter), []).append(parameter)
-    op = dist.ReduceOp.SUM if norm_type == 2.0 else dist.ReduceOp.MAX
     totals = []
     for layout, members in groups.items():
         grads = [local_part(p.grad) for p in members if p.grad is not None]
@@ -43,14 +42,11 @@ def global_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> T
         if layout is not None:
             mesh, dims = layout
             for dim in dims:
-                group = mesh.get_group(dim)
-                with watched("the gradients' norm", group=group):
-                    dist.all_reduce(total, op=op, group=group)
+                all_reduce_total_(total, norm_type, mesh.get_group(dim))
         totals.append(total)
     if not totals:
         return torch.zeros((), dtype=torch.float64)
-    stacked = torch.stack([total.to(totals[0].device) for total in totals])
-    return stacked.sum().sqrt() if norm_type == 2.0 else stacked.amax()
+    return combined(totals, norm_type)
 
 
 @torch.no_grad()
@@ -88,6 +84,19 @@ def local_total(grads: Iterable[Tensor], norm_type: float, device: torch.device)
     if norm_type == 2.0:
         return norms_fp64.square().sum()
     return norms_fp64.nan_to_num(nan=math.inf, posinf=math.inf).amax()  # a collective's max may drop a nan
+
+
+def all_reduce_total_(total: Tensor, norm_type: float, group: dist.ProcessGroup | None) -> None:
+    """Combine the :func:`local_total` of the ranks of ``group``, None for all, in place."""
+    op = dist.ReduceOp.SUM if norm_type == 2.0 else dist.ReduceOp.MAX
+    with watched("the gradients' norm", group=group):
+        dist.all_reduce(total, op=op, group=group)
+
+
+def combined(totals: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm of all gradients, from the totals of disjoint sets of them; at least one set."""
+    stacked = torch.stack([total.to(totals[0].device) for total in totals])
+    return stacked.sum().sqrt() if norm_type == 2.0 else stacked.amax()
 
 
 def _layout(parameter: nn.Parameter) -> _Layout | None:

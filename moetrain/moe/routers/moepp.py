@@ -32,8 +32,9 @@ _EXPERTS = at_least(0, 2**24)
 class MoEPPForm(Enum):
     """``paper``: weights are the softmax over all experts (eq. 6), and capacity counts tokens (eq. 8).
 
-    ``released``: as the authors' layer is described to do it. Zero experts weigh nothing and the rest of a
-    token's weights sum to 1, every expert's input is multiplied by k, and capacity counts assignments.
+    ``released``: as the authors' layer (SkyworkAI/MoE-plus-plus). Zero experts weigh nothing and the rest of
+    a token's weights sum to 1, and the input of every expert, of whatever kind, is multiplied by k. That
+    layer has no capacity; one that is asked for counts assignments.
     """
 
     paper = "paper"

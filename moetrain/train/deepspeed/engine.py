@@ -6,21 +6,19 @@ its norm at stage 0 is the average of the ranks' own, which differ where experts
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moetrain.checkpoint.state_dict import MODEL, model_tensors, optimizer_tensors
+from moetrain.checkpoint.state_dict import MODEL, OPTIM, model_tensors, optimizer_tensors
 from moetrain.ops.local_part import whole
-from moetrain.parallel.clip import local_total, scale_
-from moetrain.parallel.mesh import DataGroups
+from moetrain.parallel.clip import all_reduce_total_, combined, local_total, scale_
+from moetrain.parallel.mesh import EP, DataGroups
 from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.train.deepspeed.experts import is_expert
 from moetrain.train.deepspeed.layout import Layout
@@ -120,10 +118,10 @@ class Replicated(DeepSpeedEngine):
         totals = [local_total(others, norm_type, device)]
         if self.layout.experts is not None:
             of_experts = local_total(experts, norm_type, device)
-            group = self.layout.experts.get_group("ep")
-            all_reduce_norm_(of_experts, norm_type, group)
+            group = self.layout.experts.get_group(EP)
+            all_reduce_total_(of_experts, norm_type, group)
             totals.append(of_experts)
-        return combined(torch.stack(totals), norm_type)
+        return combined(totals, norm_type)
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.task.named_parameters()}
@@ -140,7 +138,7 @@ class Replicated(DeepSpeedEngine):
         parameters = model_tensors(self.task.model)
         found = {}
         for name, state in optimizer_tensors(self.task.model, self.optimizer).items():
-            parameter = parameters[MODEL + name.removeprefix("optim.").rpartition(".")[0]]
+            parameter = parameters[MODEL + name.removeprefix(OPTIM).rpartition(".")[0]]
             found[name] = self._as_whole(parameter, state) if state.shape == parameter.shape else state
         return found
 
@@ -159,16 +157,3 @@ class Replicated(DeepSpeedEngine):
 
     def _held(self) -> list[Tensor]:
         return [p.grad for p in self._trained if p.grad is not None]
-
-
-def all_reduce_norm_(total: Tensor, norm_type: float, group: dist.ProcessGroup | None) -> None:
-    """Combine the ranks' :func:`~moetrain.parallel.clip.local_total` in place."""
-    op = dist.ReduceOp.SUM if norm_type == 2.0 else dist.ReduceOp.MAX
-    with watched("the gradients' norm", group=group):
-        dist.all_reduce(total, op=op, group=group)
-
-
-def combined(totals: Tensor, norm_type: float) -> Tensor:
-    """The norm of all gradients, from the totals of disjoint sets of them."""
-    assert norm_type in (2.0, math.inf)
-    return totals.sum().sqrt() if norm_type == 2.0 else totals.amax()

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from moetrain.checkpoint.state_dict import MODEL, OPTIM, ensure_state, model_tensors
 from moetrain.errors import UserError
 from moetrain.ops.local_part import whole
-from moetrain.parallel.clip import local_total
+from moetrain.parallel.clip import all_reduce_total_, combined, local_total
 from moetrain.parallel.watchdog.flight_recorder import watched
-from moetrain.train.deepspeed.engine import DeepSpeedEngine, all_reduce_norm_, combined
+from moetrain.train.deepspeed.engine import DeepSpeedEngine
 from moetrain.train.deepspeed.layout import Layout
 from moetrain.train.task import Task
 
@@ -54,8 +54,8 @@ class Partitioned(DeepSpeedEngine):
 
     def norm(self, norm_type: float = 2.0) -> Tensor:
         total = local_total(self._parts().values(), norm_type, self._trained[0].device)
-        all_reduce_norm_(total, norm_type, None)  # no two ranks hold the same piece
-        return combined(total[None], norm_type)
+        all_reduce_total_(total, norm_type, None)  # no two ranks hold the same piece
+        return combined([total], norm_type)
 
     def gradients(self) -> dict[str, Tensor | None]:
         parts = self._parts()

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,14 @@ class Background:
 
         self._calls.put(start)
         self._thread.start()
-        try:
-            started.result(self._start_seconds)
-        except Exception as error:
-            self._dead.set()
-            late = isinstance(error, TimeoutError) and not started.done()
-            why = self._too_slow() if late else error
-            if step == 0:
-                raise why from None
-            _log.warning("tracker=%s is off, and the run goes on without it: %s", self._name, why)
+        done, _ = wait([started], self._start_seconds)
+        why = started.exception() if done else self._too_slow()
+        if why is None:
+            return
+        self._dead.set()
+        if step == 0:
+            raise why
+        _log.warning("tracker=%s is off, and the run goes on without it: %s", self._name, why)
 
     def log(self, row: Mapping[str, Any], step: int, loads: Loads | None = None) -> None:
         self._later(lambda: self._tracker.log(row, step, loads), f"failed at step {step}")
