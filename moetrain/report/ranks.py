@@ -21,7 +21,7 @@ def newest_start(records: Sequence[RankRecord]) -> list[RankRecord]:
 
 
 def state_of_all(records: Sequence[RankRecord], now: float) -> str:
-    """One phrase: ``running``, or how many ranks are not, and why the first of them is not."""
+    """One phrase: ``running on`` all of them, or how many ranks are in which state."""
     states = Counter("ended" if record.ended else record.state(now) for record in records)
     if set(states) == {_ALIVE}:
         return f"running on {len(records)} rank(s)"

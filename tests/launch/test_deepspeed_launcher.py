@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from ports import free_port
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -58,11 +58,3 @@ def test_two_nodes_without_ssh(corpus, trained, tmp_path):
     assert "2 process(es)" in first.output()
     rows, there = tiny.steps(run), tiny.steps(trained)
     assert all(abs(a["train/loss"] - b["train/loss"]) < 1e-5 for a, b in zip(rows, there, strict=True))
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port: int = found.getsockname()[1]
-        return port

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from ports import free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "torchrun" / "nodes.sh")
@@ -33,13 +34,6 @@ def agent(corpus: Path, run: Path, port: int, log: Path) -> tiny.Process:
     }
     environment["PET_RDZV_CONF"] = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=4"
     return tiny.Process([SCRIPT, *tiny.command(corpus, run, *OPTIONS, RESTS)[1:]], log, **environment)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def answers(port: int) -> bool:
