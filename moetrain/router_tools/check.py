@@ -204,6 +204,8 @@ def says_what_it_is(name: str) -> None:
     if router.reads_bias is not (moved := _bias_moves_it(router, ctx)):
         what = "moves" if moved else "moves no"
         raise _BrokenError(f"reads_bias={router.reads_bias}, but bias_E {what} choices")
+    if router.takes_best:
+        _takes_the_best(_build(name, 7), ctx)
 
 
 @torch.no_grad()
@@ -216,6 +218,22 @@ def _bias_moves_it(router: Router, ctx: RouterContext) -> bool:
         if not torch.equal(before.demand_BE, after.demand_BE):
             return True
     return False
+
+
+@torch.no_grad()
+def _takes_the_best(router: Router, ctx: RouterContext) -> None:
+    """Raise unless every token takes the top_k best of its scores plus a bias that reorders them."""
+    router.bias_E.copy_(torch.linspace(-0.5, 0.5, router.num_experts).roll(3))
+    routing = router.route(_input(ctx), ctx)  # before any capacity
+    scores_TE = routing.scores_TE
+    if scores_TE is None or router.top_k is None or not ((scores_TE >= 0) & (scores_TE <= 1)).all():
+        raise _BrokenError("takes_best=True needs a top_k and scores that lie in [0, 1]")
+    taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    taken_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = True
+    biased_TE = scores_TE + router.bias_E
+    least_T1 = biased_TE.topk(router.top_k, dim=-1).values[:, -1:]
+    if not torch.equal(taken_TE, biased_TE >= least_T1):
+        raise _BrokenError("takes_best=True, but a token takes others than the best of scores plus bias_E")
 
 
 def _same(one: Routing, other: Routing, when: str) -> None:

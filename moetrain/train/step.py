@@ -21,7 +21,15 @@ from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
 from moetrain.moe import RoutingRecord
-from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
+from moetrain.moe.balance import (
+    Controller,
+    LossTerm,
+    Measured,
+    StepTotals,
+    all_factors,
+    count_ahead,
+    total_loss,
+)
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
 from moetrain.parallel.distributed import all_reduce_sum_
@@ -74,6 +82,7 @@ class TrainStep:
         self.stats = RoutingStats(self.device)
         self._routers = self.task.model.routers()
         self._router_stats: dict[int, Tensor] = {}
+        self._measured = Measured(controllers)
         self._has_moe_layers = has_moe_layers(self.task.model.cfg)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
@@ -91,6 +100,7 @@ class TrainStep:
         ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
         counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
         self._router_stats = {}
+        self._measured.clear()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
@@ -101,7 +111,9 @@ class TrainStep:
             loss = output.loss_sum / max(targets, 1)
             self.engine.backward(loss if extra is None else loss + extra)
             loss_sum += output.loss_sum.detach()
-            self.stats.add({layer: record.detach() for layer, record in output.records.items()})
+            records = {layer: record.detach() for layer, record in output.records.items()}
+            self.stats.add(records)
+            self._measured.add(records)
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
@@ -121,6 +133,7 @@ class TrainStep:
             self.update()
             for controller in self.controllers:
                 controller.update(routing.demand, float(tokens), aux_sums)
+            self._follow_measured()
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):
@@ -146,6 +159,11 @@ class TrainStep:
             if record.stats is not None:
                 before = self._router_stats.get(layer)
                 self._router_stats[layer] = record.stats.clone() if before is None else before + record.stats
+
+    def _follow_measured(self) -> None:
+        if sums := self._measured.tensors():
+            all_reduce_sum_(*sums, name="what controllers measure", group=self.group)
+            self._measured.follow()
 
     def _update_routers(self) -> None:
         if self._router_stats:
@@ -205,16 +223,18 @@ class TrainStep:
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
 
 
-def _to_device(host: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
-    """The same tensors on ``device``, all of them in one copy."""
-    tensors = [tensor for by_layer in host.values() for tensor in by_layer.values()]
-    if not tensors:
-        return {}
-    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
-    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+def _to_device(given: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
+    """The same tensors on ``device``: those of another in one copy, the rest as they are."""
+    tensors = [tensor for by_layer in given.values() for tensor in by_layer.values()]
+    away = [tensor for tensor in tensors if tensor.device.type != device.type]
+    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in away]), device) if away else None
+    parts = iter(() if flat is None else flat.split([tensor.numel() for tensor in away]))
     return {
-        name: {layer: next(parts).view(tensor.shape) for layer, tensor in by_layer.items()}
-        for name, by_layer in host.items()
+        name: {
+            layer: next(parts).view(tensor.shape) if tensor.device.type != device.type else tensor
+            for layer, tensor in by_layer.items()
+        }
+        for name, by_layer in given.items()
     }
 
 

@@ -47,6 +47,9 @@ class Router(nn.Module):
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
+    # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
+    # controller quantile solves for
+    takes_best = False
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters

@@ -48,6 +48,7 @@ class CosineRouter(Router):
 
     top_k: int
     reads_bias = True
+    takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: CosineOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -160,6 +160,7 @@ class StraightThroughRouter(LinearRouter):
 
     top_k: int
     reads_bias = True
+    takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: StraightThroughOptions) -> None:
         super().__init__(d_model, num_experts, options)

@@ -102,6 +102,7 @@ class TopKRouter(LinearRouter):
     options: TopKOptions
     top_k: int
     reads_bias = True
+    takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -116,6 +117,7 @@ class TopKRouter(LinearRouter):
             options.num_groups if options.top_groups is None else options.top_groups,
             options.group_score.value,
         )
+        self.takes_best = not self.rule.limited  # of its best groups alone
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         if self.training and self.options.jitter:
