@@ -28,10 +28,11 @@ class QuantileOptions:
 class QuantileController(Controller):
     """Solves for each expert's selection bias once a step, from the scores of all of the step's tokens.
 
-    A token's cutoff is the (k+1)-th largest of its biased scores, and cutoff - score the least bias with
-    which an expert would be taken. The new bias is the k / E quantile of these over the tokens, less its mean
-    over the experts. Each micro-batch is counted in ``bins`` uniform bins over [min bias - 1, max bias + 1], which
-    holds every such number since scores lie in [0, 1]; the quantile is interpolated inside its bin.
+    A token's cutoff is the (k+1)-th largest of its biased scores, and cutoff - score the least bias
+    with which an expert would be taken. The new bias is the k / E quantile of these over the tokens,
+    less its mean over the experts. Each micro-batch is counted in ``bins`` uniform bins over [min bias
+    - 1, max bias + 1], which holds every such number since scores lie in [0, 1]; the quantile is
+    interpolated inside its bin.
 
     The bias is the router's own buffer, so the checkpoint holds it with the model; nothing else is kept.
     """
