@@ -209,6 +209,28 @@ def says_what_it_is(name: str) -> None:
 
 
 @torch.no_grad()
+def obeys_a_record(name: str) -> None:
+    """where it says that it replays: its own experts forced change no bit, and others are taken as given"""
+    if not _build(name, 7).replays:
+        return
+    for padded, training in itertools.product((False, True), repeat=2):
+        ctx, router = _context(3, 17, padded), _build(name, 7, training)
+        own = router.route(_input(ctx), ctx)  # before any capacity
+        a = own.assignment
+        if router.top_k is None or a.choice_N is None:
+            raise _BrokenError("replays=True needs a top_k, and a Routing of token choices")
+        ids_TK = torch.arange(router.top_k).repeat(ctx.batch * ctx.seq, 1)
+        ids_TK[a.token_ids_N, a.choice_N] = a.expert_ids_N()
+        _same(own, router.route(_input(ctx), replace(ctx, forced={ctx.layer: ids_TK})), "with them forced")
+        other_TK = (ids_TK + 1) % router.num_experts
+        forced = router.route(_input(ctx), replace(ctx, forced={ctx.layer: other_TK}))
+        valid_T1 = torch.ones(len(ids_TK), 1) if ctx.valid_T is None else ctx.valid_T[:, None]
+        wanted_TE = torch.zeros(len(ids_TK), router.num_experts).scatter_(1, other_TK, 1.0) * valid_T1
+        if not torch.equal(forced.demand_E, wanted_TE.sum(0).long()):
+            raise _BrokenError("replays=True, but it takes other experts than those of ctx.forced_TK")
+
+
+@torch.no_grad()
 def _bias_moves_it(router: Router, ctx: RouterContext) -> bool:
     """Whether any bias that puts one expert first changes a choice."""
     before = router(_input(ctx), ctx)
@@ -247,5 +269,5 @@ def _same(one: Routing, other: Routing, when: str) -> None:
 
 CHECKS: tuple[Callable[[str], None], ...] = (
     builds, keeps_invariants, ignores_padding, follows_the_sequence, repeats_itself, changes_no_state,
-    gradients_are_finite, follows_the_step, says_what_it_is,
+    gradients_are_finite, follows_the_step, says_what_it_is, obeys_a_record,
 )  # fmt: skip

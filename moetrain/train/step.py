@@ -32,14 +32,16 @@ from moetrain.moe.balance import (
 )
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
-from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.parallel.distributed import all_reduce_sum_, rank
 from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.train.engine import Engine
 from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 from moetrain.train.log.monitor import LossMonitor
+from moetrain.train.replay import Replay
 from moetrain.train.task import batch_arguments
 
 _Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place
+_Forced = Mapping[int, Tensor] | None  # the experts that a micro-batch's tokens must take, by layer
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class TrainStep:
         self._routers = self.task.model.routers()
         self._router_stats: dict[int, Tensor] = {}
         self._measured = Measured(controllers)
+        self.replay = Replay()
         self._has_moe_layers = has_moe_layers(self.task.model.cfg)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
@@ -94,17 +97,18 @@ class TrainStep:
                 f"step {step + 1}: none of its {tokens} tokens is to be predicted, so that it has no loss: "
                 "its sequences hold nothing but ends of documents"
             )
+        forced = [self.replay.forced(batch) for batch in batches]
         batches = [batch.to_train(self.device) for batch in batches]
         signals = {name: tensors for c in self.controllers for name, tensors in c.signals().items()}
         self._signals = _to_device(signals, self.device)
         ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
-        counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
+        counts = self._count_ahead(step, batches, forced) if ahead and len(batches) > 1 else None
         self._router_stats = {}
         self._measured.clear()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            arguments = batch_arguments(batch, self.seed, step, self.group)
+            arguments = batch_arguments(batch, self.seed, step, self.group, forced[index])
             output = self.engine.forward(arguments, last=index == len(batches) - 1)
             assert output.loss_sum is not None  # a batch has labels
             extra, raw = self._balance(step, tokens, output.records, counts)
@@ -114,9 +118,11 @@ class TrainStep:
             records = {layer: record.detach() for layer, record in output.records.items()}
             self.stats.add(records)
             self._measured.add(records)
+            self.replay.add(batch, records)
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
+        self.replay.flush(f"step_{step + 1:08d}.rank_{rank(self.group):05d}")
         return self._finish(loss_sum, aux_sums, targets, tokens)
 
     def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
@@ -187,9 +193,12 @@ class TrainStep:
             return total_loss(records, self.terms, totals)
 
     @torch.no_grad()
-    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> _Counts:
+    def _count_ahead(self, step: int, batches: Sequence[Batch], forced: Sequence[_Forced]) -> _Counts:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        records = [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
+        records = [
+            self.task(**batch_arguments(b, self.seed, step, self.group, ids)).records
+            for b, ids in zip(batches, forced, strict=True)
+        ]
         with _as_user_error():
             return self._summed(records)
 

@@ -50,6 +50,7 @@ class Router(nn.Module):
     # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
     # controller quantile solves for
     takes_best = False
+    replays = False  # whether it takes the experts of ctx.forced_TK where there are some: routing replay
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters

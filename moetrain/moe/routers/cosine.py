@@ -48,6 +48,7 @@ class CosineRouter(Router):
 
     top_k: int
     reads_bias = True
+    replays = True
     takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: CosineOptions) -> None:
@@ -67,6 +68,8 @@ class CosineRouter(Router):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         scores_TE = softmax(logits_TE)
-        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        ids_TK = ctx.forced_TK
+        if ids_TK is None:
+            ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
         weights_TK = scores_TE.gather(-1, ids_TK)
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
