@@ -24,6 +24,7 @@ class RouterContext:
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
     prev        the previous MoE layer's record of the same forward pass.
+    doc_ids_T   int64, the same number in a sequence row = the same document; None: rows are not divided.
     forced      a layer's place -> the experts that each token takes there, int64 [T, K], in the router's
                 order; None: as routers choose. Padding's are any. Routers with ``replays`` obey.
     """
@@ -38,6 +39,7 @@ class RouterContext:
     layer: int = 0
     group: dist.ProcessGroup | None = None
     prev: RoutingRecord | None = None
+    doc_ids_T: Tensor | None = None
     forced: Mapping[int, Tensor] | None = None
 
     @staticmethod
