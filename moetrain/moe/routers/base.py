@@ -72,6 +72,10 @@ class Router(nn.Module):
         """The routing before any capacity."""
         raise NotImplementedError
 
+    def rows_ED(self) -> Tensor | None:
+        """The vector of each expert that the router compares tokens with, of any width; None: it has none."""
+        return None
+
     def after_step(self, stats: Tensor) -> None:
         """Update the router's state after an optimizer step.
 
@@ -193,6 +197,9 @@ class LinearRouter(Router):
     @staticmethod
     def first_weights(d_model: int) -> Initializer:
         return Normal(d_model**-0.5 * 0.5)
+
+    def rows_ED(self) -> Tensor:
+        return self.weight_ED
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

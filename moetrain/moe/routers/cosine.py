@@ -59,6 +59,9 @@ class CosineRouter(Router):
         self.centers_Ed = parameter((num_experts, width), Normal(1.0))
         self.log_inverse_temperature_1 = parameter((1,), Constant(-math.log(options.temperature)))
 
+    def rows_ED(self) -> Tensor:
+        return self.centers_Ed
+
     def logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         v_Td = F.normalize(F.linear(x_TD.to(dtype), self.project_dD.to(dtype)), dim=-1)
