@@ -82,6 +82,11 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
+    for name in ("record", "force"):
+        if (folder := getattr(cfg.replay, name)) is not None:
+            raise UserError(
+                f"replay.{name}={folder} is of text, and a proof has tokens of its own: leave it out"
+            )
     world = cfg.verify.world or smallest_world(cfg.parallel)
     _check_model(cfg, world)
     _check_layers(cfg)

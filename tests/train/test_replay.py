@@ -82,6 +82,10 @@ def test_what_does_not_fit_is_one_line(corpus, recorded, tmp_path, capsys):
         given = ["train.steps=3", "train.eval_every=0", "balance=none", *options, f"replay.force={routes}"]
         assert tiny.train(corpus, run, *given) == 2, line
         assert line in capsys.readouterr().err
+    assert main(["verify", "parallel.ep=2", f"replay.force={routes}"]) == 2
+    assert "a proof has tokens of its own" in capsys.readouterr().err
+    assert tiny.train(corpus, run, "compare.arms={a: []}", f"replay.record={tmp_path}/r") == 2
+    assert "is one run's, and compare.arms are several runs" in capsys.readouterr().err
     assert tiny.train(corpus, run, f"replay.force={tmp_path}/none") == 2
     assert "holds no record of routes" in capsys.readouterr().err
 
