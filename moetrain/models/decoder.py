@@ -129,6 +129,8 @@ class Decoder(nn.Module):
         ctx = RouterContext.default(batch, seq, device) if ctx is None else ctx
         if ctx.token_ids_T is None:
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
+        if ctx.doc_ids_T is None and doc_ids_BS is not None:
+            ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
         compute_dtype = x_BSD.dtype

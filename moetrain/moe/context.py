@@ -5,6 +5,7 @@ Shapes: T = B * S tokens, flattened sequence by sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,9 @@ class RouterContext:
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
     prev        the previous MoE layer's record of the same forward pass.
+    doc_ids_T   int64, the same number in a sequence row = the same document; None: rows are not divided.
+    forced      a layer's place -> the experts that each token takes there, int64 [T, K], in the router's
+                order; None: as routers choose. Padding's are any. Routers with ``replays`` obey.
     """
 
     batch: int
@@ -35,6 +39,8 @@ class RouterContext:
     layer: int = 0
     group: dist.ProcessGroup | None = None
     prev: RoutingRecord | None = None
+    doc_ids_T: Tensor | None = None
+    forced: Mapping[int, Tensor] | None = None
 
     @staticmethod
     def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:
@@ -43,6 +49,11 @@ class RouterContext:
 
     def at_layer(self, layer: int, prev: RoutingRecord | None) -> RouterContext:
         return replace(self, layer=layer, prev=prev)
+
+    @property
+    def forced_TK(self) -> Tensor | None:
+        """The experts that this layer's tokens must take; None: as the router chooses."""
+        return None if self.forced is None else self.forced[self.layer]
 
     @property
     def positions_T(self) -> Tensor:

@@ -6,6 +6,7 @@ Importing a module of losses or controllers registers them.
 from moetrain.moe.balance import load_share as load_share
 from moetrain.moe.balance import mean_losses as mean_losses
 from moetrain.moe.balance import penalty as penalty
+from moetrain.moe.balance import phi as phi
 from moetrain.moe.balance import score_losses as score_losses
 from moetrain.moe.balance import z as z
 from moetrain.moe.balance.base import LOSSES, LossSpec, Seen, loss_table, probabilities, register_loss
@@ -14,6 +15,9 @@ from moetrain.moe.balance.controllers import (
     BiasController,
     Controller,
     LossFollower,
+    Measured,
+    PopulationLoad,
+    QuantileController,
     RunningLoad,
     SparsityController,
     all_factors,
@@ -26,7 +30,8 @@ from moetrain.moe.balance.terms import LossTerm, StepTotals, count_ahead, make_t
 
 __all__ = [
     "CONTROLLERS", "LOSSES", "BiasController", "Controller", "LossFollower", "LossSpec", "LossTerm",
-    "RunningLoad", "Seen", "SparsityController", "StepTotals", "all_factors", "build_controllers",
-    "chosen_controllers", "controller_table", "count_ahead", "loss_table", "make_terms", "probabilities",
-    "register_controller", "register_loss", "total_loss",
+    "Measured", "PopulationLoad", "QuantileController", "RunningLoad", "Seen", "SparsityController",
+    "StepTotals", "all_factors", "build_controllers", "chosen_controllers", "controller_table",
+    "count_ahead", "loss_table", "make_terms", "probabilities", "register_controller", "register_loss",
+    "total_loss",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from moetrain.moe.routers import blockffn as blockffn
 from moetrain.moe.routers import cosine as cosine
 from moetrain.moe.routers import dense as dense
 from moetrain.moe.routers import dynmoe as dynmoe
+from moetrain.moe.routers import emo as emo
 from moetrain.moe.routers import expert_choice as expert_choice
 from moetrain.moe.routers import grouped as grouped
 from moetrain.moe.routers import gshard as gshard

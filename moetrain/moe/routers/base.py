@@ -47,6 +47,10 @@ class Router(nn.Module):
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
+    # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
+    # controller quantile solves for
+    takes_best = False
+    replays = False  # whether it takes the experts of ctx.forced_TK where there are some: routing replay
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters
@@ -67,6 +71,10 @@ class Router(nn.Module):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         """The routing before any capacity."""
         raise NotImplementedError
+
+    def rows_ED(self) -> Tensor | None:
+        """The vector of each expert that the router compares tokens with, of any width; None: it has none."""
+        return None
 
     def after_step(self, stats: Tensor) -> None:
         """Update the router's state after an optimizer step.
@@ -189,6 +197,9 @@ class LinearRouter(Router):
     @staticmethod
     def first_weights(d_model: int) -> Initializer:
         return Normal(d_model**-0.5 * 0.5)
+
+    def rows_ED(self) -> Tensor:
+        return self.weight_ED
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

@@ -80,6 +80,9 @@ class DynMoERouter(Router):
         self.register_buffer("missed_D", torch.zeros(d_model, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+    def rows_ED(self) -> Tensor:
+        return self.weight_ED
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """tau cos(x, w_e), [T, E]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

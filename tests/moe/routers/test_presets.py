@@ -23,6 +23,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
         ),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
+        ("emo", {"min_pool": None}, {}, [("switch", 0.1, "global_batch"), ("z", 0.001, "global_batch")]),
         (
             "sigma",
             {"top_k": 4},
