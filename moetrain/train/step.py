@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
-from moetrain.moe import RoutingRecord
+from moetrain.moe import Router, RoutingRecord
 from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
@@ -73,6 +73,7 @@ class TrainStep:
         self.device = next(self.task.parameters()).device
         self.stats = RoutingStats(self.device)
         self._routers = self.task.model.routers()
+        self._freezing = [m for m in self.task.modules() if isinstance(m, Router) and m.freezes]
         self._router_stats: dict[int, Tensor] = {}
         self._has_moe_layers = has_moe_layers(self.task.model.cfg)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
@@ -105,6 +106,7 @@ class TrainStep:
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
+        self._drop_frozen_gradients(step)
         return self._finish(loss_sum, aux_sums, targets, tokens)
 
     def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
@@ -146,6 +148,12 @@ class TrainStep:
             if record.stats is not None:
                 before = self._router_stats.get(layer)
                 self._router_stats[layer] = record.stats.clone() if before is None else before + record.stats
+
+    def _drop_frozen_gradients(self, step: int) -> None:
+        """Where ranks share parameters, an unused one has a gradient of zeros, by which it would decay."""
+        for router in self._freezing:
+            for parameter in router.frozen(step):
+                parameter.grad = None
 
     def _update_routers(self) -> None:
         if self._router_stats:
