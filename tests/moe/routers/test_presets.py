@@ -22,6 +22,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "silu"},
             [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
         ),
+        ("hyper", {"top_k": 2, "hidden": 256}, {}, []),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
             "sigma",
