@@ -19,6 +19,7 @@ from moetrain.moe.routers import sigma as sigma
 from moetrain.moe.routers import sigmoid as sigmoid
 from moetrain.moe.routers import sinkhorn as sinkhorn
 from moetrain.moe.routers import sparsemixer as sparsemixer
+from moetrain.moe.routers import stable as stable
 from moetrain.moe.routers import switch as switch
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk

@@ -23,6 +23,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
         ),
         ("hyper", {"top_k": 2, "hidden": 256}, {}, []),
+        (
+            "stable",
+            {"switch_step": 6000, "width": 50, "capacity_factor": 2.0, "eval_capacity_factor": 2.0},
+            {"activation": "relu"},
+            [("excess", 0.3, "global_batch"), ("penalty", 0.3, "global_batch")],
+        ),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
             "sigma",
