@@ -11,6 +11,7 @@ from moetrain.moe.routers import grouped as grouped
 from moetrain.moe.routers import gshard as gshard
 from moetrain.moe.routers import hashed as hashed
 from moetrain.moe.routers import hyper as hyper
+from moetrain.moe.routers import mask as mask
 from moetrain.moe.routers import moepp as moepp
 from moetrain.moe.routers import noisy_topk as noisy_topk
 from moetrain.moe.routers import random as random

@@ -23,6 +23,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
         ),
         ("hyper", {"top_k": 2, "hidden": 256}, {}, []),
+        ("mask", {"top_k": 1, "rare_visible": 1}, {}, [("switch", 0.01, "global_batch")]),
         (
             "stable",
             {"switch_step": 6000, "width": 50, "capacity_factor": 2.0, "eval_capacity_factor": 2.0},
