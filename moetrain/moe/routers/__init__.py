@@ -9,6 +9,7 @@ from moetrain.moe.routers import dynmoe as dynmoe
 from moetrain.moe.routers import expert_choice as expert_choice
 from moetrain.moe.routers import grouped as grouped
 from moetrain.moe.routers import gshard as gshard
+from moetrain.moe.routers import gw as gw
 from moetrain.moe.routers import hashed as hashed
 from moetrain.moe.routers import hyper as hyper
 from moetrain.moe.routers import mask as mask

@@ -22,6 +22,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "silu"},
             [("locality", 0.002, "global_batch"), ("chunk_sparsity", 0.05, "global_batch")],
         ),
+        (
+            "gw",
+            {"top_k": 1, "threshold": 1.8, "slots": 8, "renormalize": False},
+            {},
+            [("switch", 0.01, "global_batch")],
+        ),
         ("hyper", {"top_k": 2, "hidden": 256}, {}, []),
         ("mask", {"top_k": 1, "rare_visible": 1}, {}, [("switch", 0.01, "global_batch")]),
         (
