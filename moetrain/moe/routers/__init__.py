@@ -25,6 +25,7 @@ from moetrain.moe.routers import stable as stable
 from moetrain.moe.routers import switch as switch
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
+from moetrain.moe.routers import vq as vq
 from moetrain.moe.routers.base import (
     ROUTERS,
     LinearRouter,

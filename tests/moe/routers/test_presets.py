@@ -36,6 +36,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu"},
             [("excess", 0.3, "global_batch"), ("penalty", 0.3, "global_batch")],
         ),
+        (
+            "vq",
+            {"top_k": 1, "distance": "l2", "commitment": 0.25, "usage_decay": None},
+            {"activation": "relu"},
+            [("gshard_first", 0.01, "global_batch"), ("penalty", 0.08, "global_batch")],
+        ),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
             "sigma",
