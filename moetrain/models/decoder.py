@@ -132,6 +132,8 @@ class Decoder(nn.Module):
         ctx = RouterContext.default(batch, seq, device) if ctx is None else ctx
         if ctx.token_ids_T is None:
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
+        if ctx.doc_ids_T is None and doc_ids_BS is not None:
+            ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
         compute_dtype = x_BSD.dtype
@@ -150,8 +152,8 @@ class Decoder(nn.Module):
         previous: RoutingRecord | None = None
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             rope, plan = ropes[attention.rope_dim], plans[attention.heads]
-            layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]
+            layer_ctx = ctx.at_layer(layer, previous, None if layer_cache is None else layer_cache.router)
             x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
             if record is not None:
                 records[layer] = previous = record
