@@ -19,6 +19,7 @@ from moetrain.moe.routers import random as random
 from moetrain.moe.routers import relu as relu
 from moetrain.moe.routers import sigma as sigma
 from moetrain.moe.routers import sigmoid as sigmoid
+from moetrain.moe.routers import similarity as similarity
 from moetrain.moe.routers import sinkhorn as sinkhorn
 from moetrain.moe.routers import sparsemixer as sparsemixer
 from moetrain.moe.routers import stable as stable
