@@ -42,6 +42,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu"},
             [("gshard_first", 0.01, "global_batch"), ("penalty", 0.08, "global_batch")],
         ),
+        (
+            "domain",
+            {"top_k": 2, "gate": "embedding", "decision": "token", "experts": None},
+            {},
+            [("switch", 0.01, "global_batch")],
+        ),
         ("similarity", {"top_k": 2, "temperature": None}, {}, [("switch", 0.01, "global_batch")]),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
