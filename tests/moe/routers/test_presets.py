@@ -48,6 +48,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {},
             [("switch", 0.01, "global_batch")],
         ),
+        (
+            "moec",
+            {"top_k": 1, "width": 32, "dropout": 0.5, "period": 250},
+            {},
+            [("switch", 0.01, "global_batch"), ("penalty", 1.0, "global_batch")],
+        ),
         ("similarity", {"top_k": 2, "temperature": None}, {}, [("switch", 0.01, "global_batch")]),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
