@@ -29,6 +29,7 @@ from moetrain.moe.routers import switch as switch
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
 from moetrain.moe.routers import vq as vq
+from moetrain.moe.routers import words as words
 from moetrain.moe.routers.base import (
     ROUTERS,
     LinearRouter,

@@ -55,6 +55,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("switch", 0.01, "global_batch"), ("penalty", 1.0, "global_batch")],
         ),
         ("similarity", {"top_k": 2, "temperature": None}, {}, [("switch", 0.01, "global_batch")]),
+        ("words", {"words": None}, {}, []),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         (
             "sigma",
