@@ -171,6 +171,10 @@ class RouterConfig:
         """
         return None
 
+    def for_vocabulary(self, size: int) -> "RouterConfig":
+        """The options in a model of ``size`` token ids, for routers with a table of them."""
+        return self
+
     @property
     def drops(self) -> bool:
         """Whether a capacity or a rounding may take assignments away."""

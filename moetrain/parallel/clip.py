@@ -98,7 +98,8 @@ def _norm(gradient: Tensor, norm_type: float) -> Tensor:
         whole = flat.numel() - flat.numel() % _ROW
         rows = [flat[:whole].unflatten(0, (-1, _ROW)), flat[whole:]]
     norms = [torch.linalg.vector_norm(r, norm_type, dim=-1, dtype=wide).flatten() for r in rows if r.numel()]
-    return torch.linalg.vector_norm(torch.cat(norms), norm_type, dtype=torch.float64)
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), norm_type, dtype=torch.float64)
+    return total
 
 
 def all_reduce_total_(total: Tensor, norm_type: float, group: dist.ProcessGroup | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
-from moetrain.moe import RoutingRecord
+from moetrain.moe import Router, RoutingRecord
 from moetrain.moe.balance import (
     Controller,
     LossTerm,
@@ -83,6 +83,7 @@ class TrainStep:
         self.device = next(self.task.parameters()).device
         self.stats = RoutingStats(self.device)
         self._routers = self.task.model.routers()
+        self._freezing = [m for m in self.task.modules() if isinstance(m, Router) and m.freezes]
         self._router_stats: dict[int, Tensor] = {}
         self._measured = Measured(controllers)
         self.replay = Replay()
@@ -123,6 +124,7 @@ class TrainStep:
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
         self.replay.flush(f"step_{step + 1:08d}.rank_{rank(self.group):05d}")
+        self._drop_frozen_gradients(step)
         return self._finish(loss_sum, aux_sums, targets, tokens)
 
     def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
@@ -170,6 +172,12 @@ class TrainStep:
         if sums := self._measured.tensors():
             all_reduce_sum_(*sums, name="what controllers measure", group=self.group)
             self._measured.follow()
+
+    def _drop_frozen_gradients(self, step: int) -> None:
+        """Where ranks share parameters, an unused one has a gradient of zeros, by which it would decay."""
+        for router in self._freezing:
+            for parameter in router.frozen(step):
+                parameter.grad = None
 
     def _update_routers(self) -> None:
         if self._router_stats:

@@ -149,6 +149,7 @@ def batch_arguments(
         step=step,
         group=group,
         forced=None if forced is None else {n: to_device(ids_TK, device) for n, ids_TK in forced.items()},
+        domain_ids_T=None if batch.token_domains_BS is None else batch.token_domains_BS.reshape(-1),
     )
     return {
         "input_ids_BS": batch.input_ids_BS,

@@ -54,6 +54,7 @@ class Router(nn.Module):
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters
+    freezes = False  # whether ``frozen`` ever names a parameter
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
@@ -75,6 +76,18 @@ class Router(nn.Module):
     def rows_ED(self) -> Tensor | None:
         """The vector of each expert that the router compares tokens with, of any width; None: it has none."""
         return None
+
+    def products_per_token(self) -> int:
+        """Multiply-adds of matrix products for each token, by which FLOPs are counted."""
+        return sum(p.numel() for p in self.parameters())
+
+    def frozen(self, step: int) -> tuple[nn.Parameter, ...]:
+        """The parameters that step number ``step`` leaves as they are, without a gradient or a decay.
+
+        A function of the step alone, so that every rank says the same. What no step ever moves says so by
+        ``requires_grad`` instead.
+        """
+        return ()
 
     def after_step(self, stats: Tensor) -> None:
         """Update the router's state after an optimizer step.
