@@ -12,6 +12,7 @@ from moetrain.moe.routers import gshard as gshard
 from moetrain.moe.routers import hashed as hashed
 from moetrain.moe.routers import moepp as moepp
 from moetrain.moe.routers import noisy_topk as noisy_topk
+from moetrain.moe.routers import prototypes as prototypes
 from moetrain.moe.routers import random as random
 from moetrain.moe.routers import relu as relu
 from moetrain.moe.routers import sigma as sigma

@@ -30,6 +30,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("entropy", 0.001, "global_batch")],
         ),
         (
+            "prototypes",
+            {"capacity_factor": 1.0, "eval_capacity_factor": 1.0},
+            {},
+            [("sum_over_k", 0.01, "global_batch")],
+        ),
+        (
             "switch",
             {"top_k": 1, "capacity_factor": 1.25, "jitter": 0.01},
             {"activation": "relu", "first_weights": "tenth"},
