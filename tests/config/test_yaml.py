@@ -30,6 +30,7 @@ NEEDS = {
     ("router", "olmoe"): ["model.num_experts=64"],
     ("router", "qwen3"): ["model.num_experts=128"],
     ("balance", "dynmoe"): ["router=dynmoe"],
+    ("balance", "penalty"): ["router=dselect_k"],
     ("balance", "remoe"): ["router=relu"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "hub"): ["data.path=owner/name"],

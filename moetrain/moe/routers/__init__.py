@@ -5,6 +5,7 @@ from moetrain.moe.routers import base_layers as base_layers
 from moetrain.moe.routers import blockffn as blockffn
 from moetrain.moe.routers import cosine as cosine
 from moetrain.moe.routers import dense as dense
+from moetrain.moe.routers import dselect_k as dselect_k
 from moetrain.moe.routers import dynmoe as dynmoe
 from moetrain.moe.routers import expert_choice as expert_choice
 from moetrain.moe.routers import grouped as grouped
