@@ -29,6 +29,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu", "first_weights": "one_network"},
             [("entropy", 0.001, "global_batch")],
         ),
+        ("comet", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         ("dselect_k", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         (
             "prototypes",
