@@ -68,6 +68,7 @@ class MoEPPRouter(LinearRouter):
     options: MoEPPOptions
     top_k: int
     reads_bias = True
+    permutable = False  # experts of several kinds
 
     def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
         kinds = ZeroKinds(options.num_zero, options.num_copy, options.num_constant)
