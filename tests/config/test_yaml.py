@@ -31,6 +31,7 @@ NEEDS = {
     ("router", "qwen3"): ["model.num_experts=128"],
     ("balance", "dynmoe"): ["router=dynmoe"],
     ("balance", "penalty"): ["router=dselect_k"],
+    ("balance", "sam"): ["router=sam"],
     ("balance", "remoe"): ["router=relu"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "hub"): ["data.path=owner/name"],

@@ -38,6 +38,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("sum_over_k", 0.01, "global_batch")],
         ),
         (
+            "sam",
+            {"top_k": 2, "num_groups": None, "capacity_factor": 1.0},
+            {},
+            [("sum_over_k", 0.01, "global_batch"), ("penalty", 0.01, "global_batch")],
+        ),
+        (
             "switch",
             {"top_k": 1, "capacity_factor": 1.25, "jitter": 0.01},
             {"activation": "relu", "first_weights": "tenth"},
