@@ -18,6 +18,7 @@ from moetrain.moe.routers import prototypes as prototypes
 from moetrain.moe.routers import random as random
 from moetrain.moe.routers import relu as relu
 from moetrain.moe.routers import sam as sam
+from moetrain.moe.routers import scot as scot
 from moetrain.moe.routers import sigma as sigma
 from moetrain.moe.routers import sigmoid as sigmoid
 from moetrain.moe.routers import sinkhorn as sinkhorn

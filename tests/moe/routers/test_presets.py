@@ -43,6 +43,7 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {},
             [("sum_over_k", 0.01, "global_batch"), ("penalty", 0.01, "global_batch")],
         ),
+        ("scot", {"gamma": 0.5}, {}, []),
         (
             "switch",
             {"top_k": 1, "capacity_factor": 1.25, "jitter": 0.01},
