@@ -8,6 +8,7 @@ from moetrain.moe.routers import cosine as cosine
 from moetrain.moe.routers import dense as dense
 from moetrain.moe.routers import dselect_k as dselect_k
 from moetrain.moe.routers import dynmoe as dynmoe
+from moetrain.moe.routers import evomoe as evomoe
 from moetrain.moe.routers import expert_choice as expert_choice
 from moetrain.moe.routers import grouped as grouped
 from moetrain.moe.routers import gshard as gshard

@@ -32,6 +32,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
         ("comet", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         ("dselect_k", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         (
+            "evomoe",
+            {"tau_start": 2.0, "tau_end": 0.3, "threshold": 0.001, "hard_step": None},
+            {},
+            [("l1", 0.01, "global_batch")],
+        ),
+        (
             "prototypes",
             {"capacity_factor": 1.0, "eval_capacity_factor": 1.0},
             {},
