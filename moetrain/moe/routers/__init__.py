@@ -25,6 +25,7 @@ from moetrain.moe.routers import sigmoid as sigmoid
 from moetrain.moe.routers import sinkhorn as sinkhorn
 from moetrain.moe.routers import sparsemixer as sparsemixer
 from moetrain.moe.routers import switch as switch
+from moetrain.moe.routers import temperature as temperature
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
 from moetrain.moe.routers.base import (
