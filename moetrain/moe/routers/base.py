@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bounds import range_refusal
-from moetrain.moe.assign import ALL, apply_capacity
+from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
+from moetrain.moe.permutation import Permutation, mix, rename
 from moetrain.moe.repair import repair_overflow
+from moetrain.moe.routers.checks import check_capacity, check_permutation, check_scores
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
@@ -29,7 +31,8 @@ from moetrain.ops.linear import wide_linear
 
 
 class Router(nn.Module):
-    """Maps tokens to a Routing. A subclass defines ``route``; capacity, repair or rounding change its result.
+    """Maps tokens to a Routing. A subclass defines ``route``; an order of experts that is searched for,
+    capacity, repair or rounding change its result.
 
     The attributes below describe the router to the trainer, the rules of the config and reports, which ask
     nothing else. ``moetrain router check`` compares them with the router's Routings.
@@ -53,8 +56,9 @@ class Router(nn.Module):
     replays = False  # whether it takes the experts of ctx.forced_TK where there are some: routing replay
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
-    has_penalty = False  # likewise penalty, a loss of the router's own parameters
     freezes = False  # whether ``frozen`` ever names a parameter
+    has_penalty = False  # likewise penalty, what the router charges itself
+    permutable = True  # whether its experts may be put in another order after it has chosen
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
@@ -64,10 +68,16 @@ class Router(nn.Module):
         super().__init__()
         if line := range_refusal(options, "router"):
             raise ValueError(line)
-        _check_capacity(options)
+        check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
         self.eval_mode = self.eval_modes[0] if self.eval_modes else ""
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self.order_EE: nn.Parameter | None = None
+        if options.permutation_steps is not None:
+            self.order_EE = parameter((num_experts, num_experts), Normal(0.05 * 3**-0.5))
+            # a bias is of the router's outputs, and the load that a controller sees of experts
+            self.has_penalty, self.reads_bias = True, False
+            self._permutation = Permutation(options.permutation_steps)
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         """The routing before any capacity."""
@@ -98,7 +108,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self.route(x_TD, ctx)
+            routing = self._in_order(self.route(x_TD, ctx), ctx)
             options = self.options
             if self.training and options.rounding is not Rounding.none:
                 total = options.combine(self.num_experts).total
@@ -116,6 +126,15 @@ class Router(nn.Module):
                 return kept
             local_TE = self._local_experts(ctx) if options.repair.is_local else None
             return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+
+    def _in_order(self, routing: Routing, ctx: RouterContext) -> Routing:
+        """``routing`` with its experts in the order that is searched for, if there is one."""
+        steps = self.options.permutation_steps
+        if self.order_EE is None or steps is None:
+            return routing
+        if self.training and ctx.step < steps:
+            return mix(routing, ctx, self.order_EE, steps, self.options.permutation_entropy_coef)
+        return rename(routing, self.order_EE, self._permutation)
 
     def capacity_factor(self) -> float | None:
         """The factor that multiplies an expert's even share of the assignments; None: no capacity."""
@@ -151,53 +170,6 @@ def resolve_top_k(top_k: int | None, num_experts: int) -> int:
             "lower router.top_k or raise num_experts"
         )
     return top_k
-
-
-def _check_capacity(options: RouterConfig) -> None:
-    if options.group == ALL and (options.capacity_factor or options.eval_capacity_factor) is not None:
-        raise ValueError(
-            "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
-        )
-    if options.rounding is not Rounding.none:
-        _check_rounding(options)
-    if options.repair is not Repair.none and not options.limits:
-        raise ValueError(
-            f"router.repair={options.repair.name} has nothing to repair without a capacity: "
-            "set router.capacity_factor, or router.repair=none"
-        )
-
-
-def _check_rounding(options: RouterConfig) -> None:
-    rounding = options.rounding.name
-    if options.group == ALL:
-        raise ValueError(
-            f"router.rounding={rounding} is of the tokens of one rank, not of router.group=all: "
-            "set a smaller group, or router.rounding=none"
-        )
-    if options.capacity_factor is not None:
-        raise ValueError(
-            f"router.rounding={rounding} and router.capacity_factor={options.capacity_factor} both decide "
-            "how many tokens an expert takes: set router.capacity_factor=null, or router.rounding=none"
-        )
-
-
-def _check_scores(name: str, options: RouterConfig) -> None:
-    """Of a router without scores: what ranks by them is refused."""
-    if options.repair is not Repair.none:
-        raise ValueError(
-            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
-            "set router.repair=none"
-        )
-    if options.rounding is not Rounding.none:
-        raise ValueError(
-            f"router.rounding={options.rounding.name} ranks tokens by scores, and router={name} returns "
-            "none: set router.rounding=none"
-        )
-    if options.drop_order is DropOrder.batch_prioritized:
-        raise ValueError(
-            f"router.drop_order=batch_prioritized ranks tokens by scores, and router={name} returns none: "
-            "take another order"
-        )
 
 
 class LinearRouter(Router):
@@ -268,7 +240,9 @@ def build_router(
         options = spec.options(name=name)
     options = _with_overrides(options, overrides)
     if not spec.cls.has_scores:
-        _check_scores(name, options)
+        check_scores(name, options)
+    if not spec.cls.permutable:
+        check_permutation(name, options)
     if line := local_refusal(options, num_experts):
         raise ValueError(line)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes

@@ -69,6 +69,7 @@ class MoEPPRouter(LinearRouter):
     top_k: int
     reads_bias = True
     replays = True
+    permutable = False  # experts of several kinds
 
     def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
         kinds = ZeroKinds(options.num_zero, options.num_copy, options.num_constant)

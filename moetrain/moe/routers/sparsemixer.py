@@ -99,6 +99,7 @@ class SparseMixer2Router(LinearRouter):
     """
 
     top_k: int
+    permutable = False  # an assignment has a scale of its own in the forward pass
 
     def __init__(self, d_model: int, num_experts: int, options: SparseMixer2Options) -> None:
         super().__init__(d_model, num_experts, options)

@@ -64,6 +64,27 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu", "first_weights": "one_network"},
             [("entropy", 0.001, "global_batch")],
         ),
+        ("comet", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
+        ("dselect_k", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
+        (
+            "evomoe",
+            {"tau_start": 2.0, "tau_end": 0.3, "threshold": 0.001, "hard_step": None},
+            {},
+            [("l1", 0.01, "global_batch")],
+        ),
+        (
+            "prototypes",
+            {"capacity_factor": 1.0, "eval_capacity_factor": 1.0},
+            {},
+            [("sum_over_k", 0.01, "global_batch")],
+        ),
+        (
+            "sam",
+            {"top_k": 2, "num_groups": None, "capacity_factor": 1.0},
+            {},
+            [("sum_over_k", 0.01, "global_batch"), ("penalty", 0.01, "global_batch")],
+        ),
+        ("scot", {"gamma": 0.5}, {}, []),
         (
             "switch",
             {"top_k": 1, "capacity_factor": 1.25, "jitter": 0.01},
