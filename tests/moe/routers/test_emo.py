@@ -118,7 +118,7 @@ def sizes(router: Router, ctx: RouterContext) -> list[int]:
     return [int(finite_TE[span.start].sum()) for span in spans()]
 
 
-def test_sizes_are_drawn_evenly_from_both_ends_and_by_the_document_alone() -> None:
+def test_sizes_are_drawn_evenly_and_by_the_document_alone() -> None:
     router = emo(min_pool=2, max_pool=5)
     drawn = [n for step in range(200) for n in sizes(router, context(step))]
     counts = Counter(drawn)
