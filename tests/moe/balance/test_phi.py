@@ -121,7 +121,7 @@ def test_a_step_without_tokens_leaves_the_estimate() -> None:
     assert controller.means[0].tolist() == pytest.approx([0.2] * 5)
 
 
-def test_the_loss_switches_its_controller_on_and_neither_works_alone() -> None:
+def test_the_loss_and_its_controller_go_together() -> None:
     terms = make_terms([LossConfig("phi", 0.01, options={"potential": "euclidean"})])
     assert [spec.name for spec, _ in chosen_controllers({}, terms)] == ["phi"]
     assert terms[0].key == "phi"

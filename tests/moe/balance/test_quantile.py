@@ -102,7 +102,7 @@ def test_a_quantile_is_interpolated_inside_its_bin() -> None:
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (13, 3), (37, 5)])
-def test_a_skewed_router_is_even_on_fresh_tokens_after_some_steps(num_experts: int, top_k: int) -> None:
+def test_a_skewed_router_becomes_even_on_fresh_tokens(num_experts: int, top_k: int) -> None:
     router = sigmoid_router(num_experts, top_k)
     worst = []
     for step in range(9):
@@ -176,7 +176,7 @@ def test_scores_that_are_not_finite_break_no_count() -> None:
     assert counts_EQ.sum(-1).tolist() == [2, 2, 2]
 
 
-def test_the_bias_changes_choices_and_no_weight_or_gradient_of_a_choice() -> None:
+def test_the_bias_changes_choices_and_no_weight_of_a_choice() -> None:
     router, logits_TE = sigmoid_router(7, 2), skewed(7, 211, 0.3)
     found = []
     for _ in range(2):

@@ -13,7 +13,11 @@ import torch
 from router_cases import chosen, dense_weights, looking_at_logits, normal
 from torch import Tensor
 
+from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe import Router, RouterContext, build_router
+from moetrain.moe.options import ExpertsConfig
+from moetrain.moe.routers.emo import EMOOptions
 
 B, S, E = 3, 13, 11
 LENGTHS = [[5, 8], [13], [1, 4, 8]]  # of documents
@@ -118,7 +122,7 @@ def sizes(router: Router, ctx: RouterContext) -> list[int]:
     return [int(finite_TE[span.start].sum()) for span in spans()]
 
 
-def test_sizes_are_drawn_evenly_from_both_ends_and_by_the_document_alone() -> None:
+def test_sizes_are_drawn_evenly_and_by_the_document_alone() -> None:
     router = emo(min_pool=2, max_pool=5)
     drawn = [n for step in range(200) for n in sizes(router, context(step))]
     counts = Counter(drawn)
@@ -161,3 +165,17 @@ def test_pools_that_cannot_be_are_refused(options: dict[str, object], line: str)
 def test_the_papers_numbers_are_the_defaults() -> None:
     router = build_router("emo", d_model=4, num_experts=128, top_k=8)
     assert (router.min_pool, router.max_pool, router.eval_pool) == (8, 128, 32)
+
+
+def test_a_model_tells_its_routers_the_documents() -> None:
+    torch.manual_seed(0)
+    cfg = ModelConfig(d_model=8, num_layers=1, num_heads=2, d_ff=8, num_experts=E, d_ff_expert=4)
+    model = Decoder(cfg, EMOOptions(top_k=2, min_pool=2, max_pool=2), ExpertsConfig(), 29)
+    doc_ids_T = context().doc_ids_T
+    assert doc_ids_T is not None
+    ids_BS = torch.randint(0, 29, (B, S), generator=torch.Generator().manual_seed(1))
+    routing = model(ids_BS, doc_ids_BS=doc_ids_T.view(B, S)).records[0]
+    used = [chosen(routing, B * S)[span.start : span.stop].any(0).sum() for span in spans()]
+    assert used == [2] * len(spans())
+    undivided = model(ids_BS).records[0]
+    assert not torch.equal(undivided.demand_BE, routing.demand_BE)

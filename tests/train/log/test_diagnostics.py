@@ -17,7 +17,7 @@ from moetrain.moe import RouterContext, build_router
 from moetrain.train.log.diagnostics import RoutingDiagnostics, congestion, row_similarity
 
 
-def test_the_likeness_of_rows_is_the_mean_absolute_cosine_of_pairs() -> None:
+def test_likeness_is_the_mean_absolute_cosine_of_pairs() -> None:
     router = build_router("topk", d_model=5, num_experts=4)
     rows = [[float(x) for x in row] for row in router.weight_ED.detach()]
     found = []
