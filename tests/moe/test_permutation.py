@@ -157,6 +157,8 @@ def test_small_entries_are_left_out():
     routing = router_of("topk", order_EE)(normal(9, T, D), context(0))
     assert torch.bincount(routing.assignment.token_ids_N).tolist() == [2] * T
     assert float(soft_permutation(order_EE, 0, STEPS).diagonal().min()) < 1
+    total_T = dense_weights(routing, T).sum(1)
+    torch.testing.assert_close(total_T, torch.ones(T).double(), rtol=1e-14, atol=0)
 
 
 def test_a_layer_computes_what_moved_experts_compute():

@@ -26,6 +26,9 @@ from moetrain.moe.solvers import finite_scores, sparse_plan
 from moetrain.moe.topk_ops import softmax, top_ids
 
 _LEAST = 1e-6  # of a token's mass: a smaller part of the plan is rounding
+# What a score is rounded to: another layout's products differ in their last bits, and a search that has not
+# ended would make tokens of them.
+_GRID = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class ScotRouter(LinearRouter):
         broken_GL1 = ~groups.values_GLC.isfinite().all(-1, keepdim=True)  # every expert takes it: it shows
         valid_GL = groups.valid_GL & ~broken_GL1.squeeze(-1)
         most_G = -(-valid_GL.sum(-1) * self.share_k // self.num_experts)
-        scores_GLE = finite_scores(groups.values_GLC)
+        scores_GLE = (finite_scores(groups.values_GLC).double() / _GRID).round() * _GRID
         plan_GLE = sparse_plan(
             scores_GLE, valid_GL, most_G, options.gamma, options.iterations, options.tolerance
         )

@@ -15,11 +15,15 @@ _MEMORY, _HALVINGS, _ARMIJO = 8, 20, 1e-4
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [G, N] -> values [G], gradients [G, N]
 
 
-def minimize(objective: Objective, start_GN: Tensor, iterations: int, tolerance: float) -> Tensor:
+def minimize(
+    objective: Objective, start_GN: Tensor, longest_G: Tensor, iterations: int, tolerance: float
+) -> Tensor:
     """Where each problem's gradient has no element above ``tolerance``, or where ``iterations`` have led.
 
-    Steps are halved until the value has fallen enough; a problem in which none falls stays where it is, as
-    one without a slope at a kink does. No problem looks at another, so that each ends as it would alone.
+    No step moves a variable by more than ``longest_G``: where there is next to no curvature it would go
+    anywhere. Steps are halved until the value has fallen enough; a problem in which none falls stays where it
+    is, as one without a slope at a kink does. No problem looks at another, so that each ends as it would
+    alone.
     """
     x_GN, pairs = start_GN, _Pairs()
     value_G, slope_GN = objective(x_GN)
@@ -28,10 +32,11 @@ def minimize(objective: Objective, start_GN: Tensor, iterations: int, tolerance:
         if not bool(going_G.any()):
             break
         step_GN = pairs.direction(slope_GN)
-        descent_G = (step_GN * slope_GN).sum(-1)
-        uphill_G = ~(descent_G < 0)
+        uphill_G = ~((step_GN * slope_GN).sum(-1) < 0)
         step_GN = torch.where(uphill_G[:, None], -slope_GN, step_GN)
-        descent_G = torch.where(uphill_G, -slope_GN.square().sum(-1), descent_G)
+        size_G = step_GN.abs().amax(-1)
+        step_GN = step_GN * torch.where(size_G > longest_G, longest_G / size_G, 1.0)[:, None]
+        descent_G = (step_GN * slope_GN).sum(-1)
         first = 1 / slope_GN.abs().sum(-1).clamp(min=1.0) if i == 0 else torch.ones_like(descent_G)
         new_GN, new_value_G, new_slope_GN, moved_G = _search(
             objective, x_GN, value_G, slope_GN, step_GN, descent_G, first, going_G

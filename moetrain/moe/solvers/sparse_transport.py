@@ -38,7 +38,9 @@ def sparse_plan(
         return value_G - potential_GL.sum(-1), rest_GL
 
     start_GL = torch.zeros(groups, length, dtype=torch.float64, device=scores_GLE.device)
-    potential_GL = minimize(semi_dual, start_GL, iterations, tolerance)
+    # potentials differ by no more than scores and what an expert's mass may take off one of them
+    spread_G = scores_GLE.double().amax((1, 2)) - scores_GLE.double().amin((1, 2)) + gamma * mass_G
+    potential_GL = minimize(semi_dual, start_GL, spread_G, iterations, tolerance)
     _, plan_GEL = _columns(scores_GEL + potential_GL[:, None], most_G, mass_G, gamma, exact=True)
     return plan_GEL.transpose(1, 2)
 
