@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assign import ALL, apply_capacity
 from moetrain.moe.context import RouterContext
+from moetrain.moe.load_bound import bound_load
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.repair import repair_overflow
@@ -96,6 +97,8 @@ class Router(nn.Module):
                 total = options.combine(self.num_experts).total
                 how = (options.rounding, options.rounding_tile, options.group, total)
                 return round_tokens(routing, ctx, *how)
+            if self.training and options.max_overload is not None:
+                return bound_load(routing, ctx, options.max_overload, options.group)
             factor = self.capacity_factor()
             if factor is None:
                 return routing
@@ -152,6 +155,8 @@ def _check_capacity(options: RouterConfig) -> None:
         )
     if options.rounding is not Rounding.none:
         _check_rounding(options)
+    if options.max_overload is not None:
+        _check_load_bound(options)
     if options.repair is not Repair.none and not options.limits:
         raise ValueError(
             f"router.repair={options.repair.name} has nothing to repair without a capacity: "
@@ -173,6 +178,19 @@ def _check_rounding(options: RouterConfig) -> None:
         )
 
 
+def _check_load_bound(options: RouterConfig) -> None:
+    bound = f"router.max_overload={options.max_overload}"
+    if options.group == ALL:
+        raise ValueError(
+            f"{bound} is of tokens in their order on one rank, not of router.group=all: set a smaller group"
+        )
+    if options.capacity_factor is not None or options.rounding is not Rounding.none:
+        raise ValueError(
+            f"{bound} decides how many tokens an expert takes: set router.capacity_factor=null and "
+            "router.rounding=none, or router.max_overload=null"
+        )
+
+
 def _check_scores(name: str, options: RouterConfig) -> None:
     """Of a router without scores: what ranks by them is refused."""
     if options.repair is not Repair.none:
@@ -184,6 +202,11 @@ def _check_scores(name: str, options: RouterConfig) -> None:
         raise ValueError(
             f"router.rounding={options.rounding.name} ranks tokens by scores, and router={name} returns "
             "none: set router.rounding=none"
+        )
+    if options.max_overload is not None:
+        raise ValueError(
+            f"router.max_overload={options.max_overload} ranks experts by scores, and router={name} returns "
+            "none: set router.max_overload=null"
         )
     if options.drop_order is DropOrder.batch_prioritized:
         raise ValueError(
