@@ -161,6 +161,9 @@ class RouterConfig:
     local_devices: Optional[int] = field(default=None, metadata=at_least(2))
     # and how many consecutive sequences of the run are one device's; null: a rank's share of a step
     local_sequences: Optional[int] = field(default=None, metadata=at_least(1))
+    # in training: no expert has more than 1 + this times the mean load of its group's tokens so far; null: no
+    # bound; needs a router with scores, and no capacity factor
+    max_overload: Optional[float] = field(default=None, metadata=at_least(0))
     rounding: Rounding = Rounding.none  # in training; needs a router with scores, and no capacity factor
     rounding_tile: int = field(default=128, metadata=at_least(1, 2**20))  # tokens
     # steps of a search for the best order of experts (``permutation.py``); null: no search
@@ -181,8 +184,8 @@ class RouterConfig:
 
     @property
     def drops(self) -> bool:
-        """Whether a capacity or a rounding may take assignments away."""
-        return self.limits or self.rounding is not Rounding.none
+        """Whether a capacity, a rounding or a bound on load may take assignments away."""
+        return self.limits or self.rounding is not Rounding.none or self.max_overload is not None
 
     @property
     def limits(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
+from moetrain.moe.load_bound import bound_load
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.permutation import Permutation, mix, rename
@@ -114,6 +115,8 @@ class Router(nn.Module):
                 total = options.combine(self.num_experts).total
                 how = (options.rounding, options.rounding_tile, options.group, total)
                 return round_tokens(routing, ctx, *how)
+            if self.training and options.max_overload is not None:
+                return bound_load(routing, ctx, options.max_overload, options.group)
             factor = self.capacity_factor()
             if factor is None:
                 return routing

@@ -12,8 +12,11 @@ import torch
 from router_cases import dense_weights, normal
 from torch import nn
 
+from moetrain.models.count import flops_breakdown
+from moetrain.models.options import ModelConfig
 from moetrain.moe import RouterContext, build_router
-from moetrain.moe.routers.hyper import HyperRouter
+from moetrain.moe.routers.hyper import HyperOptions, HyperRouter
+from moetrain.moe.routers.topk import TopKOptions
 from moetrain.train.optim.build import build_optimizer
 from moetrain.train.optim.options import AdamWConfig
 
@@ -111,3 +114,9 @@ def test_the_network_begins_as_a_linear_layer_of_torch():
     for name, theirs in (("hidden_HD", nn.Linear(width, hidden)), ("made_GH", nn.Linear(hidden, 4096))):
         assert abs(float(getattr(router, name).detach().std() / theirs.weight.detach().std()) - 1) < 0.02
     assert abs(float(router.made_bias_G.detach().std() * (3 * hidden) ** 0.5) - 1) < 0.1
+
+
+def test_the_network_is_no_product_of_a_token():
+    cfg = ModelConfig(d_model=12, num_layers=3, num_heads=2, d_ff=8, d_ff_expert=6, num_experts=E)
+    assert flops_breakdown(cfg, HyperOptions(hidden=40), 16, 31).router == 2 * 3 * E * 12
+    assert flops_breakdown(cfg, TopKOptions(), 16, 31).router == 2 * 3 * E * 12

@@ -14,10 +14,13 @@ from balance_cases import balance_loss
 from router_cases import normal
 from torch import Tensor
 
+from moetrain.models.decoder import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe import RouterContext, Routing, build_router
 from moetrain.moe.balance import StepTotals
 from moetrain.moe.balance.load_share import first_choices_BE
-from moetrain.moe.routers.stable import StableRouter
+from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.routers.stable import StableOptions, StableRouter
 
 D, E, WORDS = 5, 7, 11
 SWITCH = 4
@@ -131,6 +134,19 @@ def test_weights_by_gradcheck(step):
     router, ctx = stable(), context(2, 5, step)
     x_TD = normal(1, 10, D).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: router(x, ctx).assignment.weights_N, [x_TD])
+
+
+def test_a_model_gives_the_table_its_vocabulary():
+    """For the router's own options and for those that all routers share; a number of its own stays."""
+    cfg = ModelConfig(d_model=12, num_layers=1, num_heads=2, d_ff=8, d_ff_expert=6, num_experts=E)
+    for options, rows in (
+        (StableOptions(), 31),
+        (RouterConfig("stable"), 31),
+        (StableOptions(vocabulary=WORDS), WORDS),
+    ):
+        (router,) = Decoder(cfg, options, ExpertsConfig(), 31).routers().values()
+        assert router.words_VW.shape == (rows, 50)
+        assert router.products_per_token() == E * (12 + 50)
 
 
 def test_ids_are_needed():
