@@ -38,7 +38,7 @@ def upcycle(cfg: UpcycleConfig, read: ReadTrained) -> int:
     corpus = prepare(cfg.data, cfg.train.seed) if cfg.prove or work.reads_text else None
     if corpus is not None and work.reads_text:
         rows = -(-cfg.calibration_tokens // cfg.data.seq_len)
-        work = replace(work, calibration=calibrate(source, corpus, rows))
+        work = replace(work, calibration=calibrate(source, corpus, rows, work.reads_gradients))
     spec = ModelSpec(model, cfg.router, cfg.experts)
     for line in _opening_lines(source.spec, spec, work):
         tell(line)

@@ -74,6 +74,11 @@ class Upcycling:
         """Whether ``calibration`` must say what the source does on some text."""
         return self.method.reads_text(self.job)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it must say what that text's loss owes to each unit, too."""
+        return self.method.reads_gradients(self.job)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the MoE model once. Those that pass unchanged are the source's own, not copies.
 
@@ -124,7 +129,7 @@ class Upcycling:
             weight, bias = (self.source.states[0][prefix(layer) + name][plan.source_E] for name in ROUTER)
             return dict(zip(ROUTER, (weight, bias * plan.bias_scale), strict=True))
         dtype, options, job = networks.w_down_SFD.dtype, self.method.options, self.job
-        start = start_router(options, job.target, plan.router_group, dtype, job.seed, layer, calibration)
+        start = start_router(options, job.target, plan, dtype, job.seed, layer, calibration)
         return {f"router.{name}": tensor for name, tensor in start.items()}
 
     def _fitting(self, name: str, tensor: Tensor) -> Tensor:
