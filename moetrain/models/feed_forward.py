@@ -83,6 +83,8 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "activation": experts.activation.value,
         "backend": experts.backend.value,
         "keep": experts.keep,
+        "dropout": experts.dropout,
+        "input_dropout": experts.input_dropout,
         "num_shared_experts": cfg.num_shared_experts,
         "d_ff_shared": cfg.d_ff_shared,
         "shared_gate": cfg.shared_gate,

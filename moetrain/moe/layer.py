@@ -16,12 +16,13 @@ from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
+from moetrain.moe.expert_dropout import ExpertDropout, with_keys
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, shared_refusal
+from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -33,7 +34,8 @@ class MoELayer(nn.Module):
     have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
     assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
     ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
-    output is multiplied by sigmoid(x @ gate), one number a token.
+    output is multiplied by sigmoid(x @ gate), one number a token. ``dropout``, ``input_dropout``: in
+    training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -53,16 +55,22 @@ class MoELayer(nn.Module):
         max_rows_per_rank: int | None = None,
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
+        given = ExpertsConfig(
+            block=block, max_rows_per_rank=max_rows_per_rank, dropout=dropout, input_dropout=input_dropout
+        )
+        drop = ExpertDropout(input_dropout, dropout)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
-        if line := range_refusal(rows, "experts") or shared or block_refusal(backend, block):
+        backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
+        if line := range_refusal(given, "experts") or shared or backends:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
-        given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
-        self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights)
+        said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
+        self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(said or {}))
+        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights, drop)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
@@ -99,6 +107,8 @@ class MoELayer(nn.Module):
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
+        if self.experts.drops:
+            x_TD = with_keys(x_TD, ctx)
         assignment = routing.assignment
         starts = self._round_starts(assignment, batch * seq)
         if len(starts) > 1:
