@@ -50,6 +50,7 @@ class Router(nn.Module):
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
     has_penalty = False  # likewise penalty, a loss of the router's own parameters
+    has_choices = False  # likewise choices_TE, choices with a gradient
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
