@@ -58,6 +58,6 @@ class AdapterLayer(MoELayer):
         w_gate_FD = None if self.w_gate_FD is None else adapted(self.w_gate_FD, self.lora_gate)
         w_up_FD, w_down_DF = adapted(self.w_up_FD, self.lora_up), adapted(self.w_down_DF, self.lora_down)
         h_BSD = dense_mlp(x_BSD, w_gate_FD, w_up_FD, w_down_DF, self.activation)
-        seen_BSD = x_BSD if router_input is None else router_input
+        seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
         y_BSD, routing = super().forward(h_BSD, ctx, seen_BSD, shared_input)
         return h_BSD + y_BSD.to(h_BSD.dtype), routing

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B S tokens, D model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class MoELayer(nn.Module):
         """(y [B, S, D] in the dtype of the experts' products, the Routing).
 
         ``router_input`` and ``shared_input``, of x's shape, are what the router and the shared experts read;
-        None: x. Raises ValueError where ``ctx`` is of another number of tokens.
+        None: x, or what :meth:`read_by_router` says.
+        Raises ValueError where ``ctx`` is of another number of tokens.
         """
         batch, seq, width = x_BSD.shape
         if ctx is None:
@@ -101,9 +103,9 @@ class MoELayer(nn.Module):
         if (ctx.batch, ctx.seq) != (batch, seq):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
-        seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
+        seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
         shared_BSD = x_BSD if shared_input is None else shared_input
-        routing: Routing = self.router(seen_TD, ctx)
+        routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
@@ -122,6 +124,11 @@ class MoELayer(nn.Module):
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
         return y_BSD, routing
+
+    def read_by_router(self, x_BSD: Tensor, ctx: RouterContext | None) -> Tensor:
+        """What the router reads where nothing else is said: the layer's input, or the residual stream."""
+        stream_BSD = None if ctx is None or not self.router.reads_stream else ctx.stream_BSD
+        return x_BSD if stream_BSD is None else stream_BSD
 
     def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)

@@ -41,6 +41,7 @@ class Router(nn.Module):
     is_router = True  # its parameters form an FSDP group of their own, in fp32
     keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
+    reads_stream = False  # whether it reads the residual stream before the layer's norm, where there is one
     input_scale = 1.0  # multiplies what all experts but the shared ones read
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
