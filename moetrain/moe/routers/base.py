@@ -46,6 +46,7 @@ class Router(nn.Module):
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
+    capacity_of_tokens = False  # whether a capacity factor multiplies a group's tokens, not its assignments
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
@@ -92,14 +93,16 @@ class Router(nn.Module):
             if order is DropOrder.random and not self.training:
                 order = DropOrder.position  # evaluation draws nothing
             limits = (factor, options.min_capacity, order, options.group)
-            kept = apply_capacity(routing, ctx, *limits)
+            of_tokens = self.capacity_of_tokens
+            kept = apply_capacity(routing, ctx, *limits, of_tokens=of_tokens)
             if options.repair is Repair.none:
                 return kept
             local_TE = self._local_experts(ctx) if options.repair.is_local else None
-            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE, of_tokens=of_tokens)
 
     def capacity_factor(self) -> float | None:
-        """The factor that multiplies an expert's even share of the assignments; None: no capacity."""
+        """The factor that multiplies an expert's even share of the assignments, or of the tokens where
+        ``capacity_of_tokens``; None: no capacity."""
         options = self.options
         return options.capacity_factor if self.training else options.eval_capacity_factor
 
