@@ -29,6 +29,7 @@ class Batch:
                     bits and stands for no byte.
     valid_BS        bool, False on padding; None: no padding in this batch.
     num_targets     how many labels are not IGNORE.
+    token_domains_BS  index into ``Corpus.domains`` of the tokens read, for routers; None: not known.
     documents       no row has more of them, and each is one run of positions; None: not known.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     valid_BS: Tensor | None
     num_targets: int
     documents: int | None = None
+    token_domains_BS: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """All of it on ``device``, by copies that the host does not wait for."""

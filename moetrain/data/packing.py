@@ -30,6 +30,7 @@ class Rows(NamedTuple):
     doc_ids_BS: Ints
     positions_BS: Ints
     domain_ids_BS: Ints
+    token_domains_BS: Ints
     byte_counts_BS: Ints
     valid_BS: npt.NDArray[np.bool_]
 
@@ -73,13 +74,15 @@ class PackedStream:
             labels_BS[doc_BT[:, 1:] != doc_BT[:, :-1]] = IGNORE
         place_BS, doc_BS = place_BT[:, :-1], doc_BT[:, :-1]
         no_label_BS = labels_BS == IGNORE
-        domain_doc_BS = np.where(no_label_BS, doc_BS, doc_BT[:, 1:]).clip(max=self.stream.num_documents - 1)
+        last = self.stream.num_documents - 1
+        domain_doc_BS = np.where(no_label_BS, doc_BS, doc_BT[:, 1:]).clip(max=last)
         return Rows(
             input_ids_BS=tokens_BT[:, :-1],
             labels_BS=labels_BS,
             doc_ids_BS=doc_BS,
             positions_BS=self._positions(place_BS, doc_BS, start_B1),
             domain_ids_BS=self.stream.domains_M[domain_doc_BS].astype(np.int64),
+            token_domains_BS=self.stream.domains_M[doc_BS.clip(max=last)].astype(np.int64),
             byte_counts_BS=np.where(no_label_BS, 0, self._token_bytes_V[np.where(no_label_BS, 0, labels_BS)]),
             valid_BS=place_BS < self.stream.num_tokens,
         )
@@ -168,6 +171,7 @@ class PackedSplit:
             positions_BS=tensor(rows.positions_BS) if self._packing.reset_positions else None,
             sample_ids_B=tensor(sample_ids_B.astype(np.int64)),
             domain_ids_BS=tensor(rows.domain_ids_BS),
+            token_domains_BS=tensor(rows.token_domains_BS),
             byte_counts_BS=tensor(rows.byte_counts_BS),
             valid_BS=None if rows.valid_BS.all() else tensor(rows.valid_BS),
             num_targets=int((rows.labels_BS != IGNORE).sum()),

@@ -23,6 +23,7 @@ class RouterContext:
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
     prev        the previous MoE layer's record of the same forward pass.
+    domain_ids_T  int64, the index of each token's domain among the corpus's; None: not known.
     stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
                 it (``Router.reads_stream``). None: the layer's input is all there is.
     """
@@ -37,6 +38,7 @@ class RouterContext:
     layer: int = 0
     group: dist.ProcessGroup | None = None
     prev: RoutingRecord | None = None
+    domain_ids_T: Tensor | None = None
     stream_BSD: Tensor | None = None
 
     @staticmethod

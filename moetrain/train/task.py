@@ -141,6 +141,7 @@ def batch_arguments(
         seed=seed,
         step=step,
         group=group,
+        domain_ids_T=None if batch.token_domains_BS is None else batch.token_domains_BS.reshape(-1),
     )
     return {
         "input_ids_BS": batch.input_ids_BS,

@@ -73,6 +73,7 @@ def mixed(sequences: int, seq: int, vocab: int, seed: int) -> Batch:
             byte_counts_BS=torch.ones(sequences, seq, dtype=torch.int64),
             valid_BS=valid_BS,
             num_targets=0,
+            token_domains_BS=(torch.arange(sequences)[:, None] + second_BS) % 3,
         )
     )
 

@@ -80,7 +80,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self.route(x_TD, ctx)
+            routing = replace(self.route(x_TD, ctx), domain_ids_T=ctx.domain_ids_T)
             options = self.options
             if self.training and options.rounding is not Rounding.none:
                 total = options.combine(self.num_experts).total
