@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.adapters import AdapterLayer
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.options import Keep
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS = 3, 5, 7, 11, 4
@@ -166,6 +167,22 @@ def test_a_layout_of_the_batch_changes_nothing() -> None:
         again = torch.autograd.grad(found.square().sum(), other.experts.w_down_EFD)[0]
         torch.testing.assert_close(again, grad, rtol=1e-11, atol=1e-13)
     assert moe(x_BSD[:, :0], RouterContext(BATCH, 0, torch.tensor(SAMPLES)))[0].shape == (BATCH, 0, WIDTH)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+@pytest.mark.parametrize("hidden", [0.4, 0.0])
+def test_a_rank_without_rows_has_gradients_of_zero(backend: str, hidden: float) -> None:
+    """And none is missing: those of the rows are what a backward pass on ranks waits with."""
+    moe, none = layer(hidden, 0.0, backend=backend), torch.zeros(0, dtype=torch.int64)
+    source_XD = torch.zeros(0, WIDTH + (4 if hidden else 0), dtype=torch.float64).requires_grad_()
+    assignment = Assignment(
+        none, torch.zeros(0, dtype=torch.float64), torch.zeros(EXPERTS, dtype=torch.int64)
+    )
+    work = moe.dispatcher.dispatch(source_XD, assignment)
+    moe.dispatcher.combine(moe.experts(work), work).sum().backward()
+    for leaf in (source_XD, moe.experts.w_gate_up_EDCF, moe.experts.w_down_EFD):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
 
 
 def test_keys_survive_bf16() -> None:
