@@ -113,6 +113,8 @@ class Upcycling:
         state, if it is carried, which starts from zero."""
         start = f"blocks.{layer}."
         names = sorted(name for name in self.ledger.fresh if name.startswith(start))
+        if not names:
+            return []
         dtype, made = self.source.states[0][f"{start}attention.w_q_QD"].dtype, {}
         for name in names:
             shape = self.shapes[name]
