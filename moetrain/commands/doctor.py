@@ -72,9 +72,11 @@ def _print_torch_devices() -> None:
     import torch
 
     from moetrain.compat import check_torch
+    from moetrain.ops.cpu.libraries import faster
 
     check_torch(torch.__version__)
     _line("torch threads", str(torch.get_num_threads()))
+    _line("cpu products", f"of fp32 by {faster()}, which was the faster one when it was measured")
     _line("cuda", torch.version.cuda or "this torch is built without CUDA")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

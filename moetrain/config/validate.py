@@ -22,7 +22,7 @@ from moetrain.config.rules.model import (
     routing_group_divides_micro_batch,
     vocabulary_is_large_enough,
 )
-from moetrain.config.rules.router import router_accepts_its_options
+from moetrain.config.rules.router import router_accepts_its_options, router_can_be_replayed
 from moetrain.config.rules.train import (
     attention_fits_device,
     ends_with_its_schedule,
@@ -42,6 +42,7 @@ from moetrain.train.engine import engine_of
 from moetrain.train.log.rules import check_tracker
 from moetrain.train.optim.rules import check_optim, check_schedule
 from moetrain.train.options import GenerateConfig, TrainConfig
+from moetrain.train.replay import check_replay
 from moetrain.train.rules import check_batch, check_compare, check_generate, check_loop, check_run
 from moetrain.train.task import task_of
 from moetrain.verify.options import VerifyConfig
@@ -58,6 +59,8 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     _check_layout(cfg, world)
     check_batch(cfg.train, cfg.data.seq_len, world)
     check_loop(cfg.train)
+    check_replay(cfg.replay)
+    router_can_be_replayed(cfg)
     attention_fits_device(cfg)
     recomputes_once(cfg)
     engine_of(cfg.engine.name)
@@ -79,6 +82,11 @@ def validate_verify(cfg: VerifyConfig) -> None:
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
         )
+    for name in ("record", "force"):
+        if (folder := getattr(cfg.replay, name)) is not None:
+            raise UserError(
+                f"replay.{name}={folder} is of text, and a proof has tokens of its own: leave it out"
+            )
     world = cfg.verify.world or smallest_world(cfg.parallel)
     _check_model(cfg, world)
     _check_layers(cfg)

@@ -23,6 +23,7 @@ from moetrain.terminal import console, show
 from moetrain.train.evaluate import evaluate
 from moetrain.train.log.metrics import EvalSums
 from moetrain.train.options import Precision
+from moetrain.train.replay import open_replay
 from moetrain.train.run import resolve_device
 from moetrain.train.run_files import ReadTrained
 from moetrain.train.task import NextToken
@@ -85,7 +86,8 @@ def _score_files(
     split = whole_files(files, cfg.data.format, cfg.data.text_key, stored.tokenizer, packing)
     names = [str(file) for file in files]
     batches = val_batches(split, cfg.batch_size)
-    total, of_files = evaluate(task, batches, names, seed=0, byte_scale=split.byte_scale)
+    replay = open_replay(cfg.replay, task.model.routers())
+    total, of_files = evaluate(task, batches, names, seed=0, byte_scale=split.byte_scale, replay=replay)
     nothing = EvalSums(0.0, 0, 0)
     return _figures(total), {name: _figures(of_files.get(name, nothing)) for name in names}
 

@@ -6,7 +6,7 @@ from typing import Optional
 from moetrain.bounds import at_least
 from moetrain.data.options import TextFormat
 from moetrain.missing import MISSING
-from moetrain.train.options import Precision
+from moetrain.train.options import Precision, ReplayConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class EvalConfig:
     num_fewshot: Optional[int] = field(default=None, metadata=at_least(0))
     limit: Optional[int] = field(default=None, metadata=at_least(1))  # questions of each task; null: all
     json: Optional[str] = None  # a file for the figures
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     batch_size: int = field(default=8, metadata=at_least(1))  # sequences at once
     device: str = "auto"  # auto | cpu | cuda
     precision: Precision = Precision.fp32

@@ -9,6 +9,7 @@ from moetrain.data.sources.paths import find_files
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig, EvalData
 from moetrain.packages import is_installed
+from moetrain.train.replay import check_replay
 from moetrain.train.rules import check_device
 
 
@@ -19,6 +20,7 @@ def check_eval(cfg: EvalConfig) -> None:
     if cfg.data.path is None and not cfg.tasks:
         raise UserError("give text to score (data.path=FILES), tasks of lm-eval (tasks=[...]), or both")
     _check_used(cfg)
+    check_replay(cfg.replay)
     if cfg.data.path is not None:
         find_files(cfg.data.path)
     _check_tasks(cfg)
@@ -36,6 +38,10 @@ def _check_used(cfg: EvalConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and not cfg.tasks:
             raise UserError(f"{name}={value} is of tasks, but tasks=[]: leave it out, or name tasks")
+    for name in ("record", "force"):
+        value = getattr(cfg.replay, name)
+        if value is not None and cfg.data.path is None:
+            raise UserError(f"replay.{name}={value} is of files, but data.path is not set: leave it out")
     for name in ("format", "text_key"):
         value, default = (getattr(data, name) for data in (cfg.data, EvalData()))
         if value != default and cfg.data.path is None:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that generation has already seen, preallocated.
+"""Keys and values of the tokens that generation has already seen, preallocated; and what routers keep.
 
 Shapes: B batch, G key and value heads, S new tokens, C cached tokens, M capacity, H head width.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moetrain.moe.context import RouterMemory
+
 
 class LayerCache:
-    """One layer's keys and values. Memory is taken at the first use, in the dtype then seen."""
+    """One layer's keys and values, and its router's. Memory is taken at the first use, in its dtype."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
+        self.router = RouterMemory()
         self._keys_BGMH: Tensor | None = None
         self._values_BGMH: Tensor | None = None
 

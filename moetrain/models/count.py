@@ -11,7 +11,7 @@ import torch
 
 from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig
-from moetrain.moe import MoELayer
+from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 
 
@@ -133,9 +133,15 @@ def flops_breakdown(
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * counts.experts_active,
-        router=2 * counts.router,
+        router=2 * (counts.router + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
+
+
+def _saved_products(model: Decoder) -> int:
+    """What routers multiply a token by, less their parameters: negative where most of them are looked up."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return sum(r.products_per_token() - sum(p.numel() for p in r.parameters()) for r in routers)
 
 
 def flops_per_token(

@@ -22,6 +22,7 @@ from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rules import check_model
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.moe.routers import full_options
 from moetrain.ops.attention import Plan, seen_keys
 from moetrain.ops.embedding import embedding
 from moetrain.ops.init import Constant, Normal, parameter, set_initializer
@@ -92,6 +93,8 @@ class Decoder(nn.Module):
         check_model(cfg)
         check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
+        if cfg.num_experts:
+            router = full_options(router).for_vocabulary(vocab_size)
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)
         self.blocks = nn.ModuleList(Block(cfg, router, experts, layer) for layer in range(cfg.num_layers))
@@ -130,6 +133,8 @@ class Decoder(nn.Module):
         ctx = RouterContext.default(batch, seq, device) if ctx is None else ctx
         if ctx.token_ids_T is None:
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
+        if ctx.doc_ids_T is None and doc_ids_BS is not None:
+            ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
         compute_dtype = x_BSD.dtype
@@ -148,8 +153,8 @@ class Decoder(nn.Module):
         previous: RoutingRecord | None = None
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             rope, plan = ropes[attention.rope_dim], plans[attention.heads]
-            layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]
+            layer_ctx = ctx.at_layer(layer, previous, None if layer_cache is None else layer_cache.router)
             x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
             if record is not None:
                 records[layer] = previous = record

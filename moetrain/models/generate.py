@@ -13,6 +13,7 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.models.cache import KVCache
 from moetrain.models.decoder import Decoder
+from moetrain.moe import RoutingRecord
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     ended: Callable[[list[int]], bool] | None = None,
+    observe: Callable[[Tensor, dict[int, RoutingRecord]], None] | None = None,
 ) -> list[int]:
     """The new tokens only; the last one is ``eos_id`` where the model ended by itself, or that
     after which ``ended`` is true of them all.
@@ -33,6 +35,7 @@ def generate(
     ``temperature`` 0 is greedy. ``top_k`` keeps the k likeliest tokens, ``top_p`` the fewest likeliest ones
     that hold that much probability after the temperature (both: k first). Equal seeds give equal text: the
     draw is made on the CPU by its own generator. The model runs in evaluation mode and is left as it was.
+    ``observe`` gets the tokens [1, S] of each pass and what its MoE layers told, by their places.
     Raises UserError for an empty prompt, ids outside the vocabulary, or an option out of its range.
     """
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p)
@@ -45,8 +48,10 @@ def generate(
     model.eval()
     try:
         while len(new_ids) < max_new_tokens:
-            hidden_BSD = model(ids_BS, cache=cache).hidden_BSD
-            logits_V = model.logits(hidden_BSD[0, -1])
+            output = model(ids_BS, cache=cache)
+            if observe is not None:
+                observe(ids_BS, output.records)
+            logits_V = model.logits(output.hidden_BSD[0, -1])
             new_ids.append(choose(logits_V, temperature, top_k, top_p, generator))
             if new_ids[-1] == eos_id or (ended is not None and ended(new_ids)):
                 break

@@ -5,6 +5,7 @@ Shapes: T = B * S tokens, flattened sequence by sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,19 @@ from moetrain.moe.routing import RoutingRecord
 from moetrain.ops.counter import mix
 
 
+class RouterMemory:
+    """What one layer's router keeps of the tokens that generation has already seen."""
+
+    def __init__(self) -> None:
+        self._kept_BNX: Tensor | None = None
+
+    def extend(self, new_BSX: Tensor) -> Tensor:
+        """Keep the new tokens' rows; returns those of all tokens so far [B, N, X], the new ones last."""
+        before = self._kept_BNX
+        self._kept_BNX = new_BSX if before is None else torch.cat([before, new_BSX], 1)
+        return self._kept_BNX
+
+
 @dataclass(frozen=True)
 class RouterContext:
     """What a router reads besides its input. Noise depends on ``sample_ids_B``, which are global.
@@ -23,7 +37,11 @@ class RouterContext:
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
     prev        the previous MoE layer's record of the same forward pass.
+    doc_ids_T   int64, the same number in a sequence row = the same document; None: rows are not divided.
+    forced      a layer's place -> the experts that each token takes there, int64 [T, K], in the router's
+                order; None: as routers choose. Padding's are any. Routers with ``replays`` obey.
     domain_ids_T  int64, the index of each token's domain among the corpus's; None: not known.
+    memory      of this layer while text is generated token by token; None: the sequences are whole.
     stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
                 it (``Router.reads_stream``). None: the layer's input is all there is.
     """
@@ -38,7 +56,10 @@ class RouterContext:
     layer: int = 0
     group: dist.ProcessGroup | None = None
     prev: RoutingRecord | None = None
+    doc_ids_T: Tensor | None = None
+    forced: Mapping[int, Tensor] | None = None
     domain_ids_T: Tensor | None = None
+    memory: RouterMemory | None = None
     stream_BSD: Tensor | None = None
 
     @staticmethod
@@ -46,8 +67,15 @@ class RouterContext:
         """The context of a call that gives none: fresh samples 0 to ``batch`` - 1, no padding."""
         return RouterContext(batch, seq, torch.arange(batch, device=device))
 
-    def at_layer(self, layer: int, prev: RoutingRecord | None) -> RouterContext:
-        return replace(self, layer=layer, prev=prev)
+    def at_layer(
+        self, layer: int, prev: RoutingRecord | None, memory: RouterMemory | None = None
+    ) -> RouterContext:
+        return replace(self, layer=layer, prev=prev, memory=memory)
+
+    @property
+    def forced_TK(self) -> Tensor | None:
+        """The experts that this layer's tokens must take; None: as the router chooses."""
+        return None if self.forced is None else self.forced[self.layer]
 
     @property
     def positions_T(self) -> Tensor:
@@ -65,11 +93,24 @@ class RouterContext:
         """
         if shape[0] != self.batch * self.seq:
             raise ValueError(f"uniform needs one row a token: {self.batch * self.seq}, not {shape[0]}")
-        key = torch.zeros((), dtype=torch.int64, device=self.sample_ids_B.device)
-        for part in (self.seed, self.step, self.layer, salt):
-            key = mix(key + part)
+        key = self._key(self.step, salt)
         key_T = mix(mix(key + self.sample_ids_B).repeat_interleave(self.seq) + self.positions_T)
         if len(shape) > 1:
             columns = torch.arange(shape[1], device=key_T.device)
             key_T = mix(key_T[:, None] + columns)
-        return ((key_T >> 41) & 0x7FFFFF).float() * 2.0**-23 + 2.0**-24
+        return _noise(key_T)
+
+    def common_uniform(self, number: int, step: int, salt: int = 0) -> Tensor:
+        """[``number``] of such noise, alike for all tokens and ranks: of (seed, ``step``, layer, salt)."""
+        places = torch.arange(number, device=self.sample_ids_B.device)
+        return _noise(mix(self._key(step, salt) + places))
+
+    def _key(self, step: int, salt: int) -> Tensor:
+        key = torch.zeros((), dtype=torch.int64, device=self.sample_ids_B.device)
+        for part in (self.seed, step, self.layer, salt):
+            key = mix(key + part)
+        return key
+
+
+def _noise(keys: Tensor) -> Tensor:
+    return ((keys >> 41) & 0x7FFFFF).float() * 2.0**-23 + 2.0**-24

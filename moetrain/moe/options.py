@@ -167,6 +167,10 @@ class RouterConfig:
     local_sequences: Optional[int] = field(default=None, metadata=at_least(1))
     rounding: Rounding = Rounding.none  # in training; needs a router with scores, and no capacity factor
     rounding_tile: int = field(default=128, metadata=at_least(1, 2**20))  # tokens
+    # steps of a search for the best order of experts (``permutation.py``); null: no search
+    permutation_steps: Optional[int] = field(default=None, metadata=at_least(1))
+    # of the search, in the router's penalty: of its matrix's entropy
+    permutation_entropy_coef: float = field(default=1e-4, metadata=at_least(0))
 
     def evaluation_rule(self, num_experts: int) -> Optional[Words]:
         """The router's rule in evaluation over E experts, as ``evaluation.py`` describes it, or None.
@@ -174,6 +178,10 @@ class RouterConfig:
         It does not pass to a subclass, whose router may do otherwise (``RouterSpec.exported``).
         """
         return None
+
+    def for_vocabulary(self, size: int) -> "RouterConfig":
+        """The options in a model of ``size`` token ids, for routers with a table of them."""
+        return self
 
     @property
     def drops(self) -> bool:

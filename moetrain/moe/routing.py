@@ -29,7 +29,8 @@ class RoutingRecord:
     load_TE       differentiable probability that the token picks the expert (noisy routers), or None.
     stats         detached sums over tokens for the router's ``after_step``, or None.
     price_E       the factor of an expert's term in balance losses; capacities divide by it. None: 1.
-    penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
+    penalty       for the loss ``penalty``, or None: a scalar of the router's own parameters, or a mean over
+                  this micro-batch's valid tokens.
     domain_ids_T  int64, the index of each token's domain among the corpus's, or None: not known.
     choices_TE    whether the token chose the expert, 1 or 0, with the gradient of a router that passes one
                   straight through its choices, or None.

@@ -48,6 +48,12 @@ def _by_torch(logits_TE: Tensor, bias_E: Tensor, rule: Rule) -> Chosen:
     return Chosen(ids_TK, weigh(scores_TE, logits_TE, ids_TK, rule), scores_TE)
 
 
+def choose_given(logits_TE: Tensor, ids_TK: Tensor, rule: Rule) -> Chosen:
+    """The given experts with their weights by ``rule``; by torch, whatever chose them."""
+    scores_TE = scores(logits_TE, rule)
+    return Chosen(ids_TK, weigh(scores_TE, logits_TE, ids_TK, rule), scores_TE)
+
+
 def scores(logits_TE: Tensor, rule: Rule) -> Tensor:
     """The scores [T, E]."""
     return logits_TE.sigmoid() if rule.score == "sigmoid" else softmax(logits_TE)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.watchdog.flight_recorder import watched
 
+_ROW = 1024  # elements of a vector that are squared and added in fp32
 _Layout = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and the dimensions of it that shard the gradient
 
 
@@ -72,18 +73,33 @@ def scale_(grads: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
 
 
 def local_total(grads: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """Sum of squares (or largest magnitude) of plain tensors, fp64; norms are taken in fp32 or fp64."""
+    """Sum of squares (or largest magnitude) of plain tensors, fp64; norms are of fp32 or fp64."""
     grads = [g for g in grads if g.numel()]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = [
-        torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32))
-        for g in grads
-    ]
+    norms = [_norm(g, norm_type) for g in grads]
     norms_fp64 = torch.stack([n.to(device, torch.float64) for n in norms])
     if norm_type == 2.0:
         return norms_fp64.square().sum()
     return norms_fp64.nan_to_num(nan=math.inf, posinf=math.inf).amax()  # a collective's max may drop a nan
+
+
+def _norm(gradient: Tensor, norm_type: float) -> Tensor:
+    """Of one tensor. A CPU adds the squares of all elements one after the other in fp32, which is off by 1e-5
+    for a million of them, and by something else for each shard; so there it does rows, and fp64 the rest.
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if gradient.device.type != "cpu" or wide != torch.float32:
+        norm: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=wide)
+        return norm
+    rows = [gradient]
+    if gradient.dim() < 2:
+        flat = gradient.flatten()
+        whole = flat.numel() - flat.numel() % _ROW
+        rows = [flat[:whole].unflatten(0, (-1, _ROW)), flat[whole:]]
+    norms = [torch.linalg.vector_norm(r, norm_type, dim=-1, dtype=wide).flatten() for r in rows if r.numel()]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), norm_type, dtype=torch.float64)
+    return total
 
 
 def all_reduce_total_(total: Tensor, norm_type: float, group: dist.ProcessGroup | None) -> None:

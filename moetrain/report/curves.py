@@ -52,6 +52,8 @@ LAYER_FIGURES = (
     LayerFigure("entropy", "Router entropy", "entropy (nats)", "Low: each token is sure of its experts."),
     LayerFigure("logit_rms", "Size of the logits", "root mean square", "Growing: z-loss is missing or weak."),
     LayerFigure("drop_rate", "Dropped assignments", "dropped (%)", "Wanted but over capacity.", percent=True),
+    LayerFigure("router_similarity", "Likeness of router rows", "mean |cosine|", "1: rows are all alike."),
+    LayerFigure("congestion", "Congestion", "gamma", "Large: balance outweighs what tokens like."),
     LayerFigure("dead_experts", "Dead experts", "experts without a token", "Experts idle for a whole step."),
 )
 

@@ -205,6 +205,30 @@ def says_what_it_is(name: str) -> None:
     if router.reads_bias is not (moved := _bias_moves_it(router, ctx)):
         what = "moves" if moved else "moves no"
         raise _BrokenError(f"reads_bias={router.reads_bias}, but bias_E {what} choices")
+    if router.takes_best:
+        _takes_the_best(_build(name, 7), ctx)
+
+
+@torch.no_grad()
+def obeys_a_record(name: str) -> None:
+    """where it says that it replays: its own experts forced change no bit, and others are taken as given"""
+    if not _build(name, 7).replays:
+        return
+    for padded, training in itertools.product((False, True), repeat=2):
+        ctx, router = _context(3, 17, padded), _build(name, 7, training)
+        own = router.route(_input(ctx), ctx)  # before any capacity
+        a = own.assignment
+        if router.top_k is None or a.choice_N is None:
+            raise _BrokenError("replays=True needs a top_k, and a Routing of token choices")
+        ids_TK = torch.arange(router.top_k).repeat(ctx.batch * ctx.seq, 1)
+        ids_TK[a.token_ids_N, a.choice_N] = a.expert_ids_N()
+        _same(own, router.route(_input(ctx), replace(ctx, forced={ctx.layer: ids_TK})), "with them forced")
+        other_TK = (ids_TK + 1) % router.num_experts
+        forced = router.route(_input(ctx), replace(ctx, forced={ctx.layer: other_TK}))
+        valid_T1 = torch.ones(len(ids_TK), 1) if ctx.valid_T is None else ctx.valid_T[:, None]
+        wanted_TE = torch.zeros(len(ids_TK), router.num_experts).scatter_(1, other_TK, 1.0) * valid_T1
+        if not torch.equal(forced.demand_E, wanted_TE.sum(0).long()):
+            raise _BrokenError("replays=True, but it takes other experts than those of ctx.forced_TK")
 
 
 @torch.no_grad()
@@ -219,6 +243,22 @@ def _bias_moves_it(router: Router, ctx: RouterContext) -> bool:
     return False
 
 
+@torch.no_grad()
+def _takes_the_best(router: Router, ctx: RouterContext) -> None:
+    """Raise unless every token takes the top_k best of its scores plus a bias that reorders them."""
+    router.bias_E.copy_(torch.linspace(-0.5, 0.5, router.num_experts).roll(3))
+    routing = router.route(_input(ctx), ctx)  # before any capacity
+    scores_TE = routing.scores_TE
+    if scores_TE is None or router.top_k is None or not ((scores_TE >= 0) & (scores_TE <= 1)).all():
+        raise _BrokenError("takes_best=True needs a top_k and scores that lie in [0, 1]")
+    taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    taken_TE[routing.assignment.token_ids_N, routing.assignment.expert_ids_N()] = True
+    biased_TE = scores_TE + router.bias_E
+    least_T1 = biased_TE.topk(router.top_k, dim=-1).values[:, -1:]
+    if not torch.equal(taken_TE, biased_TE >= least_T1):
+        raise _BrokenError("takes_best=True, but a token takes others than the best of scores plus bias_E")
+
+
 def _same(one: Routing, other: Routing, when: str) -> None:
     for field in ("token_ids_N", "weights_N", "counts_E"):
         if not torch.equal(getattr(one.assignment, field), getattr(other.assignment, field)):
@@ -230,5 +270,5 @@ def _same(one: Routing, other: Routing, when: str) -> None:
 
 CHECKS: tuple[Callable[[str], None], ...] = (
     builds, keeps_invariants, ignores_padding, follows_the_sequence, repeats_itself, changes_no_state,
-    gradients_are_finite, follows_the_step, says_what_it_is,
+    gradients_are_finite, follows_the_step, says_what_it_is, obeys_a_record,
 )  # fmt: skip

@@ -84,7 +84,12 @@ RULES = (
         Change.free,
         "how far, and what is written on the way",
     ),
-    Rule(("run", "tracker", "alarms", "compare"), Change.free, "where the run lies, and who is told"),
+    Rule(("replay",), Change.named, "decides which experts tokens take"),
+    Rule(
+        ("run", "tracker", "alarms", "compare", "replay.record"),
+        Change.free,
+        "where the run lies, and who is told",
+    ),
     Rule(
         ("resume", "resume_changes", "plugins"),
         Change.free,

@@ -16,7 +16,9 @@ from moetrain.errors import UserError
 from moetrain.models.decoder import Decoder
 from moetrain.moe import Router
 from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.train.log.diagnostics import RoutingDiagnostics
 from moetrain.train.log.metrics import EvalSums
+from moetrain.train.replay import Replay
 from moetrain.train.task import Task, batch_arguments
 
 
@@ -28,6 +30,8 @@ def evaluate(
     seed: int,
     byte_scale: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    replay: Replay | None = None,
+    diagnostics: RoutingDiagnostics | None = None,
 ) -> tuple[EvalSums, dict[str, EvalSums]]:
     """The sums over all held-out tokens, and over those of each domain. All ranks call it together.
 
@@ -35,16 +39,23 @@ def evaluate(
     tokens' own lengths (``PackedSplit.byte_scale``). Sums are over the ranks of ``group``; None: all ranks.
     The state of training does not change: no gradient, no router state, no random state. Raises UserError, on
     every rank, if no batch of any rank has a label. A task that an engine laid out is evaluated within the
-    engine's ``forward_only``.
+    engine's ``forward_only``. ``replay``: records the experts that tokens take, or forces them.
+    ``diagnostics`` gets the records of every batch.
     """
     device = next(task.parameters()).device
     sums = torch.zeros(3, max(len(domains), 1), dtype=torch.float64, device=device)  # nats, tokens, bytes
+    replay = replay or Replay()
     was_training = task.training
     task.eval()
     try:
-        for cpu_batch in batches:
+        for number, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(device)
-            output = task(**batch_arguments(batch, seed, step=0), per_token=True)
+            forced = replay.forced(cpu_batch)
+            output = task(**batch_arguments(batch, seed, step=0, forced=forced), per_token=True)
+            replay.add(cpu_batch, output.records)
+            if diagnostics is not None:
+                diagnostics.add(output.records)
+            replay.flush(f"batch_{number:08d}")
             asked_BS = batch.labels_BS != -100
             domain_n = batch.domain_ids_BS[asked_BS]
             for row, values_BS in enumerate((output.nll_BS, asked_BS, batch.byte_counts_BS)):

@@ -86,6 +86,14 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """Routing replay: folders of records, one to write and one to force (``train/replay.py``)."""
+
+    record: Optional[str] = None
+    force: Optional[str] = None
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Train several variants of one config, each over all seeds, as a resumable queue of runs.
 
@@ -115,6 +123,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     init_from: Optional[str] = None  # the model to start from: a run, converted or Hugging Face folder
     init_optimizer: bool = False  # take the optimizer's state from there too
     resume: str = "auto"  # auto | none | a checkpoint's path
@@ -134,6 +143,7 @@ class GenerateConfig:
     top_k: Optional[int] = field(default=None, metadata=at_least(1))
     top_p: Optional[float] = field(default=None, metadata=within(0, 1, open_low=True))
     seed: int = field(default=0, metadata=at_least(0))
+    record: Optional[str] = None  # a folder for the experts that each token takes
     device: str = "auto"
     precision: Precision = Precision.fp32
     plugins: list[str] = field(default_factory=list)  # the packages that a run's own router needs

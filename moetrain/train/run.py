@@ -37,6 +37,7 @@ from moetrain.terminal import tell
 from moetrain.train.evaluate import evaluate, other_modes, routing_by
 from moetrain.train.identity import identity_of
 from moetrain.train.initial import carry_over
+from moetrain.train.log.diagnostics import RoutingDiagnostics
 from moetrain.train.log.jsonl import last_row
 from moetrain.train.log.metrics import EvalSums, eval_row
 from moetrain.train.log.progress import build_progress
@@ -132,22 +133,30 @@ def _evaluate(cfg: TrainConfig, built: Built) -> dict[str, Any]:
     """The row of an evaluation: by the routers' default way, and the loss alone by any other they have."""
     corpus, state, data = built.corpus, built.state, built.state.engine.data
 
-    def scored() -> tuple[EvalSums, dict[str, EvalSums]]:
+    def scored(diagnostics: RoutingDiagnostics | None = None) -> tuple[EvalSums, dict[str, EvalSums]]:
         batch_rank, batch_ranks = rank(data.batch), world(data.batch)
         batches = val_batches(
             corpus.val, cfg.train.micro_batch_size, cfg.train.eval_samples, batch_rank, batch_ranks
         )
         with state.engine.forward_only():
             return evaluate(
-                state.task, batches, corpus.domains, cfg.train.seed, corpus.val.byte_scale, data.loss
+                state.task,
+                batches,
+                corpus.domains,
+                cfg.train.seed,
+                corpus.val.byte_scale,
+                data.loss,
+                diagnostics=diagnostics,
             )
 
-    total, domains = scored()
+    diagnostics = RoutingDiagnostics()
+    total, domains = scored(diagnostics)
     modes = {}
     for mode in other_modes(state.task.model):
         with routing_by(state.task.model, mode):
             modes[mode], _ = scored()
-    return eval_row(state.step, state.tokens, total, domains, modes)
+    routing = diagnostics.row(state.task.model.routers(), data.loss)
+    return eval_row(state.step, state.tokens, total, domains, modes, routing)
 
 
 def run_path(cfg: TrainConfig) -> tuple[Path, list[Path]]:

@@ -23,6 +23,7 @@ from pydantic import JsonValue
 import moetrain
 from moetrain.errors import UserError
 from moetrain.files import MB, read_json
+from moetrain.ops.cpu.libraries import faster
 from moetrain.redaction import redacted
 from moetrain.train.log.jsonl import JsonlFile
 from moetrain.train.stopping import STOP_FILE
@@ -162,6 +163,7 @@ def environment(seed: int, world_size: int, argv: Sequence[str]) -> dict[str, An
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_products": None if cuda else faster(),
         "cuda_device": cuda,
         "world_size": world_size,
         "seed": seed,

@@ -17,6 +17,8 @@ from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import as_text, show
 from moetrain.train.engine import Engine
 from moetrain.train.options import GenerateConfig, LoopConfig, Precision
+from moetrain.train.replay import OneSequence
+from moetrain.train.routes import RouteWriter
 from moetrain.train.rules import check_generate
 from moetrain.train.run_dir import RunDir
 from moetrain.train.run_files import TOKENIZER, ReadTrained
@@ -45,10 +47,15 @@ def continue_text(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    writer: RouteWriter | None = None,
 ) -> str:
-    """``prompt`` and what the model writes after it; an empty prompt starts a document."""
+    """``prompt`` and what the model writes after it; an empty prompt starts a document.
+
+    ``writer`` gets the experts of every token that the model read, as sample 0: all but the last one written.
+    """
     prompt = as_text(prompt)  # typed on a command line, perhaps of another encoding
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    routes = None if writer is None else OneSequence(writer)
     was_training = model.training
     model.eval()
     try:
@@ -61,9 +68,12 @@ def continue_text(
             top_p=top_p,
             seed=seed,
             eos_id=tokenizer.eos_id,
+            observe=None if routes is None else routes.add,
         )
     finally:
         model.train(was_training)
+    if routes is not None:
+        routes.write()
     return prompt + tokenizer.decode(new_ids)
 
 
@@ -82,8 +92,13 @@ def generate_app(cfg: GenerateConfig, read: ReadTrained) -> int:
     load_checkpoint(checkpoint, model_tensors(model), prefix=MODEL, cast=True)
     if cfg.precision is Precision.bf16:
         round_for_inference(model, torch.bfloat16)
+    writer = (
+        None
+        if cfg.record is None
+        else RouteWriter(Path(cfg.record).expanduser(), model.routers(), key="record")
+    )
     text = continue_text(
-        model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed
+        model, tokenizer, prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, writer
     )
     show(text)
     return 0

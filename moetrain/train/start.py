@@ -25,6 +25,7 @@ from moetrain.train.assemble import assemble
 from moetrain.train.initial import load_initial
 from moetrain.train.log.monitor import ThroughputMeter
 from moetrain.train.options import TrainConfig
+from moetrain.train.replay import open_replay
 from moetrain.train.rules import check_batch, check_loop
 from moetrain.train.run_files import ReadConfig
 from moetrain.train.state import TrainState
@@ -77,6 +78,7 @@ def build(cfg: TrainConfig, device: str, drawn: bool = True) -> Built:
     corpus = _prepare_in_turn(cfg)
     vocab_size = _vocab_size(cfg, corpus)
     made = assemble(cfg, vocab_size, device, world(), drawn=drawn)
+    made.step.replay = open_replay(cfg.replay, made.task.model.routers(), is_main())
     sequences = cfg.train.global_batch_tokens // cfg.data.seq_len
     data = made.engine.data
     batch_rank, batch_ranks = rank(data.batch), world(data.batch)

@@ -20,18 +20,28 @@ from torch import Tensor
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
 from moetrain.models.decoder import has_moe_layers
-from moetrain.moe import RoutingRecord
-from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
+from moetrain.moe import Router, RoutingRecord
+from moetrain.moe.balance import (
+    Controller,
+    LossTerm,
+    Measured,
+    StepTotals,
+    all_factors,
+    count_ahead,
+    total_loss,
+)
 from moetrain.ops.local_part import local_part
 from moetrain.ops.transfer import to_device
-from moetrain.parallel.distributed import all_reduce_sum_
+from moetrain.parallel.distributed import all_reduce_sum_, rank
 from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.train.engine import Engine
 from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 from moetrain.train.log.monitor import LossMonitor
+from moetrain.train.replay import Replay
 from moetrain.train.task import batch_arguments
 
 _Counts = dict[str, dict[int, Tensor]]  # name -> a tensor a layer, by its place
+_Forced = Mapping[int, Tensor] | None  # the experts that a micro-batch's tokens must take, by layer
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,10 @@ class TrainStep:
         self.device = next(self.task.parameters()).device
         self.stats = RoutingStats(self.device)
         self._routers = self.task.model.routers()
+        self._freezing = [m for m in self.task.modules() if isinstance(m, Router) and m.freezes]
         self._router_stats: dict[int, Tensor] = {}
+        self._measured = Measured(controllers)
+        self.replay = Replay()
         self._has_moe_layers = has_moe_layers(self.task.model.cfg)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
@@ -85,26 +98,33 @@ class TrainStep:
                 f"step {step + 1}: none of its {tokens} tokens is to be predicted, so that it has no loss: "
                 "its sequences hold nothing but ends of documents"
             )
+        forced = [self.replay.forced(batch) for batch in batches]
         batches = [batch.to_train(self.device) for batch in batches]
         signals = {name: tensors for c in self.controllers for name, tensors in c.signals().items()}
         self._signals = _to_device(signals, self.device)
         ahead = self._has_moe_layers and any(term.counts_ahead and term.is_on(step) for term in self.terms)
-        counts = self._count_ahead(step, batches) if ahead and len(batches) > 1 else None
+        counts = self._count_ahead(step, batches, forced) if ahead and len(batches) > 1 else None
         self._router_stats = {}
+        self._measured.clear()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         aux_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            arguments = batch_arguments(batch, self.seed, step, self.group)
+            arguments = batch_arguments(batch, self.seed, step, self.group, forced[index])
             output = self.engine.forward(arguments, last=index == len(batches) - 1)
             assert output.loss_sum is not None  # a batch has labels
             extra, raw = self._balance(step, tokens, output.records, counts)
             loss = output.loss_sum / max(targets, 1)
             self.engine.backward(loss if extra is None else loss + extra)
             loss_sum += output.loss_sum.detach()
-            self.stats.add({layer: record.detach() for layer, record in output.records.items()})
+            records = {layer: record.detach() for layer, record in output.records.items()}
+            self.stats.add(records)
+            self._measured.add(records)
+            self.replay.add(batch, records)
             self._add_router_stats(output.records)
             for key, values_L in raw.items():
                 aux_sums[key] = aux_sums[key] + values_L if key in aux_sums else values_L.clone()
+        self.replay.flush(f"step_{step + 1:08d}.rank_{rank(self.group):05d}")
+        self._drop_frozen_gradients(step)
         return self._finish(loss_sum, aux_sums, targets, tokens)
 
     def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
@@ -121,6 +141,7 @@ class TrainStep:
             self.update()
             for controller in self.controllers:
                 controller.update(routing.demand, float(tokens), aux_sums)
+            self._follow_measured()
             self._update_routers()
             problem = self._broken_weights()
         elif not math.isfinite(grad_norm):
@@ -147,6 +168,17 @@ class TrainStep:
                 before = self._router_stats.get(layer)
                 self._router_stats[layer] = record.stats.clone() if before is None else before + record.stats
 
+    def _follow_measured(self) -> None:
+        if sums := self._measured.tensors():
+            all_reduce_sum_(*sums, name="what controllers measure", group=self.group)
+            self._measured.follow()
+
+    def _drop_frozen_gradients(self, step: int) -> None:
+        """Where ranks share parameters, an unused one has a gradient of zeros, by which it would decay."""
+        for router in self._freezing:
+            for parameter in router.frozen(step):
+                parameter.grad = None
+
     def _update_routers(self) -> None:
         if self._router_stats:
             stats = self._router_stats.values()
@@ -169,9 +201,12 @@ class TrainStep:
             return total_loss(records, self.terms, totals)
 
     @torch.no_grad()
-    def _count_ahead(self, step: int, batches: Sequence[Batch]) -> _Counts:
+    def _count_ahead(self, step: int, batches: Sequence[Batch], forced: Sequence[_Forced]) -> _Counts:
         """The step's load before its first backward pass: one forward without gradient per micro-batch."""
-        records = [self.task(**batch_arguments(b, self.seed, step, self.group)).records for b in batches]
+        records = [
+            self.task(**batch_arguments(b, self.seed, step, self.group, ids)).records
+            for b, ids in zip(batches, forced, strict=True)
+        ]
         with _as_user_error():
             return self._summed(step, records)
 
@@ -205,16 +240,18 @@ class TrainStep:
         return next((name for name, flag in zip(names, flags.tolist(), strict=True) if flag), None)
 
 
-def _to_device(host: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
-    """The same tensors on ``device``, all of them in one copy."""
-    tensors = [tensor for by_layer in host.values() for tensor in by_layer.values()]
-    if not tensors:
-        return {}
-    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
-    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+def _to_device(given: Mapping[str, Mapping[int, Tensor]], device: torch.device) -> _Counts:
+    """The same tensors on ``device``: those of another in one copy, the rest as they are."""
+    tensors = [tensor for by_layer in given.values() for tensor in by_layer.values()]
+    away = [tensor for tensor in tensors if tensor.device.type != device.type]
+    flat = to_device(torch.cat([tensor.reshape(-1) for tensor in away]), device) if away else None
+    parts = iter(() if flat is None else flat.split([tensor.numel() for tensor in away]))
     return {
-        name: {layer: next(parts).view(tensor.shape) for layer, tensor in by_layer.items()}
-        for name, by_layer in host.items()
+        name: {
+            layer: next(parts).view(tensor.shape) if tensor.device.type != device.type else tensor
+            for layer, tensor in by_layer.items()
+        }
+        for name, by_layer in given.items()
     }
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = B S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.loss import cross_entropy_sum, token_nll
 from moetrain.moe import RouterContext, RoutingRecord
 from moetrain.nearest import nearest
+from moetrain.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from moetrain.data import Batch
@@ -125,12 +126,18 @@ register_task("next_token")(NextToken)
 
 
 def batch_arguments(
-    batch: Batch, seed: int, step: int, group: dist.ProcessGroup | None = None
+    batch: Batch,
+    seed: int,
+    step: int,
+    group: dist.ProcessGroup | None = None,
+    forced: Mapping[int, Tensor] | None = None,
 ) -> dict[str, object]:
     """The keyword arguments of a :class:`Task` for a batch (labels included).
 
-    ``group``: the ranks whose tokens a router may couple; None: this rank alone.
+    ``group``: the ranks whose tokens a router may couple; None: this rank alone. ``forced``: the experts that
+    tokens must take, by layer (``RouterContext.forced``), on any device.
     """
+    device = batch.input_ids_BS.device
     rows, seq = batch.input_ids_BS.shape
     ctx = RouterContext(
         batch=rows,
@@ -141,6 +148,7 @@ def batch_arguments(
         seed=seed,
         step=step,
         group=group,
+        forced=None if forced is None else {n: to_device(ids_TK, device) for n, ids_TK in forced.items()},
         domain_ids_T=None if batch.token_domains_BS is None else batch.token_domains_BS.reshape(-1),
     )
     return {

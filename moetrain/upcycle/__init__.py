@@ -5,6 +5,7 @@ from moetrain.upcycle.method import METHODS, Promise
 from moetrain.upcycle.methods import (
     AdaptersOptions,
     CopyOptions,
+    DiversifyOptions,
     DropOptions,
     GranularOptions,
     GrowOptions,
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "AdaptersOptions",
     "CopyOptions",
+    "DiversifyOptions",
     "DropOptions",
     "GranularOptions",
     "GrowOptions",

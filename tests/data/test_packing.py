@@ -59,6 +59,8 @@ def test_windows_equal_the_reference(tmp_path_factory, documents, seq_len, shard
         assert rows.doc_ids_BS.tolist() == window["doc"]
         assert rows.positions_BS.tolist() == window["position"]
         assert rows.domain_ids_BS.tolist() == window["domain"]
+        of_tokens = [domains[min(doc, len(documents) - 1)] for doc in window["doc"]]
+        assert rows.token_domains_BS.tolist() == of_tokens
         assert rows.byte_counts_BS.tolist() == window["bytes"]
         assert rows.valid_BS.tolist() == window["valid"]
 

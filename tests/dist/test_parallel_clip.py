@@ -104,6 +104,15 @@ def test_one_process_agrees_with_torch(dtype):
         torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1_000_003,), (1009, 1013), (3, 521, 677), (1021,), (5, 0), ()])
+def test_a_large_norm_in_fp32_is_that_of_fp64(shape):
+    parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    parameter.grad = parameter.detach().clone()
+    for norm_type in (2.0, math.inf):
+        expected = torch.linalg.vector_norm(parameter.grad.double(), norm_type) if parameter.numel() else 0.0
+        assert float(global_norm([parameter], norm_type)) == pytest.approx(float(expected), rel=1e-7)
+
+
 def test_gradients_below_the_bound_keep_their_bits():
     parameters, grads = plain(whole_grads()), whole_grads()
     clip_(parameters, 1e6)

@@ -31,6 +31,8 @@ ROUTERS = {
     "base, all": ["router=base", "router.group=all", "router.solver=auction"],
     "moepp": ["router=moepp", "router.capacity_factor=1.1"],
     "sparsemixer2": ["router=sparsemixer2"],
+    "quantile": ["router=sigmoid", "balance=quantile"],
+    "phi": ["router=topk", "balance=phi"],
     "rounds": ["router=topk", "experts.max_rows_per_rank=64", "balance=sequence"],
 }
 LAYOUTS = {
@@ -55,7 +57,10 @@ PAIRS = [
     ("topk", "ep 2 x efsdp 2"),
     ("expert_choice, all", "ep 2"),
     ("moepp", "overlap 2, ep 2"),
+    ("quantile", "ep 2"),
     pytest.param("sigmoid", "hsdp 2 x ep 2", marks=pytest.mark.real),
+    pytest.param("quantile", "hsdp 2 x ep 2", marks=pytest.mark.real),
+    pytest.param("phi", "hsdp 2 x ep 2", marks=pytest.mark.real),
     pytest.param("relu", "hierarchical, ep 4", marks=pytest.mark.real),
 ]
 

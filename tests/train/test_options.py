@@ -21,6 +21,8 @@ NEEDS = {
                           "+data.parts.b={kind: local, path: %s/text/1*.txt}"],
     ("model", "tiny_dense"): ["balance=none"],
     ("balance", "dynmoe"): ["router=dynmoe"],
+    ("balance", "penalty"): ["router=dselect_k"],
+    ("balance", "sam"): ["router=sam"],
     ("balance", "remoe"): ["router=relu"],
 }  # fmt: skip
 # Elsewhere: what is too large, needs a network, takes hours, or (wandb) starts a process of its own.

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("training")
 
 VARIANTS = {
     "bias": ["balance=aux_free", "balance.controllers.bias.rate=0.05", "router.score=sigmoid"],
+    "quantile": ["balance=quantile", "router=sigmoid"],
+    "phi": ["balance=phi"],
     "running": ["balance=running"],
     "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],

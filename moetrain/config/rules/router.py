@@ -7,12 +7,23 @@ import torch
 from moetrain.errors import UserError
 from moetrain.moe.routers import Router, build_router
 from moetrain.train.options import TrainConfig
+from moetrain.train.routes import replay_refusal
 
 
 def router_accepts_its_options(cfg: TrainConfig) -> None:
     """Whatever the router itself refuses. A plugin's rules live there."""
     if cfg.model.num_experts:
         built_router(cfg)
+
+
+def router_can_be_replayed(cfg: TrainConfig) -> None:
+    """A record needs a router that takes the experts it is given, and all that it chooses."""
+    if cfg.replay.record is None and cfg.replay.force is None:
+        return
+    if cfg.compare.arms and cfg.replay.record is not None:
+        raise UserError(f"replay.record={cfg.replay.record} is one run's, and compare.arms are several runs")
+    if line := replay_refusal({0: built_router(cfg)} if cfg.model.num_experts else {}):
+        raise UserError(line)
 
 
 def built_router(cfg: TrainConfig) -> Router:

@@ -79,6 +79,7 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
             f"router={options.name} is not among the exported: {', '.join(exported_routers())}"
         )
     require("router.eval_capacity_factor", options.eval_capacity_factor, None)
+    require("router.permutation_steps", options.permutation_steps, None)
     options = full_options(options)
     plain = {key: v.name if isinstance(v, Enum) else v for key, v in asdict(options).items()}
     if (rule := options.evaluation_rule(spec.model.num_experts)) is None:

@@ -113,6 +113,7 @@ def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
     require("router.eval_capacity_factor", router.eval_capacity_factor, None)
+    require("router.permutation_steps", router.permutation_steps, None)
     top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k
     return top_k, router.renormalize or router.score is Score.softmax_after
 

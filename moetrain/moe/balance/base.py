@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -142,4 +143,5 @@ def loss_table() -> str:
 
 
 def _defaults(options: type[Any]) -> str:
-    return ", ".join(f"`{key}` {value}" for key, value in vars(options()).items()) or "-"
+    shown = {k: v.name if isinstance(v, Enum) else v for k, v in vars(options()).items()}
+    return ", ".join(f"`{key}` {value}" for key, value in shown.items()) or "-"

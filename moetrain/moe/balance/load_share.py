@@ -1,4 +1,4 @@
-"""Balance losses of load shares: switch, gshard_first, sum_over_k, moepp, l1.
+"""Balance losses of load shares: switch, gshard_first, sum_over_k, moepp, l1, excess.
 
 Shapes: T tokens, B sequences, E experts of the layer.
 
@@ -8,11 +8,12 @@ counted and normalised, the *scope* over which tokens. f is a count, so it has n
 the loss is linear in p: contributions of micro-batches and ranks add up to the loss of the whole batch.
 ``sequence`` and ``global_batch`` therefore do not depend on how the batch was split; ``micro`` does.
 
-``moepp`` lacks the factor E.
+``moepp`` lacks the factor E. ``excess`` is ``1 / T_global * sum_t (E f_e(t) - 1) s_te`` with e the token's
+first choice and s its score as it is.
 
 Sources: Fedus et al. 2021 (switch, eq. 4), Lepikhin et al. 2020 (gshard_first), DeepSeek-AI 2024 (sequence
 scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Jin et al. 2024 (moepp, eq. 7), Wang et
-al. 2024 (l1: ReMoE, eq. 9).
+al. 2024 (l1: ReMoE, eq. 9), Dai et al. 2022 (excess: StableMoE, and its released code).
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ def first_E(routing: RoutingRecord, options: NoOptions) -> Tensor:
 
 def first_choices_BE(routing: RoutingRecord) -> Tensor:
     """How often each expert has a valid token's highest score, int64 [B, E]."""
-    p_TE = probabilities(routing).detach()
     batch, num_experts = routing.demand_BE.shape
-    first_T = p_TE.argmax(-1)
+    first_T = _first_T(routing)
     if routing.valid_T is not None:
         first_T = torch.where(routing.valid_T, first_T, num_experts)
     rows_T = torch.arange(batch, device=first_T.device).repeat_interleave(first_T.shape[0] // max(batch, 1))
@@ -100,6 +100,26 @@ def moepp(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
 def l1(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     share, per_token = _share(routing, seen, _demand_BE)
     return _loss(routing, seen, scores(routing), share * per_token)
+
+
+@register_loss(
+    "excess",
+    scopes=SCOPES,
+    ahead=first_E,
+    at_balance="0",
+    what="StableMoE's: the score of a token's first choice times E f - 1, with f of first choices",
+)
+def excess(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
+    batch, num_experts = routing.demand_BE.shape
+    s_TE = scores(routing)
+    chosen_TE = torch.zeros_like(s_TE).scatter(-1, _first_T(routing)[:, None], 1.0)
+    s_BE = (s_TE * chosen_TE).reshape(batch, s_TE.shape[0] // max(batch, 1), num_experts).sum(1)
+    over_BE = num_experts * _share(routing, seen, first_choices_BE)[0] - 1
+    return (over_BE.to(s_BE.dtype) * s_BE).sum() / seen.num_tokens
+
+
+def _first_T(routing: RoutingRecord) -> Tensor:
+    return probabilities(routing).detach().argmax(-1)
 
 
 def _demand_BE(routing: RoutingRecord) -> Tensor:

@@ -1,4 +1,6 @@
-"""The loss of a router's own parameters (DynMoE's "diverse and simple" loss; Guo et al. 2024)."""
+"""What a router charges itself: of its parameters (DynMoE's "diverse and simple" loss; Guo et al. 2024), or a
+mean over tokens of what its choices are like (the entropy of COMET's trees; Ibrahim et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def _refuses(router: Router) -> str | None:
 @register_loss(
     "penalty",
     refuses=_refuses,
-    what='what a router charges for its own parameters: DynMoE\'s "diverse and simple" loss',
+    what='what a router charges itself: DynMoE\'s "diverse and simple" loss, the entropy of `comet` and '
+    "`dselect_k`, SAM's alignment",
 )
 def penalty(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
     """This micro-batch's share, by tokens, of the router's penalty."""

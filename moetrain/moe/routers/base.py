@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bounds import range_refusal
-from moetrain.moe.assign import ALL, apply_capacity
+from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
+from moetrain.moe.permutation import Permutation, mix, rename
 from moetrain.moe.repair import repair_overflow
+from moetrain.moe.routers.checks import check_capacity, check_permutation, check_scores
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
@@ -29,7 +31,8 @@ from moetrain.ops.linear import wide_linear
 
 
 class Router(nn.Module):
-    """Maps tokens to a Routing. A subclass defines ``route``; capacity, repair or rounding change its result.
+    """Maps tokens to a Routing. A subclass defines ``route``; an order of experts that is searched for,
+    capacity, repair or rounding change its result.
 
     The attributes below describe the router to the trainer, the rules of the config and reports, which ask
     nothing else. ``moetrain router check`` compares them with the router's Routings.
@@ -49,10 +52,16 @@ class Router(nn.Module):
     capacity_of_tokens = False  # whether a capacity factor multiplies a group's tokens, not its assignments
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
+    # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
+    # controller quantile solves for
+    takes_best = False
+    replays = False  # whether it takes the experts of ctx.forced_TK where there are some: routing replay
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
     has_logits = True  # likewise logits_TE
-    has_penalty = False  # likewise penalty, a loss of the router's own parameters
+    freezes = False  # whether ``frozen`` ever names a parameter
+    has_penalty = False  # likewise penalty, what the router charges itself
     has_choices = False  # likewise choices_TE, choices with a gradient
+    permutable = True  # whether its experts may be put in another order after it has chosen
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
     bias_E: Tensor
@@ -62,14 +71,36 @@ class Router(nn.Module):
         super().__init__()
         if line := range_refusal(options, "router"):
             raise ValueError(line)
-        _check_capacity(options)
+        check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
         self.eval_mode = self.eval_modes[0] if self.eval_modes else ""
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self.order_EE: nn.Parameter | None = None
+        if options.permutation_steps is not None:
+            self.order_EE = parameter((num_experts, num_experts), Normal(0.05 * 3**-0.5))
+            # a bias is of the router's outputs, and the load that a controller sees of experts
+            self.has_penalty, self.reads_bias = True, False
+            self._permutation = Permutation(options.permutation_steps)
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         """The routing before any capacity."""
         raise NotImplementedError
+
+    def rows_ED(self) -> Tensor | None:
+        """The vector of each expert that the router compares tokens with, of any width; None: it has none."""
+        return None
+
+    def products_per_token(self) -> int:
+        """Multiply-adds of matrix products for each token, by which FLOPs are counted."""
+        return sum(p.numel() for p in self.parameters())
+
+    def frozen(self, step: int) -> tuple[nn.Parameter, ...]:
+        """The parameters that step number ``step`` leaves as they are, without a gradient or a decay.
+
+        A function of the step alone, so that every rank says the same. What no step ever moves says so by
+        ``requires_grad`` instead.
+        """
+        return ()
 
     def after_step(self, stats: Tensor) -> None:
         """Update the router's state after an optimizer step.
@@ -81,6 +112,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             routing = replace(self.route(x_TD, ctx), domain_ids_T=ctx.domain_ids_T)
+            routing = self._in_order(routing, ctx)
             options = self.options
             if self.training and options.rounding is not Rounding.none:
                 total = options.combine(self.num_experts).total
@@ -99,6 +131,15 @@ class Router(nn.Module):
                 return kept
             local_TE = self._local_experts(ctx) if options.repair.is_local else None
             return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE, of_tokens=of_tokens)
+
+    def _in_order(self, routing: Routing, ctx: RouterContext) -> Routing:
+        """``routing`` with its experts in the order that is searched for, if there is one."""
+        steps = self.options.permutation_steps
+        if self.order_EE is None or steps is None:
+            return routing
+        if self.training and ctx.step < steps:
+            return mix(routing, ctx, self.order_EE, steps, self.options.permutation_entropy_coef)
+        return rename(routing, self.order_EE, self._permutation)
 
     def capacity_factor(self) -> float | None:
         """The factor that multiplies an expert's even share of the assignments, or of the tokens where
@@ -137,53 +178,6 @@ def resolve_top_k(top_k: int | None, num_experts: int) -> int:
     return top_k
 
 
-def _check_capacity(options: RouterConfig) -> None:
-    if options.group == ALL and (options.capacity_factor or options.eval_capacity_factor) is not None:
-        raise ValueError(
-            "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
-        )
-    if options.rounding is not Rounding.none:
-        _check_rounding(options)
-    if options.repair is not Repair.none and not options.limits:
-        raise ValueError(
-            f"router.repair={options.repair.name} has nothing to repair without a capacity: "
-            "set router.capacity_factor, or router.repair=none"
-        )
-
-
-def _check_rounding(options: RouterConfig) -> None:
-    rounding = options.rounding.name
-    if options.group == ALL:
-        raise ValueError(
-            f"router.rounding={rounding} is of the tokens of one rank, not of router.group=all: "
-            "set a smaller group, or router.rounding=none"
-        )
-    if options.capacity_factor is not None:
-        raise ValueError(
-            f"router.rounding={rounding} and router.capacity_factor={options.capacity_factor} both decide "
-            "how many tokens an expert takes: set router.capacity_factor=null, or router.rounding=none"
-        )
-
-
-def _check_scores(name: str, options: RouterConfig) -> None:
-    """Of a router without scores: what ranks by them is refused."""
-    if options.repair is not Repair.none:
-        raise ValueError(
-            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
-            "set router.repair=none"
-        )
-    if options.rounding is not Rounding.none:
-        raise ValueError(
-            f"router.rounding={options.rounding.name} ranks tokens by scores, and router={name} returns "
-            "none: set router.rounding=none"
-        )
-    if options.drop_order is DropOrder.batch_prioritized:
-        raise ValueError(
-            f"router.drop_order=batch_prioritized ranks tokens by scores, and router={name} returns none: "
-            "take another order"
-        )
-
-
 class LinearRouter(Router):
     """A router whose logits are one linear map of the token, computed in fp32 at least."""
 
@@ -194,6 +188,9 @@ class LinearRouter(Router):
     @staticmethod
     def first_weights(d_model: int) -> Initializer:
         return Normal(d_model**-0.5 * 0.5)
+
+    def rows_ED(self) -> Tensor:
+        return self.weight_ED
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
@@ -249,7 +246,9 @@ def build_router(
         options = spec.options(name=name)
     options = _with_overrides(options, overrides)
     if not spec.cls.has_scores:
-        _check_scores(name, options)
+        check_scores(name, options)
+    if not spec.cls.permutable:
+        check_permutation(name, options)
     if line := local_refusal(options, num_experts):
         raise ValueError(line)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes

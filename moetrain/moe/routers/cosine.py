@@ -48,6 +48,8 @@ class CosineRouter(Router):
 
     top_k: int
     reads_bias = True
+    replays = True
+    takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: CosineOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -56,6 +58,9 @@ class CosineRouter(Router):
         self.project_dD = parameter((width, d_model), Normal(d_model**-0.5))
         self.centers_Ed = parameter((num_experts, width), Normal(1.0))
         self.log_inverse_temperature_1 = parameter((1,), Constant(-math.log(options.temperature)))
+
+    def rows_ED(self) -> Tensor:
+        return self.centers_Ed
 
     def logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -66,6 +71,8 @@ class CosineRouter(Router):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         scores_TE = softmax(logits_TE)
-        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        ids_TK = ctx.forced_TK
+        if ids_TK is None:
+            ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
         weights_TK = scores_TE.gather(-1, ids_TK)
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)

@@ -15,7 +15,6 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetrain.bounds import at_least, within
 from moetrain.moe.assign import from_mask
@@ -25,6 +24,7 @@ from moetrain.moe.routers.base import Router, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import first_max
 from moetrain.ops.init import Constant, Orthogonal, parameter
+from moetrain.ops.rows import set_row
 
 _MAX_LOG_SCALE = math.log(100)
 
@@ -79,6 +79,9 @@ class DynMoERouter(Router):
         self.register_buffer("missed_1", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("missed_D", torch.zeros(d_model, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def rows_ED(self) -> Tensor:
+        return self.weight_ED
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """tau cos(x, w_e), [T, E]."""
@@ -151,18 +154,8 @@ class DynMoERouter(Router):
         asleep = (~self.awake_E).nonzero()
         if int(self.missed_1) and asleep.numel() and bool(self.missed_D.any()):
             slot = int(asleep[0])
-            _set_row(self.weight_ED, slot, F.normalize(self.missed_D, dim=0))
-            _set_row(self.threshold_E, slot, torch.zeros(()))
+            set_row(self.weight_ED, slot, F.normalize(self.missed_D, dim=0))
+            set_row(self.threshold_E, slot, torch.zeros(()))
             self.awake_E[slot] = True
         for buffer in (self.taken_E, self.missed_1, self.missed_D):
             buffer.zero_()
-
-
-def _set_row(parameter: Tensor, row: int, value: Tensor) -> None:
-    """In place; a sharded parameter is put together and taken apart again, on all its ranks."""
-    if not isinstance(parameter, DTensor):
-        parameter[row] = value.to(parameter.dtype)
-        return
-    whole = parameter.full_tensor().clone()
-    whole[row] = value.to(whole.dtype)
-    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))

@@ -49,6 +49,7 @@ class GroupedRouter(LinearRouter):
 
     top_k: int
     reads_bias = True
+    replays = True
 
     def __init__(self, d_model: int, num_experts: int, options: GroupedOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -68,7 +69,7 @@ class GroupedRouter(LinearRouter):
         selection_TE = scores_TE.detach() + self.bias_E
         ids_TMk = top_ids(selection_TE.unflatten(-1, (self.num_groups, size)), per_group)
         starts_M1 = torch.arange(0, self.num_experts, size, device=ids_TMk.device)[:, None]
-        ids_TK = (ids_TMk + starts_M1).flatten(-2)
+        ids_TK = (ids_TMk + starts_M1).flatten(-2) if ctx.forced_TK is None else ctx.forced_TK
         return from_token_choice(
             ids_TK, scores_TE.gather(-1, ids_TK), ctx, self.num_experts, scores_TE, logits_TE
         )

@@ -89,11 +89,8 @@ class HashRouter(Router):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         if ctx.token_ids_T is None:
             raise ValueError("router=hash needs token ids: give the layer a RouterContext with token_ids_T")
-        # The h-th best of E hashes: k different experts, each uniform.
         ids_T = ctx.token_ids_T.to(torch.int64)
-        key_T = mix(ids_T + mix(ids_T.new_full((), self.options.salt)))
-        key_TE = mix(key_T[:, None] + torch.arange(self.num_experts, device=key_T.device))
-        ids_TK = key_TE.topk(self.top_k, dim=-1).indices
+        ids_TK = expert_keys(ids_T, self.num_experts, self.options.salt).topk(self.top_k, dim=-1).indices
         if "table_V" in self._buffers:
             last = len(self.table_V) - 1
             known_T = self.table_V[ctx.token_ids_T.clamp(0, last)]
@@ -102,3 +99,9 @@ class HashRouter(Router):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         weights_TK = torch.full(ids_TK.shape, 1 / self.top_k, dtype=dtype, device=ids_TK.device)
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts)
+
+
+def expert_keys(ids_T: Tensor, num_experts: int, salt: int) -> Tensor:
+    """A hash of each (id, expert), int64 [T, E]: an id's k largest are k different experts, each uniform."""
+    key_T = mix(ids_T + mix(ids_T.new_full((), salt)))
+    return mix(key_T[:, None] + torch.arange(num_experts, device=key_T.device))

@@ -68,6 +68,8 @@ class MoEPPRouter(LinearRouter):
     options: MoEPPOptions
     top_k: int
     reads_bias = True
+    replays = True
+    permutable = False  # experts of several kinds
 
     def __init__(self, d_model: int, num_experts: int, options: MoEPPOptions) -> None:
         kinds = ZeroKinds(options.num_zero, options.num_copy, options.num_constant)
@@ -86,7 +88,9 @@ class MoEPPRouter(LinearRouter):
         if self.residual_EE is not None:
             logits_TE = logits_TE + self._residual(logits_TE, ctx)
         scores_TE = softmax(logits_TE)
-        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        ids_TK = ctx.forced_TK
+        if ids_TK is None:
+            ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
         weights_TK = self._weights(scores_TE.gather(-1, ids_TK), ids_TK)
         routing = from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)
         price_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)

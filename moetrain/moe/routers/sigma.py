@@ -48,6 +48,7 @@ class SigmaRouter(LinearRouter):
 
     top_k: int
     reads_bias = True
+    replays = True
 
     def __init__(self, d_model: int, num_experts: int, options: SigmaOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -64,6 +65,6 @@ class SigmaRouter(LinearRouter):
         if self.training and rate:
             noise_TE = ctx.uniform((ctx.batch * ctx.seq, self.num_experts), _SALT)
             selection_TE = selection_TE - 4.0 * (noise_TE < rate)  # still chosen if too few are left
-        ids_TK = top_ids(selection_TE, self.top_k)
+        ids_TK = top_ids(selection_TE, self.top_k) if ctx.forced_TK is None else ctx.forced_TK
         weights_TK = logits_TE.gather(-1, ids_TK).sigmoid()
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, softmax(logits_TE), logits_TE)

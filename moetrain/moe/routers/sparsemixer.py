@@ -99,6 +99,7 @@ class SparseMixer2Router(LinearRouter):
     """
 
     top_k: int
+    permutable = False  # an assignment has a scale of its own in the forward pass
 
     def __init__(self, d_model: int, num_experts: int, options: SparseMixer2Options) -> None:
         super().__init__(d_model, num_experts, options)
@@ -160,6 +161,8 @@ class StraightThroughRouter(LinearRouter):
 
     top_k: int
     reads_bias = True
+    replays = True
+    takes_best = True
 
     def __init__(self, d_model: int, num_experts: int, options: StraightThroughOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -168,7 +171,9 @@ class StraightThroughRouter(LinearRouter):
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         scores_TE = softmax(logits_TE)
-        ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
+        ids_TK = ctx.forced_TK
+        if ids_TK is None:
+            ids_TK = top_ids(scores_TE.detach() + self.bias_E, self.top_k)
         p_TK = scores_TE.gather(-1, ids_TK)
         weights_TK = p_TK + (1 / self.top_k - p_TK).detach()
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE)

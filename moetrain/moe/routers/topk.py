@@ -24,7 +24,7 @@ from moetrain.moe.evaluation import Words, token_choice
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.token_choice import Chosen, choose_experts
+from moetrain.moe.token_choice import Chosen, choose_experts, choose_given
 
 _JITTER_SALT = 0x717E
 
@@ -102,6 +102,8 @@ class TopKRouter(LinearRouter):
     options: TopKOptions
     top_k: int
     reads_bias = True
+    takes_best = True
+    replays = True
 
     def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -116,6 +118,7 @@ class TopKRouter(LinearRouter):
             options.num_groups if options.top_groups is None else options.top_groups,
             options.group_score.value,
         )
+        self.takes_best = not self.rule.limited  # of its best groups alone
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         if self.training and self.options.jitter:
@@ -123,13 +126,15 @@ class TopKRouter(LinearRouter):
             noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
         logits_TE = self.logits(x_TD)
-        chosen = self.choose(logits_TE)
+        chosen = self.choose(logits_TE, ctx.forced_TK)
         return from_token_choice(
             chosen.ids_TK, chosen.weights_TK, ctx, self.num_experts, chosen.scores_TE, logits_TE
         )
 
-    def choose(self, logits_TE: Tensor) -> Chosen:
+    def choose(self, logits_TE: Tensor, forced_TK: Tensor | None = None) -> Chosen:
         """Each token's experts, their weights and all scores."""
+        if forced_TK is not None:
+            return choose_given(logits_TE, forced_TK, self.rule)
         return choose_experts(logits_TE, self.bias_E, self.rule, self.backend)
 
 

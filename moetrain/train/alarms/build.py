@@ -7,6 +7,7 @@ from functools import partial
 
 from moetrain.models.count import Flops
 from moetrain.models.decoder import Decoder
+from moetrain.moe.balance import CONTROLLERS
 from moetrain.moe.balance.settings import BalanceConfig
 from moetrain.moe.routers import Router
 from moetrain.train.alarms.routing import Ranks
@@ -37,7 +38,8 @@ def suggestion(cfg: TrainConfig, routers: Sequence[Router], alarm: str) -> str |
 
 def _balance(cfg: BalanceConfig, routers: Sequence[Router]) -> str:
     """A balance that these routers can have and the run has not, else a router that balances itself."""
-    if all(router.reads_bias and router.has_scores for router in routers) and "bias" not in cfg.controllers:
+    moved = any(CONTROLLERS[name].moves_bias for name in cfg.controllers)
+    if all(router.reads_bias and router.has_scores for router in routers) and not moved:
         return "balance=aux_free"
     losses = {loss.name for loss in cfg.losses}
     if all(router.has_scores and router.has_logits for router in routers) and "switch" not in losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetrain.errors import UserError
+from moetrain.moe.routers import ROUTERS
 from moetrain.packages import is_installed
 from moetrain.train.deepspeed.config import merged_config
 from moetrain.train.deepspeed.options import DeepSpeedConfig
@@ -56,6 +57,11 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
         raise UserError(
             f"optim=muon needs whole matrices, which engine.zero_stage={stage} cuts at any element: set "
             "engine.zero_stage=0, or optim=adamw"
+        )
+    if cfg.model.num_experts and ROUTERS[cfg.router.name].cls.freezes:
+        raise UserError(
+            f"router={cfg.router.name} freezes parameters as it is trained, which engine=deepspeed would "
+            "still decay: set engine=native"
         )
     if engine.offload and not stage:
         raise UserError("engine.offload=true is of engine.zero_stage=1 or 2: set engine.zero_stage=1")

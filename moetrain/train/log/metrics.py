@@ -214,10 +214,12 @@ def eval_row(
     total: EvalSums,
     domains: Mapping[str, EvalSums] | None = None,
     modes: Mapping[str, EvalSums] | None = None,
+    routing: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """A row of ``metrics.jsonl`` for one evaluation after ``step`` steps and ``tokens`` training tokens.
 
-    ``modes``: the same text by a router's other ways of routing in evaluation.
+    ``modes``: the same text by a router's other ways of routing in evaluation. ``routing``: what
+    :class:`RoutingDiagnostics` tells.
     """
     row: dict[str, float] = {
         "step": step,
@@ -229,7 +231,7 @@ def eval_row(
     row |= {f"val/loss_{name}": sums.loss for name, sums in (modes or {}).items()}
     for name, sums in _largest(domains or {}).items():
         row |= {f"val/{name}/loss": sums.loss, f"val/{name}/bits_per_byte": sums.bits_per_byte}
-    return row | {"time": time.time()}
+    return row | dict(routing or {}) | {"time": time.time()}
 
 
 def _largest(domains: Mapping[str, EvalSums]) -> dict[str, EvalSums]:

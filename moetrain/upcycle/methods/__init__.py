@@ -2,6 +2,7 @@
 
 from moetrain.upcycle.methods.adapters import AdaptersOptions
 from moetrain.upcycle.methods.copy import CopyOptions
+from moetrain.upcycle.methods.diversify import DiversifyOptions
 from moetrain.upcycle.methods.drop import DropOptions
 from moetrain.upcycle.methods.granular import GranularOptions, ScaleOn
 from moetrain.upcycle.methods.grow import GrowOptions
@@ -11,6 +12,7 @@ from moetrain.upcycle.methods.split import SplitBy, SplitOptions
 __all__ = [
     "AdaptersOptions",
     "CopyOptions",
+    "DiversifyOptions",
     "DropOptions",
     "GranularOptions",
     "GrowOptions",

@@ -107,6 +107,23 @@ def test_nobody_chosen_is_no_loss() -> None:
     assert not torch.autograd.grad(found.sum(), router.threshold_E)[0].any()
 
 
+@pytest.mark.parametrize("step", [0, 9])
+def test_choices_follow_the_order_of_experts(step: int) -> None:
+    """That a search for it has reached, or is on its way to."""
+    router = build_router("dynmoe", d_model=D, num_experts=E, permutation_steps=5).double().train()
+    with torch.no_grad():
+        router.threshold_E.copy_(torch.linspace(-1, 1, E))
+        router.order_EE.copy_(torch.eye(E).flip(0) * 3)
+    x_BSD, _ = inputs()
+    ctx = replace(RouterContext.default(B, S), step=step)
+    routing = router(x_BSD.flatten(0, 1), ctx)
+    assert torch.equal(routing.choices_TE.sum(0).long(), routing.demand_E)
+    plain = build_router("dynmoe", d_model=D, num_experts=E).double().train()
+    plain.load_state_dict({k: v for k, v in router.state_dict().items() if k != "order_EE"})
+    of_plain = plain(x_BSD.flatten(0, 1), ctx).choices_TE
+    assert torch.equal(routing.choices_TE, of_plain.flip(1))
+
+
 def test_a_router_without_choices_has_none_of_them() -> None:
     x_TD = torch.zeros(3, D)
     routing = build_router("topk", d_model=D, num_experts=E)(x_TD, RouterContext.default(1, 3))

@@ -43,7 +43,7 @@ def test_a_repair_needs_a_capacity_and_scores(rule: str) -> None:
 @pytest.mark.parametrize("name", SCORED)
 def test_every_router_with_scores(name: str, rule: str) -> None:
     """Invariants and finite gradients, in training and evaluation, with padding and with tokens of zeros."""
-    ctx = replace(RouterContext.default(3, 7), valid_T=torch.arange(21) % 7 < 6)
+    ctx = replace(RouterContext.default(3, 7), valid_T=torch.arange(21) % 7 < 6, token_ids_T=torch.arange(21))
     limits = {"capacity_factor": 0.5, "eval_capacity_factor": 0.7, "min_capacity": 0}
     torch.manual_seed(0)
     router = build_router(name, d_model=4, num_experts=5, repair=rule, **limits, **of_devices(rule)).double()

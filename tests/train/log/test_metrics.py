@@ -245,7 +245,9 @@ def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str,
     )
     sums = {f"domain {i}/x": EvalSums(float(i), i + 1, 3 * i + 1) for i in range(domains)}
     modes = {"group": EvalSums(1.0, 2, 3)}
-    return step, eval_row(1, 2, EvalSums(1.0, 2, 3), sums, modes)
+    names = ("router_similarity", "congestion")
+    of_routing = {f"moe/{layer}/{name}": 1.0 for layer in range(layers) for name in names}
+    return step, eval_row(1, 2, EvalSums(1.0, 2, 3), sums, modes, of_routing)
 
 
 def test_documented_keys_are_the_emitted_ones() -> None:
@@ -256,7 +258,7 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 def test_the_number_of_keys_is_bounded() -> None:
     step, evaluation = emitted_rows(layers=64, domains=1000)
     assert len(step) == 7 + 4 + 64 * (9 + 1)
-    assert len(evaluation) == 6 + 1 + 2 * 32
+    assert len(evaluation) == 6 + 1 + 2 * 32 + 2 * 64
 
 
 def test_small_domains_are_pooled_without_loss() -> None:

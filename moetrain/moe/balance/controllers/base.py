@@ -17,11 +17,27 @@ from torch import Tensor
 from moetrain.moe.balance.options import Opts, read_options
 from moetrain.moe.balance.terms import LossTerm
 from moetrain.moe.routers import Router
+from moetrain.moe.routing import RoutingRecord
 from moetrain.nearest import nearest
 
 
 class Controller:
-    """A state that is updated after the step. A subclass defines :meth:`update` and what it needs."""
+    """A state that is updated after the step. A subclass defines :meth:`update` and what it needs.
+
+    One that needs more of the tokens than their demand measures it in :meth:`measure`; the step adds up what
+    that gives over micro-batches and ranks, all layers in one collective, and hands it to :meth:`follow`.
+    """
+
+    def measure(self, layer: int, record: RoutingRecord) -> Tensor | None:
+        """Detached sums over the valid tokens of a micro-batch in a layer, on its device; None for nothing.
+
+        Called once for each micro-batch of a training step, whatever is recomputed; a layer's sums have one
+        shape and dtype. It must change nothing.
+        """
+        return None
+
+    def follow(self, sums: Mapping[int, Tensor]) -> None:
+        """Follow what :meth:`measure` gave: a layer's place -> its sum of the step. After :meth:`update`."""
 
     def update(self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor]) -> None:
         """Follow one step.
@@ -77,7 +93,8 @@ class ControllerSpec(Generic[Opts]):
     ``build`` makes the controller from its options and each layer's router, by the layer's place. It is
     enabled where ``balance.controllers`` names it, and where ``needed`` is true of the losses. ``check``
     raises ValueError, which begins with an option's name, where the losses do not fit. ``refuses``: why a
-    router cannot have it, as a phrase; None where it can. ``what``: for tables.
+    router cannot have it, as a phrase; None where it can. ``moves_bias``: it moves the selection bias, which
+    one controller alone may do. ``what``: for tables.
     """
 
     name: str
@@ -86,6 +103,7 @@ class ControllerSpec(Generic[Opts]):
     needed: Callable[[Terms], bool]
     check: Callable[[Opts, Terms], None]
     refuses: Callable[[Router], str | None]
+    moves_bias: bool
     what: str
 
 
@@ -99,6 +117,7 @@ def register_controller(
     needed: Callable[[Terms], bool] = never,
     check: Callable[[Any, Terms], None] = anything,
     refuses: Callable[[Router], str | None] = any_router,
+    moves_bias: bool = False,
     what: str = "",
 ) -> Callable[[B], B]:
     """Decorator of ``build(options, routers)``: make a controller known by name; see :class:`ControllerSpec`.
@@ -109,7 +128,7 @@ def register_controller(
     def add(build: B) -> B:
         if name in CONTROLLERS and CONTROLLERS[name].build is not build:
             raise ValueError(f"controller {name!r} is registered already")
-        CONTROLLERS[name] = ControllerSpec(name, build, options, needed, check, refuses, what)
+        CONTROLLERS[name] = ControllerSpec(name, build, options, needed, check, refuses, moves_bias, what)
         return build
 
     return add
@@ -135,6 +154,11 @@ def chosen_controllers(
         except ValueError as error:
             raise ValueError(f"controllers.{name}.{error}") from None
         chosen.append((spec, options))
+    movers = [spec.name for spec, _ in chosen if spec.moves_bias]
+    if len(movers) > 1:
+        raise ValueError(
+            f"controllers: {' and '.join(movers)} would each move the selection bias: leave one of them out"
+        )
     return chosen
 
 

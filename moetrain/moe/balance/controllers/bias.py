@@ -57,6 +57,7 @@ def _refuses(router: Router) -> str | None:
     "bias",
     BiasOptions,
     refuses=_refuses,
+    moves_bias=True,
     what="moves each expert's selection bias towards the mean load, by `rate`",
 )
 def _build(options: BiasOptions, routers: Mapping[int, Router]) -> Controller:
