@@ -38,7 +38,7 @@ def upcycle(cfg: UpcycleConfig, read: ReadTrained) -> int:
     corpus = prepare(cfg.data, cfg.train.seed) if cfg.prove or work.reads_text else None
     if corpus is not None and work.reads_text:
         rows = -(-cfg.calibration_tokens // cfg.data.seq_len)
-        work = replace(work, calibration=calibrate(source, corpus, rows))
+        work = replace(work, calibration=calibrate(source, corpus, rows, work.reads_gradients))
     spec = ModelSpec(model, cfg.router, cfg.experts)
     for line in _opening_lines(source.spec, spec, work):
         tell(line)
@@ -83,7 +83,9 @@ class _Tensors:
         layer = layer_of(name)
         if layer != self._layer:
             self._layer, self._held = layer, {}
-            self._held = dict(self._work.layer(layer))
+            self._held = dict(self._work.low_rank(layer))
+            if layer in self._work.job.target.layers:
+                self._held |= self._work.layer(layer)
         return self._held.pop(name)
 
     def _infos(self) -> Mapping[str, TensorInfo]:
@@ -95,6 +97,9 @@ class _Tensors:
             for name, tensor in first.items():
                 info = TensorInfo(tuple(tensor.shape), tensor.dtype)
                 infos[name.replace(start, f"blocks.{layer}.", 1)] = info
+        for layer in range(self._work.job.target.model.num_layers):
+            for name, tensor in self._work.low_rank(layer):
+                infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
         return infos
 
 

@@ -66,6 +66,7 @@ class Block(nn.Module):
         cache_layer: LayerCache | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
+        ctx = None if ctx is None else replace(ctx, stream_BSD=x_BSD)
         y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
         return x_BSD + y_BSD, record
 

@@ -70,7 +70,7 @@ class DenseFeedForward(MLP):
 
 @register_feed_forward("dense", on_meta=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
-    return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
+    return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value, cfg.lora)
 
 
 @register_feed_forward("moe", on_meta=True)
@@ -83,6 +83,8 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "activation": experts.activation.value,
         "backend": experts.backend.value,
         "keep": experts.keep,
+        "dropout": experts.dropout,
+        "input_dropout": experts.input_dropout,
         "num_shared_experts": cfg.num_shared_experts,
         "d_ff_shared": cfg.d_ff_shared,
         "shared_gate": cfg.shared_gate,
@@ -95,5 +97,5 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
                 f"experts.first_weights={experts.first_weights.name} is of networks, not of "
                 "experts.kind=adapters: set experts.first_weights=model"
             )
-        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=cfg.d_ff_expert, **common)
+        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=cfg.d_ff_expert, lora=cfg.lora, **common)
     return MoELayer(d_ff=cfg.d_ff_expert, first_weights=experts.first_weights, **common)

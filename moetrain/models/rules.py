@@ -35,6 +35,19 @@ def check_model(cfg: ModelConfig) -> None:
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
     _check_rope(cfg)
+    _check_lora(cfg)
+
+
+def _check_lora(cfg: ModelConfig) -> None:
+    if cfg.lora_rank is None and cfg.lora_alpha != ModelConfig.lora_alpha:
+        raise UserError(
+            f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
+        )
+    if cfg.lora_rank is not None and cfg.attention != "grouped_query":
+        raise UserError(
+            f"model.lora_rank={cfg.lora_rank} is of model.attention=grouped_query, and would not reach "
+            f"model.attention={cfg.attention}: set model.lora_rank=null"
+        )
 
 
 def check_heads(cfg: ModelConfig) -> None:

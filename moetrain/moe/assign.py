@@ -139,15 +139,23 @@ def sequences_per_group(group: str, batch: int) -> int:
 
 
 def apply_capacity(
-    routing: Routing, ctx: RouterContext, factor: float, minimum: int, order: DropOrder, group: str
+    routing: Routing,
+    ctx: RouterContext,
+    factor: float,
+    minimum: int,
+    order: DropOrder,
+    group: str,
+    *,
+    of_tokens: bool = False,
 ) -> Routing:
     """Keep at most C = max(minimum, ceil(factor * demand / E)) assignments per routing group and expert.
 
-    For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. Where experts have
-    prices, C is proportional to their inverse instead of to 1 / E (MoE++, eq. 8). Dropped assignments are
-    removed; ``demand_BE`` still counts them.
+    For a top-k router demand / E is T K / E, so C is GShard's and Switch's capacity. ``of_tokens``: the
+    group's valid tokens take the place of the demand. Where experts have prices, C is proportional to their
+    inverse instead of to 1 / E (MoE++, eq. 8). Dropped assignments are removed; ``demand_BE`` still counts
+    them.
     """
-    capacity_EG = group_capacity(routing, ctx, factor, minimum, group)
+    capacity_EG = group_capacity(routing, ctx, factor, minimum, group, of_tokens)
     num_experts, num_groups = capacity_EG.shape
     experts_N = routing.assignment.expert_ids_N()
     keys_N = experts_N * num_groups + group_ids(routing.assignment.token_ids_N, ctx, num_groups)
@@ -159,13 +167,16 @@ def apply_capacity(
     return replace(routing, assignment=routing.assignment.select(kept_N, counts_E, host_counts))
 
 
-def group_capacity(routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str) -> Tensor:
-    """C of each expert and routing group, int64 [E, G]."""
-    size, num_experts = sequences_per_group(group, ctx.batch), routing.num_experts
-    demand_G = routing.demand_BE.view(ctx.batch // size, size, num_experts).sum((1, 2))
+def group_capacity(
+    routing: Routing, ctx: RouterContext, factor: float, minimum: int, group: str, of_tokens: bool = False
+) -> Tensor:
+    """C of each expert and routing group, int64 [E, G]; the arguments are :func:`apply_capacity`'s."""
+    size = sequences_per_group(group, ctx.batch)
+    counted_B = routing.num_tokens_B if of_tokens else routing.demand_BE.sum(1)
+    counted_G = counted_B.view(ctx.batch // size, size).sum(1)
     share_E = torch.ones_like(routing.demand_E) if routing.price_E is None else 1 / routing.price_E
     share_E = share_E.double() / share_E.double().sum()
-    capacity_EG = factor * share_E[:, None] * demand_G.double()
+    capacity_EG = factor * share_E[:, None] * counted_G.double()
     # a factor may be as large as a float gets, and no group has 2^62 assignments
     return (capacity_EG - 1e-9).ceil().clamp(max=2.0**62).long().clamp(min=minimum)
 

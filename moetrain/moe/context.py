@@ -42,6 +42,8 @@ class RouterContext:
                 order; None: as routers choose. Padding's are any. Routers with ``replays`` obey.
     domain_ids_T  int64, the index of each token's domain among the corpus's; None: not known.
     memory      of this layer while text is generated token by token; None: the sequences are whole.
+    stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
+                it (``Router.reads_stream``). None: the layer's input is all there is.
     """
 
     batch: int
@@ -58,6 +60,7 @@ class RouterContext:
     forced: Mapping[int, Tensor] | None = None
     domain_ids_T: Tensor | None = None
     memory: RouterMemory | None = None
+    stream_BSD: Tensor | None = None
 
     @staticmethod
     def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:

@@ -6,9 +6,14 @@ activation: gate, up; 1 for a plain one).
 
 from __future__ import annotations
 
+from itertools import accumulate
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe.dispatch.base import ExpertRows, Work
+from moetrain.moe.expert_dropout import ExpertDropout, expert_mlp_dropped
 from moetrain.moe.options import FirstWeights, Keep
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
@@ -23,7 +28,7 @@ class Experts(nn.Module):
     """E feed-forward networks of one width, computed together.
 
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
-    is a cut of both.
+    is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them.
     """
 
     def __init__(
@@ -35,10 +40,12 @@ class Experts(nn.Module):
         backend: str = "auto",
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
+        dropout: ExpertDropout | None = None,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
             raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
+        self.dropout, self.first_expert = dropout or ExpertDropout(), 0
         self.num_experts, self.activation, self.backend, self.keep = num_experts, activation, backend, keep
         columns = 2 if is_gated(activation) else 1
         up, down = first_weights.stds(num_experts, d_model, d_ff)
@@ -53,19 +60,40 @@ class Experts(nn.Module):
         computes all chunks, so that sharded weights are gathered once.
         """
         ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
+        firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         return [
-            work.done(self._compute(rows, up, down), chunk)
-            for chunk, (rows, up, down) in enumerate(zip(work.arrivals(), ups, downs, strict=True))
+            work.done(self._compute(rows, up, down, first), chunk)
+            for chunk, (rows, up, down, first) in enumerate(
+                zip(work.arrivals(), ups, downs, firsts, strict=True)
+            )
         ]
+
+    @property
+    def drops(self) -> bool:
+        """Whether it wants rows with keys (``expert_dropout.py``)."""
+        return self.training and bool(self.dropout)
 
     def needs_counts(self, x_TD: Tensor, block: int) -> bool:
         """Whether what computes ``x_TD`` in blocks of rows needs each expert's number of rows on the host."""
+        if self.drops:
+            return True
         keep = self.keep is Keep.preactivation
         case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep)
         return not on_device(self.backend, case)
 
-    def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor) -> Tensor:
+    def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor, first: int) -> Tensor:
         x_XD = rows.source_XD
+        if self.drops:
+            experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
+            backend = "loop" if self.backend == "loop" else "torch"
+            arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
+            how = (self.dropout, product_dtype(x_XD), backend)
+            if self.keep is Keep.preactivation:
+                return expert_mlp_dropped(*arguments, *how)
+            out_RD: Tensor = checkpoint(
+                expert_mlp_dropped, *arguments, *how, use_reentrant=False, preserve_rng_state=False
+            )
+            return out_RD
         return expert_mlp(
             x_XD,
             rows.rows,

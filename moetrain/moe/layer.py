@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B S tokens, D model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
+from moetrain.moe.expert_dropout import ExpertDropout, with_keys
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, shared_refusal
+from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -33,7 +35,8 @@ class MoELayer(nn.Module):
     have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
     assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
     ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
-    output is multiplied by sigmoid(x @ gate), one number a token.
+    output is multiplied by sigmoid(x @ gate), one number a token. ``dropout``, ``input_dropout``: in
+    training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -53,16 +56,22 @@ class MoELayer(nn.Module):
         max_rows_per_rank: int | None = None,
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
+        given = ExpertsConfig(
+            block=block, max_rows_per_rank=max_rows_per_rank, dropout=dropout, input_dropout=input_dropout
+        )
+        drop = ExpertDropout(input_dropout, dropout)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
-        if line := range_refusal(rows, "experts") or shared or block_refusal(backend, block):
+        backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
+        if line := range_refusal(given, "experts") or shared or backends:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
-        given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
-        self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights)
+        said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
+        self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(said or {}))
+        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights, drop)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
@@ -85,7 +94,8 @@ class MoELayer(nn.Module):
         """(y [B, S, D] in the dtype of the experts' products, the Routing).
 
         ``router_input`` and ``shared_input``, of x's shape, are what the router and the shared experts read;
-        None: x. Raises ValueError where ``ctx`` is of another number of tokens.
+        None: x, or what :meth:`read_by_router` says.
+        Raises ValueError where ``ctx`` is of another number of tokens.
         """
         batch, seq, width = x_BSD.shape
         if ctx is None:
@@ -93,12 +103,14 @@ class MoELayer(nn.Module):
         if (ctx.batch, ctx.seq) != (batch, seq):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
-        seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
+        seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
         shared_BSD = x_BSD if shared_input is None else shared_input
-        routing: Routing = self.router(seen_TD, ctx)
+        routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
+        if self.experts.drops:
+            x_TD = with_keys(x_TD, ctx)
         assignment = routing.assignment
         starts = self._round_starts(assignment, batch * seq)
         if len(starts) > 1:
@@ -112,6 +124,11 @@ class MoELayer(nn.Module):
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
         return y_BSD, routing
+
+    def read_by_router(self, x_BSD: Tensor, ctx: RouterContext | None) -> Tensor:
+        """What the router reads where nothing else is said: the layer's input, or the residual stream."""
+        stream_BSD = None if ctx is None or not self.router.reads_stream else ctx.stream_BSD
+        return x_BSD if stream_BSD is None else stream_BSD
 
     def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)

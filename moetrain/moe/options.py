@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from moetrain.bounds import above, at_least
+from moetrain.bounds import above, at_least, within
 from moetrain.moe.combine import Combine
 from moetrain.moe.evaluation import Words
 
@@ -135,6 +135,10 @@ class ExpertsConfig:
     backend: Backend = Backend.auto
     first_weights: FirstWeights = FirstWeights.model
     keep: Keep = Keep.preactivation
+    # in training, of experts alone: the share of their hidden units that is dropped (Switch's fine-tuning)
+    dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
+    # and of what each of them reads (PESC's adapters)
+    input_dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
     # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound

@@ -122,6 +122,7 @@ def _renamed(routing: Routing, expert_E: Tensor) -> Routing:
         logits_TE=of_experts(routing.logits_TE),
         load_TE=of_experts(routing.load_TE),
         price_E=of_experts(routing.price_E),
+        choices_TE=of_experts(routing.choices_TE),
     )
 
 

@@ -35,8 +35,10 @@ def repair_overflow(
     order: DropOrder,
     group: str,
     local_TE: Tensor | None = None,
+    *,
+    of_tokens: bool = False,
 ) -> Routing:
-    """``kept`` = ``apply_capacity(wanted, ctx, factor, minimum, order, group)``, repaired by ``rule``.
+    """``kept`` = ``apply_capacity`` of ``wanted`` with the same arguments, repaired by ``rule``.
 
     ``next_expert``: in rounds. In round r each token with a lost assignment asks the r-th best of the experts
     that it did not want, with the first of its lost ones by ``order``; an expert grants its free places by
@@ -70,7 +72,7 @@ def repair_overflow(
     if rule.is_local and local_TE is None:
         raise ValueError(f"router.repair={rule.name} needs to know each token's local experts")
     pairs = Pairs.of(wanted, kept, wanted.scores_TE)
-    capacity_EG = group_capacity(wanted, ctx, factor, minimum, group)
+    capacity_EG = group_capacity(wanted, ctx, factor, minimum, group, of_tokens)
     groups = capacity_EG.shape[1]
     group_T = group_ids(torch.arange(len(wanted.scores_TE), device=capacity_EG.device), ctx, groups)
     queue_M = kept.assignment.expert_ids_N() * groups + group_T[kept.assignment.token_ids_N]

@@ -31,6 +31,9 @@ class RoutingRecord:
     price_E       the factor of an expert's term in balance losses; capacities divide by it. None: 1.
     penalty       for the loss ``penalty``, or None: a scalar of the router's own parameters, or a mean over
                   this micro-batch's valid tokens.
+    domain_ids_T  int64, the index of each token's domain among the corpus's, or None: not known.
+    choices_TE    whether the token chose the expert, 1 or 0, with the gradient of a router that passes one
+                  straight through its choices, or None.
     """
 
     num_tokens_B: Tensor
@@ -42,6 +45,8 @@ class RoutingRecord:
     stats: Tensor | None = None
     price_E: Tensor | None = None
     penalty: Tensor | None = None
+    choices_TE: Tensor | None = None
+    domain_ids_T: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

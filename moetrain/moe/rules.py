@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from moetrain.moe.expert_dropout import ExpertDropout
 from moetrain.ops.experts.megablocks_products import BLOCK
+
+_DROPPING = ("auto", "torch", "loop")
 
 
 def block_refusal(backend: str, block: int | None) -> str | None:
@@ -13,6 +16,17 @@ def block_refusal(backend: str, block: int | None) -> str | None:
             f"set experts.block={BLOCK}"
         )
     return None
+
+
+def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
+    """Why ``backend`` cannot drop parts of what experts read or compute; None where it can."""
+    if not dropout or backend in _DROPPING:
+        return None
+    key, rate = ("dropout", dropout.hidden) if dropout.hidden else ("input_dropout", dropout.inputs)
+    return (
+        f"experts.{key}={rate} is computed by torch's grouped products or the loop, not by "
+        f"experts.backend={backend}: set experts.backend=auto, or experts.{key}=0"
+    )
 
 
 def shared_refusal(num_shared_experts: int, d_ff_shared: int | None, shared_gate: bool) -> str | None:

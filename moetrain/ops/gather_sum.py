@@ -99,8 +99,11 @@ def gather_sum(
 
 
 def gather_rows(source_XD: Tensor, ids_R: Tensor) -> Tensor:
-    """``source[ids]``, zero where an id is -1."""
+    """``source[ids]``, zero where an id is -1.
+
+    Without source rows too it has an edge back to the source: collectives of the backward pass hang on it.
+    """
     if source_XD.shape[0] == 0:
-        return source_XD.new_zeros(ids_R.shape[0], source_XD.shape[1])
+        return source_XD.sum(0, keepdim=True).repeat(ids_R.shape[0], 1)
     rows_RD = source_XD.index_select(0, ids_R.clamp(min=0))
     return rows_RD.masked_fill_((ids_R < 0)[:, None], 0)

@@ -118,6 +118,7 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             fresh = nn.Parameter(placed, parameter.requires_grad)
             vars(fresh).update(vars(parameter))
             setattr(layer.experts, name, fresh)
+        layer.experts.first_expert = here[0]
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         device = torch.device(mesh.device_type)  # the weights may lie on the meta device still
         layer.dispatcher = build_dispatcher(meshes, exchange, placement, device, layer.dispatcher.block)

@@ -185,7 +185,7 @@ def follows_the_step(name: str) -> None:
 
 
 def says_what_it_is(name: str) -> None:
-    """what its class says of it holds: scores, logits, penalty, the bias, the most experts of a token"""
+    """what its class says of it holds: scores, logits, penalty, choices, the bias, a token's experts"""
     ctx = _context(3, 17, padded=False)
     for training in (False, True):
         router = _build(name, 7, training)
@@ -194,6 +194,7 @@ def says_what_it_is(name: str) -> None:
             ("scores", router.has_scores, routing.scores_TE),
             ("logits", router.has_logits, routing.logits_TE),
             ("penalty", router.has_penalty, routing.penalty),
+            ("choices", router.has_choices, routing.choices_TE),
         ):
             if said is not (value is not None):
                 raise _BrokenError(f"has_{field}={said}, but its Routing has {'none' if said else 'some'}")

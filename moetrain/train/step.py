@@ -102,7 +102,7 @@ class TrainStep:
         batches = [batch.to_train(self.device) for batch in batches]
         signals = {name: tensors for c in self.controllers for name, tensors in c.signals().items()}
         self._signals = _to_device(signals, self.device)
-        ahead = self._has_moe_layers and any(term.counts_ahead for term in self.terms)
+        ahead = self._has_moe_layers and any(term.counts_ahead and term.is_on(step) for term in self.terms)
         counts = self._count_ahead(step, batches, forced) if ahead and len(batches) > 1 else None
         self._router_stats = {}
         self._measured.clear()
@@ -195,7 +195,7 @@ class TrainStep:
         """What :func:`total_loss` gives; UserError where a layer's router cannot have a loss."""
         with _as_user_error():
             if counts is None:  # one micro-batch: its own forward has the counts
-                counts = self._summed([records])
+                counts = self._summed(step, [records])
             factors = all_factors(self.controllers)
             totals = StepTotals(max(tokens, 1), counts, self._signals, factors, step)
             return total_loss(records, self.terms, totals)
@@ -208,12 +208,12 @@ class TrainStep:
             for b, ids in zip(batches, forced, strict=True)
         ]
         with _as_user_error():
-            return self._summed(records)
+            return self._summed(step, records)
 
     @torch.no_grad()
-    def _summed(self, records: Sequence[Mapping[int, RoutingRecord]]) -> _Counts:
+    def _summed(self, step: int, records: Sequence[Mapping[int, RoutingRecord]]) -> _Counts:
         """What the losses count ahead, over the global batch."""
-        counts = count_ahead(records, self.terms)
+        counts = count_ahead(records, self.terms, step)
         of_layers = [tensor for by_layer in counts.values() for tensor in by_layer.values()]
         all_reduce_sum_(*of_layers, name="the experts' load", group=self.group)
         return counts

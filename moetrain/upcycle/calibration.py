@@ -14,14 +14,19 @@ from moetrain.errors import UserError
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """One layer's feed-forward input, and its hidden activations (what the down projection sees)."""
+    """One layer's feed-forward input, and its hidden activations (what the down projection sees).
+
+    ``saliency_TF``: |activation times the gradient of the text's loss by it|, what the loss would change by
+    if the unit were scaled for that token, to first order.
+    """
 
     inputs_TD: Tensor | None = None
     hidden_TF: Tensor | None = None
+    saliency_TF: Tensor | None = None
 
 
 def need(calibration: LayerCalibration | None, kind: str, width: int, layer: int, wanted_by: str) -> Tensor:
-    """``kind`` (inputs_TD or hidden_TF) of a layer; UserError where it is missing, empty or not that wide."""
+    """``kind`` (a field of LayerCalibration) of a layer; UserError where missing, empty or not that wide."""
     values: Tensor | None = None if calibration is None else getattr(calibration, kind)
     if values is None or len(values) == 0:
         raise UserError(

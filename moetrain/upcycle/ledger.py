@@ -10,6 +10,7 @@ from moetrain.upcycle.method import Method
 from moetrain.upcycle.names import (
     EXPERTS,
     GATE,
+    LORA,
     OPTIM,
     ROUTER,
     SHARED,
@@ -24,10 +25,14 @@ from moetrain.upcycle.target import Target
 
 @dataclass(frozen=True)
 class Ledger:
-    """passed: tensors that go over as they are; dropped: those that do not go over. Source names, sorted."""
+    """passed: tensors that go over as they are; dropped: those that do not go over. Source names, sorted.
+
+    fresh: low-rank factors of the target that the source has not.
+    """
 
     passed: list[str]
     dropped: list[str]
+    fresh: frozenset[str]
 
 
 def open_ledger(
@@ -43,13 +48,14 @@ def open_ledger(
     passed = weights - read
     _refuse(passed - set(wanted), "has no place in the target model", "of the source's tensors")
     _refuse(passed & made, "is made by upcycling and in the source as well", "of the source's tensors")
-    _refuse(set(wanted) - passed - made, _unfilled(target), "of the target's tensors")
+    fresh = frozenset(name for name in set(wanted) - passed if LORA in name)
+    _refuse(set(wanted) - passed - made - fresh, _unfilled(target), "of the target's tensors")
     if not options.carry_optimizer:
-        return Ledger(sorted(passed), sorted(state))
+        return Ledger(sorted(passed), sorted(state), fresh)
     if not state:
         raise UserError("method.carry_optimizer=true, but the source holds no optimizer state (optim.*)")
     _refuse({name for name in state if owner(name) not in weights}, "belongs to no parameter", "of the state")
-    return Ledger(sorted(passed | {name for name in state if owner(name) in passed}), [])
+    return Ledger(sorted(passed | {name for name in state if owner(name) in passed}), [], fresh)
 
 
 def _read(method: Method[MethodOptions], gated: bool) -> tuple[str, ...]:

@@ -70,6 +70,10 @@ class Method(Generic[Options]):
         """Whether :meth:`plan` or the router's first rows need calibration."""
         return self.options.router_start is RouterStart.centroids
 
+    def reads_gradients(self, job: Job) -> bool:
+        """Whether :meth:`plan` needs the calibration's ``saliency_TF``."""
+        return False
+
     def notes(self, job: Job) -> list[str]:
         """What a user may want to know of the result, a sentence each."""
         return []

@@ -24,6 +24,7 @@ class Plan:
     shared_Q    units of network 0 that the shared expert takes; None: there is no shared expert.
     shared_scale  factor of its down projection.
     router_group  neighbouring experts that share one new router row.
+    towards_VD  directions of new router rows, for ``router_start=centroids``; None: not found yet.
     bias_scale    factor of a selection bias that is copied with its router row.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     shared_Q: Tensor | None = None
     shared_scale: float = 1.0
     router_group: int = 1
+    towards_VD: Tensor | None = None
     bias_scale: float = 1.0
 
 

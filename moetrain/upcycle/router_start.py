@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
+from moetrain.models.options import ModelConfig
 from moetrain.moe import build_router
 from moetrain.moe.routers import full_options
 from moetrain.upcycle.calibration import LayerCalibration, need
 from moetrain.upcycle.cluster import balanced_kmeans
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.options import MethodOptions, RouterStart
+from moetrain.upcycle.plan import Plan
 from moetrain.upcycle.target import Target
 
 
@@ -31,7 +33,7 @@ def check_start(options: MethodOptions, target: Target) -> None:
 def start_router(
     options: MethodOptions,
     target: Target,
-    group: int,
+    plan: Plan,
     dtype: torch.dtype,
     seed: int,
     layer: int,
@@ -41,12 +43,23 @@ def start_router(
 
     What else a router may hold starts as the router itself starts it.
     """
-    cfg = target.model
     state = _own_start(target, dtype, seed, layer)
     if "weight_ED" in state:
-        rows_VD = _rows(options, cfg.num_experts // group, cfg.d_model, dtype, seed, layer, calibration)
-        state["weight_ED"] = rows_VD.to(dtype).repeat_interleave(group, 0)
+        rows_VD = _rows(options, target.model, plan, dtype, seed, layer, calibration)
+        state["weight_ED"] = rows_VD.to(dtype).repeat_interleave(plan.router_group, 0)
     return state
+
+
+def cluster_directions(
+    calibration: LayerCalibration | None, rows: int, d_model: int, seed: int, layer: int, wanted_by: str
+) -> Tensor:
+    """fp64 [V, D], of length 1: the centroids of ``rows`` balanced clusters of the inputs less their mean."""
+    inputs_TD = need(calibration, "inputs_TD", d_model, layer, wanted_by)
+    _, centroids_VD = balanced_kmeans(inputs_TD, rows, generator(seed, layer, "router"))
+    apart_VD = centroids_VD - inputs_TD.double().mean(0)
+    length_V1 = apart_VD.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    directions_VD: Tensor = apart_VD / length_V1
+    return directions_VD
 
 
 def _own_start(target: Target, dtype: torch.dtype, seed: int, layer: int) -> dict[str, Tensor]:
@@ -59,22 +72,22 @@ def _own_start(target: Target, dtype: torch.dtype, seed: int, layer: int) -> dic
 
 def _rows(
     options: MethodOptions,
-    rows: int,
-    d_model: int,
+    cfg: ModelConfig,
+    plan: Plan,
     dtype: torch.dtype,
     seed: int,
     layer: int,
     calibration: LayerCalibration | None,
 ) -> Tensor:
+    rows, d_model = cfg.num_experts // plan.router_group, cfg.d_model
     std = 0.5 * d_model**-0.5 if options.router_std is None else options.router_std
     if options.router_start is RouterStart.zeros:
         return torch.zeros(rows, d_model, dtype=dtype)
-    gen = generator(seed, layer, "router")
     if options.router_start is RouterStart.normal:
-        return normal((rows, d_model), gen, dtype) * std
-    inputs_TD = need(calibration, "inputs_TD", d_model, layer, "method.router_start=centroids")
-    _, centroids_VD = balanced_kmeans(inputs_TD, rows, gen)
-    apart_VD = centroids_VD - inputs_TD.double().mean(0)
-    length_V1 = apart_VD.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    rows_VD: Tensor = apart_VD / length_V1 * (std * d_model**0.5)
+        return normal((rows, d_model), generator(seed, layer, "router"), dtype) * std
+    towards_VD = plan.towards_VD
+    if towards_VD is None:
+        wanted_by = "method.router_start=centroids"
+        towards_VD = cluster_directions(calibration, rows, d_model, seed, layer, wanted_by)
+    rows_VD: Tensor = towards_VD * (std * d_model**0.5)
     return rows_VD

@@ -18,10 +18,20 @@ from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
 from moetrain.moe.options import ExpertKind, RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.ledger import Ledger, open_ledger
 from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
-from moetrain.upcycle.names import EXPERTS, OPTIM, ROUTER, SHARED, SHARED_GATE, dense_names, prefix
+from moetrain.upcycle.names import (
+    EXPERTS,
+    LORA_ZERO,
+    OPTIM,
+    ROUTER,
+    SHARED,
+    SHARED_GATE,
+    dense_names,
+    prefix,
+)
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.optimizer_state import from_zero, layer_moments
 from moetrain.upcycle.options import MethodOptions
@@ -74,6 +84,11 @@ class Upcycling:
         """Whether ``calibration`` must say what the source does on some text."""
         return self.method.reads_text(self.job)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it must say what that text's loss owes to each unit, too."""
+        return self.method.reads_gradients(self.job)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the MoE model once. Those that pass unchanged are the source's own, not copies.
 
@@ -81,6 +96,8 @@ class Upcycling:
         """
         for name in self.ledger.passed:
             yield name, self.passed(name)
+        for layer in range(self.job.target.model.num_layers):
+            yield from self.low_rank(layer)
         for layer in self.job.target.layers:
             for name, tensor in self.layer(layer):
                 yield name, self._fitting(name, tensor)
@@ -90,6 +107,24 @@ class Upcycling:
         options = self.method.options
         mean = isinstance(options, JoinOptions) and options.rest is Rest.mean
         return self._fitting(name, self.source.mean(name) if mean else self.source.states[0][name])
+
+    def low_rank(self, layer: int) -> list[tuple[str, Tensor]]:
+        """The block's low-rank factors by name: products of zero, as they are drawn; with their optimizer
+        state, if it is carried, which starts from zero."""
+        start = f"blocks.{layer}."
+        names = sorted(name for name in self.ledger.fresh if name.startswith(start))
+        if not names:
+            return []
+        dtype, made = self.source.states[0][f"{start}attention.w_q_QD"].dtype, {}
+        for name in names:
+            shape = self.shapes[name]
+            drawn = normal(shape, generator(self.job.seed, layer, name), dtype) * (3 * shape[1]) ** -0.5
+            made[name] = torch.zeros_like(drawn) if name.endswith(LORA_ZERO) else drawn
+        named = [(name, tensor.to(dtype)) for name, tensor in made.items()]
+        if not self.method.options.carry_optimizer:
+            return named
+        shapes = {name: self.shapes[name] for name in names}
+        return [*named, *from_zero(self.source, shapes, f"{start}attention.w_q_QD")]
 
     @torch.no_grad()
     def layer(self, layer: int) -> list[tuple[str, Tensor]]:
@@ -124,7 +159,7 @@ class Upcycling:
             weight, bias = (self.source.states[0][prefix(layer) + name][plan.source_E] for name in ROUTER)
             return dict(zip(ROUTER, (weight, bias * plan.bias_scale), strict=True))
         dtype, options, job = networks.w_down_SFD.dtype, self.method.options, self.job
-        start = start_router(options, job.target, plan.router_group, dtype, job.seed, layer, calibration)
+        start = start_router(options, job.target, plan, dtype, job.seed, layer, calibration)
         return {f"router.{name}": tensor for name, tensor in start.items()}
 
     def _fitting(self, name: str, tensor: Tensor) -> Tensor:

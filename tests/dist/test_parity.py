@@ -97,6 +97,26 @@ def test_a_local_repair_is_the_same_on_a_layout(layout):
     assert_equal(checks("topk", layout, Precision.fp64, 1e-9, *more))
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("layout", ["hsdp 2 x ep 2", "hierarchical, ep 4", "all_gather, ep 2 x efsdp 2"])
+def test_dropout_in_experts_is_the_same_on_a_layout(layout):
+    """Masks are a token's and an expert's own, wherever the row is computed; products beside matrices too."""
+    more = ("experts.dropout=0.4", "experts.input_dropout=0.1", "model.lora_rank=3")
+    assert_equal(checks("topk", layout, Precision.fp64, 1e-9, *more))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layout", ["ep 2", "hsdp 2 x ep 2"])
+def test_losses_of_choices_and_domains_are_the_same_on_a_layout(layout):
+    prior = "{name: dirichlet, scope: sequence, options: {by_domain: [[1, 2, 1, 2, 1, 2, 1, 2]]}}"
+    names = ("{name: penalty}", "{name: choice_balance}", "{name: choice_share}", prior)
+    more = ("router=dynmoe_deepspeed", f"balance.losses=[{', '.join(names)}]")
+    world, parallel = LAYOUTS[layout]
+    twin = twin_of(compose_train([*more, *parallel]), world, 8)
+    twin = replace(twin, cfg=replace(twin.cfg, train=replace(twin.cfg.train, precision=Precision.fp64)))
+    assert_equal(prove(twin, 1e-9), 100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", ROUTERS)

@@ -168,7 +168,7 @@ def test_a_broken_promise_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("by", ["random", "clusters"])
+@pytest.mark.parametrize("by", ["random", "clusters", "gradients"])
 def test_a_split_reads_text_where_it_needs_it(
     dense_run: tuple[Path, Path], tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +177,20 @@ def test_a_split_reads_text_where_it_needs_it(
     assert main(["upcycle", *said]) == 0
     out = capsys.readouterr().out
     assert "does not keep the function: a token sees 2 of 4 parts" in out
+
+
+def test_a_split_by_gradients_has_a_preset(dense_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """A shared expert and one routed one a token, and router rows of equal length towards clusters."""
+    parts = ("model.num_experts=3", "model.num_shared_experts=1", "model.d_ff_expert=6", "router.top_k=1")
+    said = [*of_run(dense_run), f"target={tmp_path / 'moe'}", "method=llama_moe_v2", *parts]
+    assert main(["upcycle", *said]) == 0
+    made = open_model(tmp_path / "moe", trained_config)
+    rows_ED = made["blocks.0.feed_forward.router.weight_ED"]
+    torch.testing.assert_close(rows_ED.norm(dim=1), rows_ED.norm(dim=1)[:1].expand(3))
+    source = open_model(dense_run[0], trained_config)["blocks.0.feed_forward.w_down_DF"]
+    parts_DF = [made["blocks.0.feed_forward.shared.w_down_DF"]]
+    parts_DF += [down_FD.t() for down_FD in made["blocks.0.feed_forward.experts.w_down_EFD"]]
+    torch.testing.assert_close(torch.cat(parts_DF, 1).sum(1), source.sum(1))
 
 
 def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, training: None) -> None:

@@ -82,7 +82,9 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
     require("router.permutation_steps", options.permutation_steps, None)
     options = full_options(options)
     plain = {key: v.name if isinstance(v, Enum) else v for key, v in asdict(options).items()}
-    return {"router": plain, "routing": options.evaluation_rule(spec.model.num_experts)}
+    if (rule := options.evaluation_rule(spec.model.num_experts)) is None:
+        raise CannotExpressError(f"router={options.name} with these options has no rule that is exported")
+    return {"router": plain, "routing": rule}
 
 
 def _read(fields: Fields) -> ModelSpec:

@@ -3,6 +3,8 @@
 Importing a module of losses or controllers registers them.
 """
 
+from moetrain.moe.balance import choice_losses as choice_losses
+from moetrain.moe.balance import dirichlet as dirichlet
 from moetrain.moe.balance import load_share as load_share
 from moetrain.moe.balance import mean_losses as mean_losses
 from moetrain.moe.balance import penalty as penalty

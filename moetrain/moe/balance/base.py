@@ -54,6 +54,10 @@ def without_scores(router: Router) -> str | None:
     return None if router.has_scores else "returns no scores"
 
 
+def any_router(options: object, router: Router) -> str | None:
+    return None
+
+
 def without_logits(router: Router) -> str | None:
     """The reason why a router can have no loss of its logits, as a phrase; None if it can."""
     return None if router.has_logits else "returns no logits"
@@ -66,8 +70,8 @@ class LossSpec(Generic[Opts]):
     ``value`` gives a micro-batch's contribution, a scalar without coefficient; contributions of micro-batches
     and ranks are added up. ``scopes``: those that it offers; empty: the scope does not change it. ``ahead``:
     what is summed over the global batch, a layer, before the first backward pass, for ``global_batch`` and
-    for a loss without scopes. ``refuses``: why a router cannot have it. ``at_balance`` and ``what`` are for
-    tables.
+    for a loss without scopes. ``refuses``: why a router cannot have it, and ``fits``: why not with these
+    options. ``at_balance`` and ``what`` are for tables.
     """
 
     name: str
@@ -76,6 +80,7 @@ class LossSpec(Generic[Opts]):
     scopes: tuple[str, ...]
     ahead: Callable[[RoutingRecord, Opts], Tensor] | None
     refuses: Callable[[Router], str | None]
+    fits: Callable[[Opts, Router], str | None]
     at_balance: str
     what: str
 
@@ -90,6 +95,7 @@ def register_loss(
     scopes: tuple[str, ...] = (),
     ahead: Callable[[RoutingRecord, Any], Tensor] | None = None,
     refuses: Callable[[Router], str | None] = without_scores,
+    fits: Callable[[Any, Router], str | None] = any_router,
     at_balance: str = "-",
     what: str = "",
 ) -> Callable[[V], V]:
@@ -105,7 +111,7 @@ def register_loss(
     def add(value: V) -> V:
         if name in LOSSES and LOSSES[name].value is not value:
             raise ValueError(f"loss {name!r} is registered already")
-        LOSSES[name] = LossSpec(name, value, options, scopes, ahead, refuses, at_balance, what)
+        LOSSES[name] = LossSpec(name, value, options, scopes, ahead, refuses, fits, at_balance, what)
         return value
 
     return add

@@ -13,7 +13,7 @@ from moetrain.moe.routers import Router
 def losses_refusal(terms: Sequence[LossTerm], router: Router) -> str | None:
     """Why this router cannot have one of the losses; None where it can have all."""
     for i, term in enumerate(terms):
-        if problem := term.spec.refuses(router):
+        if problem := term.spec.refuses(router) or term.spec.fits(term.options, router):
             return f"router={router.options.name} {problem}: take balance.losses.{i}.name={term.name} out"
     return None
 

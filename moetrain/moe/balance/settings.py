@@ -28,6 +28,8 @@ class LossConfig:
     # the coefficient goes there linearly until step final_step
     final_coef: Optional[float] = field(default=None, metadata=at_least(0))
     final_step: int = field(default=0, metadata=at_least(0))
+    # from this step on there is no such loss, as where it is of a warm-up alone; null: there always is
+    stop_step: Optional[int] = field(default=None, metadata=at_least(0))
     options: dict[str, Any] = field(default_factory=dict)  # of the loss's own
 
 

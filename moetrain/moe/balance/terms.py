@@ -6,7 +6,7 @@ Shapes: L layers that have a record, by their places in the decoder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -45,9 +45,10 @@ class StepTotals:
 class LossTerm:
     """One configured loss: its registered name, its coefficient, scope and options (None: its defaults).
 
-    With ``final_coef`` the coefficient goes linearly to it until step ``final_step``. Raises ValueError,
-    which begins with the key, for a name that is not known, a scope that the loss has not, and an option out
-    of its range.
+    With ``final_coef`` the coefficient goes linearly to it until step ``final_step``. From ``stop_step`` on
+    the loss is neither computed nor reported.
+    Raises ValueError, which begins with the key, for a name that is not known, a scope that the loss has not,
+    and an option out of its range.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LossTerm:
     final_coef: float | None = None
     final_step: int = 0
     options: object | None = None
+    stop_step: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
@@ -82,6 +84,10 @@ class LossTerm:
     def counts_ahead(self) -> bool:
         """Whether the loss needs the whole step's counts before the first backward pass."""
         return self.spec.ahead is not None and (not self.spec.scopes or self.scope == "global_batch")
+
+    def is_on(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) has the loss."""
+        return self.stop_step is None or step < self.stop_step
 
     def coef_at(self, step: int) -> float:
         if self.final_coef is None:
@@ -116,6 +122,8 @@ class LossOptions(Protocol):
     @property
     def final_step(self) -> int: ...
     @property
+    def stop_step(self) -> int | None: ...
+    @property
     def options(self) -> Mapping[str, object]: ...
 
 
@@ -138,18 +146,22 @@ def make_terms(losses: Sequence[LossOptions]) -> list[LossTerm]:
             options = read_options(term.spec.options, x.options)
         except ValueError as error:
             raise ValueError(f"losses.{place}.options.{error}") from None
-        terms.append(LossTerm(term.name, term.coef, term.scope, term.final_coef, term.final_step, options))
+        terms.append(replace(term, options=options, stop_step=x.stop_step))
     if len({t.key for t in terms}) < len(terms):
         raise ValueError(f"losses names a loss twice: {', '.join(t.key for t in terms)}")
     return terms
 
 
-def count_ahead(batches: Sequence[Records], terms: Sequence[LossTerm]) -> dict[str, dict[int, Tensor]]:
+def count_ahead(
+    batches: Sequence[Records], terms: Sequence[LossTerm], step: int = 0
+) -> dict[str, dict[int, Tensor]]:
     """A term's key -> what it counts ahead in each layer, summed over micro-batches; not yet over ranks.
+
+    Of the terms that step ``step`` has.
 
     Raises ValueError that names the layer where a record lacks what a loss needs.
     """
-    return {term.key: _counted(batches, term) for term in terms if term.counts_ahead}
+    return {term.key: _counted(batches, term) for term in terms if term.counts_ahead and term.is_on(step)}
 
 
 def total_loss(
@@ -165,7 +177,7 @@ def total_loss(
     raw: dict[str, Tensor] = {}
     if not records:
         return None, {}
-    for term in terms:
+    for term in (term for term in terms if term.is_on(totals.step)):
         values_L = torch.stack([_value(term, routing, totals, layer) for layer, routing in records.items()])
         raw[term.key] = values_L.detach()
         factors = totals.factors.get(term.name, {})

@@ -45,10 +45,12 @@ class Router(nn.Module):
     is_router = True  # its parameters form an FSDP group of their own, in fp32
     keeps_own_init = True  # whatever the model around it says of initial values
     zero_experts: ZeroKinds | None = None  # experts without a network, after the others; part of num_experts
+    reads_stream = False  # whether it reads the residual stream before the layer's norm, where there is one
     input_scale = 1.0  # multiplies what all experts but the shared ones read
     usual_rows_per_token: float | None = None  # above it, memory is bounded by computing in rounds
     top_k: int | None = None  # the most experts of a token; None: it may take all of them
     target_k: int | None = None  # the mean number a token that the controller sparsity aims at; None: none
+    capacity_of_tokens = False  # whether a capacity factor multiplies a group's tokens, not its assignments
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
     # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
@@ -59,6 +61,7 @@ class Router(nn.Module):
     has_logits = True  # likewise logits_TE
     freezes = False  # whether ``frozen`` ever names a parameter
     has_penalty = False  # likewise penalty, what the router charges itself
+    has_choices = False  # likewise choices_TE, choices with a gradient
     permutable = True  # whether its experts may be put in another order after it has chosen
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way
@@ -109,7 +112,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self._in_order(self.route(x_TD, ctx), ctx)
+            routing = replace(self.route(x_TD, ctx), domain_ids_T=ctx.domain_ids_T)
+            routing = self._in_order(routing, ctx)
             options = self.options
             if self.training and options.rounding is not Rounding.none:
                 total = options.combine(self.num_experts).total
@@ -124,11 +128,12 @@ class Router(nn.Module):
             if order is DropOrder.random and not self.training:
                 order = DropOrder.position  # evaluation draws nothing
             limits = (factor, options.min_capacity, order, options.group)
-            kept = apply_capacity(routing, ctx, *limits)
+            of_tokens = self.capacity_of_tokens
+            kept = apply_capacity(routing, ctx, *limits, of_tokens=of_tokens)
             if options.repair is Repair.none:
                 return kept
             local_TE = self._local_experts(ctx) if options.repair.is_local else None
-            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE)
+            return repair_overflow(routing, kept, ctx, options.repair, *limits, local_TE, of_tokens=of_tokens)
 
     def _in_order(self, routing: Routing, ctx: RouterContext) -> Routing:
         """``routing`` with its experts in the order that is searched for, if there is one."""
@@ -140,7 +145,8 @@ class Router(nn.Module):
         return rename(routing, self.order_EE, self._permutation)
 
     def capacity_factor(self) -> float | None:
-        """The factor that multiplies an expert's even share of the assignments; None: no capacity."""
+        """The factor that multiplies an expert's even share of the assignments, or of the tokens where
+        ``capacity_of_tokens``; None: no capacity."""
         options = self.options
         return options.capacity_factor if self.training else options.eval_capacity_factor
 

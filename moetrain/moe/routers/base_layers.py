@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -35,14 +36,25 @@ class Solver(Enum):
     auction = "auction"
 
 
+class Affinity(Enum):
+    """Of what: ``normed``: the layer's input, as with other routers; ``stream``: the residual stream before
+    the norm, as in the authors' code, whose experts' layers have norms of their own."""
+
+    normed = "normed"
+    stream = "stream"
+
+
 @dataclass(frozen=True)
 class BaseOptions(RouterConfig):
     name: str = "base"
+    affinity: Affinity = Affinity.normed
     solver: Solver = Solver.exact
     # of the auction: the share of the scores' range that a token may lose
     eps: float = field(default=0.02, metadata=above(0))
 
-    def evaluation_rule(self, num_experts: int) -> Words:
+    def evaluation_rule(self, num_experts: int) -> Optional[Words]:
+        if self.affinity is Affinity.stream:
+            return None
         return token_choice(1, select="logits", score="sigmoid")
 
 
@@ -53,13 +65,17 @@ class BaseOptions(RouterConfig):
     "one expert a token, equal counts in training",
 )
 class BaseRouter(LinearRouter):
-    """Weights are sigmoid(x . w_e); no gradient through the assignment. Counts differ by one at most."""
+    """Weights are sigmoid(x . w_e); no gradient through the assignment. Counts differ by one at most.
+
+    With ``affinity=stream`` x is the residual stream, and the block x + sigmoid(x . w_e) FFN_e(norm(x)).
+    """
 
     top_k = 1
     causal = False
 
     def __init__(self, d_model: int, num_experts: int, options: BaseOptions) -> None:
         super().__init__(d_model, num_experts, options)
+        self.reads_stream = options.affinity is Affinity.stream
         set_initializer(self.weight_ED, Orthogonal(0.1))
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:

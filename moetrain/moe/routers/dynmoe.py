@@ -56,7 +56,7 @@ class DynMoERouter(Router):
     """
 
     options: DynMoEOptions
-    has_penalty = True
+    has_penalty = has_choices = True
     awake_E: Tensor
     taken_E: Tensor
     missed_1: Tensor
@@ -107,7 +107,8 @@ class DynMoERouter(Router):
         weights_TE = gates_TE / active_TE.sum(-1, keepdim=True).clamp(min=1)
         routing = from_mask(active_TE, weights_TE, ctx, scores_TE, logits_TE)
         stats = self._stats(routing, x_TD, missed_T)
-        return replace(routing, stats=stats, penalty=self._penalty(scores_TE.dtype))
+        choices_TE = gates_TE * active_TE
+        return replace(routing, stats=stats, penalty=self._penalty(scores_TE.dtype), choices_TE=choices_TE)
 
     def _tau(self, dtype: torch.dtype) -> Tensor:
         log_tau_1: Tensor = self.log_tau_1

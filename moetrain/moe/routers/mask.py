@@ -17,7 +17,8 @@ from moetrain.moe.assign import from_token_choice
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
-from moetrain.moe.routers.hashed import expert_keys, read_frequencies
+from moetrain.moe.routers.hash_tables import read_numbers
+from moetrain.moe.routers.hashed import expert_keys
 from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import softmax, top_ids
 
@@ -69,7 +70,9 @@ class MaskRouter(LinearRouter):
                 "frequent id sees: lower it, or raise router.visible"
             )
         if options.frequencies is not None:
-            table = frequent_ids(read_frequencies(options.frequencies), options.frequent_share)
+            table = frequent_ids(
+                read_numbers(options.frequencies, "frequencies", "count"), options.frequent_share
+            )
             self.register_buffer("frequent_V", torch.tensor(table, dtype=torch.bool))
 
     def seen(self, ids_T: Tensor) -> Tensor:

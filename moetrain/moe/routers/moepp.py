@@ -78,6 +78,7 @@ class MoEPPRouter(LinearRouter):
         self.num_ffn_experts, self.zero_experts = num_experts, kinds
         self.released = options.form is MoEPPForm.released
         self.input_scale = float(self.top_k) if self.released else 1.0
+        self.capacity_of_tokens = not self.released
         self.residual_EE = None
         if options.gating_residual:
             self.residual_EE = parameter((self.num_experts, self.num_experts), Constant(0.0))
@@ -96,11 +97,6 @@ class MoEPPRouter(LinearRouter):
         price_E[self.num_ffn_experts :] = self.options.tau
         assignment = replace(routing.assignment, num_ffn_experts=self.num_ffn_experts)
         return replace(routing, price_E=price_E, assignment=assignment)
-
-    def capacity_factor(self) -> float | None:
-        """A token makes k assignments, which the factor of ``paper`` does not count."""
-        factor = super().capacity_factor()
-        return factor if factor is None or self.released else factor / self.top_k
 
     def _weights(self, scores_TK: Tensor, ids_TK: Tensor) -> Tensor:
         if not self.released:

@@ -31,7 +31,13 @@ class ThresholdOptions(RouterConfig):
 
 @register("threshold", ThresholdOptions, "Yang et al. 2024, arXiv:2403.18926", "one or more experts a token")
 class ThresholdRouter(LinearRouter):
-    """Experts by falling probability while those before them sum to less than ``threshold``; raw weights."""
+    """Experts by falling probability while those before them sum to less than ``threshold``; raw weights.
+
+    A capacity is the factor times a group's tokens over E, however many experts they take, as in the authors'
+    code (``main_thresholdGating``).
+    """
+
+    capacity_of_tokens = True
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)

@@ -19,7 +19,8 @@ from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register
-from moetrain.moe.routers.hashed import balanced_table, expert_keys
+from moetrain.moe.routers.hash_tables import balanced_table
+from moetrain.moe.routers.hashed import expert_keys
 from moetrain.moe.routing import Routing
 from moetrain.ops.counter import mix
 

@@ -2,9 +2,8 @@
 
 Every key of ``metrics.jsonl`` is made here and documented in ``docs/metrics.md``.
 
-Shapes: T tokens, E experts of one layer, C = 2E + 6 sums of one layer (kept_E, demand_E, granted, entropy,
-tokens with scores, squares of logits, tokens with logits, tokens), F the C of all layers, one layer's after
-another's.
+Shapes: E experts of one layer, C sums of one layer (``layer_sums.py``), F the C of all layers, one layer's
+after another's.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from moetrain.moe.routing import RoutingRecord
 from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.log.layer_sums import SUMS, sums_C
 
 MAX_DOMAINS = 32  # evaluation keys stay bounded: the smaller domains are pooled as OTHER_DOMAINS
 OTHER_DOMAINS = "other"
-_SUMS = 6  # of a layer, besides two for each expert
 
 
 class RoutingStats:
@@ -53,7 +52,7 @@ class RoutingStats:
                 f"a step's records are of layers with {self._experts} and with {experts} experts"
             )
         self._experts = experts
-        sums = [_sums_C(r) for r in records.values()]
+        sums = [sums_C(r) for r in records.values()]
         sums_F = torch.cat([torch.zeros(0, dtype=torch.float64, device=self.device), *sums])
         self._sums_F = sums_F if self._sums_F is None else self._sums_F + sums_F
 
@@ -70,38 +69,6 @@ class RoutingStats:
             with watched("the routing metrics", group=group):
                 dist.all_reduce(sums_F, group=group)
         return RoutingSummary(experts, sums_F)
-
-
-def _sums_C(r: RoutingRecord) -> Tensor:
-    tokens = r.num_tokens.double()
-    entropy, scored = tokens.new_zeros(()), tokens.new_zeros(())
-    if r.scores_TE is not None:
-        entropy, scored = _entropy(r.scores_TE, r.valid_T), tokens
-    squares, with_logits = tokens.new_zeros(()), tokens.new_zeros(())
-    if r.logits_TE is not None:
-        squares, with_logits = _squares(r.logits_TE, r.valid_T), tokens
-    granted = r.granted_E.sum().double()
-    sums = torch.stack([granted, entropy, scored, squares, with_logits, tokens])
-    return torch.cat([r.computed_E.double(), r.demand_E.double(), sums])
-
-
-def _squares(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Sum over valid tokens of the mean over experts of the squared logits; masked ones (-inf) count as 0."""
-    square_T = logits_TE.masked_fill(~logits_TE.isfinite(), 0.0).double().square().mean(-1)
-    total: Tensor = (square_T if valid_T is None else square_T.masked_fill(~valid_T, 0.0)).sum()
-    return total
-
-
-def _entropy(scores_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Sum over valid tokens of the entropy, in nats, of the scores normalised to sum 1. fp64 scalar.
-
-    With s the scores and Z their sum, H = ln Z - (sum s ln s) / Z. A token without any score counts as 0.
-    """
-    total_T = scores_TE.sum(-1)
-    entropy_T = torch.log(total_T) - torch.special.xlogy(scores_TE, scores_TE).sum(-1) / total_T
-    unused_T = total_T == 0 if valid_T is None else (total_T == 0) | ~valid_T
-    total: Tensor = entropy_T.masked_fill(unused_T, 0.0).double().sum()
-    return total
 
 
 @dataclass(frozen=True)
@@ -121,19 +88,19 @@ class RoutingSummary:
     @property
     def counts(self) -> dict[int, Tensor]:
         """Assignments computed per expert, int64 [E] a layer."""
-        return {layer: sums_C[: self.experts[layer]].long() for layer, sums_C in self._by_layer().items()}
+        return {layer: own_C[: self.experts[layer]].long() for layer, own_C in self._by_layer().items()}
 
     @property
     def demand(self) -> dict[int, Tensor]:
         """Assignments wanted before any capacity, int64 [E] a layer: what controllers need."""
         rows = self._by_layer().items()
-        return {layer: sums_C[self.experts[layer] : 2 * self.experts[layer]].long() for layer, sums_C in rows}
+        return {layer: own_C[self.experts[layer] : 2 * self.experts[layer]].long() for layer, own_C in rows}
 
     def metrics(self) -> dict[str, float]:
-        """``moe/<layer>/<name>`` -> value, seven or fewer per layer. See ``docs/metrics.md``."""
+        """``moe/<layer>/<name>`` -> value, nine or fewer per layer. See ``docs/metrics.md``."""
         row: dict[str, float] = {}
-        for layer, sums_C in self._by_layer().items():
-            figures = _layer_metrics(sums_C.tolist(), self.experts[layer])
+        for layer, own_C in self._by_layer().items():
+            figures = _layer_metrics(own_C.tolist(), self.experts[layer])
             row |= {f"moe/{layer}/{k}": v for k, v in figures.items()}
         return row
 
@@ -151,14 +118,14 @@ class RoutingSummary:
         return {"step": step, "layers": list(self.layers), "load": list(self.load().values())}
 
     def _by_layer(self) -> dict[int, Tensor]:
-        sizes = [2 * experts + _SUMS for experts in self.experts.values()]
+        sizes = [2 * experts + SUMS for experts in self.experts.values()]
         return dict(zip(self.experts, self.sums_F.split(sizes), strict=True)) if sizes else {}
 
 
 def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
     kept = sums[:num_experts]
     demand = sum(sums[num_experts : 2 * num_experts])
-    granted, entropy, scored, squares, with_logits, tokens = sums[2 * num_experts :]
+    granted, entropy, scored, squares, with_logits, tokens, chunks, used = sums[2 * num_experts :]
     mean = sum(kept) / num_experts
     deviation = math.sqrt(sum((n - mean) ** 2 for n in kept) / num_experts)
     metrics = {
@@ -168,6 +135,9 @@ def _layer_metrics(sums: list[float], num_experts: int) -> dict[str, float]:
         "drop_rate": (demand - granted) / demand if demand else 0.0,
         "experts_per_token": sum(kept) / tokens if tokens else 0.0,
     }
+    metrics["token_sparsity"] = 1 - metrics["experts_per_token"] / num_experts
+    if chunks:
+        metrics["chunk_sparsity"] = 1 - used / (chunks * num_experts)
     if scored:
         metrics["entropy"] = entropy / scored
     if with_logits:

@@ -1,8 +1,9 @@
-"""One network's hidden units dealt out to experts: at random or by what is active together.
+"""One network's hidden units dealt out to experts: at random, by what is active together or by importance.
 
 MoEfication (Zhang et al. 2022, arXiv:2110.01786) finds units that fire together; LLaMA-MoE (Zhu et al. 2024,
-arXiv:2406.16554) splits and trains on. Experts hold d_ff_expert units each and no unit twice, so that all of
-them at weight 1, plus the shared expert, are the dense network.
+arXiv:2406.16554) splits and trains on; LLaMA-MoE v2 (Qu et al. 2024, arXiv:2411.15708) deals units to the
+experts whose tokens' loss depends on them. Experts hold d_ff_expert units each and no unit twice, so that
+all of them at weight 1, plus the shared expert, are the dense network.
 
 Routing weights are not 1: with w the weight of a chosen expert where all score alike, the down projections
 are multiplied by E / (k w). That keeps the mean over even choices, and with k = E and an even router
@@ -13,7 +14,7 @@ Shapes: E experts, F units of an expert, Q of the shared expert, N of the dense 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Optional
 
@@ -25,30 +26,38 @@ from moetrain.moe.combine import CAPACITY
 from moetrain.upcycle.calibration import LayerCalibration, need
 from moetrain.upcycle.cluster import balanced_kmeans
 from moetrain.upcycle.draw import generator
+from moetrain.upcycle.importance import deal_by_importance, importance, most_wanted
 from moetrain.upcycle.method import Job, Method, Promise, register
 from moetrain.upcycle.options import MethodOptions, RouterStart
 from moetrain.upcycle.plan import Plan
+from moetrain.upcycle.router_start import cluster_directions
 
 
 class SplitBy(Enum):
     """``random``; ``clusters``: balanced k-means of each unit's |activation| over the calibration tokens,
-    at length 1, so that what counts is when a unit is active and not how strongly."""
+    at length 1, so that what counts is when a unit is active and not how strongly; ``gradients``: by
+    |activation x gradient| on the tokens that lie nearest to an expert's router row."""
 
     random = "random"
     clusters = "clusters"
+    gradients = "gradients"
 
 
 @dataclass(frozen=True)
 class SplitOptions(MethodOptions):
-    """A shared expert takes the units with the largest mean |activation|. Its gate starts at zero, where it
-    halves the expert, whose down projection is doubled."""
+    """A shared expert takes the units with the largest mean |activation|, by gradients those that matter to
+    the most experts. Its gate starts at zero, where it halves the expert, whose down projection is doubled.
+
+    By gradients, the rows of ``router_start=centroids`` say whose tokens are an expert's; another start
+    leaves the router to find them.
+    """
 
     name: str = "split"
     by: SplitBy = SplitBy.random
     scale: Optional[float] = None  # on the down projections; null: by the router, E / (k w)
 
 
-@register("split", SplitOptions, "Zhang et al. 2022, arXiv:2110.01786; Zhu et al. 2024, arXiv:2406.16554")
+@register("split", SplitOptions, "Zhang et al. 2022, arXiv:2110.01786; Qu et al. 2024, arXiv:2411.15708")
 class Split(Method[SplitOptions]):
     fills_shared = True
 
@@ -65,6 +74,8 @@ class Split(Method[SplitOptions]):
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         cfg, rest = job.target.model, torch.arange(job.d_ff)
+        if self.options.by is SplitBy.gradients:
+            return self._by_gradients(job, layer, calibration)
         hidden_TN, shared_Q = None, None
         if self.options.by is SplitBy.clusters or cfg.num_shared_experts:
             wanted_by = "method.by=clusters" if self.options.by is SplitBy.clusters else "a shared expert"
@@ -74,14 +85,7 @@ class Split(Method[SplitOptions]):
             width = job.target.model.shared_width
             shared_Q, rest = order_N[:width].sort().values, order_N[width:].sort().values
         groups_EF = self._deal(rest, hidden_TN, cfg.num_experts, generator(job.seed, layer, "split"))
-        source_E = torch.zeros(cfg.num_experts, dtype=torch.int64)
-        return Plan(
-            source_E,
-            groups_EF,
-            down_scale=self._scale(job),
-            shared_Q=shared_Q,
-            shared_scale=2.0 if cfg.shared_gate else 1.0,
-        )
+        return self._plan(job, groups_EF, shared_Q)
 
     def promise(self, job: Job) -> Promise:
         combine, num_experts = job.target.combine, job.target.model.num_experts
@@ -101,10 +105,36 @@ class Split(Method[SplitOptions]):
 
     def reads_text(self, job: Job) -> bool:
         shared = job.target.model.num_shared_experts > 0
-        return shared or self.options.by is SplitBy.clusters or super().reads_text(job)
+        return shared or self.options.by is not SplitBy.random or super().reads_text(job)
+
+    def reads_gradients(self, job: Job) -> bool:
+        return self.options.by is SplitBy.gradients
 
     def notes(self, job: Job) -> list[str]:
         return [f"down projections of the experts times {self._scale(job):.6g}"]
+
+    def _by_gradients(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
+        cfg, wanted_by = job.target.model, "method.by=gradients"
+        towards_ED = cluster_directions(calibration, cfg.num_experts, cfg.d_model, job.seed, layer, wanted_by)
+        inputs_TD = need(calibration, "inputs_TD", cfg.d_model, layer, wanted_by)
+        saliency_TN = need(calibration, "saliency_TF", job.d_ff, layer, wanted_by)
+        importance_EN = importance(saliency_TN, inputs_TD, towards_ED)
+        shared_Q, rest = None, torch.arange(job.d_ff)
+        if cfg.num_shared_experts:
+            shared_Q = most_wanted(importance_EN, cfg.d_ff_expert, cfg.shared_width)
+            rest = rest[~torch.isin(rest, shared_Q)]
+        groups_EF = deal_by_importance(importance_EN, rest)
+        return replace(self._plan(job, groups_EF, shared_Q), towards_VD=towards_ED)
+
+    def _plan(self, job: Job, groups_EF: Tensor, shared_Q: Tensor | None) -> Plan:
+        cfg = job.target.model
+        return Plan(
+            torch.zeros(cfg.num_experts, dtype=torch.int64),
+            groups_EF,
+            down_scale=self._scale(job),
+            shared_Q=shared_Q,
+            shared_scale=2.0 if cfg.shared_gate else 1.0,
+        )
 
     def _deal(self, units_n: Tensor, hidden_TN: Tensor | None, parts: int, gen: torch.Generator) -> Tensor:
         """[E, F], ascending in each expert."""

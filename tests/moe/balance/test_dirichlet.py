@@ -11,7 +11,7 @@ from scipy import stats
 from shaping_cases import draw, routing_of, softmax, value
 
 from moetrain.moe.balance import LossTerm
-from moetrain.moe.balance.score_losses import DirichletOptions, beta_cdf
+from moetrain.moe.balance.dirichlet import DirichletOptions, beta_cdf
 
 
 @pytest.mark.parametrize("a", [0.01, 0.3, 1.0, 1.7, 10.0])

@@ -20,7 +20,8 @@ from torch import Tensor
 from moetrain.moe import MoELayer, Routing
 from moetrain.moe.balance import LossFollower, LossTerm, StepTotals, make_terms, total_loss
 from moetrain.moe.balance.base import probabilities
-from moetrain.moe.balance.score_losses import ChunkOptions, DirichletOptions, LocalityOptions
+from moetrain.moe.balance.dirichlet import DirichletOptions
+from moetrain.moe.balance.score_losses import ChunkOptions, LocalityOptions
 from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.parallel.mesh import Meshes

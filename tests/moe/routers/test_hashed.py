@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.moe import Router, RouterContext, build_router
-from moetrain.moe.routers.hashed import balanced_table
+from moetrain.moe.routers.hash_tables import balanced_table, dispersed_table
 
 counted = st.dictionaries(st.integers(0, 60), st.integers(0, 50), max_size=40)
 
@@ -63,6 +64,57 @@ def test_a_worked_example(tmp_path: Path) -> None:
     assert router.table_V.tolist() == [1, 1, 1, -1, 0, -1, -1, 0]
     assert router.table_V.dtype is torch.int64
     assert experts_of(router, [7, 4, 1, 0, 2, 4]) == [0, 0, 1, 1, 1, 0]
+
+
+def of_clusters(path: str, num_experts: int = 3, **options: object) -> Router:
+    return build_router("hash", d_model=3, num_experts=num_experts, top_k=1, clusters=path, **options)
+
+
+def test_a_cluster_has_one_expert_and_dispersed_all_of_them(tmp_path: Path) -> None:
+    clusters = {5: 2, 0: 1, 3: 1, 9: 1, 4: 0, 7: 1, 12: 2}
+    path = written(tmp_path, {str(i): cluster for i, cluster in clusters.items()})
+    ids = [0, 3, 4, 5, 7, 9, 12]
+    assert experts_of(of_clusters(path), ids) == [clusters[i] for i in ids]
+    # in turn: 4 of cluster 0, then 0, 3, 7, 9 of cluster 1, then 5, 12 of cluster 2
+    turns = dict(zip([4, 0, 3, 7, 9, 5, 12], [0, 1, 2, 0, 1, 2, 0], strict=True))
+    assert experts_of(of_clusters(path, dispersed=True), ids) == [turns[i] for i in ids]
+    unseen = [1, 2, 6, 8, 10, 11, 13, 100]
+    assert experts_of(of_clusters(path), unseen) == experts_of(hash_router(None, 3), unseen)
+    router = of_clusters(path).eval()
+    assert experts_of(router, ids) == [clusters[i] for i in ids]
+    other = of_clusters(path, dispersed=True)
+    other.load_state_dict(router.state_dict())
+    assert experts_of(other, ids) == experts_of(router, ids)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(st.dictionaries(st.integers(0, 60), st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 7))
+def test_dispersed_clusters_are_even_over_experts(clusters: dict[int, int], num_experts: int) -> None:
+    table = dispersed_table(clusters, num_experts)
+    for group in [list(clusters), *([i for i in clusters if clusters[i] == c] for c in range(10))]:
+        loads = [sum(table[i] == expert for i in group) for expert in range(num_experts)]
+        assert max(loads) - min(loads) <= 1
+    assert {i for i, expert in enumerate(table) if expert >= 0} == set(clusters)
+
+
+def test_tables_that_cannot_be(tmp_path: Path) -> None:
+    path, negative = written(tmp_path, {"3": 4, "1": 0}), tmp_path / "negative.json"
+    negative.write_text('{"1": -1}')
+    for options, words in (
+        ({"clusters": path}, "has a cluster 4, but there are 3 experts"),
+        ({"clusters": path, "frequencies": path}, "are two tables"),
+        ({"dispersed": True}, "router.dispersed=true is of clusters"),
+        ({"clusters": path, "top_k": 2}, "router.clusters gives one expert an id, not 2"),
+        ({"clusters": "/nowhere"}, "router.clusters=/nowhere"),
+        ({"clusters": str(negative)}, "token 1 must have a cluster from 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            build_router("hash", d_model=3, num_experts=3, **{"top_k": 1, **options})
+
+
+def test_the_preset_is_one_expert_at_random() -> None:
+    router = compose_train(["router=hash"]).router
+    assert (router.top_k, router.frequencies, router.clusters) == (1, None, None)  # type: ignore[attr-defined]
 
 
 def test_ids_without_a_count_fall_back_on_the_hash(tmp_path: Path) -> None:

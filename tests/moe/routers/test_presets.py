@@ -59,6 +59,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         ("emo", {"min_pool": None}, {}, [("switch", 0.1, "global_batch"), ("z", 0.001, "global_batch")]),
         (
+            "dynmoe_deepspeed",
+            {"name": "dynmoe", "tau": 1.0, "learn_tau": False},
+            {},
+            [(name, 0.01, "global_batch") for name in ("penalty", "choice_balance", "choice_share")],
+        ),
+        (
             "sigma",
             {"top_k": 4},
             {"activation": "relu", "first_weights": "one_network"},

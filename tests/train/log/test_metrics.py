@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.moe import RouterContext
+from moetrain.moe.assign import from_mask
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.balance import LossFollower, SparsityController
 from moetrain.moe.routing import Routing
@@ -78,6 +81,7 @@ def test_figures_of_a_worked_example() -> None:
             "moe/7/dead_experts": 1.0,
             "moe/7/drop_rate": 1 / 6,
             "moe/7/experts_per_token": 5 / 5,
+            "moe/7/token_sparsity": 2 / 3,
         }
     )
     assert {n: c_E.tolist() for n, c_E in summary.counts.items()} == {7: [4, 1, 0]}
@@ -121,7 +125,33 @@ def test_micro_batches_sum_to_the_whole_batch(data: st.DataObject) -> None:
     whole.add({2: make_routing(choices, experts, scores_TE=scores_TE)})
     parts.add({2: make_routing(choices[:cut], experts, scores_TE=scores_TE[:cut])})
     parts.add({2: make_routing(choices[cut:], experts, scores_TE=scores_TE[cut:])})
-    assert parts.reduce().metrics() == pytest.approx(whole.reduce().metrics(), rel=1e-6)
+    found, expected = parts.reduce().metrics(), whole.reduce().metrics()
+    for row in (found, expected):  # of whole sequences, and this is a part of one
+        row.pop("moe/2/chunk_sparsity", None)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 3), st.integers(1, 29), st.integers(1, 5), st.integers(0, 99))
+def test_sparsity_of_tokens_and_of_eight_neighbours(batch: int, seq: int, experts: int, seed: int) -> None:
+    """Sets of experts, by token and by whole runs of eight; the ends of sequences are padding."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen_BSE = torch.rand(batch, seq, experts, generator=generator) < 0.2
+    valid_BS = torch.arange(seq) < torch.randint(1, seq + 1, (batch, 1), generator=generator)
+    scores_TE = torch.ones(batch * seq, experts, dtype=torch.float64)
+    ctx = replace(RouterContext.default(batch, seq), valid_T=valid_BS.flatten())
+    routing = from_mask(chosen_BSE.flatten(0, 1), scores_TE, ctx, scores_TE)
+    stats = RoutingStats()
+    stats.add({0: routing})
+    row = stats.reduce().metrics()
+    idle, runs = [], []
+    for b in range(batch):
+        used = [set(chosen_BSE[b, s].nonzero().flatten().tolist()) for s in range(seq) if valid_BS[b, s]]
+        idle += [1 - len(of) / experts for of in used]
+        for first in range(0, len(used) - 7, 8):
+            runs.append(1 - len(set.union(*used[first : first + 8])) / experts)
+    assert row["moe/0/token_sparsity"] == pytest.approx(sum(idle) / len(idle) if idle else 1.0)
+    assert row.get("moe/0/chunk_sparsity") == (pytest.approx(sum(runs) / len(runs)) if runs else None)
 
 
 def test_recompute_counts_once() -> None:
@@ -199,8 +229,8 @@ def documented_keys() -> set[str]:
 
 def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str, float]]:
     stats = RoutingStats()
-    ones_TE = torch.ones(2, 2)
-    routing = make_routing([[0], [1]], 2, scores_TE=ones_TE, logits_TE=ones_TE)
+    ones_TE = torch.ones(8, 2)
+    routing = make_routing([[0], [1]] * 4, 2, scores_TE=ones_TE, logits_TE=ones_TE)
     stats.add(dict.fromkeys(range(layers), routing))
     step = step_row(
         step=1,
@@ -227,7 +257,7 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 
 def test_the_number_of_keys_is_bounded() -> None:
     step, evaluation = emitted_rows(layers=64, domains=1000)
-    assert len(step) == 7 + 4 + 64 * (7 + 1)
+    assert len(step) == 7 + 4 + 64 * (9 + 1)
     assert len(evaluation) == 6 + 1 + 2 * 32 + 2 * 64
 
 

@@ -18,17 +18,19 @@ _LOSS = "chunk_sparsity"
 @dataclass(frozen=True)
 class FollowerOptions:
     max_factor: float = field(default=4.0, metadata=at_least(1))
+    min_factor: float = field(default=1.025, metadata=at_least(1))  # of a coefficient that goes up, at once
 
 
 class LossFollower(Controller):
     """BlockFFN's coefficient of ``chunk_sparsity``: it rises and falls with the loss.
 
-    For the first ``hold`` steps the coefficient's factor is 1. Then, after each ``every`` steps, it is
-    multiplied with the ratio of the loss's mean over these steps to its mean over the ``every`` before; a
-    ratio above 1 is at least ``min_factor``, and the factor at most ``max_factor`` (Song et al. 2025). The
-    released code reaches the new factor linearly over the next ``every`` steps; here it holds at once.
+    For the first ``hold`` steps the coefficient's factor is 1. Then, after each ``every`` steps, its goal is
+    the factor times the ratio of the loss's mean over these steps to its mean over the ``every`` before; a
+    ratio above 1 is at least ``min_factor``, and the goal at most ``max_factor``. Over the next ``every``
+    steps the factor moves to the goal in equal parts (Song et al. 2025, and the released scheduler).
 
-    The state is the number of steps, and in fp64 the factor, the last mean and the sum of the mean to come.
+    The state is the number of steps, and in fp64 the factor, its goal, the last mean and the sum of the mean
+    to come.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LossFollower(Controller):
         self.hold, self.every = hold, every
         self.step = torch.zeros((), dtype=torch.int64)
         self.factor = torch.ones((), dtype=torch.float64)
+        self.goal = torch.ones_like(self.factor)
         self.mean, self.sum = torch.zeros_like(self.factor), torch.zeros_like(self.factor)
 
     def update(self, demand: Mapping[int, Tensor], num_tokens: float, losses: Mapping[str, Tensor]) -> None:
@@ -52,19 +55,22 @@ class LossFollower(Controller):
             return
         self.step += 1
         self.sum += losses[self.name].double().sum()
-        if int(self.step) % self.every:
-            return
+        if not int(self.step) % self.every:
+            self._aim()
+        self.factor += (self.goal - self.factor) / (self.every - int(self.step) % self.every)
+
+    def _aim(self) -> None:
         new, old = float(self.sum) / self.every, float(self.mean)
         if int(self.step) >= self.hold and new > 0 and old > 0:  # a loss of 0 has no ratio to follow
             ratio = new / old
             ratio = max(ratio, self.min_factor) if ratio > 1 else ratio
-            self.factor.mul_(ratio).clamp_(max=self.max_factor)
+            self.goal.copy_(self.factor).mul_(ratio).clamp_(max=self.max_factor)
         self.mean.fill_(new)
         self.sum.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        state = {"step": self.step, "factor": self.factor, "mean": self.mean, "sum": self.sum}
-        return {f"{self.name}_{key}": tensor for key, tensor in state.items()}
+        names = ("step", "factor", "goal", "mean", "sum")
+        return {f"{self.name}_{name}": getattr(self, name) for name in names}
 
     def factors(self) -> dict[str, dict[int, float]]:
         return {self.name: dict.fromkeys(self.layers, float(self.factor))}
@@ -85,8 +91,8 @@ def _check(options: FollowerOptions, terms: Terms) -> None:
     _LOSS,
     FollowerOptions,
     check=_check,
-    what="BlockFFN's: from step 1000 on the coefficient of `chunk_sparsity` moves with that loss every "
-    "100 steps, up to `max_factor` times",
+    what="BlockFFN's: from step 1000 on the coefficient of `chunk_sparsity` moves with that loss, over 100 "
+    "steps by the ratio of its last two means, up to `max_factor` times",
 )
 def _build(options: FollowerOptions, routers: Mapping[int, Router]) -> Controller:
-    return LossFollower(_LOSS, routers, options.max_factor)
+    return LossFollower(_LOSS, routers, options.max_factor, options.min_factor)

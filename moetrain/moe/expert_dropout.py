@@ -1,0 +1,90 @@
+"""Dropout inside experts: of what an expert reads, and of its hidden units, in training.
+
+Masks are a pure function of (seed, step, layer, sample, position, expert, column), like all noise here, so
+that recomputation, micro-batches and layouts draw the same. Where a row is computed, its token is no longer
+known: each token's row therefore carries a key of 32 bits, as bytes in four more columns, which every dtype
+of activations holds exactly. Experts cut them off again.
+
+Sources: Fedus et al. 2021, arXiv:2101.03961 ("expert dropout"); Wu et al. 2024, arXiv:2401.02731 (adapters).
+
+Shapes: T tokens, X source rows, D model, R computed rows, E experts here, F hidden, n columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.context import RouterContext
+from moetrain.moe.dispatch.base import ExpertRows
+from moetrain.ops.activations import activate, gate_and_up
+from moetrain.ops.counter import mix
+from moetrain.ops.gather_sum import gather_rows
+from moetrain.ops.grouped_mm import grouped_mm
+
+_SALT, _INPUT_SALT, _HIDDEN_SALT = 0xD209, 1, 2
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ExpertDropout:
+    """The probabilities with which an element is dropped; what is kept is divided by 1 - p."""
+
+    inputs: float = 0.0
+    hidden: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.hidden)
+
+
+def with_keys(x_TD: Tensor, ctx: RouterContext) -> Tensor:
+    """[T, D + 4]: each token's row, and its key."""
+    key_TB = (ctx.uniform((x_TD.shape[0], _BYTES), _SALT) * 256).floor()
+    return torch.cat([x_TD, key_TB.to(x_TD.dtype)], 1)
+
+
+def expert_mlp_dropped(
+    rows: ExpertRows,
+    experts_E: Tensor,
+    w_up_EDP: Tensor,
+    w_down_EFD: Tensor,
+    activation: str,
+    dropout: ExpertDropout,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """What ``moetrain.ops.expert_mlp`` computes, out [R, D], with ``dropout``; autograd keeps what it needs.
+
+    ``rows.source_XD`` is :func:`with_keys`'s. ``experts_E``: each expert's number in the layer, int64.
+    ``backend``: of the grouped products.
+    """
+    segments, ids_R = rows.rows.segments, rows.rows.ids_R
+    source_XD, bytes_XB = rows.source_XD.split([rows.source_XD.shape[1] - _BYTES, _BYTES], 1)
+    row_R = _row_keys(
+        bytes_XB.detach(), ids_R, experts_E.repeat_interleave(segments.aligned_E, output_size=len(ids_R))
+    )
+    x_RD = _dropped(gather_rows(source_XD.to(dtype), ids_R), row_R, _INPUT_SALT, dropout.inputs)
+    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), segments.aligned, backend)
+    h_RF = activate(*gate_and_up(z_RP, activation), activation)
+    h_RF = _dropped(h_RF, row_R, _HIDDEN_SALT, dropout.hidden)
+    out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), segments.aligned, backend)
+    return (out_RD * rows.weights_R[:, None]).to(dtype)
+
+
+def _row_keys(bytes_XB: Tensor, ids_R: Tensor, expert_R: Tensor) -> Tensor:
+    """int64 [R]: a key of each (token, expert); padding has any."""
+    place_B = 256 ** torch.arange(_BYTES, device=ids_R.device)
+    key_X = (bytes_XB.to(torch.int64) * place_B).sum(1)
+    key_R = gather_rows(key_X[:, None], ids_R).squeeze(1)
+    return mix(mix(key_R) + expert_R)
+
+
+def _dropped(values_Rn: Tensor, row_R: Tensor, salt: int, rate: float) -> Tensor:
+    if not rate:
+        return values_Rn
+    columns_n = torch.arange(values_Rn.shape[1], device=row_R.device)
+    bits_Rn = (mix(mix(row_R + salt)[:, None] + columns_n) >> 41) & 0x7FFFFF
+    kept_Rn = bits_Rn >= round(rate * 2**23)
+    return values_Rn * kept_Rn.to(values_Rn.dtype) / (1 - rate)
