@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B S tokens, D model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
-from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
+from moetrain.moe.dispatch import Dispatcher, LocalDispatcher, Work
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
@@ -24,6 +25,20 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.rules import block_refusal, shared_refusal
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
+
+
+@dataclass(frozen=True)
+class Started:
+    """A pass through a layer whose rows travel, for the layer's next steps. It is used once.
+
+    ``x_BSD`` and ``x_TD``: the experts' input. ``work``: None where the rows go in rounds, one after another.
+    """
+
+    x_BSD: Tensor
+    x_TD: Tensor
+    routing: Routing
+    work: Work | None
+    starts: list[int]
 
 
 class MoELayer(nn.Module):
@@ -87,6 +102,21 @@ class MoELayer(nn.Module):
         ``router_input`` and ``shared_input``, of x's shape, are what the router and the shared experts read;
         None: x. Raises ValueError where ``ctx`` is of another number of tokens.
         """
+        started = self.start(x_BSD, ctx, router_input)
+        shared_BSD = x_BSD if shared_input is None else shared_input
+        if started.work is None:
+            done = self.compute(started)
+            return self.finish(started, done, self.beside(started, shared_BSD))
+        beside = self.beside(started, shared_BSD)  # while rows travel
+        return self.finish(started, self.compute(started), beside)
+
+    def start(
+        self, x_BSD: Tensor, ctx: RouterContext | None = None, router_input: Tensor | None = None
+    ) -> Started:
+        """Route, and send the rows off. What is computed before :meth:`compute` overlaps with their way.
+
+        Arguments and errors are :meth:`forward`'s.
+        """
         batch, seq, width = x_BSD.shape
         if ctx is None:
             ctx = RouterContext.default(batch, seq, x_BSD.device)
@@ -94,33 +124,39 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
         seen_TD = x_TD if router_input is None else router_input.reshape(-1, width)
-        shared_BSD = x_BSD if shared_input is None else shared_input
         routing: Routing = self.router(seen_TD, ctx)
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
-        assignment = routing.assignment
-        starts = self._round_starts(assignment, batch * seq)
-        if len(starts) > 1:
-            y_TD = in_rounds(x_TD, assignment, starts, self._one_round)
-            beside = self._beside(x_BSD, assignment, shared_BSD)
-        else:
-            work = self.dispatcher.dispatch(x_TD, assignment)
-            beside = self._beside(x_BSD, assignment, shared_BSD)  # while rows travel
-            y_TD = self.dispatcher.combine(self.experts(work), work)
-        y_BSD = y_TD.view_as(x_BSD)
+        starts = self._round_starts(routing.assignment, batch * seq)
+        work = None if len(starts) > 1 else self.dispatcher.dispatch(x_TD, routing.assignment)
+        return Started(x_BSD, x_TD, routing, work, starts)
+
+    def beside(self, started: Started, shared_BSD: Tensor) -> list[Tensor]:
+        """What zero-computation experts, and shared experts of ``shared_BSD``, add to the experts' sum."""
+        zero = self.zero_experts
+        parts = [] if zero is None else [zero(started.x_BSD, started.routing.assignment)]
+        return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
+
+    def compute(self, started: Started) -> list[Tensor]:
+        """Wait for the rows, compute the experts, and send results back: :meth:`finish`'s second argument."""
+        if started.work is not None:
+            return self.experts(started.work)
+        assignment = started.routing.assignment
+        return [in_rounds(started.x_TD, assignment, started.starts, self._one_round)]
+
+    def finish(self, started: Started, done: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Routing]:
+        """Wait for the results, and add what was computed ``beside``: (y [B, S, D], the Routing)."""
+        work = started.work
+        y_TD = done[0] if work is None else self.dispatcher.combine(done, work)
+        y_BSD = y_TD.view_as(started.x_BSD)
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
-        return y_BSD, routing
+        return y_BSD, started.routing
 
     def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)
         return self.dispatcher.combine(self.experts(work), work)
-
-    def _beside(self, x_BSD: Tensor, assignment: Assignment, shared_BSD: Tensor) -> list[Tensor]:
-        """What zero-computation and shared experts add to the dispatched experts' sum."""
-        parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, assignment)]
-        return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
 
     def _shared(self, x_BSD: Tensor) -> Tensor:
         assert self.shared is not None
