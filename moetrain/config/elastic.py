@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.moe.slices import Slices
 from moetrain.parallel.elastic import fitted
 from moetrain.train.options import TrainConfig
 
@@ -25,6 +26,8 @@ def for_ranks(cfg: TrainConfig, world: int) -> tuple[TrainConfig, list[str]]:
         return cfg, []
     check_ranges(cfg)
     experts = math.gcd(*cfg.model.layer_experts) or cfg.model.num_experts  # what ep must divide
+    if widths := cfg.model.expert_widths:
+        experts = Slices.of(widths).total
     parallel = fitted(cfg.parallel, world, experts)
     micro = _micro_batch(cfg, world)
     lines = [

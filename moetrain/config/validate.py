@@ -151,5 +151,5 @@ def _check_layers(cfg: TrainConfig) -> None:
 def _check_layout(cfg: TrainConfig, world: int) -> None:
     task_of(cfg.train.task)
     check_optim(cfg.optim)
-    alike = not cfg.model.layer_experts  # else each layer was held against the layout by itself
-    check_layout(cfg.parallel, world, cfg.model.num_experts if alike else None)
+    differ = cfg.model.layer_experts or cfg.model.expert_widths  # then the layers' rule asks of each
+    check_layout(cfg.parallel, world, None if differ else cfg.model.num_experts)

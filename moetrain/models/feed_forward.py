@@ -101,5 +101,12 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
                 f"experts.kind=adapters has its network in the layer, which model.wiring={cfg.wiring.name} "
                 "takes apart: set model.wiring=plain"
             )
+        if cfg.expert_widths:
+            raise ValueError("experts.kind=adapters have one width: leave model.expert_widths out")
         return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width_of(cfg, layer), **common)
-    return MoELayer(d_ff=width_of(cfg, layer), first_weights=experts.first_weights, **common)
+    return MoELayer(
+        d_ff=width_of(cfg, layer),
+        first_weights=experts.first_weights,
+        expert_widths=cfg.expert_widths,
+        **common,
+    )

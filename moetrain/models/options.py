@@ -57,6 +57,8 @@ class ModelConfig:
     # num_experts and d_ff_expert say
     layer_experts: tuple[int, ...] = field(default=(), metadata=_SIZE)
     layer_widths: tuple[int, ...] = field(default=(), metadata=_SIZE)
+    # hidden width of each expert of a layer; the largest is d_ff_expert. []: all alike
+    expert_widths: tuple[int, ...] = field(default=(), metadata=_SIZE)
     feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
     wiring: Wiring = Wiring.plain  # of the blocks whose layer is MoE
     shortcut_from: ShortcutFrom = ShortcutFrom.previous_attention  # of wiring=shortcut

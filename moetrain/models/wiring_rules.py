@@ -15,7 +15,7 @@ from moetrain.models.wiring_options import (
 
 _OWN = "moe"  # the feed-forward layer whose steps a wiring can take apart
 # what tells blocks or layers from those of published families
-_BEYOND_FAMILIES = ("wiring", "router_input", "layer_experts", "layer_widths")
+_BEYOND_FAMILIES = ("wiring", "router_input", "layer_experts", "layer_widths", "expert_widths")
 _READ = {
     MomentumKind.heavy_ball: ("mu", "step"),
     MomentumKind.adam: ("mu", "step", "adam_layers", "adam_step", "beta1", "beta2", "decay"),
@@ -92,9 +92,13 @@ def _check_momentum(cfg: ModelConfig) -> None:
 
 
 def _check_lists(cfg: ModelConfig) -> None:
-    """One number for each MoE layer, whose largest is what the single key says: bounds go by that one."""
-    number = len(moe_layers(cfg))
-    for name, single in (("layer_experts", "num_experts"), ("layer_widths", "d_ff_expert")):
+    """A number for each MoE layer, or each expert; the largest is the single key's: bounds go by that."""
+    layers = len(moe_layers(cfg))
+    for name, single, number, of in (
+        ("layer_experts", "num_experts", layers, "MoE layers"),
+        ("layer_widths", "d_ff_expert", layers, "MoE layers"),
+        ("expert_widths", "d_ff_expert", cfg.num_experts, "experts"),
+    ):
         values: tuple[int, ...] = getattr(cfg, name)
         if not values:
             continue
@@ -102,11 +106,17 @@ def _check_lists(cfg: ModelConfig) -> None:
         if cfg.feed_forward != _OWN:
             raise UserError(f"{key} is of model.feed_forward={_OWN}, not {cfg.feed_forward}: leave it out")
         if len(values) != number:
-            raise UserError(f"{key} has {len(values)} numbers, but {number} layers are MoE: one for each")
+            raise UserError(f"{key} has {len(values)} numbers, but there are {number} {of}: one for each")
         if max(values) != most:
             raise UserError(
                 f"{key}: the largest is {max(values)}, but model.{single}={most}: "
                 f"set model.{single}={max(values)}"
+            )
+    for name in ("layer_experts", "layer_widths"):
+        if cfg.expert_widths and (values := getattr(cfg, name)):
+            raise UserError(
+                f"model.expert_widths={_shown(cfg.expert_widths)} is of layers that are alike, but "
+                f"model.{name}={_shown(values)}: leave one of the two out"
             )
 
 

@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, T = B S tokens, D model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, shared_refusal
+from moetrain.moe.rules import block_refusal, shared_refusal, widths_refusal
+from moetrain.moe.slices import Slices
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
 
@@ -31,12 +33,14 @@ from moetrain.ops.init import Normal, parameter
 class Started:
     """A pass through a layer whose rows travel, for the layer's next steps. It is used once.
 
-    ``x_BSD`` and ``x_TD``: the experts' input. ``work``: None where the rows go in rounds, one after another.
+    ``x_BSD`` and ``x_TD``: the experts' input. ``sent``: what is dispatched of the routing. ``work``: None
+    where the rows go in rounds, one after another.
     """
 
     x_BSD: Tensor
     x_TD: Tensor
     routing: Routing
+    sent: Assignment
     work: Work | None
     starts: list[int]
 
@@ -48,7 +52,8 @@ class MoELayer(nn.Module):
     have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
     assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
     ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
-    output is multiplied by sigmoid(x @ gate), one number a token.
+    output is multiplied by sigmoid(x @ gate), one number a token. ``expert_widths``: the hidden width of each
+    expert, where they differ; ``d_ff`` is then that of a shared expert.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -68,16 +73,22 @@ class MoELayer(nn.Module):
         max_rows_per_rank: int | None = None,
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
+        expert_widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         rows = ExpertsConfig(block=block, max_rows_per_rank=max_rows_per_rank)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
-        if line := range_refusal(rows, "experts") or shared or block_refusal(backend, block):
+        widths = widths_refusal(expert_widths, num_experts, first_weights)
+        if line := range_refusal(rows, "experts") or shared or widths or block_refusal(backend, block):
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         given = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(given or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights)
+        self.slices = Slices.of(expert_widths) if expert_widths else None
+        size = (num_experts, d_model, d_ff)
+        if self.slices is not None:
+            size = (self.slices.total, d_model, self.slices.unit)
+        self.experts = Experts(*size, activation, backend, keep, first_weights)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
@@ -128,9 +139,14 @@ class MoELayer(nn.Module):
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
-        starts = self._round_starts(routing.assignment, batch * seq)
-        work = None if len(starts) > 1 else self.dispatcher.dispatch(x_TD, routing.assignment)
-        return Started(x_BSD, x_TD, routing, work, starts)
+        sent = routing.assignment
+        if self.slices is not None:
+            sent = self.slices.assign(routing.assignment)
+            widths_E = self.slices.widths_E(routing.num_experts, x_TD.device)
+            routing = replace(routing, width_E=widths_E)
+        starts = self._round_starts(sent, batch * seq)
+        work = None if len(starts) > 1 else self.dispatcher.dispatch(x_TD, sent)
+        return Started(x_BSD, x_TD, routing, sent, work, starts)
 
     def beside(self, started: Started, shared_BSD: Tensor) -> list[Tensor]:
         """What zero-computation experts, and shared experts of ``shared_BSD``, add to the experts' sum."""
@@ -141,9 +157,9 @@ class MoELayer(nn.Module):
     def compute(self, started: Started) -> list[Tensor]:
         """Wait for the rows, compute the experts, and send results back: :meth:`finish`'s second argument."""
         if started.work is not None:
-            return self.experts(started.work)
-        assignment = started.routing.assignment
-        return [in_rounds(started.x_TD, assignment, started.starts, self._one_round)]
+            done: list[Tensor] = self.experts(started.work)
+            return done
+        return [in_rounds(started.x_TD, started.sent, started.starts, self._one_round)]
 
     def finish(self, started: Started, done: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Routing]:
         """Wait for the results, and add what was computed ``beside``: (y [B, S, D], the Routing)."""
@@ -169,6 +185,8 @@ class MoELayer(nn.Module):
         """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""
         # a compiled layer cannot look at what a router chose; only an explicit bound breaks its graph
         usual = None if torch.compiler.is_compiling() else self.router.usual_rows_per_token
+        if usual is not None and self.slices is not None:
+            usual *= self.slices.most
         bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
         given = [bound for bound in bounds if bound is not None]
         if not given:

@@ -30,6 +30,7 @@ class RoutingRecord:
     stats         detached sums over tokens for the router's ``after_step``, or None.
     price_E       the factor of an expert's term in balance losses; capacities divide by it. None: 1.
     penalty       a scalar of the router's own parameters for the loss ``penalty``, or None.
+    width_E       int64, hidden units of each expert, of a layer whose experts differ; else None.
     """
 
     num_tokens_B: Tensor
@@ -41,6 +42,7 @@ class RoutingRecord:
     stats: Tensor | None = None
     price_E: Tensor | None = None
     penalty: Tensor | None = None
+    width_E: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from moetrain.moe.options import FirstWeights
 from moetrain.ops.experts.megablocks_products import BLOCK
 
 
@@ -12,6 +15,19 @@ def block_refusal(backend: str, block: int | None) -> str | None:
             f"experts.backend=megablocks has blocks of {BLOCK} rows, but experts.block={block or 'null'}: "
             f"set experts.block={BLOCK}"
         )
+    return None
+
+
+def widths_refusal(widths: Sequence[int], num_experts: int, first_weights: FirstWeights) -> str | None:
+    """Why experts cannot have these ``widths``; None where they may, and where there are none."""
+    if not widths:
+        return None
+    if len(widths) != num_experts:
+        return f"expert_widths has {len(widths)} numbers, but there are {num_experts} experts: one for each"
+    if min(widths) < 1:
+        return f"expert_widths has {min(widths)}, but a width is 1 or more"
+    if first_weights is FirstWeights.tenth:  # which goes by one expert's width
+        return "experts.first_weights=tenth is of experts of one width: set experts.first_weights=model"
     return None
 
 

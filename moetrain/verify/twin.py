@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.moe.options import RouterConfig
+from moetrain.moe.slices import Slices
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.options import EngineConfig, Precision, TrainConfig
@@ -95,6 +96,7 @@ def _model(m: ModelConfig) -> ModelConfig:
     """
     own = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
     alike = own and not (m.layer_experts or m.layer_widths)
+    widths = tuple(3 * slices for slices in Slices.of(m.expert_widths).per_expert) if m.expert_widths else ()
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
@@ -111,7 +113,8 @@ def _model(m: ModelConfig) -> ModelConfig:
         head_dim=4,
         attention_backend=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
-        d_ff_expert=7 if alike else max(_small(m.layer_widths), default=7),
+        d_ff_expert=max(_small(m.layer_widths) or widths, default=7),
+        expert_widths=widths,
         layer_widths=_small(m.layer_widths),
         num_shared_experts=min(m.num_shared_experts, 2),
         d_ff_shared=None if m.d_ff_shared is None else 5,
@@ -123,6 +126,10 @@ def _model(m: ModelConfig) -> ModelConfig:
 def _small(widths: tuple[int, ...]) -> tuple[int, ...]:
     """As different as they were: the i-th smallest is 2 i + 5."""
     return tuple(2 * sorted(set(widths)).index(width) + 5 for width in widths)
+
+
+def _differ(m: ModelConfig) -> bool:
+    return bool(m.layer_experts or m.layer_widths or m.expert_widths)
 
 
 def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[ParallelConfig, int]:
@@ -162,7 +169,7 @@ def _with_experts_sharded_alike(
     ways, small_ways = (
         size // (p.dp_replicate * p.ep) for p, size in ((cfg.parallel, world), (small, ranks))
     )
-    if cfg.parallel.ep == 1 or local % ways == 0 or m.layer_experts or m.layer_widths:
+    if cfg.parallel.ep == 1 or local % ways == 0 or _differ(m):
         return m
     groups = cfg.router.expert_groups()
     fitting = (

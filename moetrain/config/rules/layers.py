@@ -55,7 +55,7 @@ def attention_accepts_its_options(cfg: TrainConfig) -> None:
 def layers_accept_their_options(cfg: TrainConfig) -> None:
     """What a builder refuses, and what the layout asks of each layer of a plug-in; without memory."""
     m = cfg.model
-    alike = m.feed_forward == OWN and not m.layer_experts
+    alike = m.feed_forward == OWN and not (m.layer_experts or m.expert_widths)
     places = moe_layers(m)
     routers: list[Router] = []
     for place in places[:1] if alike else places:
@@ -72,7 +72,7 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
         for router in found:
             refuse_losses(cfg.balance, router, f"{where}: ")
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
-            check_layer(cfg.parallel, layer.experts.num_experts, where)
+            check_layer(cfg.parallel, layer.experts.num_experts, where, layer.slices is not None)
     refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
 
 
