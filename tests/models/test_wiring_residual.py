@@ -81,6 +81,16 @@ def test_each_layer_has_its_own_number_and_width() -> None:
     assert counts.router == 23 * (2 + 5 + 3)
 
 
+def test_experts_of_different_widths_count_with_their_mean() -> None:
+    widths = (4, 12, 8, 8, 8)
+    model = decoder(expert_widths=widths, d_ff_expert=12, num_shared_experts=1)
+    counts = count_parameters(model)
+    assert counts.experts == 3 * 3 * 23 * sum(widths)
+    assert counts.experts_active == 3 * 3 * 23 * sum(widths) * 2 // 5
+    assert counts.shared == 3 * 3 * 23 * 12
+    assert counts.total == sum(p.numel() for p in model.parameters())
+
+
 def test_what_a_residual_layer_adds_is_counted() -> None:
     one, other = decoder(), decoder(wiring=Wiring.residual)
     counts, before = count_parameters(other), count_parameters(one)

@@ -42,7 +42,7 @@ def test_output_and_gradients(start: ShortcutFrom, changes: dict[str, int]) -> N
     plain.assert_same(model, IDS, hidden(model, start))
 
 
-def test_fed_with_the_stream_after_attention_it_is_the_usual_layer() -> None:
+def test_fed_with_its_own_stream_it_is_the_usual_layer() -> None:
     model, usual = decoder(**SHORTCUT), decoder(num_shared_experts=1)
     for block in model.blocks:
         block.shortcut_norm = block.feed_forward_norm
