@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GATED = ("swiglu", "geglu", "reglu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 
 _ALPHA = tl.constexpr(1.702)
@@ -40,6 +40,8 @@ def activate(gate, up, NAME: tl.constexpr):
         h = _gelu(gate) * up
     elif NAME == "reglu":
         h = tl.where(gate <= 0, 0.0, gate) * up
+    elif NAME == "drelu":
+        h = tl.where(gate <= 0, 0.0, gate) * tl.where(up <= 0, 0.0, up)
     elif NAME == "gelu":
         h = _gelu(up)
     elif NAME == "silu":
@@ -72,6 +74,9 @@ def activate_backward(dh, gate, up, NAME: tl.constexpr):
     elif NAME == "reglu":
         dgate = tl.where(gate <= 0, 0.0, dh * up)
         dup = dh * tl.where(gate <= 0, 0.0, gate)
+    elif NAME == "drelu":
+        dgate = tl.where(gate <= 0, 0.0, dh * tl.where(up <= 0, 0.0, up))
+        dup = tl.where(up <= 0, 0.0, dh * tl.where(gate <= 0, 0.0, gate))
     elif NAME == "gelu":
         dup = dh * _gelu_slope(up)
         dgate = dup

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATED = ("swiglu", "geglu", "reglu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 ALPHA, LIMIT = 1.702, 7.0  # of GPT-OSS
 
@@ -28,6 +28,8 @@ def activate(z_nP: Tensor, name: str) -> Tensor:
         gate_nF = torch.where(gate_nF > LIMIT, LIMIT, gate_nF)
         up_nF = torch.where(up_nF.abs() > LIMIT, LIMIT * up_nF.sign(), up_nF)
         return gate_nF * torch.sigmoid(ALPHA * gate_nF) * (up_nF + 1)
+    if name == "drelu":
+        return F.relu(gate_nF) * F.relu(up_nF)
     return _unary(gate_nF, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(name, name)) * up_nF
 
 

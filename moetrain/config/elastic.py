@@ -7,10 +7,12 @@ as make up the share.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.moe.slices import Slices
 from moetrain.parallel.elastic import fitted
 from moetrain.train.options import TrainConfig
 
@@ -23,7 +25,10 @@ def for_ranks(cfg: TrainConfig, world: int) -> tuple[TrainConfig, list[str]]:
     if not cfg.parallel.elastic:
         return cfg, []
     check_ranges(cfg)
-    parallel = fitted(cfg.parallel, world, cfg.model.num_experts)
+    experts = math.gcd(*cfg.model.layer_experts) or cfg.model.num_experts  # what ep must divide
+    if widths := cfg.model.expert_widths:
+        experts = Slices.of(widths).total
+    parallel = fitted(cfg.parallel, world, experts)
     micro = _micro_batch(cfg, world)
     lines = [
         f"parallel.elastic: {key}={now} on {world} rank(s), where {asked} was asked for"

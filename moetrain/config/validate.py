@@ -35,6 +35,7 @@ from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
 from moetrain.evaluation.rules import check_eval
 from moetrain.models.rules import check_model
+from moetrain.models.wiring_rules import check_wiring
 from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.rules import check_layout
 from moetrain.train.deepspeed.rules import check_engine
@@ -110,6 +111,7 @@ def validate_stored(cfg: TrainConfig, where: str) -> None:
         for section in ("model", "router", "experts", "data"):
             check_ranges(getattr(cfg, section), section)
         check_model(cfg.model)
+        check_wiring(cfg.model)
         router_accepts_its_options(cfg)
         _check_layers(cfg)
     except UserError as e:
@@ -139,6 +141,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 def _check_model(cfg: TrainConfig, world: int) -> None:
     check_model(cfg.model)
+    check_wiring(cfg.model)
     vocabulary_is_large_enough(cfg)
     router_accepts_its_options(cfg)
     routing_group_divides_micro_batch(cfg, world)
@@ -156,4 +159,5 @@ def _check_layers(cfg: TrainConfig) -> None:
 def _check_layout(cfg: TrainConfig, world: int) -> None:
     task_of(cfg.train.task)
     check_optim(cfg.optim)
-    check_layout(cfg.parallel, world, cfg.model.num_experts)
+    differ = cfg.model.layer_experts or cfg.model.expert_widths  # then the layers' rule asks of each
+    check_layout(cfg.parallel, world, None if differ else cfg.model.num_experts)

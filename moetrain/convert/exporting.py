@@ -25,6 +25,7 @@ from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
+from moetrain.models.wiring_rules import beyond_families
 from moetrain.terminal import tell
 from moetrain.train.run_files import ReadTrained
 
@@ -52,6 +53,8 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
         raise UserError(
             f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"
         )
+    if key := beyond_families(model.spec.model):
+        raise UserError(f"{cfg.checkpoint}: {key}: no family has such blocks")
     family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)

@@ -19,8 +19,9 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 class Counts:
     """Parameters by kind. A tied matrix counts once, as ``embedding``; ``head`` is then 0.
 
-    ``experts_active`` are those of the K of E experts that one token passes through. ``shared`` includes
-    the shared experts' gate and what experts without a feed-forward network hold: each process has all of it.
+    ``experts_active`` are those of the K of E experts that one token passes through, of their mean width
+    where they differ. ``shared`` includes the shared experts' gate and what experts without a feed-forward
+    network hold: each process has all of it.
     """
 
     embedding: int = 0
@@ -90,8 +91,8 @@ def count_parameters(model: Decoder) -> Counts:
         counts[kind] += parameter.numel()
         if kind == "experts":
             layer = holders.get(id(parameter))
-            used = parameter.shape[0] if layer is None else experts_per_token(layer)  # None: a plug-in's own
-            counts["experts_active"] += parameter.numel() // parameter.shape[0] * used
+            used, of = (1, 1) if layer is None else (experts_per_token(layer), _experts(layer))  # a plug-in's
+            counts["experts_active"] += parameter.numel() * used // of
     return Counts(**counts)
 
 
@@ -100,9 +101,14 @@ def experts_per_token(layer: MoELayer) -> int:
 
     Where some of the K may be experts without a network, this is what a token uses at most.
     """
-    num_experts = layer.experts.w_down_EFD.shape[0]
+    num_experts = _experts(layer)
     top_k = layer.router.top_k
     return num_experts if top_k is None else min(top_k, num_experts)
+
+
+def _experts(layer: MoELayer) -> int:
+    """E: those that have a network."""
+    return layer.experts.num_experts if layer.slices is None else len(layer.slices.per_expert)
 
 
 def flops_breakdown(

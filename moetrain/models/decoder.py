@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and a feed-forward layer that is dense or MoE, by the config.
+"""The decoder: blocks of attention and a feed-forward layer that is dense or MoE, by the config.
 
 Shapes: B batch, S sequence, T = B S tokens, D model, V vocabulary.
 """
@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.bounds import check_ranges
-from moetrain.models.attention import AttentionLayer, build_attention, plan_of
-from moetrain.models.cache import KVCache, LayerCache
-from moetrain.models.feed_forward import build_feed_forward
+from moetrain.models.attention import AttentionLayer, plan_of
+from moetrain.models.block import Carried, build_block
+from moetrain.models.cache import KVCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig
 from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rules import check_model
+from moetrain.models.wiring_rules import check_wiring
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options
-from moetrain.ops.attention import Plan, seen_keys
+from moetrain.ops.attention import seen_keys
 from moetrain.ops.embedding import embedding
 from moetrain.ops.init import Constant, Normal, parameter, set_initializer
 
@@ -35,40 +36,6 @@ class DecoderOutput(NamedTuple):
 
     hidden_BSD: Tensor
     records: dict[int, RoutingRecord]
-
-
-def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
-    """Whether layer ``layer`` (from 0) is MoE."""
-    return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
-
-
-def has_moe_layers(cfg: ModelConfig) -> bool:
-    return any(is_moe_layer(cfg, layer) for layer in range(cfg.num_layers))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attention = build_attention(cfg, layer)
-        self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        kind = cfg.feed_forward if is_moe_layer(cfg, layer) else "dense"
-        self.feed_forward = build_feed_forward(kind, cfg, router, experts, layer)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: Rope,
-        plan: Plan,
-        ctx: RouterContext | None = None,
-        cache_layer: LayerCache | None = None,
-    ) -> tuple[Tensor, RoutingRecord | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
-        ctx = None if ctx is None else replace(ctx, stream_BSD=x_BSD)
-        y_BSD, record = self.feed_forward(self.feed_forward_norm(x_BSD), ctx)
-        return x_BSD + y_BSD, record
 
 
 class Decoder(nn.Module):
@@ -91,13 +58,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         check_model(cfg)
+        check_wiring(cfg)
         check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
         if cfg.num_experts:
             router = full_options(router).for_vocabulary(vocab_size)
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)
-        self.blocks = nn.ModuleList(Block(cfg, router, experts, layer) for layer in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(build_block(cfg, router, experts, i) for i in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head_VD = None if cfg.tie_embeddings else parameter(shape, initializer)
         self.reset_parameters()
@@ -151,11 +119,12 @@ class Decoder(nn.Module):
         x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
         records: dict[int, RoutingRecord] = {}
         previous: RoutingRecord | None = None
+        carried = Carried()
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             rope, plan = ropes[attention.rope_dim], plans[attention.heads]
             layer_cache = None if cache is None else cache.layers[layer]
             layer_ctx = ctx.at_layer(layer, previous, None if layer_cache is None else layer_cache.router)
-            x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
+            x_BSD, record, carried = block(x_BSD, rope, plan, layer_ctx, layer_cache, carried)
             if record is not None:
                 records[layer] = previous = record
         return DecoderOutput(self.norm(x_BSD, compute_dtype), records)

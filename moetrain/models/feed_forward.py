@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, experts_of, width_of
+from moetrain.models.wiring_options import Wiring
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.mlp import MLP
@@ -77,7 +78,7 @@ def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     common: dict[str, Any] = {
         "d_model": cfg.d_model,
-        "num_experts": cfg.num_experts,
+        "num_experts": experts_of(cfg, layer),
         "router": router.name,
         "router_options": full_options(router),
         "activation": experts.activation.value,
@@ -86,7 +87,7 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "dropout": experts.dropout,
         "input_dropout": experts.input_dropout,
         "num_shared_experts": cfg.num_shared_experts,
-        "d_ff_shared": cfg.d_ff_shared,
+        "d_ff_shared": cfg.shared_width if cfg.layer_widths and cfg.num_shared_experts else cfg.d_ff_shared,
         "shared_gate": cfg.shared_gate,
         "block": experts.block,
         "max_rows_per_rank": experts.max_rows_per_rank,
@@ -97,5 +98,17 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
                 f"experts.first_weights={experts.first_weights.name} is of networks, not of "
                 "experts.kind=adapters: set experts.first_weights=model"
             )
-        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=cfg.d_ff_expert, lora=cfg.lora, **common)
-    return MoELayer(d_ff=cfg.d_ff_expert, first_weights=experts.first_weights, **common)
+        if cfg.wiring is not Wiring.plain:
+            raise ValueError(
+                f"experts.kind=adapters has its network in the layer, which model.wiring={cfg.wiring.name} "
+                "takes apart: set model.wiring=plain"
+            )
+        if cfg.expert_widths:
+            raise ValueError("experts.kind=adapters have one width: leave model.expert_widths out")
+        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width_of(cfg, layer), lora=cfg.lora, **common)
+    return MoELayer(
+        d_ff=width_of(cfg, layer),
+        first_weights=experts.first_weights,
+        expert_widths=cfg.expert_widths,
+        **common,
+    )

@@ -6,6 +6,7 @@ from typing import Optional
 
 from moetrain.bounds import above, at_least
 from moetrain.models.rope_options import RopeScaling
+from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
 from moetrain.ops.low_rank import LoRA
 
 _INT32 = 2**31 - 1
@@ -53,7 +54,17 @@ class ModelConfig:
     # every n-th layer is MoE: the layers l with (l + 1) % n == 0
     moe_every: int = field(default=1, metadata=_SIZE)
     first_dense: int = field(default=0, metadata=_COUNT)  # the first m layers are dense
+    # experts of each MoE layer in turn, and their width; []: all alike. The largest is what
+    # num_experts and d_ff_expert say
+    layer_experts: tuple[int, ...] = field(default=(), metadata=_SIZE)
+    layer_widths: tuple[int, ...] = field(default=(), metadata=_SIZE)
+    # hidden width of each expert of a layer; the largest is d_ff_expert. []: all alike
+    expert_widths: tuple[int, ...] = field(default=(), metadata=_SIZE)
     feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
+    wiring: Wiring = Wiring.plain  # of the blocks whose layer is MoE
+    shortcut_from: ShortcutFrom = ShortcutFrom.previous_attention  # of wiring=shortcut
+    momentum: MomentumConfig = field(default_factory=MomentumConfig)  # of wiring=momentum
+    router_input: RouterInput = RouterInput.own
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included
@@ -80,3 +91,23 @@ class ModelConfig:
         if not self.num_shared_experts:
             return 0
         return self.num_shared_experts * self.d_ff_expert if self.d_ff_shared is None else self.d_ff_shared
+
+
+def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
+    """Whether layer ``layer`` (from 0) is MoE."""
+    return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
+
+
+def moe_layers(cfg: ModelConfig) -> list[int]:
+    """The places of the MoE layers."""
+    return [layer for layer in range(cfg.num_layers) if is_moe_layer(cfg, layer)]
+
+
+def experts_of(cfg: ModelConfig, layer: int) -> int:
+    """The number of experts of an MoE layer."""
+    return cfg.layer_experts[moe_layers(cfg).index(layer)] if cfg.layer_experts else cfg.num_experts
+
+
+def width_of(cfg: ModelConfig, layer: int) -> int:
+    """``d_ff_expert`` of an MoE layer."""
+    return cfg.layer_widths[moe_layers(cfg).index(layer)] if cfg.layer_widths else cfg.d_ff_expert

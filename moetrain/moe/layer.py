@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, T = B S tokens, D model.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from moetrain.bounds import range_refusal
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.context import RouterContext
-from moetrain.moe.dispatch import Dispatcher, LocalDispatcher
+from moetrain.moe.dispatch import Dispatcher, LocalDispatcher, Work
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.expert_dropout import ExpertDropout, with_keys
 from moetrain.moe.experts import Experts
@@ -23,9 +24,26 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal
+from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal, widths_refusal
+from moetrain.moe.slices import Slices
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
+
+
+@dataclass(frozen=True)
+class Started:
+    """A pass through a layer whose rows travel, for the layer's next steps. It is used once.
+
+    ``x_BSD`` and ``x_TD``: the experts' input. ``sent``: what is dispatched of the routing. ``work``: None
+    where the rows go in rounds, one after another.
+    """
+
+    x_BSD: Tensor
+    x_TD: Tensor
+    routing: Routing
+    sent: Assignment
+    work: Work | None
+    starts: list[int]
 
 
 class MoELayer(nn.Module):
@@ -35,7 +53,8 @@ class MoELayer(nn.Module):
     have feed-forward networks; a router may add experts that need none. ``max_rows_per_rank``: more
     assignments than that are computed in rounds, which keep only their input for backward; None: no bound.
     ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
-    output is multiplied by sigmoid(x @ gate), one number a token. ``dropout``, ``input_dropout``: in
+    output is multiplied by sigmoid(x @ gate), one number a token. ``expert_widths``: the hidden width of each
+    expert, where they differ; ``d_ff`` is then that of a shared expert. ``dropout``, ``input_dropout``: in
     training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
     Raises ValueError for an unknown router, option, activation or backend.
     """
@@ -58,6 +77,7 @@ class MoELayer(nn.Module):
         first_weights: FirstWeights = FirstWeights.model,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
+        expert_widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         given = ExpertsConfig(
@@ -65,13 +85,18 @@ class MoELayer(nn.Module):
         )
         drop = ExpertDropout(input_dropout, dropout)
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
+        widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        if line := range_refusal(given, "experts") or shared or backends:
+        if line := range_refusal(given, "experts") or shared or widths or backends:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(said or {}))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, backend, keep, first_weights, drop)
+        self.slices = Slices.of(expert_widths) if expert_widths else None
+        size = (num_experts, d_model, d_ff)
+        if self.slices is not None:
+            size = (self.slices.total, d_model, self.slices.unit)
+        self.experts = Experts(*size, activation, backend, keep, first_weights, drop)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None
@@ -97,6 +122,21 @@ class MoELayer(nn.Module):
         None: x, or what :meth:`read_by_router` says.
         Raises ValueError where ``ctx`` is of another number of tokens.
         """
+        started = self.start(x_BSD, ctx, router_input)
+        shared_BSD = x_BSD if shared_input is None else shared_input
+        if started.work is None:
+            done = self.compute(started)
+            return self.finish(started, done, self.beside(started, shared_BSD))
+        beside = self.beside(started, shared_BSD)  # while rows travel
+        return self.finish(started, self.compute(started), beside)
+
+    def start(
+        self, x_BSD: Tensor, ctx: RouterContext | None = None, router_input: Tensor | None = None
+    ) -> Started:
+        """Route, and send the rows off. What is computed before :meth:`compute` overlaps with their way.
+
+        Arguments and errors are :meth:`forward`'s.
+        """
         batch, seq, width = x_BSD.shape
         if ctx is None:
             ctx = RouterContext.default(batch, seq, x_BSD.device)
@@ -104,26 +144,42 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
         seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
-        shared_BSD = x_BSD if shared_input is None else shared_input
         routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
         if self.experts.drops:
             x_TD = with_keys(x_TD, ctx)
-        assignment = routing.assignment
-        starts = self._round_starts(assignment, batch * seq)
-        if len(starts) > 1:
-            y_TD = in_rounds(x_TD, assignment, starts, self._one_round)
-            beside = self._beside(x_BSD, assignment, shared_BSD)
-        else:
-            work = self.dispatcher.dispatch(x_TD, assignment)
-            beside = self._beside(x_BSD, assignment, shared_BSD)  # while rows travel
-            y_TD = self.dispatcher.combine(self.experts(work), work)
-        y_BSD = y_TD.view_as(x_BSD)
+        sent = routing.assignment
+        if self.slices is not None:
+            sent = self.slices.assign(routing.assignment)
+            widths_E = self.slices.widths_E(routing.num_experts, x_TD.device)
+            routing = replace(routing, width_E=widths_E)
+        starts = self._round_starts(sent, batch * seq)
+        work = None if len(starts) > 1 else self.dispatcher.dispatch(x_TD, sent)
+        return Started(x_BSD, x_TD, routing, sent, work, starts)
+
+    def beside(self, started: Started, shared_BSD: Tensor) -> list[Tensor]:
+        """What zero-computation experts, and shared experts of ``shared_BSD``, add to the experts' sum."""
+        zero = self.zero_experts
+        parts = [] if zero is None else [zero(started.x_BSD, started.routing.assignment)]
+        return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
+
+    def compute(self, started: Started) -> list[Tensor]:
+        """Wait for the rows, compute the experts, and send results back: :meth:`finish`'s second argument."""
+        if started.work is not None:
+            done: list[Tensor] = self.experts(started.work)
+            return done
+        return [in_rounds(started.x_TD, started.sent, started.starts, self._one_round)]
+
+    def finish(self, started: Started, done: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Routing]:
+        """Wait for the results, and add what was computed ``beside``: (y [B, S, D], the Routing)."""
+        work = started.work
+        y_TD = done[0] if work is None else self.dispatcher.combine(done, work)
+        y_BSD = y_TD.view_as(started.x_BSD)
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
-        return y_BSD, routing
+        return y_BSD, started.routing
 
     def read_by_router(self, x_BSD: Tensor, ctx: RouterContext | None) -> Tensor:
         """What the router reads where nothing else is said: the layer's input, or the residual stream."""
@@ -133,11 +189,6 @@ class MoELayer(nn.Module):
     def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)
         return self.dispatcher.combine(self.experts(work), work)
-
-    def _beside(self, x_BSD: Tensor, assignment: Assignment, shared_BSD: Tensor) -> list[Tensor]:
-        """What zero-computation and shared experts add to the dispatched experts' sum."""
-        parts = [] if self.zero_experts is None else [self.zero_experts(x_BSD, assignment)]
-        return parts if self.shared is None else [*parts, self._shared(shared_BSD)]
 
     def _shared(self, x_BSD: Tensor) -> Tensor:
         assert self.shared is not None
@@ -150,6 +201,8 @@ class MoELayer(nn.Module):
         """First tokens of the rounds, as many as the rank with the most has; one where nothing is bounded."""
         # a compiled layer cannot look at what a router chose; only an explicit bound breaks its graph
         usual = None if torch.compiler.is_compiling() else self.router.usual_rows_per_token
+        if usual is not None and self.slices is not None:
+            usual *= self.slices.most
         bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
         given = [bound for bound in bounds if bound is not None]
         if not given:

@@ -10,11 +10,13 @@ from moetrain.moe.evaluation import Words
 
 
 class Activation(Enum):
-    """Gated ones multiply the activated gate by the up projection; plain ones have no gate."""
+    """Gated ones multiply the activated gate by the up projection, ``drelu`` by its positive part; plain ones
+    have no gate."""
 
     swiglu = "swiglu"
     geglu = "geglu"
     reglu = "reglu"
+    drelu = "drelu"
     gelu = "gelu"
     relu = "relu"
     relu2 = "relu2"

@@ -34,6 +34,7 @@ class RoutingRecord:
     domain_ids_T  int64, the index of each token's domain among the corpus's, or None: not known.
     choices_TE    whether the token chose the expert, 1 or 0, with the gradient of a router that passes one
                   straight through its choices, or None.
+    width_E       int64, hidden units of each expert, of a layer whose experts differ; else None.
     """
 
     num_tokens_B: Tensor
@@ -47,6 +48,7 @@ class RoutingRecord:
     penalty: Tensor | None = None
     choices_TE: Tensor | None = None
     domain_ids_T: Tensor | None = None
+    width_E: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

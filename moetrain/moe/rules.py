@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moetrain.moe.expert_dropout import ExpertDropout
+from moetrain.moe.options import FirstWeights
 from moetrain.ops.experts.megablocks_products import BLOCK
 
 _DROPPING = ("auto", "torch", "loop")
@@ -27,6 +30,26 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
         f"experts.{key}={rate} is computed by torch's grouped products or the loop, not by "
         f"experts.backend={backend}: set experts.backend=auto, or experts.{key}=0"
     )
+
+
+def widths_refusal(
+    widths: Sequence[int], num_experts: int, first_weights: FirstWeights, dropout: ExpertDropout
+) -> str | None:
+    """Why experts cannot have these ``widths``; None where they may, and where there are none."""
+    if not widths:
+        return None
+    if len(widths) != num_experts:
+        return f"expert_widths has {len(widths)} numbers, but there are {num_experts} experts: one for each"
+    if min(widths) < 1:
+        return f"expert_widths has {min(widths)}, but a width is 1 or more"
+    if first_weights is FirstWeights.tenth:  # which goes by one expert's width
+        return "experts.first_weights=tenth is of experts of one width: set experts.first_weights=model"
+    if dropout.inputs:  # an expert's slices would each drop others
+        return (
+            f"experts.input_dropout={dropout.inputs} is of experts of one width: set it to 0, or leave "
+            "model.expert_widths out"
+        )
+    return None
 
 
 def shared_refusal(num_shared_experts: int, d_ff_shared: int | None, shared_gate: bool) -> str | None:

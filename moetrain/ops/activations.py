@@ -1,6 +1,7 @@
 """Expert activations: forward, and the backward written out so that only the pre-activation is kept.
 
-A gated activation has two pre-activations, gate and up; a plain one has ``up`` only and no gate.
+A gated activation has two pre-activations, gate and up; a plain one has ``up`` only and no gate. ``drelu``
+(Song et al. 2024, arXiv:2406.05955) is relu(gate) relu(up): it activates up too, which the others do not.
 Shapes: n rows, F hidden, P = 2F (gate columns, then up columns) or F.
 """
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATED = ("swiglu", "geglu", "reglu")
+GATED = ("swiglu", "geglu", "reglu", "drelu")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 ACTIVATIONS = GATED + PLAIN
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ def gate_and_up(z_nP: Tensor, name: str) -> tuple[Tensor | None, Tensor]:
 
 def activate(gate_nF: Tensor | None, up_nF: Tensor, name: str) -> Tensor:
     """h [n, F] of the pre-activations; differentiable by autograd (the oracle's path)."""
-    return _unary(up_nF, name) if gate_nF is None else _unary(gate_nF, name) * up_nF
+    return _unary(up_nF, name) if gate_nF is None else _unary(gate_nF, name) * _up(up_nF, name)
 
 
 def activate_again(gate_nF: Tensor | None, up_nF: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def activate_again(gate_nF: Tensor | None, up_nF: Tensor, name: str) -> tuple[Te
         h_nF = _unary(up_nF, name)
         return h_nF, h_nF
     active_nF = _unary(gate_nF, name)
-    return active_nF * up_nF, active_nF
+    return active_nF * _up(up_nF, name), active_nF
 
 
 def activate_backward(
@@ -62,7 +63,13 @@ def activate_backward(
         _unary_backward(dh_nF, up_nF, name, dup_nF)
         return
     torch.mul(dh_nF, active_nF, out=dup_nF)
-    _unary_backward(dh_nF.mul_(up_nF), gate_nF, name, dgate_nF)
+    if name == "drelu":
+        aten.threshold_backward.grad_input(dup_nF, up_nF, 0, grad_input=dup_nF)
+    _unary_backward(dh_nF.mul_(_up(up_nF, name)), gate_nF, name, dgate_nF)
+
+
+def _up(up_nF: Tensor, name: str) -> Tensor:
+    return F.relu(up_nF) if name == "drelu" else up_nF
 
 
 def _unary(x: Tensor, name: str) -> Tensor:

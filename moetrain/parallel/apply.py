@@ -109,7 +109,7 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
     calls = Calls(list(layers))
     holders: list[nn.Module] = []
     for layer_name, layer in layers.items():
-        check_layer(meshes.cfg, layer.experts.num_experts, layer_name)
+        check_layer(meshes.cfg, layer.experts.num_experts, layer_name, layer.slices is not None)
         placement = Placement.contiguous(layer.experts.num_experts, mesh.size())
         here = placement.of_rank(mesh.get_local_rank())
         for name, parameter in list(layer.experts.named_parameters()):

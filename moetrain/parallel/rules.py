@@ -19,13 +19,17 @@ def check_layout(cfg: ParallelConfig, world: int, num_experts: int | None = None
     _has_whole_nodes(cfg)
 
 
-def check_layer(cfg: ParallelConfig, experts: int, where: str) -> None:
-    """Raise UserError where the ranks of ``ep`` cannot share a layer's ``experts``; ``where`` names it."""
+def check_layer(cfg: ParallelConfig, experts: int, where: str, sliced: bool = False) -> None:
+    """Raise UserError where the ranks of ``ep`` cannot share a layer's ``experts``; ``where`` names it.
+
+    ``sliced``: they are slices of experts of different widths.
+    """
+    what = "slices of its experts' widths" if sliced else "experts"
     if experts % cfg.ep:
-        raise UserError(f"{where} has {experts} experts, which parallel.ep={cfg.ep} does not divide")
+        raise UserError(f"{where} has {experts} {what}, which parallel.ep={cfg.ep} does not divide")
     if cfg.overlap > (here := experts // cfg.ep):
         raise UserError(
-            f"{where} has {experts} experts, {here} a rank, fewer than the chunks of "
+            f"{where} has {experts} {what}, {here} a rank, fewer than the chunks of "
             f"parallel.overlap={cfg.overlap}: lower it"
         )
 

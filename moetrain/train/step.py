@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
-from moetrain.models.decoder import has_moe_layers
+from moetrain.models.options import moe_layers
 from moetrain.moe import Router, RoutingRecord
 from moetrain.moe.balance import (
     Controller,
@@ -87,7 +87,7 @@ class TrainStep:
         self._router_stats: dict[int, Tensor] = {}
         self._measured = Measured(controllers)
         self.replay = Replay()
-        self._has_moe_layers = has_moe_layers(self.task.model.cfg)
+        self._has_moe_layers = bool(moe_layers(self.task.model.cfg))
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:

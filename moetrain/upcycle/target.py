@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moetrain.errors import UserError
-from moetrain.models.decoder import is_moe_layer
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, moe_layers
 from moetrain.moe.combine import Combine
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options
@@ -32,7 +31,7 @@ class Target:
     @property
     def layers(self) -> list[int]:
         """The layers that become MoE."""
-        return [i for i in range(self.model.num_layers) if is_moe_layer(self.model, i)]
+        return moe_layers(self.model)
 
     @property
     def combine(self) -> Combine:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.moe.options import RouterConfig
+from moetrain.moe.slices import Slices
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
 from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.options import EngineConfig, Precision, TrainConfig
@@ -91,9 +92,11 @@ def dp_shard(parallel: ParallelConfig, world: int) -> int:
 def _model(m: ModelConfig) -> ModelConfig:
     """Two MoE layers where there are as many; all experts, since routers' options refer to their number.
 
-    A plug-in's layers may go by their places, and all of them stay where they are.
+    A plug-in's layers may go by their places, and all of them stay where they are; so do layers that differ.
     """
-    alike = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
+    own = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
+    alike = own and not (m.layer_experts or m.layer_widths)
+    widths = tuple(3 * slices for slices in Slices.of(m.expert_widths).per_expert) if m.expert_widths else ()
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
@@ -110,12 +113,23 @@ def _model(m: ModelConfig) -> ModelConfig:
         head_dim=4,
         attention_backend=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
-        d_ff_expert=7,
+        d_ff_expert=max(_small(m.layer_widths) or widths, default=7),
+        expert_widths=widths,
+        layer_widths=_small(m.layer_widths),
         num_shared_experts=min(m.num_shared_experts, 2),
         d_ff_shared=None if m.d_ff_shared is None else 5,
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
+
+
+def _small(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """As different as they were: the i-th smallest is 2 i + 5."""
+    return tuple(2 * sorted(set(widths)).index(width) + 5 for width in widths)
+
+
+def _differ(m: ModelConfig) -> bool:
+    return bool(m.layer_experts or m.layer_widths or m.expert_widths)
 
 
 def _layout(parallel: ParallelConfig, world: int, most_ranks: int) -> tuple[ParallelConfig, int]:
@@ -155,7 +169,7 @@ def _with_experts_sharded_alike(
     ways, small_ways = (
         size // (p.dp_replicate * p.ep) for p, size in ((cfg.parallel, world), (small, ranks))
     )
-    if cfg.parallel.ep == 1 or local % ways == 0:
+    if cfg.parallel.ep == 1 or local % ways == 0 or _differ(m):
         return m
     groups = cfg.router.expert_groups()
     fitting = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from moetrain.moe import RouterContext, Routing, build_router
 from moetrain.moe.balance import LossTerm, StepTotals
 
-FORMS = ("switch", "gshard_first", "sum_over_k", "l1")  # those of load shares
+FORMS = ("switch", "gshard_first", "sum_over_k", "l1", "p_penalty")  # those of load shares
 
 
 def balance_loss(routing: Routing, name: str, scope: str, totals: StepTotals, layer: int = 0) -> Tensor:

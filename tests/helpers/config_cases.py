@@ -15,6 +15,7 @@ from moetrain.data.options import (
 )
 from moetrain.models.options import AttentionBackend
 from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.models.wiring_options import Wiring
 from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.options import Backend, ExpertKind, Keep
 from moetrain.train.optim.options import MuonConfig
@@ -95,6 +96,17 @@ REFUSED = [
     ({"model.rope_scaling": replace(YARN, attention_factor=0.0)}, "attention_factor=0.0 must be above 0"),
     ({"model.rope_scaling": YARN, "model.rope_theta": 1.0}, "model.rope_theta=1.0 must be above 1"),
     ({"model.norm_eps": NAN}, "model.norm_eps=nan"),
+    ({"model.wiring": Wiring.shortcut}, "model.wiring=shortcut: shared experts", "num_shared_experts=1"),
+    ({"model.layer_experts": (12, 6)}, "layer_experts=[12,6] has 2 numbers, but there are 4 MoE layers"),
+    ({"model.layer_experts": (6, 6, 6, 6)}, "the largest is 6, but model.num_experts=12"),
+    ({"model.layer_experts": (12, 12, 2, 12), "router.top_k": 3}, "layer 2: router.top_k=3 must lie between"),
+    ({"model.expert_widths": (8, 8)}, "expert_widths=[8,8] has 2 numbers, but there are 12 experts"),
+    ({"model.expert_widths": (0,) * 12}, "model.expert_widths=0 must be 1 or more"),
+    (
+        {"experts.kind": ExpertKind.adapters, "model.wiring": Wiring.residual},
+        "layer 0: experts.kind=adapters has its network in the layer",
+        "set model.wiring=plain",
+    ),
     ({"experts.block": 0}, "experts.block=0"),
     ({"experts.backend": Backend.megablocks}, "has blocks of 128 rows, but experts.block=null"),
     ({"experts.backend": Backend.megablocks, "experts.block": 64}, "experts.block=64: set experts.block=128"),

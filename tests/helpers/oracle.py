@@ -153,10 +153,11 @@ def feed_forward(x_D: Tensor, up_DP: Tensor, down_FD: Tensor, activation: str) -
     if activation not in GATES:
         return plain(activation)(z_P) @ down_FD
     half = z_P.shape[0] // 2
-    return (plain(GATES[activation])(z_P[:half]) * z_P[half:]) @ down_FD
+    up_F = plain("relu")(z_P[half:]) if activation == "drelu" else z_P[half:]
+    return (plain(GATES[activation])(z_P[:half]) * up_F) @ down_FD
 
 
-GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "drelu": "relu"}
 
 
 def plain(name: str) -> Callable[[Tensor], Tensor]:

@@ -230,7 +230,7 @@ def test_dense_layers_and_shared_experts_share_the_activation(activation: Activa
     model = Decoder(cfg, RouterConfig(), ExpertsConfig(activation=activation), VOCAB)
     dense, moe = model.blocks[0].feed_forward, model.blocks[1].feed_forward
     assert [m.activation for m in (dense, moe.experts, moe.shared)] == [activation.value] * 3
-    gated = activation.value.endswith("glu")
+    gated = activation.value in ("swiglu", "geglu", "reglu", "drelu")
     assert dense.w_up_FD.shape == (29, 23)
     assert (dense.w_gate_FD is not None) == gated
 

@@ -7,8 +7,9 @@ import torch
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
-from moetrain.models.decoder import is_moe_layer
 from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward
+from moetrain.models.options import moe_layers
+from moetrain.models.wiring_rules import beyond_families
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
 from moetrain.nearest import nearest
@@ -54,29 +55,31 @@ def attention_accepts_its_options(cfg: TrainConfig) -> None:
 def layers_accept_their_options(cfg: TrainConfig) -> None:
     """What a builder refuses, and what the layout asks of each layer of a plug-in; without memory."""
     m = cfg.model
-    own = m.feed_forward == OWN
-    places = [place for place in range(m.num_layers) if is_moe_layer(m, place)]
+    alike = m.feed_forward == OWN and not (m.layer_experts or m.expert_widths)
+    places = moe_layers(m)
     routers: list[Router] = []
-    for place in places[:1] if own else places:  # our own layers are alike
+    for place in places[:1] if alike else places:
         where = f"model.feed_forward={m.feed_forward}: layer {place}"
         try:
             with torch.device("meta"):
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
-        if own:  # its router, losses and layout have rules of their own
+        if alike:  # its router, losses and layout have rules of their own
             return
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
             refuse_losses(cfg.balance, router, f"{where}: ")
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
-            check_layer(cfg.parallel, layer.experts.num_experts, where)
+            check_layer(cfg.parallel, layer.experts.num_experts, where, layer.slices is not None)
     refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
 
 
 def feed_forward_is_own(cfg: TrainConfig) -> None:
-    """What upcycling fills are the tensors of our own layers."""
+    """What upcycling fills are the tensors of our own layers, in plain blocks."""
+    if key := beyond_families(cfg.model):
+        raise UserError(f"{key}: upcycling makes plain blocks of equal layers only; leave it out")
     if cfg.model.feed_forward != OWN:
         raise UserError(
             f"model.feed_forward={cfg.model.feed_forward}: upcycling makes model.feed_forward={OWN} only"

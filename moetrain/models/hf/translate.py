@@ -78,7 +78,8 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     require("model.lora_rank", m.lora_rank, None)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
-        raise CannotExpressError(f"experts.activation={spec.experts.activation.name} has no gate")
+        known = ", ".join(ours.name for ours in activations)
+        raise CannotExpressError(f"experts.activation={spec.experts.activation.name} is none of {known}")
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": m.d_model,

@@ -1,4 +1,4 @@
-"""Balance losses of load shares: switch, gshard_first, sum_over_k, moepp, l1, excess.
+"""Balance losses of load shares: switch, gshard_first, sum_over_k, moepp, l1, excess, p_penalty.
 
 Shapes: T tokens, B sequences, E experts of the layer.
 
@@ -13,7 +13,9 @@ first choice and s its score as it is.
 
 Sources: Fedus et al. 2021 (switch, eq. 4), Lepikhin et al. 2020 (gshard_first), DeepSeek-AI 2024 (sequence
 scope), Qiu et al. 2025 "Demons in the detail" (global_batch scope), Jin et al. 2024 (moepp, eq. 7), Wang et
-al. 2024 (l1: ReMoE, eq. 9), Dai et al. 2022 (excess: StableMoE, and its released code).
+al. 2024 (l1: ReMoE, eq. 9), Dai et al. 2022 (excess: StableMoE, and its released code), Wang et al. 2024
+(p_penalty: HMoE, arXiv:2408.10681; written from the paper's equations as restated elsewhere, the code was not
+read).
 """
 
 from __future__ import annotations
@@ -120,6 +122,24 @@ def excess(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
 
 def _first_T(routing: RoutingRecord) -> Tensor:
     return probabilities(routing).detach().argmax(-1)
+
+
+@register_loss(
+    "p_penalty",
+    scopes=SCOPES,
+    ahead=demand_E,
+    at_balance="k",
+    what="HMoE's: `sum_over_k`, an expert's term times its width over the mean width",
+)
+def p_penalty(routing: RoutingRecord, seen: Seen[NoOptions]) -> Tensor:
+    """The paper's penalty of activated parameters, over the mean width: its coefficient goes by that."""
+    share, per_token = _share(routing, seen, _demand_BE)
+    p_TE, width_E = probabilities(routing), routing.width_E
+    if width_E is not None:
+        width_E = width_E.to(share.dtype)
+        networks = (width_E > 0).sum()  # the mean is over experts that have a network
+        share = share * (width_E * networks / width_E.sum())
+    return _loss(routing, seen, p_TE, share * per_token)
 
 
 def _demand_BE(routing: RoutingRecord) -> Tensor:

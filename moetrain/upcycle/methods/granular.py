@@ -28,7 +28,7 @@ class ScaleOn(Enum):
     """Where the factor s goes. ``down``: on the down projection, exact for any activation.
 
     ``all``: as published, on all matrices: s^(1/3) each of three, or of two where the activation squares,
-    else s^(1/2). Exact where the activation is homogeneous (relu, relu2, reglu), close elsewhere.
+    else s^(1/2). Exact where the activation is homogeneous (relu, relu2, reglu, drelu), close elsewhere.
     """
 
     down = "down"
@@ -42,7 +42,7 @@ class GranularOptions(MethodOptions):
     scale: Optional[float] = None  # null: by the router, 1 / (m w)
 
 
-HOMOGENEOUS = ("relu", "relu2", "reglu")
+HOMOGENEOUS = ("relu", "relu2", "reglu", "drelu")
 
 
 @register("granular", GranularOptions, "He et al. 2024, arXiv:2410.07524")

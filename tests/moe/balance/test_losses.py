@@ -20,7 +20,7 @@ from moetrain.moe.balance.base import SCOPES
 from moetrain.moe.balance.load_share import first_choices_BE
 
 ALL = list(itertools.product(FORMS, SCOPES))
-PER_TOKEN = ("sum_over_k", "l1")  # softmax scores sum to 1, so that these two are the same
+PER_TOKEN = ("sum_over_k", "l1", "p_penalty")  # softmax scores sum to 1, and experts are of one width
 
 
 def number(loss: Tensor) -> float:

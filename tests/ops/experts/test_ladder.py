@@ -90,7 +90,7 @@ def test_a_planted_fault_is_found(fault: str, dtype: torch.dtype) -> None:
     assert "\n" not in (found or "nothing")
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "drelu", "gelu", "relu", "relu2", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_right_backends_pass(dtype: torch.dtype, activation: str) -> None:
     for width in (40, 41):

@@ -19,12 +19,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .configuration_moetrain import MoetrainConfig
 from .routing_moetrain import RULES, wide
 
-GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "drelu": F.relu}
 PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
 
 
 def activate(gate: Tensor | None, up: Tensor, name: str) -> Tensor:
-    return PLAIN[name](up) if gate is None else GATES[name](gate) * up
+    if gate is None:
+        return PLAIN[name](up)
+    return GATES[name](gate) * (F.relu(up) if name == "drelu" else up)
 
 
 class Router(nn.Module):
