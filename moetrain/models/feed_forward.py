@@ -24,9 +24,12 @@ from moetrain.ops.init import with_own_values
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
 FEED_FORWARDS: dict[str, Builder] = {}
 _ON_META: set[Builder] = set()
+ALIKE: set[str] = set()  # the layers that do not go by their place: a smaller model of them may have fewer
 
 
-def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder], Builder]:
+def register_feed_forward(
+    name: str, on_meta: bool = False, alike: bool = False
+) -> Callable[[Builder], Builder]:
     """Decorator: make a builder ``(cfg, router, experts, layer)`` known by name, ``layer`` its place from 0.
 
     A second use of a name is an error. What the builder refuses it says by ValueError, in one line.
@@ -35,6 +38,7 @@ def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder
     drawn whole on every rank, from torch's generator. ``on_meta``: all its parameters come from
     :func:`~moetrain.ops.init.parameter`, and nothing is written into them or computed from them before
     training. Then each rank allocates its shards alone, and the model's config says how they start.
+    ``alike``: its layers are the same whatever their place.
     """
 
     def add(builder: Builder) -> Builder:
@@ -42,6 +46,8 @@ def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder
             raise ValueError(f"feed-forward {name!r} is registered already")
         if on_meta:
             _ON_META.add(builder)
+        if alike:
+            ALIKE.add(name)
         return builder
 
     return add
@@ -59,6 +65,15 @@ def build_feed_forward(
     return with_own_values(lambda: builder(cfg, router, experts, layer))
 
 
+class WithoutDispatch(nn.Module):
+    """A feed-forward layer whose experts, if it has any, are never dispatched over ranks.
+
+    ``tells``: whether it returns a record; without one no balance loss or controller can follow it.
+    """
+
+    tells = True
+
+
 class DenseFeedForward(MLP):
     """A plain feed-forward network behind the seam; it has nothing to record."""
 
@@ -68,12 +83,12 @@ class DenseFeedForward(MLP):
         return super().forward(x_BSD), None
 
 
-@register_feed_forward("dense", on_meta=True)
+@register_feed_forward("dense", on_meta=True, alike=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
-@register_feed_forward("moe", on_meta=True)
+@register_feed_forward("moe", on_meta=True, alike=True)
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     common: dict[str, Any] = {
         "d_model": cfg.d_model,

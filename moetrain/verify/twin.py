@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from moetrain.models.attention import OWN_ATTENTION
+from moetrain.models.feed_forward import ALIKE
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.moe.options import RouterConfig
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
@@ -93,7 +94,7 @@ def _model(m: ModelConfig) -> ModelConfig:
 
     A plug-in's layers may go by their places, and all of them stay where they are.
     """
-    alike = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
+    alike = m.feed_forward in ALIKE and m.attention == OWN_ATTENTION
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)

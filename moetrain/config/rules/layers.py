@@ -8,7 +8,7 @@ from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
 from moetrain.models.decoder import is_moe_layer
-from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward
+from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
 from moetrain.nearest import nearest
@@ -57,7 +57,7 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
     own = m.feed_forward == OWN
     places = [place for place in range(m.num_layers) if is_moe_layer(m, place)]
     routers: list[Router] = []
-    for place in places[:1] if own else places:  # our own layers are alike
+    for place in places[:1] if m.feed_forward in ALIKE else places:
         where = f"model.feed_forward={m.feed_forward}: layer {place}"
         try:
             with torch.device("meta"):
@@ -66,6 +66,8 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
             raise UserError(f"{where}: {e}") from e
         if own:  # its router, losses and layout have rules of their own
             return
+        if isinstance(made, WithoutDispatch):
+            _refuse_for(made, cfg, where)
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
@@ -73,6 +75,17 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
             check_layer(cfg.parallel, layer.experts.num_experts, where)
     refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
+
+
+def _refuse_for(layer: WithoutDispatch, cfg: TrainConfig, where: str) -> None:
+    if (ep := cfg.parallel.ep) > 1:
+        raise UserError(
+            f"{where} dispatches no tokens, so it has no use for parallel.ep={ep}: set parallel.ep=1"
+        )
+    balance = cfg.balance
+    named = [loss.name for loss in balance.losses] + list(balance.controllers)
+    if named and not layer.tells:
+        raise UserError(f"{where} tells nothing of a routing that {named[0]} could balance: set balance=none")
 
 
 def feed_forward_is_own(cfg: TrainConfig) -> None:
