@@ -12,7 +12,9 @@ from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, 
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
 from moetrain.nearest import nearest
+from moetrain.ops.rows import is_row_table
 from moetrain.parallel.rules import check_layer
+from moetrain.train.optim.options import Tables
 from moetrain.train.options import TrainConfig
 
 OWN = "moe"  # what other rules are written for
@@ -56,6 +58,8 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
     m = cfg.model
     own = m.feed_forward == OWN
     places = [place for place in range(m.num_layers) if is_moe_layer(m, place)]
+    if not places:
+        _refuse_tables(cfg, found=False)
     routers: list[Router] = []
     for place in places[:1] if m.feed_forward in ALIKE else places:
         where = f"model.feed_forward={m.feed_forward}: layer {place}"
@@ -64,6 +68,7 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
+        _refuse_tables(cfg, any(is_row_table(parameter) for parameter in made.parameters()))
         if own:  # its router, losses and layout have rules of their own
             return
         if isinstance(made, WithoutDispatch):
@@ -75,6 +80,14 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
             check_layer(cfg.parallel, layer.experts.num_experts, where)
     refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
+
+
+def _refuse_tables(cfg: TrainConfig, found: bool) -> None:
+    if (tables := cfg.optim.tables) is not Tables.elementwise and not found:
+        raise UserError(
+            f"optim.tables={tables.name} is of tables whose rows are looked up, and "
+            f"model.feed_forward={cfg.model.feed_forward} has none: set optim.tables=elementwise"
+        )
 
 
 def _refuse_for(layer: WithoutDispatch, cfg: TrainConfig, where: str) -> None:
