@@ -18,6 +18,7 @@ from moetrain.models.cache import KVCache, LayerCache
 from moetrain.models.feed_forward import build_feed_forward
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig
+from moetrain.models.places import is_moe_layer
 from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rules import check_model
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
@@ -34,15 +35,6 @@ class DecoderOutput(NamedTuple):
 
     hidden_BSD: Tensor
     records: dict[int, RoutingRecord]
-
-
-def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
-    """Whether layer ``layer`` (from 0) is MoE."""
-    return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
-
-
-def has_moe_layers(cfg: ModelConfig) -> bool:
-    return any(is_moe_layer(cfg, layer) for layer in range(cfg.num_layers))
 
 
 class Block(nn.Module):

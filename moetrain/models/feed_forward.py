@@ -68,9 +68,11 @@ def build_feed_forward(
 class WithoutDispatch(nn.Module):
     """A feed-forward layer whose experts, if it has any, are never dispatched over ranks.
 
-    ``tells``: whether it returns a record; without one no balance loss or controller can follow it.
+    ``refuses_ep`` says why its experts do not lie on ranks of their own; any layer may have it. ``tells``:
+    whether it returns a record; without one no balance loss or controller can follow it.
     """
 
+    refuses_ep = "dispatches no tokens"
     tells = True
 
 
@@ -88,9 +90,9 @@ def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
-@register_feed_forward("moe", on_meta=True, alike=True)
-def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
-    common: dict[str, Any] = {
+def layer_options(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig) -> dict[str, Any]:
+    """What every kind of MoELayer takes of the config."""
+    return {
         "d_model": cfg.d_model,
         "num_experts": cfg.num_experts,
         "router": router.name,
@@ -104,6 +106,11 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "block": experts.block,
         "max_rows_per_rank": experts.max_rows_per_rank,
     }
+
+
+@register_feed_forward("moe", on_meta=True, alike=True)
+def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
+    common = layer_options(cfg, router, experts)
     if experts.kind is ExpertKind.adapters:
         if experts.first_weights is not FirstWeights.model:
             raise ValueError(

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least
-from moetrain.models.layer_options import ProductKeysConfig
+from moetrain.models.layer_options import MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
 
 _INT32 = 2**31 - 1
@@ -55,6 +55,7 @@ class ModelConfig:
     first_dense: int = field(default=0, metadata=_COUNT)  # the first m layers are dense
     feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
     product_keys: ProductKeysConfig = field(default_factory=ProductKeysConfig)  # feed_forward=peer, pkm
+    monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
-from moetrain.models.decoder import has_moe_layers
+from moetrain.models.places import has_moe_layers
 from moetrain.moe import RoutingRecord
 from moetrain.moe.balance import Controller, LossTerm, StepTotals, all_factors, count_ahead, total_loss
 from moetrain.ops.local_part import local_part

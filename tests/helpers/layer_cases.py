@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 from moetrain.models import Decoder
 from moetrain.models.feed_forward import build_feed_forward
-from moetrain.models.layer_options import ProductKeysConfig
+from moetrain.models.layer_options import Decomposition, MonetConfig, ProductKeysConfig
 from moetrain.moe.options import Activation, Backend, ExpertsConfig, RouterConfig
 
 LOOK_UP = ProductKeysConfig(heads=3, top_k=5, d_query=10)
+PAIRS = MonetConfig(Decomposition.vertical, heads=3, top_k=2, share=2)
 # name -> (keys of ModelConfig, the experts' activation)
 LAYERS: dict[str, tuple[dict[str, Any], Activation]] = {
     "peer": ({"num_experts": 49, "product_keys": LOOK_UP}, Activation.gelu),
     "pkm": ({"num_experts": 49, "product_keys": LOOK_UP}, Activation.swiglu),
+    "moe_x": ({}, Activation.relu),
+    "monet": ({"num_experts": 49, "monet": PAIRS}, Activation.relu2),
 }
 # the same on the command line
 _FEW = ["model.num_experts=25", "model.product_keys.d_query=6", "model.product_keys.top_k=7"]
 COMMAND = {
     "peer": ["model=peer", *_FEW],
     "pkm": ["model=pkm", "model.moe_every=2", *_FEW],
+    "moe_x": ["model=moe_x"],
+    "monet": ["model=monet", "model.num_experts=49", "model.monet.top_k=3", "model.monet.heads=3"],
 }
 
 

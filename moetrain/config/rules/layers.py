@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
-from moetrain.models.decoder import is_moe_layer
+from moetrain.models.places import is_moe_layer
 from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
@@ -71,8 +72,7 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
         _refuse_tables(cfg, any(is_row_table(parameter) for parameter in made.parameters()))
         if own:  # its router, losses and layout have rules of their own
             return
-        if isinstance(made, WithoutDispatch):
-            _refuse_for(made, cfg, where)
+        _refuse_for(made, cfg, where)
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
@@ -90,14 +90,12 @@ def _refuse_tables(cfg: TrainConfig, found: bool) -> None:
         )
 
 
-def _refuse_for(layer: WithoutDispatch, cfg: TrainConfig, where: str) -> None:
-    if (ep := cfg.parallel.ep) > 1:
-        raise UserError(
-            f"{where} dispatches no tokens, so it has no use for parallel.ep={ep}: set parallel.ep=1"
-        )
-    balance = cfg.balance
-    named = [loss.name for loss in balance.losses] + list(balance.controllers)
-    if named and not layer.tells:
+def _refuse_for(layer: nn.Module, cfg: TrainConfig, where: str) -> None:
+    ep, why = cfg.parallel.ep, getattr(layer, "refuses_ep", None)
+    if ep > 1 and isinstance(why, str):
+        raise UserError(f"{where} {why}, so it has no use for parallel.ep={ep}: set parallel.ep=1")
+    named = [loss.name for loss in cfg.balance.losses] + list(cfg.balance.controllers)
+    if named and isinstance(layer, WithoutDispatch) and not layer.tells:
         raise UserError(f"{where} tells nothing of a routing that {named[0]} could balance: set balance=none")
 
 
