@@ -10,11 +10,15 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's keys and values. Memory is taken at the first use, in the dtype then seen."""
+    """One layer's keys and values. Memory is taken at the first use, in the dtype then seen.
+
+    ``memory`` is its feed-forward layer's, by names of that layer's own.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
+        self.memory: dict[str, Tensor] = {}
         self._keys_BGMH: Tensor | None = None
         self._values_BGMH: Tensor | None = None
 

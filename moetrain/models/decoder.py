@@ -141,6 +141,8 @@ class Decoder(nn.Module):
             rope, plan = ropes[attention.rope_dim], plans[attention.heads]
             layer_ctx = ctx.at_layer(layer, previous)
             layer_cache = None if cache is None else cache.layers[layer]
+            if layer_cache is not None:
+                layer_ctx = replace(layer_ctx, seen=cached, memory=layer_cache.memory)
             x_BSD, record = block(x_BSD, rope, plan, layer_ctx, layer_cache)
             if record is not None:
                 records[layer] = previous = record

@@ -39,5 +39,25 @@ class MonetConfig:
     norm_momentum: float = field(default=0.1, metadata=within(0, 1, open_low=True))
 
 
+class RouteBy(Enum):
+    """``previous_segment``: a run of tokens by the mean of the run before it. ``sequence``: a row by its own
+    mean, which looks ahead."""
+
+    previous_segment = "previous_segment"
+    sequence = "sequence"
+
+
+@dataclass(frozen=True)
+class MergingConfig:
+    """Of ``smear`` and ``meo``: the experts' weights are averaged once a segment."""
+
+    route_by: RouteBy = RouteBy.previous_segment
+    segment: int = field(default=256, metadata=at_least(1))  # tokens
+    expert_dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))  # smear, in training
+    top_k: int = field(default=2, metadata=at_least(1))  # meo: experts in a merged matrix
+    # meo: a matrix's input gets a bottleneck of its width by this; null: none
+    token_reduction: Optional[int] = field(default=None, metadata=at_least(1))
+
+
 # section of ``model`` -> the layers that read it
-READ_BY = {"product_keys": ("peer", "pkm"), "monet": ("monet",)}
+READ_BY = {"product_keys": ("peer", "pkm"), "monet": ("monet",), "merging": ("smear", "meo")}

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least
-from moetrain.models.layer_options import MonetConfig, ProductKeysConfig
+from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
 
 _INT32 = 2**31 - 1
@@ -56,6 +56,7 @@ class ModelConfig:
     feed_forward: str = "moe"  # what builds the MoE layers; a plug-in may register another
     product_keys: ProductKeysConfig = field(default_factory=ProductKeysConfig)  # feed_forward=peer, pkm
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
+    merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included

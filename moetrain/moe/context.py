@@ -23,6 +23,8 @@ class RouterContext:
     positions_T int64, each token's place in its sequence row (not in its document).
     group       ranks among which tokens are coupled; None: this process alone.
     prev        the previous MoE layer's record of the same forward pass.
+    seen        tokens of each row that came in earlier calls, under generation with a cache.
+    memory      what the layer keeps between such calls, by names of its own; None: there are none.
     """
 
     batch: int
@@ -35,6 +37,8 @@ class RouterContext:
     layer: int = 0
     group: dist.ProcessGroup | None = None
     prev: RoutingRecord | None = None
+    seen: int = 0
+    memory: dict[str, Tensor] | None = None
 
     @staticmethod
     def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:

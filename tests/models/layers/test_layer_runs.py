@@ -71,6 +71,22 @@ def test_a_layer_is_the_same_on_ranks(
             "peer: router=peer never reads the selection bias",
         ),
         (["model=pkm", "model.num_shared_experts=1"], "model.num_shared_experts=1 is of dispatched experts"),
+        (
+            ["model=moe_x", "parallel.ep=2"],
+            "layer 0 routes by the weights of all experts, so it has no use for",
+        ),
+        (["model=moe_x", "router=relu"], "layer 0: router=relu: it has a router of its own"),
+        (["model=moe_x", "experts=silu"], "experts.activation=silu leaves no unit at 0"),
+        (["model=monet", "experts.kind=adapters"], "experts.kind=adapters is of dispatched experts"),
+        (["model=meo", "balance.losses=[{name: z}]"], "layer 0: router=meo returns no logits"),
+        (
+            ["model=smear", "model.merging.route_by=sequence"],
+            "route_by=sequence lets every token see later ones",
+        ),
+        (
+            ["optim.tables=row_adam"],
+            "optim.tables=row_adam is of tables whose rows are looked up, and model.",
+        ),
         (["model.product_keys.heads=3"], "model.product_keys.heads=3 is not used by model.feed_forward=moe"),
     ],
 )
