@@ -19,8 +19,8 @@ class ProductKeysConfig:
 
 
 class Decomposition(Enum):
-    """Of an expert (i, j): ``horizontal``: row i in, row j out; ``vertical``: either half of its hidden units
-    and of its output by i and by j."""
+    """Of an expert (i, j): ``horizontal``: part i in, part j out; ``vertical``: one half of its hidden
+    units and of its output by i, the other by j."""
 
     horizontal = "horizontal"
     vertical = "vertical"
@@ -28,8 +28,8 @@ class Decomposition(Enum):
 
 @dataclass(frozen=True)
 class MonetConfig:
-    """Of ``monet``: ``model.num_experts`` = n^2 experts of ``model.d_ff_expert`` hidden units are all pairs of
-    n and n parts."""
+    """Of ``monet``: ``model.num_experts`` = n^2 experts of ``model.d_ff_expert`` hidden units are all
+    pairs of n and n parts."""
 
     decompose: Decomposition = Decomposition.vertical
     heads: int = field(default=8, metadata=at_least(1, 2**16))

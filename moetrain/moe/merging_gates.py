@@ -27,8 +27,8 @@ _NORM_EPS, _DROPPED = 1e-5, 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRecord(RoutingRecord):
-    """``scores_TE`` are the gates of each token's segment; with several merged matrices their gates stand side
-    by side, E columns each."""
+    """``scores_TE`` are the gates of each token's segment; those of several merged matrices stand side by
+    side, E columns each."""
 
     def weights_BE(self, num_tokens: int) -> Tensor:
         assert self.scores_TE is not None
@@ -80,8 +80,8 @@ class NoisyGate(Router):
     """``forward(state [X, D], uniform noise [X, E] or None) -> (gates [X, E], load [X, E] or None)``.
 
     Noise has the standard deviation softplus(w_noise . state) + 0.01, and makes the load, each expert's
-    probability to be among the ``k`` best had its own noise been drawn again. Weights start from zero, so that
-    at first noise alone decides; without it the first of equals are taken.
+    probability to be among the ``k`` best had its own noise been drawn again. Weights start from zero: at
+    first noise alone decides, and without it the first of equals are taken.
     ``columns`` is the number of experts that the layer's record has.
     """
 

@@ -30,7 +30,7 @@ from moetrain.ops.linear import wide_linear
 
 @dataclass(frozen=True, kw_only=True)
 class PairRecord(RoutingRecord):
-    """``gates_TE``: fp32 at least, for the layers that share the router. Demand counts the parts that stay."""
+    """``gates_TE``: fp32 at least, for layers that share the router. Demand counts the parts that stay."""
 
     gates_TE: Tensor
 
@@ -72,12 +72,15 @@ class PairRouter(Router):
         self, kept_TGn: Tensor, gates_TGn: Tensor, plain_TnG: Tensor, ctx: RouterContext
     ) -> PairRecord:
         valid_T = ctx.valid_T
-        weights = None if valid_T is None else valid_T.repeat_interleave(self.n)
+        stats = None
+        if self.training:
+            weights_n = None if valid_T is None else valid_T.repeat_interleave(self.n)
+            stats = self.norm.sums(plain_TnG.flatten(0, 1), weights_n)
         kept_TE = kept_TGn.flatten(1) if valid_T is None else kept_TGn.flatten(1) & valid_T[:, None]
         return PairRecord(
             num_tokens_B=tokens_per_sequence(ctx),
             demand_BE=kept_TE.view(ctx.batch, ctx.seq, self.num_experts).sum(1),
             valid_T=valid_T,
-            stats=self.norm.sums(plain_TnG.flatten(0, 1), weights),
+            stats=stats,
             gates_TE=gates_TGn.flatten(1),
         )

@@ -41,7 +41,7 @@ class ProductKeys(Router):
 
     ``own_keys``: every head has sub-keys of its own (Lample et al.); else all share them (He 2024).
     ``momentum``: queries are batch-normalised by running statistics (:class:`RunningNorm`, with a learnt gain
-    and shift); None: they are not. The record counts, of each half, which sub-keys were chosen: 2 n "experts".
+    and shift); None: they are not. The record counts the choices of each half's sub-keys: 2 n "experts".
     Raises ValueError where ``num_keys`` is no square, a head asks for more keys than there are, or the query
     has no halves.
     """
@@ -90,7 +90,7 @@ class ProductKeys(Router):
             query = wide_linear(x_TD, self.w_query)
             stats = None
             if self.norm is not None:
-                stats = self.norm.sums(query, ctx.valid_T)
+                stats = self.norm.sums(query, ctx.valid_T) if self.training else None
                 query = self.norm(query) * self.gain.to(query.dtype) + self.shift.to(query.dtype)
             half_scores = self._half_scores(query)
             ids_THK, scores_THK = best_pairs(*half_scores, self.keys_per_head, self.ranks_2P)
@@ -133,8 +133,8 @@ def best_ranks(k: int, n: int) -> Tensor:
 def best_pairs(first: Tensor, second: Tensor, k: int, ranks_2P: Tensor) -> tuple[Tensor, Tensor]:
     """(ids, scores) [..., k] of the k best pairs of two sets of n scores; the pair (i, j) is number i n + j.
 
-    ``ranks_2P`` is of :func:`best_ranks`. Of equal sums the one whose first half is better comes first. Scores
-    are differentiable, the choice is not.
+    ``ranks_2P`` is of :func:`best_ranks`. Of equal sums the one whose first half is better comes first.
+    Scores are differentiable, the choice is not.
     """
     n = first.shape[-1]
     ids = [top_ids(half.detach(), min(k, n)) for half in (first, second)]

@@ -1,8 +1,8 @@
 """Batch norm whose statistics are those of earlier steps, in training as in evaluation.
 
-Batch norm by the batch's own statistics would let a token see later ones, and other ranks' and micro-batches'
-tokens would have to be fetched first. Here a step reads what the steps before it left behind, and its own sums
-move them once, after the update, whatever the layout. Gradients treat the statistics as constants.
+Batch norm by the batch's own statistics would let a token see later ones, and would need the tokens of other
+ranks and micro-batches first. Here a step reads what the steps before it left behind, and its own sums move
+them once, after the update, whatever the layout. Gradients treat the statistics as constants.
 
 Shapes: n rows, X normalised features.
 """

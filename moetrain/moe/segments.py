@@ -1,9 +1,9 @@
 """Runs of tokens that share one merged network, and the states that they are routed by.
 
-A row is cut into segments of ``length`` tokens, whatever documents it holds. A segment is routed by the mean of
-the one before it (Zhong et al. 2024, Lory, arXiv:2405.03133), so that no token sees a later one; the first, which
-has none, by a state of zeros (Lory routes it by its own tokens, with their gradient stopped). Or the row is one
-segment, routed by its own mean, which looks ahead.
+A row is cut into segments of ``length`` tokens, whatever documents it holds. A segment is routed by the mean
+of the one before it (Zhong et al. 2024, Lory, arXiv:2405.03133), so that no token sees a later one; the
+first, which has none, by a state of zeros (Lory routes it by its own tokens, with their gradient stopped). Or
+the row is one segment, routed by its own mean, which looks ahead.
 
 Shapes: B batch, S sequence, T = B S tokens, D width, G segments of a row, L tokens of a segment.
 """
@@ -21,7 +21,7 @@ from moetrain.moe.context import RouterContext
 
 @dataclass(frozen=True)
 class Segments:
-    """``length`` None: each row is one segment, routed by itself. ``seen``: tokens of the row before these."""
+    """``length`` None: a row is one segment, routed by itself. ``seen``: tokens of the row before these."""
 
     batch: int
     seq: int

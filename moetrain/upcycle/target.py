@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moetrain.errors import UserError
-from moetrain.models.places import is_moe_layer
 from moetrain.models.options import ModelConfig
+from moetrain.models.places import is_moe_layer
 from moetrain.moe.combine import Combine
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options

@@ -8,8 +8,8 @@ from torch import nn
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
-from moetrain.models.places import is_moe_layer
 from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
+from moetrain.models.places import is_moe_layer
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
 from moetrain.nearest import nearest

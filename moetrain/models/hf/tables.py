@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moetrain.models.attention import head_shape
-from moetrain.models.places import is_moe_layer
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.places import is_moe_layer
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ meo    each matrix has a gate of its own, over the mean of its own input, and k 
        arXiv:2310.09832). For one matrix the merged output is the experts' weighted sum; for the layer it is
        not, since a nonlinearity stands between.
 
-Routing by a whole sequence, as both papers do, looks at later tokens, and is refused here; ``previous_segment``
-is the causal form (``moe/segments.py`` says whose).
+Routing by a whole sequence, as both papers do, looks at later tokens, and is refused in a decoder;
+``previous_segment`` is the causal form (``moe/segments.py`` says whose).
 
 Shapes: B batch, S sequence, T = B S tokens, D model, F hidden, E experts, X = B G segments, L tokens of one,
 C columns (2 with a gate, else 1), I and O the input and output width of a matrix.
@@ -64,7 +64,7 @@ class Merging(WithoutDispatch):
         by_row = options.route_by is RouteBy.sequence
         self.length = None if by_row else options.segment
         ups = ("w_gate_EFD", "w_up_EFD") if is_gated(activation) else ("w_up_EFD",)
-        self.shapes = {name: (d_ff, d_model) for name in ups} | {"w_down_EDF": (d_model, d_ff)}
+        self.shapes = dict.fromkeys(ups, (d_ff, d_model)) | {"w_down_EDF": (d_model, d_ff)}
         self.experts = Stacks(self.shapes, num_experts, self.length)
 
     def segments(self, ctx: RouterContext) -> Segments:
@@ -75,6 +75,10 @@ class Merging(WithoutDispatch):
         num_experts = len(self.experts.w_down_EDF)
         drawn_TE = ctx.uniform((ctx.batch * ctx.seq, num_experts), _SALT + matrix)
         return segments.first_tokens(drawn_TE)
+
+    def per_segment(self, *names: str) -> dict[str, Use]:
+        """Parameters that a segment uses once."""
+        return {name: Use(1.0, 1 / self.length if self.length else 0.0) for name in names}
 
     def hidden(self, ups_XLF: list[Tensor]) -> Tensor:
         return activate(ups_XLF[0] if len(ups_XLF) > 1 else None, ups_XLF[-1], self.activation)
@@ -88,6 +92,7 @@ class Smear(Merging):
     ) -> None:
         super().__init__(d_model, d_ff, num_experts, options, activation)
         self.router = SmearGate(d_model, num_experts, options.expert_dropout)
+        self.router.uses = self.per_segment("weight_ED")
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, MergeRecord]:
         ctx = ctx or RouterContext.default(*x_BSD.shape[:2], x_BSD.device)
@@ -128,6 +133,8 @@ class MEO(Merging):
         columns = len(self.shapes) * num_experts
         inputs = [width for _, width in self.shapes.values()]
         self.router = nn.ModuleList(NoisyGate(width, num_experts, options.top_k, columns) for width in inputs)
+        for gate in self.router:
+            gate.uses = self.per_segment("weight_ED", "noise_ED")
         self.token_blocks: nn.ModuleList | None = None
         if options.token_reduction is not None:
             inner = [max(1, width // options.token_reduction) for width in inputs]

@@ -4,9 +4,9 @@ horizontal  expert (i, j) of x: V_j act(U_i x + a_i) + b_j
 vertical    its left half V11_i h1_i + V12_i h2_j + b1_i and right half V21_j h1_i + V22_j h2_j + b2_j,
             with h1_i = act(U1_i x + a1_i) and h2_j likewise: half of the hidden units each
 
-and y = sum over heads, i and j of g1_i g2_j expert_ij(x). Sums over heads and one side are done first, so that
-a token costs what the 2 n parts cost and not the n^2 experts. The first of ``share`` consecutive MoE layers
-has the router; those after it read its gates, so a gate's gradient is a sum over layers.
+and y = sum over heads, i and j of g1_i g2_j expert_ij(x). Sums over heads and one side are done first, so
+that a token costs what the 2 n parts cost and not the n^2 experts. The first of ``share`` consecutive MoE
+layers has the router; those after it read its gates, so a gate's gradient is a sum over layers.
 
 Shapes: B batch, S sequence, T = B S tokens, D model (L left, R right), H heads, n parts of a side, M hidden
 units of an expert (p and q: of the two sides).
@@ -30,6 +30,7 @@ from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.pair_router import PairRecord, PairRouter
 from moetrain.ops.activations import activate
 from moetrain.ops.init import Constant, Normal, parameter
+from moetrain.ops.uses import Use
 
 
 class Horizontal(nn.Module):
@@ -135,6 +136,12 @@ class Monet(WithoutDispatch):
         )
         kind = Vertical if vertical else Horizontal
         self.experts = kind(d_model, n, width, activation, std)
+        # crossing over takes two multiply-adds a head for each hidden unit: by the rows of what reads them
+        self.experts.uses = {
+            name: Use(1.0, 1 + 2 * options.heads / len(parameter))
+            for name, parameter in self.experts.named_parameters()
+            if name in ("w_down", "w_down_12", "w_down_21")
+        }
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, RoutingRecord | None]:
         """A layer without a router reads the gates of ``ctx.prev``, and has nothing to tell."""

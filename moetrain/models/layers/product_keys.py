@@ -1,7 +1,8 @@
 """Layers that look rows up by product keys: ``peer`` and ``pkm``.
 
-peer  Mixture of a million experts (He 2024, arXiv:2407.04153): an expert is one neuron, an input and an output
-      row, y = sum over heads and their keys of softmax(score) act(u_i . x) v_i. Heads share keys and experts.
+peer  Mixture of a million experts (He 2024, arXiv:2407.04153): an expert is one neuron, an input and an
+      output row; y = sum over heads and their keys of softmax(score) act(u_i . x) v_i. Heads share keys and
+      experts.
 pkm   Product-key memory (Lample et al. 2019, arXiv:1907.05242): a key has a value row,
       y = sum over heads and their keys of softmax(score) v_i. Heads have keys of their own and share values.
 

@@ -59,8 +59,8 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
         )
     if cfg.optim.tables is not Tables.elementwise and stage:
         raise UserError(
-            f"optim.tables={cfg.optim.tables.name} needs whole rows, which engine.zero_stage={stage} cuts at any "
-            "element: set engine.zero_stage=0, or optim.tables=elementwise"
+            f"optim.tables={cfg.optim.tables.name} needs whole rows, which engine.zero_stage={stage} cuts at "
+            "any element: set engine.zero_stage=0, or optim.tables=elementwise"
         )
     if engine.offload and not stage:
         raise UserError("engine.offload=true is of engine.zero_stage=1 or 2: set engine.zero_stage=1")

@@ -38,8 +38,8 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")
     if by_row and TABLES not in groups:
         raise UserError(
-            f"optim.tables={cfg.tables.name} is of tables whose rows are looked up (model.feed_forward=peer or "
-            "pkm), and none is trained: set optim.tables=elementwise"
+            f"optim.tables={cfg.tables.name} is of tables whose rows are looked up "
+            "(model.feed_forward=peer or pkm), and none is trained: set optim.tables=elementwise"
         )
     lr = cfg.adamw_lr if isinstance(cfg, MuonConfig) else cfg.lr
     adamw_groups = [

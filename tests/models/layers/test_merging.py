@@ -87,13 +87,13 @@ def run_by_hand(
     ctx: RouterContext,
 ) -> Tensor:
     """Segment by segment; what a matrix reads and how it is gated follows ``own_gates`` (meo)."""
-    names, out = list(made.shapes), []
+    names = list(made.shapes)
     batch, seq, _ = x_BSD.shape
     length = made.length or seq
     valid = torch.ones(batch, seq) if ctx.valid_T is None else ctx.valid_T.view(batch, seq).double()
     drawn = [ctx.uniform((batch * seq, E), 0x3E60 + m).view(batch, seq, E) for m in range(len(names))]
-    for b in range(batch):
 
+    def row(b: int) -> Tensor:
         def block(matrix: int, x_SI: Tensor) -> Tensor:
             if not own_gates or made.token_blocks is None:
                 return x_SI
@@ -129,8 +129,9 @@ def run_by_hand(
         )
         last = len(names) - 1
         inner = block(last, hidden)
-        out.append(product(last, inner, *_gated(last, own_gates, inner, x_SD)))
-    return torch.stack(out)
+        return product(last, inner, *_gated(last, own_gates, inner, x_SD))
+
+    return torch.stack([row(b) for b in range(batch)])
 
 
 def _gated(matrix: int, own_gates: bool, own: Tensor, x: Tensor) -> tuple[int, Tensor]:
@@ -197,7 +198,7 @@ def test_merging_is_the_sum_of_outputs_for_a_matrix_and_not_for_a_layer() -> Non
 
 
 def test_importance_and_load_see_every_matrixs_gates() -> None:
-    """CV^2 over all matrices' columns is the sum of theirs by (E - 1) / (columns - 1): their means are equal."""
+    """CV^2 over all columns is the sum of the matrices' by (E - 1) / (columns - 1): their means are equal."""
     made, x = made_of(MEO, MergingConfig(segment=8), "swiglu"), inputs(6, 8)
     ctx = RouterContext.default(6, 8)
     _, record = made(x, ctx)

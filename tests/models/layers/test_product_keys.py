@@ -84,7 +84,7 @@ def test_output_and_gradients_are_those_of_all_keys(
             counts[token // x.shape[1], n + i % n] += 1
     assert torch.equal(record.demand_BE, counts)
     unread = torch.ones(num_rows, dtype=torch.bool)
-    unread[sum(chosen, [])] = False
+    unread[[i for ids in chosen for i in ids]] = False
     for parameter, gradient in zip(wanted[1:], ours[1:], strict=True):
         if rows.is_row_table(parameter):
             assert not gradient[unread].any()
