@@ -34,7 +34,8 @@ class MergeRecord(RoutingRecord):
         assert self.scores_TE is not None
         gates_TE = self.scores_TE if self.valid_T is None else self.scores_TE * self.valid_T[:, None]
         batch = len(self.num_tokens_B)
-        return gates_TE.unflatten(0, (batch, num_tokens // max(batch, 1))).sum(1)
+        sums_BE: Tensor = gates_TE.unflatten(0, (batch, num_tokens // max(batch, 1))).sum(1)
+        return sums_BE
 
 
 register_record(MergeRecord)
@@ -116,4 +117,5 @@ class NoisyGate(Router):
         last_X1, next_X1 = order_Xm[:, self.k - 1 : self.k], order_Xm[:, self.k : self.k + 1]
         chosen_XE = torch.zeros_like(noisy_XE, dtype=torch.bool).scatter(1, ids_Xk, True)
         least_XE = torch.where(chosen_XE, next_X1, last_X1)
-        return torch.special.ndtr((clean_XE - least_XE) / spread_XE)
+        load_XE: Tensor = torch.special.ndtr((clean_XE - least_XE) / spread_XE)
+        return load_XE

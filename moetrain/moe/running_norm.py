@@ -9,6 +9,8 @@ Shapes: n rows, X normalised features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,10 +59,10 @@ class RunningNorm(nn.Module):
         self.mean_X.lerp_(mean_X, share)
         self.variance_X.lerp_(variance_X, share)
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNorm:
         """Buffers keep fp64 through every cast of the model."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:

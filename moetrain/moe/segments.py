@@ -42,26 +42,29 @@ class Segments:
         if self.length is None or self.groups == 1:
             return x_BSD
         after = self.groups * self.length - self.offset - self.seq
-        padded = F.pad(x_BSD, (0, 0, self.offset, after))
-        return padded.unflatten(1, (self.groups, self.length)).flatten(0, 1)
+        padded: Tensor = F.pad(x_BSD, (0, 0, self.offset, after))
+        x_XLD: Tensor = padded.unflatten(1, (self.groups, self.length)).flatten(0, 1)
+        return x_XLD
 
     def joined(self, y_XLD: Tensor) -> Tensor:
         """The inverse of :meth:`cut`, [B, S, D]."""
         if self.length is None or self.groups == 1:
             return y_XLD
-        whole = y_XLD.unflatten(0, (self.batch, self.groups)).flatten(1, 2)
+        whole: Tensor = y_XLD.unflatten(0, (self.batch, self.groups)).flatten(1, 2)
         return whole[:, self.offset : self.offset + self.seq]
 
     def first_tokens(self, x_Tn: Tensor) -> Tensor:
         """[B G, n]: the rows of ``x_Tn`` of each segment's first token here."""
         at_G = torch.arange(self.groups, device=x_Tn.device) * (self.length or 0) - self.offset
-        return x_Tn.unflatten(0, (self.batch, self.seq))[:, at_G.clamp(min=0)].flatten(0, 1)
+        x_BSn: Tensor = x_Tn.unflatten(0, (self.batch, self.seq))
+        return x_BSn[:, at_G.clamp(min=0)].flatten(0, 1)
 
     def spread(self, x_Xn: Tensor) -> Tensor:
         """[T, n]: to each token what its segment has."""
         at_S = torch.arange(self.seq, device=x_Xn.device) + self.offset
         at_S = at_S // (self.length or self.offset + self.seq + 1)
-        return x_Xn.unflatten(0, (self.batch, self.groups))[:, at_S].flatten(0, 1)
+        x_BGn: Tensor = x_Xn.unflatten(0, (self.batch, self.groups))
+        return x_BGn[:, at_S].flatten(0, 1)
 
 
 def routing_states(x_BSD: Tensor, segments: Segments, ctx: RouterContext, key: str) -> Tensor:
@@ -76,8 +79,8 @@ def routing_states(x_BSD: Tensor, segments: Segments, ctx: RouterContext, key: s
     if ctx.valid_T is not None:
         valid_BS1 = ctx.valid_T.view(batch, seq, 1).to(wide)
     shape = (batch, segments.groups)
-    sums_BGD = segments.cut(x_BSD.to(wide) * valid_BS1).sum(1).unflatten(0, shape)
-    counts_BG1 = segments.cut(valid_BS1).sum(1).unflatten(0, shape)
+    sums_BGD: Tensor = segments.cut(x_BSD.to(wide) * valid_BS1).sum(1).unflatten(0, shape)
+    counts_BG1: Tensor = segments.cut(valid_BS1).sum(1).unflatten(0, shape)
     if segments.length is None:
         return (sums_BGD / counts_BG1.clamp(min=1)).flatten(0, 1)
     before_BD = sums_BGD.new_zeros(batch, width)

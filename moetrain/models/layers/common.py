@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from moetrain.models.options import ModelConfig
+from moetrain.moe import RouterContext
 from moetrain.moe.options import ExpertKind, ExpertsConfig, FirstWeights
 from moetrain.ops.activations import is_gated
 
@@ -30,3 +33,9 @@ def plain_activation(experts: ExpertsConfig) -> str:
             f"experts.activation={name} is gated, and its experts have no gate: take relu or gelu"
         )
     return name
+
+
+def context_of(x_BSD: Tensor, ctx: RouterContext | None) -> RouterContext:
+    """``ctx``, or that of a call that gives none."""
+    batch, seq, _ = x_BSD.shape
+    return RouterContext.default(batch, seq, x_BSD.device) if ctx is None else ctx

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moetrain.models.feed_forward import WithoutDispatch, register_feed_forward
 from moetrain.models.layer_options import MergingConfig, RouteBy
-from moetrain.models.layers.common import refuse_unread
+from moetrain.models.layers.common import context_of, refuse_unread
 from moetrain.models.options import ModelConfig
 from moetrain.moe import RouterContext
 from moetrain.moe.assign import tokens_per_sequence
@@ -60,7 +60,7 @@ class Merging(WithoutDispatch):
         self, d_model: int, d_ff: int, num_experts: int, options: MergingConfig, activation: str
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.num_experts = activation, num_experts
         by_row = options.route_by is RouteBy.sequence
         self.length = None if by_row else options.segment
         ups = ("w_gate_EFD", "w_up_EFD") if is_gated(activation) else ("w_up_EFD",)
@@ -72,8 +72,7 @@ class Merging(WithoutDispatch):
 
     def noise(self, ctx: RouterContext, segments: Segments, matrix: int) -> Tensor:
         """[X, E], uniform: that of each segment's first token."""
-        num_experts = len(self.experts.w_down_EDF)
-        drawn_TE = ctx.uniform((ctx.batch * ctx.seq, num_experts), _SALT + matrix)
+        drawn_TE = ctx.uniform((ctx.batch * ctx.seq, self.num_experts), _SALT + matrix)
         return segments.first_tokens(drawn_TE)
 
     def per_segment(self, *names: str) -> dict[str, Use]:
@@ -92,10 +91,10 @@ class Smear(Merging):
     ) -> None:
         super().__init__(d_model, d_ff, num_experts, options, activation)
         self.router = SmearGate(d_model, num_experts, options.expert_dropout)
-        self.router.uses = self.per_segment("weight_ED")
+        self.uses = self.per_segment("router.weight_ED")
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, MergeRecord]:
-        ctx = ctx or RouterContext.default(*x_BSD.shape[:2], x_BSD.device)
+        ctx = context_of(x_BSD, ctx)
         segments = self.segments(ctx)
         drops = self.training and self.router.dropout > 0
         noise_XE = self.noise(ctx, segments, 0) if drops else None
@@ -133,15 +132,17 @@ class MEO(Merging):
         columns = len(self.shapes) * num_experts
         inputs = [width for _, width in self.shapes.values()]
         self.router = nn.ModuleList(NoisyGate(width, num_experts, options.top_k, columns) for width in inputs)
-        for gate in self.router:
-            gate.uses = self.per_segment("weight_ED", "noise_ED")
+        places = range(len(inputs))
+        self.uses = self.per_segment(
+            *(f"router.{place}.{name}" for place in places for name in ("weight_ED", "noise_ED"))
+        )
         self.token_blocks: nn.ModuleList | None = None
         if options.token_reduction is not None:
             inner = [max(1, width // options.token_reduction) for width in inputs]
             self.token_blocks = nn.ModuleList(map(TokenBlock, inputs, inner))
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, MergeRecord]:
-        ctx = ctx or RouterContext.default(*x_BSD.shape[:2], x_BSD.device)
+        ctx = context_of(x_BSD, ctx)
         segments, gates, loads = self.segments(ctx), [], []
 
         def merged(matrix: int, input_BSI: Tensor) -> Tensor:

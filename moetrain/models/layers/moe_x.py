@@ -31,7 +31,7 @@ class MoEX(MoELayer):
         number, width = self.experts.num_experts, self.experts.w_down_EFD.shape[1]
         share = self.router.top_k / number
         # a mean and a variance of F weights are one multiply-add each for a token
-        self.experts.uses = {"w_gate_up_EDCF": Use(share, share + 2 / width)}
+        self.uses = {"experts.w_gate_up_EDCF": Use(share, share + 2 / width)}
 
 
 @register_feed_forward("moe_x", on_meta=True, alike=True)

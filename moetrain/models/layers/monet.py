@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moetrain.models.feed_forward import WithoutDispatch, register_feed_forward
 from moetrain.models.layer_options import Decomposition, MonetConfig
-from moetrain.models.layers.common import plain_activation, refuse_unread
+from moetrain.models.layers.common import context_of, plain_activation, refuse_unread
 from moetrain.models.options import ModelConfig
 from moetrain.models.places import is_moe_layer
 from moetrain.moe import RouterContext, RoutingRecord
@@ -49,7 +49,8 @@ class Horizontal(nn.Module):
     def forward(self, x_TD: Tensor, g1_THn: Tensor, g2_THn: Tensor) -> Tensor:
         hidden_TnM = _hidden(x_TD, self.w_up, self.b_up, self.n, self.activation)
         mixed_TnM = _crossed(hidden_TnM, g1_THn, g2_THn)
-        return F.linear(mixed_TnM.flatten(1), self.w_down) + g2_THn.sum(1) @ self.bias_nD
+        y_TD: Tensor = F.linear(mixed_TnM.flatten(1), self.w_down) + g2_THn.sum(1) @ self.bias_nD
+        return y_TD
 
 
 class Vertical(nn.Module):
@@ -91,8 +92,9 @@ class Vertical(nn.Module):
 
 
 def _hidden(x_TD: Tensor, w_up: Tensor, b_up: Tensor, n: int, activation: str) -> Tensor:
-    hidden: Tensor = activate(None, F.linear(x_TD, w_up, b_up), activation)
-    return hidden.unflatten(1, (n, len(w_up) // n))
+    z = F.linear(x_TD, w_up, b_up)
+    hidden_TnM: Tensor = activate(None, z, activation).unflatten(1, (n, len(w_up) // n))
+    return hidden_TnM
 
 
 def _crossed(hidden_TnM: Tensor, from_THn: Tensor, to_THn: Tensor) -> Tensor:
@@ -137,16 +139,15 @@ class Monet(WithoutDispatch):
         kind = Vertical if vertical else Horizontal
         self.experts = kind(d_model, n, width, activation, std)
         # crossing over takes two multiply-adds a head for each hidden unit: by the rows of what reads them
-        self.experts.uses = {
-            name: Use(1.0, 1 + 2 * options.heads / len(parameter))
+        self.uses = {
+            f"experts.{name}": Use(1.0, 1 + 2 * options.heads / len(parameter))
             for name, parameter in self.experts.named_parameters()
             if name in ("w_down", "w_down_12", "w_down_21")
         }
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, RoutingRecord | None]:
         """A layer without a router reads the gates of ``ctx.prev``, and has nothing to tell."""
-        if ctx is None:
-            ctx = RouterContext.default(*x_BSD.shape[:2], x_BSD.device)
+        ctx = context_of(x_BSD, ctx)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         record = ctx.prev if self.router is None else self.router(x_TD, ctx)
         if not isinstance(record, PairRecord):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moetrain.models.feed_forward import WithoutDispatch, register_feed_forward
 from moetrain.models.layer_options import ProductKeysConfig
-from moetrain.models.layers.common import plain_activation, refuse_unread
+from moetrain.models.layers.common import context_of, plain_activation, refuse_unread
 from moetrain.models.options import ModelConfig
 from moetrain.moe import RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
@@ -66,8 +66,7 @@ class LookUp(WithoutDispatch):
         self.experts = Rows(d_model, num_rows, not memory, options.heads * options.top_k)
 
     def forward(self, x_BSD: Tensor, ctx: RouterContext | None = None) -> tuple[Tensor, RoutingRecord]:
-        if ctx is None:
-            ctx = RouterContext.default(*x_BSD.shape[:2], x_BSD.device)
+        ctx = context_of(x_BSD, ctx)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         chosen = self.router(x_TD, ctx)
         ids_TA = chosen.ids_THK.flatten(1)

@@ -13,7 +13,7 @@ Shapes: N rows, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,8 @@ class RowWise(Optimizer):
                     self._step_table(table, table.grad, group)
         return loss
 
-    def _step_table(self, table: nn.Parameter, grad: Tensor, group: dict[str, object]) -> None:
-        lr, decay, eps = (float(group[key]) for key in ("lr", "weight_decay", "eps"))  # type: ignore[arg-type]
+    def _step_table(self, table: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        lr, decay, eps = (float(group[key]) for key in ("lr", "weight_decay", "eps"))
         state, square_N1 = self.state[table], mean_squares(grad)
         if "row_square" not in state:
             state["row_square"] = torch.zeros_like(square_N1)
@@ -96,7 +96,7 @@ class RowWise(Optimizer):
             row_N1.add_(square_N1)
             local.addcdiv_(local_grad, row_N1.sqrt() + eps, value=-lr)
             return
-        beta1, beta2 = group["row_betas"]  # type: ignore[misc]
+        beta1, beta2 = group["row_betas"]
         state["step"] += 1
         steps, mean = float(state["step"]), local_part(state["exp_avg"])
         mean.lerp_(local_grad, 1 - beta1)
