@@ -46,9 +46,7 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
     model = open_model(Path(cfg.checkpoint).expanduser(), read)
     before = _config_before(model)
     if (layers := model.spec.model.feed_forward) != "moe":
-        raise UserError(
-            f"{cfg.checkpoint}: model.feed_forward={layers} is a plug-in's: no family has such layers"
-        )
+        raise UserError(f"{cfg.checkpoint}: model.feed_forward={layers}: no family has such layers")
     if (attention := model.spec.model.attention) != OWN_ATTENTION:
         raise UserError(
             f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"

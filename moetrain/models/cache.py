@@ -8,16 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.context import RouterMemory
+from moetrain.moe.context import LayerMemory
 
 
 class LayerCache:
-    """One layer's keys and values, and its router's. Memory is taken at the first use, in its dtype."""
+    """One layer's keys and values, and what its router or feed-forward layer keeps.
+
+    Memory is taken at the first use, in the dtype then seen.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.router = RouterMemory()
+        self.memory = LayerMemory()
         self._keys_BGMH: Tensor | None = None
         self._values_BGMH: Tensor | None = None
 

@@ -13,6 +13,9 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
+from moetrain.ops.uses import Use
+
+_WHOLE = Use(1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,28 @@ def count_parameters(model: Decoder) -> Counts:
     """Exact counts of a model on any device; sharded parameters count in their global shape."""
     layers = [layer for found in model.moe_layers().values() for layer in found]
     holders = {id(p): layer for layer in layers for p in layer.experts.parameters()}
+    told = uses(model)
     counts = dict.fromkeys(Counts.__dataclass_fields__, 0)
     for name, parameter in model.named_parameters():
         kind = _kind(name, parameter.ndim)
         counts[kind] += parameter.numel()
         if kind == "experts":
             layer = holders.get(id(parameter))
-            used, of = (1, 1) if layer is None else (experts_per_token(layer), _experts(layer))  # a plug-in's
-            counts["experts_active"] += parameter.numel() * used // of
+            if layer is not None:
+                used, of = experts_per_token(layer), _experts(layer)
+                counts["experts_active"] += parameter.numel() * used // of
+            else:  # a layer without dispatch, or a plug-in's own
+                counts["experts_active"] += round(parameter.numel() * told.get(name, _WHOLE).share)
     return Counts(**counts)
+
+
+def uses(model: Decoder) -> dict[str, Use]:
+    """What modules tell of their parameters, by the parameters' whole names."""
+    return {
+        f"{path}.{name}": use
+        for path, module in model.named_modules()
+        for name, use in getattr(module, "uses", {}).items()
+    }
 
 
 def experts_per_token(layer: MoELayer) -> int:
@@ -129,7 +145,7 @@ def flops_breakdown(
     if vocab_size is None:
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
-    counts = count_parameters(model)
+    counts, repeated = count_parameters(model), _repeated(model)
     scored = sum(heads.num_heads * heads.head_dim for heads in (a.heads for a in model.attentions()))
     window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
     seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
@@ -138,8 +154,8 @@ def flops_breakdown(
         scores=2 * 2 * scored * seen / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
-        experts=2 * counts.experts_active,
-        router=2 * (counts.router + _saved_products(model)),
+        experts=2 * (counts.experts_active + repeated["experts"]),
+        router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
 
@@ -159,6 +175,17 @@ def flops_per_token(
 ) -> float:
     """Forward operations per token with causal attention: the sum of :func:`flops_breakdown`."""
     return flops_breakdown(cfg, router, seq_len, vocab_size, experts).forward
+
+
+def _repeated(model: Decoder) -> dict[str, int]:
+    """Multiply-adds of a token beyond one for each active parameter, where modules tell of any; by kind."""
+    extra = {"experts": 0, "router": 0}
+    told = uses(model)
+    for name, parameter in model.named_parameters():
+        use = told.get(name, _WHOLE)
+        if use.products != use.share:
+            extra[_kind(name, parameter.ndim)] += round(parameter.numel() * (use.products - use.share))
+    return extra
 
 
 def _kind(name: str, ndim: int) -> str:

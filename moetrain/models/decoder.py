@@ -123,7 +123,9 @@ class Decoder(nn.Module):
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             rope, plan = ropes[attention.rope_dim], plans[attention.heads]
             layer_cache = None if cache is None else cache.layers[layer]
-            layer_ctx = ctx.at_layer(layer, previous, None if layer_cache is None else layer_cache.router)
+            layer_ctx = ctx.at_layer(layer, previous)
+            if layer_cache is not None:
+                layer_ctx = replace(layer_ctx, seen=cached, memory=layer_cache.memory)
             x_BSD, record, carried = block(x_BSD, rope, plan, layer_ctx, layer_cache, carried)
             if record is not None:
                 records[layer] = previous = record

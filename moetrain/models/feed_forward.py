@@ -25,9 +25,12 @@ from moetrain.ops.init import with_own_values
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
 FEED_FORWARDS: dict[str, Builder] = {}
 _ON_META: set[Builder] = set()
+ALIKE: set[str] = set()  # the layers that do not go by their place: a smaller model of them may have fewer
 
 
-def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder], Builder]:
+def register_feed_forward(
+    name: str, on_meta: bool = False, alike: bool = False
+) -> Callable[[Builder], Builder]:
     """Decorator: make a builder ``(cfg, router, experts, layer)`` known by name, ``layer`` its place from 0.
 
     A second use of a name is an error. What the builder refuses it says by ValueError, in one line.
@@ -36,6 +39,7 @@ def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder
     drawn whole on every rank, from torch's generator. ``on_meta``: all its parameters come from
     :func:`~moetrain.ops.init.parameter`, and nothing is written into them or computed from them before
     training. Then each rank allocates its shards alone, and the model's config says how they start.
+    ``alike``: its layers are the same whatever their place.
     """
 
     def add(builder: Builder) -> Builder:
@@ -43,6 +47,8 @@ def register_feed_forward(name: str, on_meta: bool = False) -> Callable[[Builder
             raise ValueError(f"feed-forward {name!r} is registered already")
         if on_meta:
             _ON_META.add(builder)
+        if alike:
+            ALIKE.add(name)
         return builder
 
     return add
@@ -60,6 +66,17 @@ def build_feed_forward(
     return with_own_values(lambda: builder(cfg, router, experts, layer))
 
 
+class WithoutDispatch(nn.Module):
+    """A feed-forward layer whose experts, if it has any, are never dispatched over ranks.
+
+    ``refuses_ep`` says why its experts do not lie on ranks of their own; any layer may have it. ``tells``:
+    whether it returns a record; without one no balance loss or controller can follow it.
+    """
+
+    refuses_ep = "dispatches no tokens"
+    tells = True
+
+
 class DenseFeedForward(MLP):
     """A plain feed-forward network behind the seam; it has nothing to record."""
 
@@ -69,14 +86,16 @@ class DenseFeedForward(MLP):
         return super().forward(x_BSD), None
 
 
-@register_feed_forward("dense", on_meta=True)
+@register_feed_forward("dense", on_meta=True, alike=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value, cfg.lora)
 
 
-@register_feed_forward("moe", on_meta=True)
-def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
-    common: dict[str, Any] = {
+def layer_options(
+    cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int
+) -> dict[str, Any]:
+    """What every kind of MoELayer takes of the config."""
+    return {
         "d_model": cfg.d_model,
         "num_experts": experts_of(cfg, layer),
         "router": router.name,
@@ -92,6 +111,11 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
         "block": experts.block,
         "max_rows_per_rank": experts.max_rows_per_rank,
     }
+
+
+@register_feed_forward("moe", on_meta=True, alike=True)
+def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
+    common = layer_options(cfg, router, experts, layer)
     if experts.kind is ExpertKind.adapters:
         if experts.first_weights is not FirstWeights.model:
             raise ValueError(

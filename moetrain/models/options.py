@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least
+from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
 from moetrain.ops.low_rank import LoRA
@@ -65,6 +66,9 @@ class ModelConfig:
     shortcut_from: ShortcutFrom = ShortcutFrom.previous_attention  # of wiring=shortcut
     momentum: MomentumConfig = field(default_factory=MomentumConfig)  # of wiring=momentum
     router_input: RouterInput = RouterInput.own
+    product_keys: ProductKeysConfig = field(default_factory=ProductKeysConfig)  # feed_forward=peer, pkm
+    monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
+    merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included

@@ -7,6 +7,7 @@ from dataclasses import fields
 from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.models.layer_options import READ_BY
 from moetrain.models.options import ModelConfig
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
@@ -36,6 +37,7 @@ def check_model(cfg: ModelConfig) -> None:
         raise UserError(line)
     _check_rope(cfg)
     _check_lora(cfg)
+    _check_sections(cfg)
 
 
 def _check_lora(cfg: ModelConfig) -> None:
@@ -105,3 +107,18 @@ def _check_rope(cfg: ModelConfig) -> None:
         )
     if scaling.kind is RopeKind.yarn and cfg.rope_theta <= 1:  # it divides by the logarithm of the base
         raise UserError(f"model.rope_theta={cfg.rope_theta} must be above 1 for {_ROPE}.kind=yarn")
+
+
+def _check_sections(cfg: ModelConfig) -> None:
+    """A number in the section of a layer that the model has none of would seem to have an effect."""
+    for section, layers in READ_BY.items():
+        if cfg.feed_forward in layers:
+            continue
+        options = getattr(cfg, section)
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if value != getattr(type(options)(), field.name):
+                raise UserError(
+                    f"model.{section}.{field.name}={value} is not used by model.feed_forward="
+                    f"{cfg.feed_forward}: leave it out, or take {' or '.join(layers)}"
+                )

@@ -16,17 +16,14 @@ from moetrain.moe.routing import RoutingRecord
 from moetrain.ops.counter import mix
 
 
-class RouterMemory:
-    """What one layer's router keeps of the tokens that generation has already seen."""
+class LayerMemory(dict[str, Tensor]):
+    """What one layer keeps of the tokens that generation has already seen, by names of its own."""
 
-    def __init__(self) -> None:
-        self._kept_BNX: Tensor | None = None
-
-    def extend(self, new_BSX: Tensor) -> Tensor:
+    def extend(self, name: str, new_BSX: Tensor) -> Tensor:
         """Keep the new tokens' rows; returns those of all tokens so far [B, N, X], the new ones last."""
-        before = self._kept_BNX
-        self._kept_BNX = new_BSX if before is None else torch.cat([before, new_BSX], 1)
-        return self._kept_BNX
+        before = self.get(name)
+        self[name] = new_BSX if before is None else torch.cat([before, new_BSX], 1)
+        return self[name]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,8 @@ class RouterContext:
     forced      a layer's place -> the experts that each token takes there, int64 [T, K], in the router's
                 order; None: as routers choose. Padding's are any. Routers with ``replays`` obey.
     domain_ids_T  int64, the index of each token's domain among the corpus's; None: not known.
-    memory      of this layer while text is generated token by token; None: the sequences are whole.
+    seen        tokens of each row that came in earlier calls, under generation with a cache.
+    memory      what the layer keeps between such calls; None: the sequences are whole.
     stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
                 it (``Router.reads_stream``). None: the layer's input is all there is.
     """
@@ -59,7 +57,8 @@ class RouterContext:
     doc_ids_T: Tensor | None = None
     forced: Mapping[int, Tensor] | None = None
     domain_ids_T: Tensor | None = None
-    memory: RouterMemory | None = None
+    seen: int = 0
+    memory: LayerMemory | None = None
     stream_BSD: Tensor | None = None
 
     @staticmethod
@@ -67,10 +66,8 @@ class RouterContext:
         """The context of a call that gives none: fresh samples 0 to ``batch`` - 1, no padding."""
         return RouterContext(batch, seq, torch.arange(batch, device=device))
 
-    def at_layer(
-        self, layer: int, prev: RoutingRecord | None, memory: RouterMemory | None = None
-    ) -> RouterContext:
-        return replace(self, layer=layer, prev=prev, memory=memory)
+    def at_layer(self, layer: int, prev: RoutingRecord | None) -> RouterContext:
+        return replace(self, layer=layer, prev=prev, seen=0, memory=None)
 
     @property
     def forced_TK(self) -> Tensor | None:

@@ -157,7 +157,8 @@ def _check_assignment(a: Assignment) -> None:
         raise ValueError(f"num_ffn_experts={a.num_ffn_experts} of {a.num_experts} experts")
 
 
-def _register(cls: type[RoutingRecord]) -> None:
+def register_record(cls: type[RoutingRecord]) -> None:
+    """Make a record a pytree; a subclass with fields of its own needs it too."""
     names = tuple(f.name for f in fields(cls))
 
     def flatten(r: RoutingRecord) -> tuple[list[Any], None]:
@@ -166,9 +167,9 @@ def _register(cls: type[RoutingRecord]) -> None:
     def unflatten(values: Any, _: None) -> RoutingRecord:
         return cls(**dict(zip(names, values, strict=True)))
 
-    name = f"moetrain.moe.routing.{cls.__name__}"
+    name = f"{cls.__module__}.{cls.__name__}"
     pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=name)
 
 
-_register(RoutingRecord)
-_register(Routing)
+register_record(RoutingRecord)
+register_record(Routing)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from moetrain.models.attention import OWN_ATTENTION
+from moetrain.models.feed_forward import ALIKE
 from moetrain.models.options import AttentionBackend, ModelConfig
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.slices import Slices
@@ -94,7 +95,7 @@ def _model(m: ModelConfig) -> ModelConfig:
 
     A plug-in's layers may go by their places, and all of them stay where they are; so do layers that differ.
     """
-    own = m.feed_forward == "moe" and m.attention == OWN_ATTENTION
+    own = m.feed_forward in ALIKE and m.attention == OWN_ATTENTION
     alike = own and not (m.layer_experts or m.layer_widths)
     widths = tuple(3 * slices for slices in Slices.of(m.expert_widths).per_expert) if m.expert_widths else ()
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)

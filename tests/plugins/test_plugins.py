@@ -109,7 +109,7 @@ def test_layers_that_differ_are_told_apart(
     command = ["plugins=[uneven]", f"checkpoint={tmp_path / 'run'}"]
     assert main(["generate", *command, "prompt=ab", "max_new_tokens=3"]) == 0
     assert main(["export", *command, f"target={tmp_path / 'out'}"]) == 2
-    assert "model.feed_forward=uneven is a plug-in's: no family has such layers" in capsys.readouterr().err
+    assert "model.feed_forward=uneven: no family has such layers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -258,7 +258,8 @@ def test_a_loss_that_one_layers_router_cannot_have() -> None:
     [
         (
             ["model.feed_forward=unevn"],
-            "model.feed_forward=unevn is not known; known: dense, moe, uneven (did",
+            "model.feed_forward=unevn is not known; known: dense, meo, moe, moe_x, monet, peer, pkm, "
+            "smear, uneven (did",
         ),
         (
             ["model.num_layers=2"],

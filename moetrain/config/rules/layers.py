@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
-from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward
+from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
 from moetrain.models.options import moe_layers
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router
 from moetrain.nearest import nearest
+from moetrain.ops.rows import is_row_table
 from moetrain.parallel.rules import check_layer
+from moetrain.train.optim.options import Tables
 from moetrain.train.options import TrainConfig
 
 OWN = "moe"  # what other rules are written for
@@ -55,8 +58,11 @@ def attention_accepts_its_options(cfg: TrainConfig) -> None:
 def layers_accept_their_options(cfg: TrainConfig) -> None:
     """What a builder refuses, and what the layout asks of each layer of a plug-in; without memory."""
     m = cfg.model
-    alike = m.feed_forward == OWN and not (m.layer_experts or m.expert_widths)
+    alike = m.feed_forward in ALIKE and not (m.layer_experts or m.expert_widths)
+    own = m.feed_forward == OWN and alike
     places = moe_layers(m)
+    if not places:
+        _refuse_tables(cfg, found=False)
     routers: list[Router] = []
     for place in places[:1] if alike else places:
         where = f"model.feed_forward={m.feed_forward}: layer {place}"
@@ -65,8 +71,10 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
                 made = build_feed_forward(m.feed_forward, m, cfg.router, cfg.experts, place)
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
-        if alike:  # its router, losses and layout have rules of their own
+        _refuse_tables(cfg, any(is_row_table(parameter) for parameter in made.parameters()))
+        if own:  # its router, losses and layout have rules of their own
             return
+        _refuse_for(made, cfg, where)
         found = [module for module in made.modules() if isinstance(module, Router)]
         routers += found
         for router in found:
@@ -74,6 +82,23 @@ def layers_accept_their_options(cfg: TrainConfig) -> None:
         for layer in (module for module in made.modules() if isinstance(module, MoELayer)):
             check_layer(cfg.parallel, layer.experts.num_experts, where, layer.slices is not None)
     refuse_controllers(cfg.balance, routers, f"model.feed_forward={m.feed_forward}: ")
+
+
+def _refuse_tables(cfg: TrainConfig, found: bool) -> None:
+    if (tables := cfg.optim.tables) is not Tables.elementwise and not found:
+        raise UserError(
+            f"optim.tables={tables.name} is of tables whose rows are looked up, and "
+            f"model.feed_forward={cfg.model.feed_forward} has none: set optim.tables=elementwise"
+        )
+
+
+def _refuse_for(layer: nn.Module, cfg: TrainConfig, where: str) -> None:
+    ep, why = cfg.parallel.ep, getattr(layer, "refuses_ep", None)
+    if ep > 1 and isinstance(why, str):
+        raise UserError(f"{where} {why}, so it has no use for parallel.ep={ep}: set parallel.ep=1")
+    named = [loss.name for loss in cfg.balance.losses] + list(cfg.balance.controllers)
+    if named and isinstance(layer, WithoutDispatch) and not layer.tells:
+        raise UserError(f"{where} tells nothing of a routing that {named[0]} could balance: set balance=none")
 
 
 def feed_forward_is_own(cfg: TrainConfig) -> None:

@@ -147,7 +147,7 @@ def _of_the_first(logits_TE: Tensor, ctx: RouterContext) -> Tensor:
     batch, seq = ctx.batch, ctx.seq
     logits_BSE = logits_TE.view(batch, seq, logits_TE.shape[1])
     if ctx.memory is not None:  # generation: one document a row, and the first token may have been before
-        return ctx.memory.extend(logits_BSE)[:, :1].expand_as(logits_BSE).reshape(logits_TE.shape)
+        return ctx.memory.extend("logits", logits_BSE)[:, :1].expand_as(logits_BSE).reshape(logits_TE.shape)
     place_BS = torch.arange(seq, device=logits_TE.device).repeat(batch, 1)
     run_BS = torch.zeros_like(place_BS)
     if ctx.doc_ids_T is not None and seq:

@@ -24,7 +24,7 @@ from moetrain.moe.routers.base import Router, register
 from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import first_max
 from moetrain.ops.init import Constant, Orthogonal, parameter
-from moetrain.ops.rows import set_row
+from moetrain.ops.local_part import set_row
 
 _MAX_LOG_SCALE = math.log(100)
 

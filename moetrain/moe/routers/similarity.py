@@ -79,7 +79,7 @@ class SimilarityRouter(LinearRouter):
         kept_TX = torch.cat([wide_linear(x_TD, self.key_WD), p_TE], 1)
         kept_BNX = kept_TX.view(batch, seq, kept_TX.shape[1])
         if ctx.memory is not None:
-            kept_BNX = ctx.memory.extend(kept_BNX)
+            kept_BNX = ctx.memory.extend("rows", kept_BNX)
         before = kept_BNX.shape[1] - seq
         keys_BNW, p_BNE = kept_BNX.split([self.width, self.num_experts], -1)
         blocks = []

@@ -24,8 +24,7 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.topk_ops import first_max, softmax, top_ids
 from moetrain.ops.init import Constant, Initializer, Normal, Orthogonal, parameter
 from moetrain.ops.linear import wide_linear
-from moetrain.ops.local_part import whole
-from moetrain.ops.rows import set_row
+from moetrain.ops.local_part import set_row, whole
 
 _SALT = 0x0C0DE
 _LEVELS = 24  # the noise has 23 bits

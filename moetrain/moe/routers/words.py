@@ -99,7 +99,7 @@ class WordsRouter(Router):
             columns[2] = ctx.doc_ids_T
         kept_BN3 = torch.stack(columns, -1).view(batch, seq, 3)
         if self.longest and ctx.memory is not None:
-            kept_BN3 = ctx.memory.extend(kept_BN3)
+            kept_BN3 = ctx.memory.extend("words", kept_BN3)
         endings, parts, whole_BS = [], [], torch.ones(batch, seq, dtype=torch.bool, device=ids_T.device)
         here_BS3 = kept_BN3[:, kept_BN3.shape[1] - seq :]
         for back in range(self.longest):

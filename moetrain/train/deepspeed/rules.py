@@ -7,7 +7,7 @@ from moetrain.moe.routers import ROUTERS
 from moetrain.packages import is_installed
 from moetrain.train.deepspeed.config import merged_config
 from moetrain.train.deepspeed.options import DeepSpeedConfig
-from moetrain.train.optim.options import MuonConfig
+from moetrain.train.optim.options import MuonConfig, Tables
 from moetrain.train.options import Precision, TrainConfig
 
 
@@ -62,6 +62,11 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
         raise UserError(
             f"router={cfg.router.name} freezes parameters as it is trained, which engine=deepspeed would "
             "still decay: set engine=native"
+        )
+    if cfg.optim.tables is not Tables.elementwise and stage:
+        raise UserError(
+            f"optim.tables={cfg.optim.tables.name} needs whole rows, which engine.zero_stage={stage} cuts at "
+            "any element: set engine.zero_stage=0, or optim.tables=elementwise"
         )
     if engine.offload and not stage:
         raise UserError("engine.offload=true is of engine.zero_stage=1 or 2: set engine.zero_stage=1")

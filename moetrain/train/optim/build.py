@@ -10,27 +10,37 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from moetrain.errors import UserError
+from moetrain.ops.rows import is_row_table
 from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
-from moetrain.train.optim.options import MuonConfig, OptimConfig
+from moetrain.train.optim.options import MuonConfig, OptimConfig, Tables
+from moetrain.train.optim.row_wise import RowWise
 from moetrain.train.optim.rules import check_optim
 
 Named = tuple[str, nn.Parameter]
-MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"
+MUON, DECAY, NO_DECAY, TABLES = "muon", "decay", "no_decay", "tables"
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
 
-    Every group carries ``name`` (muon, decay or no_decay) and ``peak_lr``; :func:`set_lr` follows the
+    Every group carries ``name`` (muon, decay, no_decay or tables) and ``peak_lr``; :func:`set_lr` follows the
     schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not.
-    Muon takes the matrices inside ``model.blocks`` except the routers'; AdamW, with ``adamw_lr``, the rest.
-    Raises UserError for an impossible value or a model with nothing to train.
+    Muon takes the matrices inside ``model.blocks`` except the routers' and tables whose rows are looked up;
+    AdamW, with ``adamw_lr``, the rest. ``cfg.tables`` may give such tables one second moment a row.
+    Raises UserError for an impossible value or a model with nothing to train, and where rows are asked for
+    of a model without such tables.
     """
     check_optim(cfg)
-    groups = group_parameters(model, muon=isinstance(cfg, MuonConfig))
+    by_row = cfg.tables is not Tables.elementwise
+    groups = group_parameters(model, muon=isinstance(cfg, MuonConfig), tables=by_row)
     check_groups(model, groups)
     if not groups:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")
+    if by_row and TABLES not in groups:
+        raise UserError(
+            f"optim.tables={cfg.tables.name} is of tables whose rows are looked up "
+            "(model.feed_forward=peer or pkm), and none is trained: set optim.tables=elementwise"
+        )
     lr = cfg.adamw_lr if isinstance(cfg, MuonConfig) else cfg.lr
     adamw_groups = [
         {
@@ -49,7 +59,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
         "fused": fused,
         "foreach": not fused,
     }
-    optimizer: Optimizer
+    optimizer: Optimizer | None
     if isinstance(cfg, MuonConfig):
         optimizer = Muon(
             [parameter for _, parameter in groups.get(MUON, [])],
@@ -63,7 +73,19 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
             name=MUON,
         )
     else:
-        optimizer = AdamW(adamw_groups, **options)
+        optimizer = AdamW(adamw_groups, **options) if adamw_groups else None
+    if by_row:
+        optimizer = RowWise(
+            optimizer,
+            [parameter for _, parameter in groups[TABLES]],
+            lr=lr,
+            weight_decay=cfg.weight_decay,
+            betas=options["betas"],
+            eps=cfg.eps,
+            momentum=cfg.tables is Tables.row_adam,
+            name=TABLES,
+        )
+    assert optimizer is not None  # some group has parameters
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -91,8 +113,11 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:
-    """Trainable parameters by the name of their group, in the model's order; empty groups are absent."""
+def group_parameters(model: nn.Module, muon: bool, tables: bool = False) -> dict[str, list[Named]]:
+    """Trainable parameters by the name of their group, in the model's order; empty groups are absent.
+
+    ``tables``: those whose rows are looked up are a group of their own.
+    """
     routers = [m for m in model.modules() if getattr(m, "is_router", False) is True]
     of_routers = {id(p) for router in routers for p in router.parameters()}
     hidden = {id(p) for p in getattr(model, "blocks", model).parameters()} - of_routers
@@ -102,6 +127,8 @@ def group_parameters(model: nn.Module, muon: bool) -> dict[str, list[Named]]:
             continue
         if not _is_matrix(model, name, parameter):
             kind = NO_DECAY
+        elif is_row_table(parameter):
+            kind = TABLES if tables else DECAY
         elif muon and id(parameter) in hidden and _can_orthogonalize(parameter):
             kind = MUON
         else:

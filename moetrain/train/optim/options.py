@@ -8,6 +8,15 @@ from moetrain.bounds import above, at_least, within
 from moetrain.missing import MISSING
 
 
+class Tables(Enum):
+    """The state of tables whose rows are looked up (of feed_forward=peer, pkm): ``elementwise``, as AdamW
+    keeps for any matrix; or one second moment a row, by ``row_adam`` or ``row_adagrad`` (without a first)."""
+
+    elementwise = "elementwise"
+    row_adam = "row_adam"
+    row_adagrad = "row_adagrad"
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """``lr`` is the peak; weight decay applies to matrices only."""
@@ -19,6 +28,7 @@ class OptimConfig:
     eps: float = field(default=1e-8, metadata=above(0))
     clip_norm: Optional[float] = field(default=1.0, metadata=above(0))  # null: no clipping
     frozen: list[str] = field(default_factory=list)  # parameters that stay as they are, as "blocks.0.*"
+    tables: Tables = Tables.elementwise
 
 
 @dataclass(frozen=True)
