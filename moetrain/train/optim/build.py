@@ -18,16 +18,20 @@ Named = tuple[str, nn.Parameter]
 MUON, DECAY, NO_DECAY = "muon", "decay", "no_decay"
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, cfg: OptimConfig, groups: dict[str, list[Named]] | None = None
+) -> Optimizer:
     """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
 
     Every group carries ``name`` (muon, decay or no_decay) and ``peak_lr``; :func:`set_lr` follows the
     schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not.
     Muon takes the matrices inside ``model.blocks`` except the routers'; AdamW, with ``adamw_lr``, the rest.
+    ``groups``: those of :func:`group_parameters`, where parameters have lost the shapes that decide them.
     Raises UserError for an impossible value or a model with nothing to train.
     """
     check_optim(cfg)
-    groups = group_parameters(model, muon=isinstance(cfg, MuonConfig))
+    if groups is None:
+        groups = group_parameters(model, muon=isinstance(cfg, MuonConfig))
     check_groups(model, groups)
     if not groups:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")
