@@ -1,4 +1,4 @@
-"""engine=deepspeed engine.zero_stage=3: what is whole when, weights that few tokens or none use, and editing."""
+"""engine=deepspeed engine.zero_stage=3: what is whole when, weights that no token uses, and editing."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def gradients(built: Built) -> dict[str, Tensor]:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert float((found[name] - tensor).abs().max()) < 1e-4, name
 
 
 def whole_blocks(rank: int, world: int, arguments: list[str]) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def with_other_ways(rank: int, world: int, arguments: list[str], engines: list[l
 
 
 def test_evaluation_and_generation_between_steps(arguments, tmp_path):
-    """Also with a JSON by which DeepSpeed keeps small weights whole, and frees nothing that is used again soon."""
+    """Also with a JSON by which DeepSpeed keeps small weights whole, and others until their next use."""
     zero = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 10**9}
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
     engines = [[], STAGE_3, [*STAGE_3, f"engine.config={tmp_path}/own.json"]]
