@@ -215,7 +215,8 @@ def test_what_a_router_writes_is_what_the_optimizer_goes_on_from(arguments):
             assert_close(weights, native[1])
 
 
-def alone(rank: int, world: int, arguments: list[str], engines: list[list[str]]) -> Any:
+def steps_of(rank: int, world: int, arguments: list[str], engines: list[list[str]]) -> Any:
+    """Engine -> the first steps."""
     found = []
     for engine in engines:
         built = built_by(arguments, *engine)
@@ -224,6 +225,15 @@ def alone(rank: int, world: int, arguments: list[str], engines: list[list[str]])
     return found
 
 
+@pytest.mark.parametrize("router", ["dynmoe", "noisy_topk"])
+def test_losses_that_lead_into_a_block_by_its_record_alone(router, arguments):
+    """A penalty of the router's own weights, and a load that decides no assignment."""
+    engines = [[], STAGE_3, [*STAGE_3, "train.recompute=true"]]
+    for native, *others in run_ranks(steps_of, 2, [*arguments, f"router={router}"], engines, timeout=250):
+        for other in others:
+            assert other == [pytest.approx(step, rel=1e-5, abs=1e-5) for step in native]
+
+
 def test_one_process(arguments):
-    ((native, other),) = run_ranks(alone, 1, arguments, [[], STAGE_3], init=False, timeout=250)
+    ((native, other),) = run_ranks(steps_of, 1, arguments, [[], STAGE_3], init=False, timeout=250)
     assert other == [pytest.approx(step, rel=1e-5, abs=1e-5) for step in native]

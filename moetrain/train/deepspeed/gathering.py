@@ -4,6 +4,9 @@ A unit is a block of the decoder, or all that lies outside of blocks. Blocks are
 their weights are gathered together before they run, forward and backward, whatever of them the tokens use, so
 that all ranks gather in the same order. After a block's backward pass all of its gradients are summed, zeros
 for what no token of this rank used. What lies outside of blocks is whole from a pass's beginning to its end.
+
+DeepSpeed gathers a block again where the gradient of its hidden states enters it. Losses of its record lead
+into it as well, but not before: autograd takes what was made last first, which the hidden states are.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import Init, register_external_parameter
 from deepspeed.utils import set_z3_leaf_module
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from moetrain.parallel.materialize import allocate, draw_parameters
 from moetrain.parallel.watchdog.flight_recorder import watched
@@ -63,12 +65,6 @@ def before_start(task: Task) -> None:
         block.register_forward_pre_hook(_with_gradient)
 
 
-def after_start(task: Task) -> None:
-    """What must be at ``task`` after DeepSpeed's hooks: it sees no tensors inside of a layer's record."""
-    for block in task.blocks:
-        block.register_forward_hook(_gathering_for_records)
-
-
 def watch(coordinator: Any, task: Task) -> None:
     """Let the watchdog see what ``coordinator``, DeepSpeed's, gathers, and for which module."""
     names = {module: name.removeprefix("model.") or "model" for name, module in task.named_modules()}
@@ -87,15 +83,3 @@ def _with_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and not x.requires_grad:
         x = x.detach().requires_grad_()
     return (x, *others)
-
-
-def _gathering_for_records(block: nn.Module, _: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Losses of a record lead back into the block before its other output does: they gather it, too."""
-    hidden, record = output
-    gathering: Any = block.pre_bwd_fn  # DeepSpeed's identity whose backward pass gathers the block
-
-    def gathered(tensor: Tensor) -> Tensor:
-        found: Tensor = gathering.apply(tensor) if tensor.requires_grad else tensor
-        return found
-
-    return hidden, pytree.tree_map_only(Tensor, gathered, record)

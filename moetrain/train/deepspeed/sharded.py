@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from moetrain.checkpoint.state_dict import model_tensors
 from moetrain.parallel.watchdog.flight_recorder import watched
-from moetrain.train.deepspeed.gathering import after_start, outside_blocks, watch
+from moetrain.train.deepspeed.gathering import outside_blocks, watch
 from moetrain.train.deepspeed.layout import Layout
 from moetrain.train.deepspeed.pieces import OfPieces, Piece
 from moetrain.train.task import Task
@@ -36,7 +36,6 @@ class Sharded(OfPieces):
         self._outside = outside_blocks(task)
         self._group_of = {p: index for index, of in enumerate(self._zero.fp16_groups) for p in of}
         self._pieces = {p: piece for p, group in self._group_of.items() if (piece := self._piece(p, group))}
-        after_start(task)
         watch(self._zero.parameter_offload.get_param_coordinator(), task)
 
     def weights(self) -> dict[str, Tensor]:
