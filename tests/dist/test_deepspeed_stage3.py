@@ -110,6 +110,28 @@ def test_weights_are_whole_only_while_they_are_used(more, arguments, tmp_path):
     assert abs(found[0]["shards"] - found[1]["shards"]) < total / 10
 
 
+def first_and_later(rank: int, world: int, arguments: list[str], engines: list[list[str]]) -> Any:
+    """Engine -> the first weights, steps, and all state after them."""
+    found = []
+    for engine in engines:
+        built = built_by(arguments, *engine)
+        first = {name: whole_of(tensor) for name, tensor in built.state.engine.model_tensors().items()}
+        steps = advance(built, arguments, 3)
+        found.append((first, steps, {name: whole_of(t) for name, t in built.state.tensors().items()}))
+        built.state.loader.close()
+    return found
+
+
+def test_three_ranks_whose_last_pieces_are_padded(arguments):
+    """First weights have the native engine's bits; a step has the same sums."""
+    arguments = [*arguments, f"train.global_batch_tokens={6 * tiny.SEQ}"]
+    for native, other in run_ranks(first_and_later, 3, arguments, [[], STAGE_3], timeout=250):
+        assert native[0].keys() == other[0].keys()
+        assert all(torch.equal(other[0][name], tensor) for name, tensor in native[0].items())
+        assert other[1] == [pytest.approx(step, rel=1e-5, abs=1e-5) for step in native[1]]
+        assert_close(other[2], native[2])
+
+
 class Choosy(nn.Module):
     """Three experts of a weight each: rank 0 uses the first, rank 1 the second, and nobody the third."""
 
@@ -195,8 +217,7 @@ def woken(rank: int, world: int, arguments: list[str], engines: list[list[str]])
         built = built_by(arguments, *engine)
         steps = advance(built, arguments, 6)
         tensors = built.state.engine.model_tensors().items()
-        weights = {name: whole_of(t) for name, t in tensors if ".router." in name}
-        found.append((steps, weights))
+        found.append((steps, {name: whole_of(tensor) for name, tensor in tensors if ".router." in name}))
         built.state.loader.close()
     return found
 

@@ -65,16 +65,22 @@ def before_start(task: Task) -> None:
         block.register_forward_pre_hook(_with_gradient)
 
 
-def watch(coordinator: Any, task: Task) -> None:
-    """Let the watchdog see what ``coordinator``, DeepSpeed's, gathers, and for which module."""
+def watch(zero: Any, task: Task) -> None:
+    """Let the watchdog see what ``zero``, DeepSpeed's optimizer, gathers and sums during the passes."""
     names = {module: name.removeprefix("model.") or "model" for name, module in task.named_modules()}
-    fetch = coordinator.fetch_sub_module
+    coordinator = zero.parameter_offload.get_param_coordinator()
+    fetch, reduce = coordinator.fetch_sub_module, zero.reduce_ready_partitions_and_remove_grads
 
     def fetch_sub_module(module: nn.Module, forward: bool) -> None:
         with watched("DeepSpeed's weights", "all_gather", layer=names.get(module, "")):
             fetch(module, forward)
 
+    def reduce_ready_partitions_and_remove_grads(parameter: nn.Parameter) -> None:
+        with watched("DeepSpeed's sums of gradients", "reduce_scatter"):
+            reduce(parameter)
+
     coordinator.fetch_sub_module = fetch_sub_module
+    zero.reduce_ready_partitions_and_remove_grads = reduce_ready_partitions_and_remove_grads
 
 
 def _with_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ class Sharded(OfPieces):
         self._outside = outside_blocks(task)
         self._group_of = {p: index for index, of in enumerate(self._zero.fp16_groups) for p in of}
         self._pieces = {p: piece for p, group in self._group_of.items() if (piece := self._piece(p, group))}
-        watch(self._zero.parameter_offload.get_param_coordinator(), task)
+        watch(self._zero, task)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: self._shard(parameter) for name, parameter in self.task.named_parameters()}
