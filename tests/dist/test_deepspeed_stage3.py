@@ -15,6 +15,7 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.models.feed_forward import register_feed_forward
 from moetrain.models.generate import generate
 from moetrain.ops.init import Normal, parameter
+from moetrain.ops.local_part import whole
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.optim.schedule import lr_factor
 from moetrain.train.start import Built, build
@@ -67,7 +68,7 @@ def gradients(built: Built) -> dict[str, Tensor]:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert float((found[name] - tensor).abs().max()) < 1e-4, name
+        assert float((found[name].double() - tensor.double()).abs().max()) < 1e-4, name
 
 
 def whole_blocks(rank: int, world: int, arguments: list[str]) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def woken(rank: int, world: int, arguments: list[str], engines: list[list[str]])
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+    return whole(tensor.detach()).clone()
 
 
 def test_what_a_router_writes_is_what_the_optimizer_goes_on_from(arguments):

@@ -103,9 +103,9 @@ def _join(device: str) -> None:
 
 
 def _quieten(package: Any) -> None:
-    """Leave out an operator of inference, which it compiles wherever it can, and a warning at every step."""
+    """Leave out an operator of inference, which it compiles wherever it can, and warnings at every step."""
     package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor. is deprecated")
 
 
 def _fit_buckets(config: Json, task: Task) -> None:
