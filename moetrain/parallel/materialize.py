@@ -5,6 +5,8 @@ Each rank allocates its own shards only. No rank sends weights to another.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,7 +24,12 @@ def allocate(model: nn.Module, device: str) -> None:
 
 def draw(model: nn.Module, seed: int) -> None:
     """Initialise every parameter that has an initializer; the values are a function of (seed, its name)."""
-    for name, parameter in model.named_parameters():
+    draw_parameters(model.named_parameters(), seed)
+
+
+def draw_parameters(named: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:
+    """:func:`draw` of a part of a model, whose parameters come with their names in the whole."""
+    for name, parameter in named:
         initializer = initializer_of(parameter)
         if initializer is not None:
             block, offsets = _block(parameter)

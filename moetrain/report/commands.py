@@ -13,7 +13,15 @@ from moetrain.parallel.watchdog.rank_record import read_records
 from moetrain.report.page import write_report
 from moetrain.report.ranks import last_wrong, newest_start, rank_table, state_of_all
 from moetrain.report.runs import RunData, check_run_folder, read_runs
-from moetrain.report.tables import NOTHING, duration, latest, planned_steps, status, whole
+from moetrain.report.tables import (
+    NOTHING,
+    duration,
+    latest,
+    planned_steps,
+    standing_alarms,
+    status,
+    whole,
+)
 from moetrain.terminal import one_line, show
 
 _WIDTH = 200  # characters of a cell
@@ -41,6 +49,8 @@ def report_command(argv: Sequence[str]) -> int:
 def status_command(argv: Sequence[str]) -> int:
     """Print a line per run folder (step, loss, speed, last checkpoint, state), then what its ranks do.
 
+    Then the alarms that were raised, in a run that is over too.
+
     Raises UserError.
     """
     parser = argparse.ArgumentParser(prog="moetrain status", description="Where each run stands.")
@@ -52,6 +62,7 @@ def status_command(argv: Sequence[str]) -> int:
     show(_aligned([head, *(_status_row(run, now) for run in found)]))
     for run in found:
         _show_ranks(run, now)
+        _show_alarms(run)
     return 0
 
 
@@ -95,6 +106,12 @@ def _show_ranks(run: RunData, now: float) -> None:
         show(_aligned(rows))
     if (wrong := last_wrong(records, now)) is not None:
         show(f"{one_line(run.name)}: {one_line(wrong)}")
+
+
+def _show_alarms(run: RunData) -> None:
+    if rows := standing_alarms(run):
+        show(f"\nalarms of {one_line(run.name)}")
+        show(_aligned(rows))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

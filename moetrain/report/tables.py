@@ -90,9 +90,20 @@ def domain_table(runs: Sequence[RunData]) -> Table:
 def alarm_table(runs: Sequence[RunData], limit: int = 50) -> Table:
     """What was raised, the oldest first, and when it was over; empty where nothing was."""
     rows = [row for run in runs for row in _alarm_rows(run, len(runs) > 1)]
-    if len(rows) > limit:
-        rows = [*rows[:limit], [f"... and {len(rows) - limit} more", *("" for _ in rows[0][1:])]]
-    return [["Step", "Alarm", "Where", "What", "May help", "Over at step"], *rows] if rows else []
+    return _table_of_alarms(rows[:limit], len(rows) - limit)
+
+
+def standing_alarms(run: RunData, limit: int = 16) -> Table:
+    """What was raised, that which is not over first, of the rest the newest; empty where nothing was."""
+    newest_first = _alarm_rows(run, named=False)[::-1]
+    rows = sorted(newest_first, key=lambda row: row[-1] != NOTHING)
+    return _table_of_alarms(rows[:limit], len(rows) - limit)
+
+
+def _table_of_alarms(rows: Table, more: int) -> Table:
+    head = ["Step", "Alarm", "Where", "What", "May help", "Over at step"]
+    rest = [[f"... and {more} more", *("" for _ in head[1:])]] if more > 0 else []
+    return [head, *rows, *rest] if rows else []
 
 
 def _alarm_rows(run: RunData, named: bool) -> Table:

@@ -8,17 +8,17 @@ The gradient rule: gradients are summed over micro-batches and ranks, never aver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.errors import UserError
-from moetrain.ops.local_part import whole
+from moetrain.ops.local_part import local_part, whole
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.materialize import allocate, draw
@@ -58,6 +58,12 @@ class Engine(Protocol):
 
     def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's name and whole gradient, zeros where it has none, one at a time."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameter's name in the task -> this rank's part of it. Any rank may ask alone."""
+
+    def editing(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which all ranks may write the same values to ``parameters``, between updates."""
 
     def update(self) -> None:
         """Move the weights by the gradients, at the learning rate that was set."""
@@ -115,6 +121,12 @@ class NativeEngine:
         for name, parameter in self.task.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             yield name, whole(grad)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: local_part(parameter) for name, parameter in self.task.named_parameters()}
+
+    def editing(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def update(self) -> None:
         self.optimizer.step()

@@ -183,9 +183,9 @@ class TrainStep:
         if self._router_stats:
             stats = self._router_stats.values()
             all_reduce_sum_(*stats, name="the routers' statistics", group=self.group)
-            with watched(
-                "the routers' update", "all_gather"
-            ):  # of those that put sharded parameters together
+            changed = [p for layer in self._router_stats for p in self._routers[layer].parameters()]
+            # a collective of those that put sharded parameters together
+            with self.engine.editing(changed), watched("the routers' update", "all_gather"):
                 for layer, of_layer in self._router_stats.items():
                     self._routers[layer].after_step(of_layer)
 
@@ -224,9 +224,11 @@ class TrainStep:
 
         The second wait of a step.
         """
-        weights = [local_part(p) for p in self.task.parameters()]
-        norms = torch.stack(torch._foreach_norm([w for w in weights if w.numel()]))
-        broken = (~norms.isfinite()).any().long()
+        weights = list(self.engine.weights().values())
+        norms = torch._foreach_norm([w for w in weights if w.numel()])
+        broken = torch.zeros((), dtype=torch.int64, device=self.device)
+        if norms:  # a rank may hold no weights
+            broken = (~torch.stack(norms).isfinite()).any().long()
         all_reduce_sum_(broken, name="whether all weights are finite")
         name = self._first_not_finite(weights) if int(broken) else None
         return None if name is None else f"the update made {name} not finite"

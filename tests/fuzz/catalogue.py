@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fuzz import of_checkpoint, of_data, of_hf, of_run
+from fuzz import of_alarms, of_checkpoint, of_data, of_hf, of_run
 from fuzz.known import DOCUMENTS, Document
 from fuzz.target import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for module in (of_checkpoint, of_data, of_run, of_hf) for target in module.TARGETS
+    target.name: target
+    for module in (of_checkpoint, of_alarms, of_data, of_run, of_hf)
+    for target in module.TARGETS
 }
 
 

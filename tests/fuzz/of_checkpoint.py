@@ -25,6 +25,7 @@ from moetrain.train.start import build
 from moetrain.train.state import TrainState
 
 _WHOLE, _SPLIT = f"run/{CHECKPOINTS}/step_*", "split"
+EXTRA_FILE = f"{_WHOLE}/extra.json"
 _COUNT = 2**62  # what a run can count up to
 Tensors = dict[str, tuple[str, bytes]]
 
@@ -37,14 +38,20 @@ def _live() -> tuple[TrainState, dict[str, torch.Tensor]]:
     return state, {name: tensor.clone() for name, tensor in state.tensors().items()}
 
 
-def _resume() -> dict[str, Any]:
-    """What ``moetrain train`` does with a checkpoint that it goes on from, up to the first step."""
+def resumed() -> tuple[TrainState, Path]:
+    """A run's state after it took over the checkpoint of the world, and the checkpoint."""
     state, first = _live()
     with torch.no_grad():
         for name, tensor in state.tensors().items():
             tensor.copy_(first[name])
-    checkpointer = Checkpointer(Path("run") / CHECKPOINTS)
-    state.load(checkpointer, step_folder(Path("run") / CHECKPOINTS, STEPS))
+    path = step_folder(Path("run") / CHECKPOINTS, STEPS)
+    state.load(Checkpointer(Path("run") / CHECKPOINTS), path)
+    return state, path
+
+
+def _resume() -> dict[str, Any]:
+    """What ``moetrain train`` does with a checkpoint that it goes on from, up to the first step."""
+    state, path = resumed()
     found = {
         "step": state.step,
         "tokens": state.tokens,
@@ -53,7 +60,7 @@ def _resume() -> dict[str, Any]:
         "monitor": state.monitor.state_dict(),
         "meter": state.meter.state_dict(),
         "rng": rng_state(),
-        "document": json.loads((step_folder(Path("run") / CHECKPOINTS, STEPS) / "extra.json").read_bytes()),
+        "document": json.loads((path / "extra.json").read_bytes()),
     }
     found = copy.deepcopy(found)  # before the objects are used
     state.start(0)
@@ -155,7 +162,7 @@ def _fits(key: str, document: Any) -> bool:
     return key != "meter" or (number(value.get("seconds")) and value["seconds"] >= 0)
 
 
-def _resign(path: Path, rng: Random) -> str:
+def resign(path: Path, rng: Random) -> str:
     if path.name == "manifest.json":
         path.write_bytes(signed_manifest(path.read_bytes()))
     else:
@@ -172,14 +179,14 @@ TARGETS = [
         any_bytes,
         (_RESUME, _READ),
     ),
-    Target("checkpoint_manifest", ("run",), (f"{_WHOLE}/manifest.json",), json_file, (_READ,), _resign),
+    Target("checkpoint_manifest", ("run",), (f"{_WHOLE}/manifest.json",), json_file, (_READ,), resign),
     Target(
         "checkpoint_metadata",
         ("run", "split", "cache", "text"),
         (f"{_WHOLE}/metadata.json",),
         blocks_file,
         (Way("resume", _resume, _stored_values), Way("export", lambda: _stored("run"), _stored_values)),
-        _resign,
+        resign,
     ),
     Target(
         "checkpoint_split",
@@ -187,15 +194,15 @@ TARGETS = [
         ("split/metadata.json",),
         blocks_file,
         (Way("export", lambda: _stored("split"), _stored_rows),),
-        _resign,
+        resign,
     ),
     Target(
         "checkpoint_extra",
         ("run", "cache", "text"),
-        (f"{_WHOLE}/extra.json",),
+        (EXTRA_FILE,),
         json_file,
         (Way("resume", _resume, _fits_extra),),
-        _resign,
+        resign,
     ),
     Target(
         "checkpoint_blocks",
@@ -203,6 +210,6 @@ TARGETS = [
         (f"{_WHOLE}/*.distcp",),
         any_bytes,
         (Way("export", lambda: _stored("run"), anything),),
-        _resign,
+        resign,
     ),
 ]

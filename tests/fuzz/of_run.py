@@ -203,7 +203,7 @@ _CONFIG_WAYS = (
     Way("report of two", _two_runs, _clean_page),
     Way("status", partial(_report, "status", False), anything),
 )
-_TABLES = (
+TABLES = (
     Way("report", partial(_report, "report", False), _clean_page, 3),
     Way("status", partial(_report, "status", False), anything),
 )
@@ -212,8 +212,8 @@ _FACTS = ("run/summary.json", "run/environment.json", "run/ranks/rank_00000.json
 TARGETS = [
     Target("run_config", ("run", "text"), ("run/config.yaml",), yaml_file, _CONFIG_WAYS, share=3),
     Target("metrics_resume", ("run",), _ROWS, jsonl_file, (Way("resume", _truncated, _kept),), share=2),
-    Target("report_rows", ("run",), _ROWS, jsonl_file, _TABLES, share=2),
-    Target("report_facts", ("run",), _FACTS, json_file, _TABLES),
+    Target("report_rows", ("run",), _ROWS, jsonl_file, TABLES, share=2),
+    Target("report_facts", ("run",), _FACTS, json_file, TABLES),
     Target(
         "report_plots",
         ("run",),

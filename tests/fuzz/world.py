@@ -31,6 +31,26 @@ RUN = [
     "train.eval_every=2",
     "train.eval_samples=2", "router=mixtral", "optim.lr=0.01",
 ]  # fmt: skip
+EXPERTS, LAYERS = 5, 2  # of RUN
+ALARMS = {  # as in the middle of a collapse of layer 1
+    "places": {
+        "collapse": {
+            "0": {"bad": 3, "good": 0, "raised": False},
+            "1": {"bad": 20, "good": 7, "raised": True},
+        },
+        "dead_experts": {"1": {"bad": 1, "good": 0, "raised": True}},
+        "loss_spike": {"-1": {"bad": 0, "good": 2, "raised": True}},
+        "imbalance_cost": {}, "large_logits": {}, "low_entropy": {},
+    },
+    "idle": {"0": [0, 0, 3, 0, 0], "1": [0, 0, 51, 60, 1]},
+    "loss": {"sum": 16.5, "count": 4},
+}  # fmt: skip
+_WHY = {"why": "2.0 of 5 experts are in use, for 2.0 a token", "suggestion": "balance=aux_free", "value": 2.0}
+ALARM_ROWS: list[dict[str, object]] = [
+    {"step": 1, "alarm": "loss_spike", "raised": True, "layers": [], **_WHY, "suggestion": None},
+    {"step": 2, "alarm": "collapse", "raised": True, "layers": [0, 1], **_WHY},
+    {"step": 4, "alarm": "collapse", "raised": False, "layers": [0], **_WHY},
+]
 _TIMES = re.compile(r'("(?:time|seconds|wall_seconds|tokens_per_second)": )[^,}\n]+')
 _WIDTH, _HEADS, _FF, _LAYERS = 16, 2, 24, 2
 
@@ -50,7 +70,9 @@ def make_world(folder: Path) -> None:
             path.write_text(_TIMES.sub(r"\g<1>1000.5", path.read_text()))
         last = step_folder(Path("run") / CHECKPOINTS, STEPS)
         extra = last / "extra.json"
-        extra.write_text(_TIMES.sub(r"\g<1>1.5", extra.read_text()))
+        document = json.loads(_TIMES.sub(r"\g<1>1.5", extra.read_text()))
+        extra.write_text(json.dumps(document | {"alarms": ALARMS}, sort_keys=True) + "\n")
+        Path("run/alarms.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ALARM_ROWS))
         signed_checkpoint(last)
         shutil.rmtree(step_folder(Path("run") / CHECKPOINTS, 2))
         _split_blocks(last, Path("split"))

@@ -16,7 +16,8 @@ LAUNCH = Path(__file__).parents[2] / "launch" / "deepspeed"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
-def test_deepspeed_then_native_then_deepspeed_in_one_folder(corpus, trained, tmp_path):
+@pytest.mark.parametrize(("first", "last"), [(2, 1), (3, 3)])
+def test_deepspeed_then_native_then_deepspeed_in_one_folder(first, last, corpus, trained, tmp_path):
     """Twelve steps, of which the native engine makes the middle ones."""
     run = tmp_path / "run"
 
@@ -30,14 +31,14 @@ def test_deepspeed_then_native_then_deepspeed_in_one_folder(corpus, trained, tmp
             assert process.wait(240) == 0, process.output()
         return process.output()
 
-    said = deepspeed("first.log", 4, "engine.zero_stage=2")
+    said = deepspeed("first.log", 4, f"engine.zero_stage={first}")
     assert "2 process(es)" in said
     assert "Traceback" not in said
     native = [sys.executable, "-m", "moetrain", "train", *command(8)]
     with tiny.Process(native, tmp_path / "second.log") as process:
         assert process.wait(240) == 0, process.output()
     assert "step_00000004: 4 steps done" in process.output()
-    assert "step_00000008: 8 steps done" in deepspeed("third.log", tiny.STEPS, "engine.zero_stage=1")
+    assert "step_00000008: 8 steps done" in deepspeed("third.log", tiny.STEPS, f"engine.zero_stage={last}")
     rows, there = tiny.steps(run), tiny.steps(trained)
     assert [row["step"] for row in rows] == list(range(1, tiny.STEPS + 1))
     assert all(abs(a["train/loss"] - b["train/loss"]) < 1e-5 for a, b in zip(rows, there, strict=True))

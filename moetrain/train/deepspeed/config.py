@@ -21,6 +21,20 @@ _AUTO = "auto"  # as in configurations for transformers: whoever calls DeepSpeed
 
 Json = dict[str, JsonValue]
 
+_STAGES_1_AND_2: Json = {
+    "allgather_bucket_size": _BUCKET,
+    "round_robin_gradients": False,
+    "parameter_alignment": False,
+}
+_STAGE_3: Json = {
+    "stage3_prefetch_bucket_size": _BUCKET,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 0,  # what was gathered is freed after its use, as by FSDP
+    "stage3_param_persistence_threshold": 0,  # nothing stays whole
+    "sub_group_size": 1_000_000_000_000,  # a parameter group is updated at once
+    "memory_efficient_linear": False,  # it would replace torch's linear in the whole process
+}
+
 # What a user may add or change: how fast it is, and what DeepSpeed itself writes down.
 _PASSED = frozenset(
     {
@@ -29,6 +43,10 @@ _PASSED = frozenset(
         "zero_optimization.offload_optimizer.pin_memory",
         "zero_optimization.overlap_comm",
         "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_max_live_parameters",
+        "zero_optimization.stage3_max_reuse_distance",
+        "zero_optimization.stage3_param_persistence_threshold",
+        "zero_optimization.stage3_prefetch_bucket_size",
         "zero_optimization.use_multi_rank_bucket_allreduce",
         *("aio", "comms_logger", "disable_python_gc", "dump_state", "flops_profiler", "log_level"),
         *("memory_breakdown", "timers", "wall_clock_breakdown"),
@@ -74,19 +92,18 @@ def own_config(cfg: DeepSpeedConfig) -> Json:
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
-            "round_robin_gradients": False,
-            "parameter_alignment": False,
-            # moetrain takes the norm before an update is decided on; with offload it cannot be left out
-            "compute_grad_norm": cfg.offload,
         }
+        zero |= _STAGE_3 if cfg.zero_stage == 3 else _STAGES_1_AND_2
+    if cfg.zero_stage in (1, 2):
+        # moetrain takes the norm before an update is decided on; with offload it cannot be left out
+        zero["compute_grad_norm"] = cfg.offload
     if cfg.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "mean" if cfg.zero_stage == 3 else "sum",  # it has no other at stage 3
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",

@@ -1,13 +1,13 @@
 """What the engine ``deepspeed`` does at every stage of ZeRO, and stage 0, which cuts nothing.
 
-The gradient rule holds: DeepSpeed is told to sum, and never averages. It neither clips nor skips an update:
-its norm at stage 0 is the average of the ranks' own, which differ where experts do.
+The gradient rule holds: what a step updates by is a sum, never an average. DeepSpeed neither clips nor skips
+an update: its norm at stage 0 is the average of the ranks' own, which differ where experts do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,7 +43,7 @@ class DeepSpeedEngine(ABC):
         return output
 
     def backward(self, loss: Tensor) -> None:
-        self._runtime.backward(with_all_used(loss, self._trained), scale_wrt_gas=False)
+        self._runtime.backward(self._loss(loss), scale_wrt_gas=False)
         with watched("DeepSpeed's sums of gradients"):
             self._sum_gradients()
 
@@ -68,6 +68,12 @@ class DeepSpeedEngine(ABC):
     def update(self) -> None:
         with watched("DeepSpeed's update", "all_gather"):
             self._runtime.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.task.named_parameters()}
+
+    def editing(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @abstractmethod
     def drop_gradients(self) -> None:
@@ -95,6 +101,10 @@ class DeepSpeedEngine(ABC):
 
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def _loss(self, loss: Tensor) -> Tensor:
+        """What DeepSpeed's backward pass begins with."""
+        return with_all_used(loss, self._trained)
 
     def _sum_gradients(self) -> None:
         """Sum over the ranks what the stage sums now: after every backward pass, or after the last."""

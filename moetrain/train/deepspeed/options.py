@@ -9,7 +9,10 @@ from moetrain.train.options import EngineConfig
 
 @dataclass(frozen=True)
 class DeepSpeedConfig(EngineConfig):
-    """``zero_stage`` 1 cuts optimizer state over the ranks, 2 gradients too; ``config``: a JSON file."""
+    """``zero_stage`` 1 cuts optimizer state over the ranks, 2 gradients too, 3 weights too.
+
+    ``config``: a JSON file.
+    """
 
     name: str = "deepspeed"
     zero_stage: int = field(default=1, metadata=within(0, 3))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 from moetrain.parallel.distributed import local_rank
 from moetrain.parallel.materialize import allocate, draw
@@ -19,7 +20,7 @@ from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.train.deepspeed.config import Json, merged_config
 from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.engine import Engine, spread
-from moetrain.train.optim.build import build_optimizer
+from moetrain.train.optim.build import build_optimizer, group_parameters
 from moetrain.train.options import Precision, TrainConfig
 from moetrain.train.task import Task
 
@@ -37,35 +38,59 @@ def prepare(task: Task, cfg: TrainConfig, device: str, world: int, drawn: bool) 
     _quieten(deepspeed)
 
     from moetrain.train.deepspeed.engine import DeepSpeedEngine, Replicated
-    from moetrain.train.deepspeed.experts import by_experts, expert_mesh, present
+    from moetrain.train.deepspeed.experts import expert_mesh
     from moetrain.train.deepspeed.layout import Layout
     from moetrain.train.deepspeed.partitioned import Partitioned
+    from moetrain.train.deepspeed.sharded import Sharded
 
-    ep = cfg.parallel.ep
+    ep, stage = cfg.parallel.ep, cfg.engine.zero_stage
     with watched("the process groups of the layout", ""):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         ranks = init_device_mesh(device, (world,))
         experts: DeviceMesh | None = expert_mesh(ep, world, device) if ep > 1 else None
         levels = build_levels(cfg.parallel, world, device) if ep > 1 else None
     spread(task, cfg, Meshes(1, world, ep, None, experts, levels, cfg.parallel))
-    allocate(task, device)
-    if drawn:
-        draw(task, cfg.train.seed)
-    if ep > 1:
-        present(task, ep)
-    optimizer = build_optimizer(task, cfg.optim)
     config = merged_config(cfg.engine)
-    if cfg.engine.zero_stage:
-        optimizer.param_groups[:] = by_experts(optimizer.param_groups, ep)
-        _fit_buckets(config, task)
+    lay = _cut if stage == 3 else _allocated
+    optimizer = lay(task, cfg, device, cfg.train.seed if drawn else None, config)
     with watched("DeepSpeed's start", "broadcast"):
         runtime, *_ = deepspeed.initialize(
             model=task, optimizer=optimizer, config=config, dist_init_required=False
         )
     if cfg.train.precision is Precision.fp64:
         runtime.communication_data_type = torch.float64  # which its configuration has no word for
-    kind: type[DeepSpeedEngine] = Partitioned if cfg.engine.zero_stage else Replicated
+    kind: type[DeepSpeedEngine] = (Replicated, Partitioned, Partitioned, Sharded)[stage]
     return kind(task, runtime, optimizer, Layout(ranks, experts))
+
+
+def _allocated(task: Task, cfg: TrainConfig, device: str, seed: int | None, config: Json) -> Optimizer:
+    """Whole weights on every rank, of experts its own block, and their optimizer. No seed: none are drawn."""
+    from moetrain.train.deepspeed.experts import by_experts, present
+
+    assert isinstance(cfg.engine, DeepSpeedConfig)
+    allocate(task, device)
+    if seed is not None:
+        draw(task, seed)
+    if cfg.parallel.ep > 1:
+        present(task, cfg.parallel.ep)
+    optimizer = build_optimizer(task, cfg.optim)
+    if cfg.engine.zero_stage:
+        optimizer.param_groups[:] = by_experts(optimizer.param_groups, cfg.parallel.ep)
+        _fit_buckets(config, task)
+    return optimizer
+
+
+def _cut(task: Task, cfg: TrainConfig, device: str, seed: int | None, config: Json) -> Optimizer:
+    """A piece of every weight, and an optimizer whose groups go by the shapes of whole ones."""
+    from moetrain.train.deepspeed.gathering import before_start, cut
+
+    _fit_buckets(config, task)
+    grouped = group_parameters(task, muon=False)
+    cut(task, device, seed)
+    named = dict(task.named_parameters())  # others than those on the meta device
+    groups = {group: [(name, named[name]) for name, _ in of] for group, of in grouped.items()}
+    before_start(task)
+    return build_optimizer(task, cfg.optim, groups)
 
 
 def _join(device: str) -> None:
@@ -78,9 +103,9 @@ def _join(device: str) -> None:
 
 
 def _quieten(package: Any) -> None:
-    """Leave out an operator of inference, which it compiles wherever it can, and a warning at every step."""
+    """Leave out an operator of inference, which it compiles wherever it can, and warnings at every step."""
     package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor. is deprecated")
 
 
 def _fit_buckets(config: Json, task: Task) -> None:

@@ -16,8 +16,6 @@ def check_engine(cfg: TrainConfig) -> None:
     engine = cfg.engine
     if not isinstance(engine, DeepSpeedConfig):
         return
-    if engine.zero_stage == 3:
-        raise UserError(_stage_3(cfg))
     _check_settings(cfg, engine)
     merged_config(engine)
     if not is_installed("deepspeed"):
@@ -27,24 +25,18 @@ def check_engine(cfg: TrainConfig) -> None:
         )
 
 
-def _stage_3(cfg: TrainConfig) -> str:
-    instead = "engine.zero_stage=2 cuts gradients and optimizer state; engine=native cuts parameters too"
-    if cfg.model.num_experts and cfg.parallel.ep > 1:
-        why = (
-            "it would cut every parameter over all ranks, but experts of parallel.ep="
-            f"{cfg.parallel.ep} differ from rank to rank, and DeepSpeed refuses its MoE layers there"
-        )
-    else:
-        why = "its gathering of parameters, whose gradients it can only average, is not built here"
-    return f"engine.zero_stage=3 is refused: {why}; {instead}"
-
-
 def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
     stage = engine.zero_stage
+    if stage == 3 and cfg.parallel.ep > 1:
+        raise UserError(
+            f"engine.zero_stage=3 is refused with parallel.ep={cfg.parallel.ep}: it cuts every weight over "
+            "all ranks, but spread experts differ from rank to rank, and DeepSpeed refuses its MoE layers. "
+            "Set parallel.ep=1, engine.zero_stage=2, or engine=native, which cuts spread experts too"
+        )
     if cfg.parallel.dp_replicate > 1:
         raise UserError(
-            f"parallel.dp_replicate={cfg.parallel.dp_replicate} is of engine=native: ZeRO-1 and 2 "
-            "hold whole weights on every rank anyway; set parallel.dp_replicate=1"
+            f"parallel.dp_replicate={cfg.parallel.dp_replicate} is of engine=native: ZeRO has one axis of "
+            "ranks for what is not spread; set parallel.dp_replicate=1"
         )
     if cfg.train.compile:
         raise UserError("train.compile=true is of engine=native: set train.compile=false")
@@ -69,4 +61,4 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
             "any element: set engine.zero_stage=0, or optim.tables=elementwise"
         )
     if engine.offload and not stage:
-        raise UserError("engine.offload=true is of engine.zero_stage=1 or 2: set engine.zero_stage=1")
+        raise UserError("engine.offload=true is of engine.zero_stage=1, 2 or 3: set engine.zero_stage=1")

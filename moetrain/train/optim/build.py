@@ -20,19 +20,23 @@ Named = tuple[str, nn.Parameter]
 MUON, DECAY, NO_DECAY, TABLES = "muon", "decay", "no_decay", "tables"
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, cfg: OptimConfig, groups: dict[str, list[Named]] | None = None
+) -> Optimizer:
     """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
 
     Every group carries ``name`` (muon, decay, no_decay or tables) and ``peak_lr``; :func:`set_lr` follows the
     schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not.
     Muon takes the matrices inside ``model.blocks`` except the routers' and tables whose rows are looked up;
     AdamW, with ``adamw_lr``, the rest. ``cfg.tables`` may give such tables one second moment a row.
+    ``groups``: those of :func:`group_parameters`, where parameters have lost the shapes that decide them.
     Raises UserError for an impossible value or a model with nothing to train, and where rows are asked for
     of a model without such tables.
     """
     check_optim(cfg)
     by_row = cfg.tables is not Tables.elementwise
-    groups = group_parameters(model, muon=isinstance(cfg, MuonConfig), tables=by_row)
+    if groups is None:
+        groups = group_parameters(model, muon=isinstance(cfg, MuonConfig), tables=by_row)
     check_groups(model, groups)
     if not groups:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")

@@ -33,6 +33,17 @@ def test_it_sums_and_neither_clips_nor_counts_micro_batches(stage):
     assert not {"optimizer", "scheduler", "bf16", "fp16"} & config.keys()
 
 
+def test_stage_3_averages_since_it_has_no_sum_and_keeps_nothing_whole():
+    config = own_config(DeepSpeedConfig(zero_stage=3))
+    assert (config["gradient_allreduce_op"], config["gradient_clipping"]) == ("mean", 0.0)
+    zero = config["zero_optimization"]
+    assert (zero["stage"], zero["stage3_param_persistence_threshold"], zero["memory_efficient_linear"]) == (
+        3,
+        0,
+        False,
+    )
+
+
 def test_a_users_own_keys_are_added(merged):
     own = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True},
@@ -84,7 +95,8 @@ def test_a_file_that_is_not_there_is_named():
     ("overrides", "said"),
     [
         (["engine.zero_stage=3", "parallel.ep=2"], r"zero_stage=3 is refused.*parallel\.ep=2.*zero_stage=2"),
-        (["engine.zero_stage=3", "model=tiny_dense"], r"=3 is refused.*only average.*engine=native"),
+        (["engine.zero_stage=3", "train.precision=fp64"], r"engine\.zero_stage=3 keeps its master weights"),
+        (["engine.zero_stage=3", "optim=muon"], r"optim=muon.*engine\.zero_stage=3 cuts"),
         (["engine.zero_stage=4"], r"engine\.zero_stage=4"),
         (["parallel.dp_replicate=2"], r"parallel\.dp_replicate=2 is of engine=native"),
         (["train.compile=true"], r"train\.compile=true( is of engine=native|: torch 2\.1[12])"),
@@ -98,6 +110,11 @@ def test_what_it_cannot_do_is_refused_before_the_start(overrides, said):
     cfg = compose_train(["engine=deepspeed", *overrides])
     with pytest.raises(UserError, match=said):
         validate(cfg, 2)
+
+
+@pytest.mark.parametrize("more", [["model=tiny_dense"], ["engine.offload=true"], ["train.precision=bf16"]])
+def test_what_stage_3_does(more):
+    assert validate(compose_train(["engine=deepspeed", "engine.zero_stage=3", *more]), 2) == []
 
 
 @pytest.mark.parametrize("more", [["train.precision=fp64"], ["optim=muon"], ["train.precision=bf16"]])
