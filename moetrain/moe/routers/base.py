@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bounds import range_refusal
-from moetrain.moe.assign import ALL, apply_capacity
+from moetrain.moe.assign import apply_capacity
 from moetrain.moe.context import RouterContext
 from moetrain.moe.load_bound import bound_load
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.repair import repair_overflow
+from moetrain.moe.routers.limits import check_capacity, check_scores
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_rounding import round_tokens
 from moetrain.moe.zero_experts import ZeroKinds
@@ -61,7 +62,7 @@ class Router(nn.Module):
         super().__init__()
         if line := range_refusal(options, "router"):
             raise ValueError(line)
-        _check_capacity(options)
+        check_capacity(options)
         self.d_model, self.num_experts, self.options = d_model, num_experts, options
         self.eval_mode = self.eval_modes[0] if self.eval_modes else ""
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
@@ -148,73 +149,6 @@ def resolve_top_k(top_k: int | None, num_experts: int) -> int:
     return top_k
 
 
-def _check_capacity(options: RouterConfig) -> None:
-    if options.group == ALL and (options.capacity_factor or options.eval_capacity_factor) is not None:
-        raise ValueError(
-            "router.group=all has no capacity: set router.capacity_factor=null, or a smaller group"
-        )
-    if options.rounding is not Rounding.none:
-        _check_rounding(options)
-    if options.max_overload is not None:
-        _check_load_bound(options)
-    if options.repair is not Repair.none and not options.limits:
-        raise ValueError(
-            f"router.repair={options.repair.name} has nothing to repair without a capacity: "
-            "set router.capacity_factor, or router.repair=none"
-        )
-
-
-def _check_rounding(options: RouterConfig) -> None:
-    rounding = options.rounding.name
-    if options.group == ALL:
-        raise ValueError(
-            f"router.rounding={rounding} is of the tokens of one rank, not of router.group=all: "
-            "set a smaller group, or router.rounding=none"
-        )
-    if options.capacity_factor is not None:
-        raise ValueError(
-            f"router.rounding={rounding} and router.capacity_factor={options.capacity_factor} both decide "
-            "how many tokens an expert takes: set router.capacity_factor=null, or router.rounding=none"
-        )
-
-
-def _check_load_bound(options: RouterConfig) -> None:
-    bound = f"router.max_overload={options.max_overload}"
-    if options.group == ALL:
-        raise ValueError(
-            f"{bound} is of tokens in their order on one rank, not of router.group=all: set a smaller group"
-        )
-    if options.capacity_factor is not None or options.rounding is not Rounding.none:
-        raise ValueError(
-            f"{bound} decides how many tokens an expert takes: set router.capacity_factor=null and "
-            "router.rounding=none, or router.max_overload=null"
-        )
-
-
-def _check_scores(name: str, options: RouterConfig) -> None:
-    """Of a router without scores: what ranks by them is refused."""
-    if options.repair is not Repair.none:
-        raise ValueError(
-            f"router.repair={options.repair.name} ranks experts by scores, and router={name} returns none: "
-            "set router.repair=none"
-        )
-    if options.rounding is not Rounding.none:
-        raise ValueError(
-            f"router.rounding={options.rounding.name} ranks tokens by scores, and router={name} returns "
-            "none: set router.rounding=none"
-        )
-    if options.max_overload is not None:
-        raise ValueError(
-            f"router.max_overload={options.max_overload} ranks experts by scores, and router={name} returns "
-            "none: set router.max_overload=null"
-        )
-    if options.drop_order is DropOrder.batch_prioritized:
-        raise ValueError(
-            f"router.drop_order=batch_prioritized ranks tokens by scores, and router={name} returns none: "
-            "take another order"
-        )
-
-
 class LinearRouter(Router):
     """A router whose logits are one linear map of the token, computed in fp32 at least."""
 
@@ -280,7 +214,7 @@ def build_router(
         options = spec.options(name=name)
     options = _with_overrides(options, overrides)
     if not spec.cls.has_scores:
-        _check_scores(name, options)
+        check_scores(name, options)
     if line := local_refusal(options, num_experts):
         raise ValueError(line)
     with in_memory():  # routers are small, and one of a plugin may draw its weights as it likes
