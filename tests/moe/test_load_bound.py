@@ -102,7 +102,7 @@ def test_any_number_of_choices(name):
     assert bool((load_BE <= (1.2 * mean_B1 - 1e-9).ceil()).all())
 
 
-def test_a_bound_that_nothing_reaches_and_evaluation_change_nothing():
+def test_a_bound_that_nothing_reaches_changes_nothing():
     z_TE, ctx = skewed(), context()
     plain = dense_weights(looking_at_logits("topk", E, top_k=2)(z_TE, ctx), T)
     loose = looking_at_logits("topk", E, top_k=2, max_overload=1e6)

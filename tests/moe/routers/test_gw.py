@@ -80,7 +80,7 @@ def test_a_threshold_of_zero_is_the_whole_mixture():
     assert bool(chosen(routing, B * S).all())
 
 
-def test_equal_logits_of_many_experts_are_unsure_and_infinite_ones_are_not():
+def test_equal_logits_are_unsure_and_infinite_ones_are_not():
     router = looking_at_logits("gw", E, threshold=1.6)
     z_TE = torch.zeros(2, E, dtype=torch.float64)
     z_TE[1, 2:] = -math.inf  # two experts are left: ln 2
