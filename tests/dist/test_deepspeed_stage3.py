@@ -227,7 +227,7 @@ def whole_of(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).clone()
 
 
-def test_what_a_router_writes_is_what_the_optimizer_goes_on_from(arguments):
+def test_the_optimizer_goes_on_from_what_a_router_writes(arguments):
     engines = [[], *([f"engine.zero_stage={n}", "engine=deepspeed"] for n in range(4))]
     arguments = [*arguments, "router=dynmoe", "router.interval=2", "router.initial_experts=2"]
     for native, *others in run_ranks(woken, 2, arguments, engines, timeout=250):
@@ -248,7 +248,7 @@ def steps_of(rank: int, world: int, arguments: list[str], engines: list[list[str
 
 
 @pytest.mark.parametrize("router", ["dynmoe", "noisy_topk"])
-def test_losses_that_lead_into_a_block_by_its_record_alone(router, arguments):
+def test_losses_that_lead_into_a_block_by_its_record(router, arguments):
     """A penalty of the router's own weights, and a load that decides no assignment."""
     engines = [[], STAGE_3, [*STAGE_3, "train.recompute=true"]]
     for native, *others in run_ranks(steps_of, 2, [*arguments, f"router={router}"], engines, timeout=250):

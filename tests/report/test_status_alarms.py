@@ -21,7 +21,7 @@ def said(*runs: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("over", [False, True])
-def test_alarms_follow_with_what_may_help_those_that_last_first(over, tmp_path, capsys):
+def test_alarms_that_last_come_first(over, tmp_path, capsys):
     run = make_run(tmp_path / "a", steps=20)
     if not over:
         (run / "summary.json").unlink()
@@ -46,7 +46,7 @@ def test_a_run_without_alarms_says_nothing_of_them(tmp_path, capsys):
     assert [line for line in lines if line.startswith("alarms of")] == ["alarms of loud"]
 
 
-def test_many_alarms_are_cut_and_those_that_last_are_kept(tmp_path, capsys):
+def test_of_many_alarms_those_that_last_are_kept(tmp_path, capsys):
     run = make_run(tmp_path / "a", steps=20)
     rows = [{"step": 1, "layers": [63], **RAISED}]
     rows += [{"step": 2, "layers": [n], **RAISED} for n in range(20)]
