@@ -86,7 +86,7 @@ def by_logarithms(order_EE, temperature, iterations):
     return np.exp(log_EE)
 
 
-def test_the_permutation_is_solved_again_where_the_order_has_changed():
+def test_the_permutation_is_solved_again_where_it_changed():
     solver = Permutation(STEPS)
     for seed in (2, 3, 3):
         order_EE = normal(seed, E, E)
@@ -94,7 +94,7 @@ def test_the_permutation_is_solved_again_where_the_order_has_changed():
 
 
 @pytest.mark.parametrize("name", PERMUTABLE)
-def test_evaluation_and_training_after_the_search_only_rename_experts(name):
+def test_after_the_search_experts_are_only_renamed(name):
     order_EE, x_TD = normal(4, E, E), normal(5, T, D)
     expert_E = of_scipy(order_EE)
     for training, step in ((True, STEPS), (True, STEPS + 7), (False, 0)):

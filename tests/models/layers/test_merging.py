@@ -186,7 +186,7 @@ def test_a_gate_of_one_expert_is_that_expert(kind: type[Merging]) -> None:
     torch.testing.assert_close(made(x)[0], y, rtol=1e-12, atol=1e-12)
 
 
-def test_merging_is_the_sum_of_outputs_for_a_matrix_and_not_for_a_layer() -> None:
+def test_merging_is_a_sum_of_outputs_for_matrices_only() -> None:
     made, x = made_of(MEO, MergingConfig(segment=3), "gelu"), inputs(1, 4)
     gates = torch.rand(1, E, dtype=torch.float64)
     stack = made.experts.w_up_EFD

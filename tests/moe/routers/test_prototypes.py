@@ -52,7 +52,7 @@ def test_the_best_of_each_prototype(seed, sizes, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_output_and_gradient_are_those_of_separate_switch_routers(training):
+def test_output_and_gradient_are_those_of_separate_switches(training):
     """The columns of a prototype are a Switch router of their own, to the bit, and so are their gradients."""
     x_TD, ctx, cotangent_TE = normal(1, 17, 5), RouterContext.default(1, 17), normal(2, 17, 6)
     whole = build_router("prototypes", d_model=5, num_experts=6, top_k=3).double().train(training)

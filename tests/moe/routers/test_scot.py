@@ -87,7 +87,7 @@ def test_the_bound_on_tokens_binds():
 @given(SEEDS, st.integers(1, 20), st.integers(1, 5), st.integers(1, 5))
 @example(149, 4, 3, 1)  # next to no curvature
 @settings(max_examples=25, deadline=None)
-def test_experts_have_one_mass_and_few_tokens_whatever_the_scores(seed, length, num_experts, share):
+def test_experts_have_one_mass_and_few_tokens_always(seed, length, num_experts, share):
     z_GLE = normal(seed, 2, length, num_experts) * 3
     most = max(1, min(length, -(-length * share // num_experts)))
     plan_GLE = solved(z_GLE, most, 0.3, iterations=15)
