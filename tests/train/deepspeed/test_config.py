@@ -33,7 +33,7 @@ def test_it_sums_and_neither_clips_nor_counts_micro_batches(stage):
     assert not {"optimizer", "scheduler", "bf16", "fp16"} & config.keys()
 
 
-def test_stage_3_averages_since_it_has_no_sum_and_keeps_nothing_whole():
+def test_stage_3_averages_and_keeps_nothing_whole():
     config = own_config(DeepSpeedConfig(zero_stage=3))
     assert (config["gradient_allreduce_op"], config["gradient_clipping"]) == ("mean", 0.0)
     zero = config["zero_optimization"]
