@@ -67,6 +67,7 @@ class DomainRouter(Router):
     options: DomainOptions
     top_k: int
     reads_bias = True
+    allowed_ME: Tensor | None
 
     def __init__(self, d_model: int, num_experts: int, options: DomainOptions) -> None:
         super().__init__(d_model, num_experts, options)
@@ -77,6 +78,13 @@ class DomainRouter(Router):
         routers = options.domains if own else 1
         self.weight_ED = parameter((routers * num_experts, d_model), Normal(d_model**-0.5 * 0.5))
         self.domain_ME = None if own else parameter((options.domains, num_experts), Constant(0.0))
+
+        allowed_ME = None
+        if options.experts is not None:
+            allowed_ME = torch.zeros(options.domains, num_experts, dtype=torch.bool)
+            for domain, experts in enumerate(options.experts):
+                allowed_ME[domain, list(experts)] = True
+        self.register_buffer("allowed_ME", allowed_ME, persistent=False)
 
     def products_per_token(self) -> int:
         return int(self.weight_ED.numel())
@@ -98,7 +106,7 @@ class DomainRouter(Router):
         logits_TE = self.of_domains(x_TD, domain_T)
         if self.options.decision is Decision.sequence:
             logits_TE = _of_the_first(logits_TE, ctx)
-        allowed_TE = self._allowed(domain_T)
+        allowed_TE = None if self.allowed_ME is None else self.allowed_ME[domain_T]
         scores_TE = softmax(logits_TE if allowed_TE is None else logits_TE.where(allowed_TE, -torch.inf))
         selection_TE = scores_TE.detach() + self.bias_E
         if allowed_TE is None:
@@ -112,15 +120,6 @@ class DomainRouter(Router):
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         ragged = allowed_TE is not None
         return from_token_choice(ids_TK, weights_TK, ctx, self.num_experts, scores_TE, logits_TE, ragged)
-
-    def _allowed(self, domain_T: Tensor) -> Tensor | None:
-        """The experts that each token's domain may use, bool [T, E]."""
-        if self.options.experts is None:
-            return None
-        allowed_ME = torch.zeros(self.options.domains, self.num_experts, dtype=torch.bool)
-        for domain, experts in enumerate(self.options.experts):
-            allowed_ME[domain, experts] = True
-        return allowed_ME.to(domain_T.device)[domain_T]
 
 
 def _refusal(options: DomainOptions, num_experts: int) -> str | None:

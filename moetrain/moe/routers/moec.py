@@ -48,20 +48,24 @@ class MoECRouter(CosineRouter):
 
     options: MoECOptions
     has_penalty = True
+    cluster_E: Tensor
+    num_in_C: Tensor
 
     def __init__(self, d_model: int, num_experts: int, options: MoECOptions) -> None:
         super().__init__(d_model, num_experts, options)
         clusters = min(_CLUSTERS, max(1, num_experts // 2)) if options.clusters is None else options.clusters
         if clusters > num_experts:
             raise ValueError(f"router.clusters={clusters} exceeds num_experts={num_experts}: lower it")
-        self.cluster_of = [e * clusters // num_experts for e in range(num_experts)]
-        sizes = [self.cluster_of.count(c) for c in range(clusters)]
-        self.num_in = [size - int(options.dropout * size) for size in sizes]
-        if self.top_k > sum(self.num_in):
+        cluster_of = [e * clusters // num_experts for e in range(num_experts)]
+        sizes = [cluster_of.count(c) for c in range(clusters)]
+        num_in = [size - int(options.dropout * size) for size in sizes]
+        if self.top_k > sum(num_in):
             raise ValueError(
-                f"router.top_k={self.top_k} exceeds the {sum(self.num_in)} experts that "
+                f"router.top_k={self.top_k} exceeds the {sum(num_in)} experts that "
                 f"router.dropout={options.dropout} leaves in"
             )
+        self.register_buffer("cluster_E", torch.tensor(cluster_of), persistent=False)
+        self.register_buffer("num_in_C", torch.tensor(num_in), persistent=False)
 
     def survivors(self, ctx: RouterContext) -> Tensor:
         """The experts that are in, bool [E]: of each cluster those of the largest draws."""
@@ -69,12 +73,11 @@ class MoECRouter(CosineRouter):
         if not self.training:
             return torch.ones(self.num_experts, dtype=torch.bool, device=device)
         drawn_E = ctx.common_uniform(self.num_experts, ctx.step // self.options.period, _SALT)
-        cluster_E = torch.tensor(self.cluster_of, device=device)
         places_E = torch.arange(self.num_experts, device=device)
         tied_EE = (drawn_E[:, None] == drawn_E) & (places_E[:, None] > places_E)
         above_EE = (drawn_E[:, None] < drawn_E) | tied_EE
-        rank_E = (above_EE & (cluster_E[:, None] == cluster_E)).sum(1)
-        return rank_E < torch.tensor(self.num_in, device=device)[cluster_E]
+        rank_E = (above_EE & (self.cluster_E[:, None] == self.cluster_E)).sum(1)
+        return rank_E < self.num_in_C[self.cluster_E]
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         out_E = ~self.survivors(ctx)
@@ -90,8 +93,8 @@ class MoECRouter(CosineRouter):
 
     def _within(self, p_TE: Tensor, in_E: Tensor) -> Tensor:
         """The share of the variance of ``p_TE``, among the experts that are in, within clusters, [T]."""
-        cluster_E = torch.tensor(self.cluster_of, device=p_TE.device)
-        member_EC = torch.nn.functional.one_hot(cluster_E, len(self.num_in)).to(p_TE.dtype)
+        clusters_C = torch.arange(len(self.num_in_C), device=p_TE.device)
+        member_EC = (self.cluster_E[:, None] == clusters_C).to(p_TE.dtype)
         member_EC = member_EC * in_E[:, None]
         mean_TC = (p_TE @ member_EC) / member_EC.sum(0)
         within_T = ((p_TE - mean_TC @ member_EC.t()) * in_E).square().sum(-1)

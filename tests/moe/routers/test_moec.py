@@ -38,7 +38,7 @@ def survivors(router: MoECRouter, **where: int) -> list[int]:
 
 def test_half_of_each_cluster_is_out_for_a_period():
     router = moec()
-    assert [[e for e in range(E) if router.cluster_of[e] == c] for c in range(4)] == CLUSTERS
+    assert [[e for e in range(E) if router.cluster_E[e] == c] for c in range(4)] == CLUSTERS
     found = [survivors(router, step=step) for step in range(60)]
     for at, alive in enumerate(found):
         assert [sum(e in cluster for e in alive) for cluster in CLUSTERS] == IN
