@@ -132,7 +132,8 @@ def test_products_with_rows_by_chunks(chunk: int, monkeypatch: pytest.MonkeyPatc
     assert row_sums(weights[:0], table, ids[:0]).shape == (0, 3)
 
 
-def test_a_bf16_tables_gradient_is_summed_in_fp32() -> None:
+def test_a_bf16_tables_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_CHUNK", 1)
     table = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.full((1000, 1), 1.0, dtype=torch.bfloat16)
     row_sums(weights, table, torch.zeros(1000, 1, dtype=torch.int64)).sum().backward()
