@@ -22,7 +22,7 @@ from moetrain.moe.groups import by_group
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
-from moetrain.moe.solvers import finite_scores, sparse_plan
+from moetrain.moe.solvers import sparse_plan
 from moetrain.moe.topk_ops import softmax, top_ids
 
 _LEAST = 1e-6  # of a token's mass: a smaller part of the plan is rounding
@@ -75,8 +75,10 @@ class ScotRouter(LinearRouter):
         broken_GL1 = ~groups.values_GLC.isfinite().all(-1, keepdim=True)  # every expert takes it: it shows
         valid_GL = groups.valid_GL & ~broken_GL1.squeeze(-1)
         most_G = -(-valid_GL.sum(-1) * self.share_k // self.num_experts)
-        scores_GLE = (finite_scores(groups.values_GLC).double() / _GRID).round() * _GRID
+        most = -(-valid_GL.shape[1] * self.share_k // self.num_experts)
+        scores_GLE = groups.values_GLC.double().masked_fill(broken_GL1, 0.0)
+        scores_GLE = (scores_GLE / _GRID).round() * _GRID
         plan_GLE = sparse_plan(
-            scores_GLE, valid_GL, most_G, options.gamma, options.iterations, options.tolerance
+            scores_GLE, valid_GL, most_G, most, options.gamma, options.iterations, options.tolerance
         )
         return groups.own((plan_GLE > _LEAST) | broken_GL1)

@@ -17,13 +17,20 @@ from moetrain.moe.topk_ops import top_ids
 
 
 def sparse_plan(
-    scores_GLE: Tensor, valid_GL: Tensor, most_G: Tensor, gamma: float, iterations: int, tolerance: float
+    scores_GLE: Tensor,
+    valid_GL: Tensor,
+    most_G: Tensor,
+    most: int,
+    gamma: float,
+    iterations: int,
+    tolerance: float,
 ) -> Tensor:
-    """P, fp64 [G, L, E], 0 for padding; at most ``most_G`` tokens of each expert.
+    """P, fp64 [G, L, E], 0 for padding; at most ``most_G`` tokens of each expert, and these at most ``most``.
 
-    Columns sum to the tokens / E; rows to 1 within ``tolerance``, where ``iterations`` suffice and the bound
-    lets them: a plan of the semi-dual may miss rows where tokens tie for an expert's last place. Scores are
-    finite; a group without tokens has no plan.
+    ``most`` is of L, not of the groups at hand, so that a group is solved to the same bits beside any others:
+    at a kink a search goes by the last ones. Columns sum to the tokens / E; rows to 1 within ``tolerance``,
+    where ``iterations`` suffice and the bound lets them: a plan of the semi-dual may miss rows where tokens
+    tie for an expert's last place. Scores are finite; a group without tokens has no plan.
     """
     groups, length, num_experts = scores_GLE.shape
     out_G1L = ~valid_GL[:, None]
@@ -32,28 +39,31 @@ def sparse_plan(
         return scores_GEL.transpose(1, 2)
     mass_G = valid_GL.sum(-1).double() / num_experts
 
+    def columns(potential_GL: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        return _columns(scores_GEL + potential_GL[:, None], most_G, most, mass_G, gamma, exact)
+
     def semi_dual(potential_GL: Tensor) -> tuple[Tensor, Tensor]:
-        value_G, plan_GEL = _columns(scores_GEL + potential_GL[:, None], most_G, mass_G, gamma, exact=False)
+        value_G, plan_GEL = columns(potential_GL, exact=False)
         rest_GL = (plan_GEL.sum(1) - 1).masked_fill(~valid_GL, 0.0)
         return value_G - potential_GL.sum(-1), rest_GL
 
     start_GL = torch.zeros(groups, length, dtype=torch.float64, device=scores_GLE.device)
     # potentials differ by no more than scores and what an expert's mass may take off one of them
-    spread_G = scores_GLE.double().amax((1, 2)) - scores_GLE.double().amin((1, 2)) + gamma * mass_G
+    lowest_G = scores_GEL.masked_fill(out_G1L, float("inf")).amin((1, 2))
+    spread_G = (scores_GEL.amax((1, 2)) - lowest_G).clamp(min=0) + gamma * mass_G
     potential_GL = minimize(semi_dual, start_GL, spread_G, iterations, tolerance)
-    _, plan_GEL = _columns(scores_GEL + potential_GL[:, None], most_G, mass_G, gamma, exact=True)
+    _, plan_GEL = columns(potential_GL, exact=True)
     return plan_GEL.transpose(1, 2)
 
 
 def _columns(
-    u_GEL: Tensor, most_G: Tensor, mass_G: Tensor, gamma: float, exact: bool
+    u_GEL: Tensor, most_G: Tensor, most: int, mass_G: Tensor, gamma: float, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """(sum over experts of the best u y - gamma / 2 y^2, the y themselves [G, E, L]).
 
     y >= 0 has the mass of an expert and at most ``most_G`` elements that are not 0: u's largest, less a
     threshold, over gamma. ``exact``: of equal elements the earlier counts as the larger.
     """
-    most = max(int(most_G.max()), 1)
     ids_GEK = top_ids(u_GEL, most) if exact else u_GEL.topk(most, dim=-1).indices
     top_GEK = u_GEL.gather(-1, ids_GEK)
     rank_K = torch.arange(1, most + 1, device=u_GEL.device)
@@ -64,4 +74,4 @@ def _columns(
     y_GEK = ((top_GEK - theta_GE1) / gamma).clamp(min=0).masked_fill(used_GE1 == 0, 0.0)
     value_GEK = torch.where(y_GEK > 0, top_GEK * y_GEK - gamma / 2 * y_GEK.square(), 0.0)
     plan_GEL = torch.zeros_like(u_GEL).scatter_(-1, ids_GEK, y_GEK)
-    return value_GEK.sum((1, 2)), plan_GEL
+    return value_GEK.sum(-1).sum(-1), plan_GEL

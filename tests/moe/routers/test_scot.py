@@ -52,7 +52,7 @@ def solved(scores_GLE, most, gamma, iterations=400, valid_GL=None):
     groups, length, _ = scores_GLE.shape
     valid_GL = torch.ones(groups, length, dtype=torch.bool) if valid_GL is None else valid_GL
     most_G = torch.full((groups,), most)
-    return sparse_plan(scores_GLE, valid_GL, most_G, gamma, iterations, 1e-9)
+    return sparse_plan(scores_GLE, valid_GL, most_G, most, gamma, iterations, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,25 @@ def test_padding_and_other_groups_have_no_say():
     z_GLE = normal(6, 3, 12, 4)
     valid_GL = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.7
     whole = solved(z_GLE, 4, 0.3, 80, valid_GL)
+    other_GLE = z_GLE.where(valid_GL[..., None], 90.0)
+    assert solved(other_GLE, 4, 0.3, 80, valid_GL).equal(whole)
     for g in range(3):
         alone = solved(z_GLE[g : g + 1], 4, 0.3, 80, valid_GL[g : g + 1])
         assert alone[0].equal(whole[g])
         short = solved(z_GLE[g : g + 1, valid_GL[g]], 4, 0.3, 80)
         torch.testing.assert_close(short[0], whole[g, valid_GL[g]], rtol=1e-6, atol=1e-8)
     assert not whole[~valid_GL].any()
+
+
+def test_groups_of_any_length_are_solved_to_the_same_bits_together():
+    """Each expert of a group takes as many tokens as the group's own number says, where that binds."""
+    z_GLE, length_G = normal(11, 12, 11, 8), torch.arange(12) % 11 + 1
+    valid_GL, most_G = torch.arange(11) < length_G[:, None], -(-length_G * 2 // 8)
+    whole = sparse_plan(z_GLE, valid_GL, most_G, 3, 0.5, 60, 1e-3)
+    assert ((whole > 0).sum(1).amax(1) <= most_G).all()
+    for g in range(12):
+        one = slice(g, g + 1)
+        assert sparse_plan(z_GLE[one], valid_GL[one], most_G[one], 3, 0.5, 60, 1e-3)[0].equal(whole[g])
 
 
 def test_minimization_reaches_scipys_minimum():
