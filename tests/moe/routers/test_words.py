@@ -49,6 +49,7 @@ def ids() -> torch.Tensor:
 
 def context() -> RouterContext:
     ids_T = ids()
+    ids_T[8:10] = torch.tensor([1, 2])  # the second begins a document
     ids_T[30:36] = 3
     ids_T[56:59] = torch.tensor([1, 2, 1])
     return replace(
