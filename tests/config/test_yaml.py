@@ -30,6 +30,10 @@ NEEDS = {
     ("router", "olmoe"): ["model.num_experts=64"],
     ("router", "qwen3"): ["model.num_experts=128"],
     ("balance", "dynmoe"): ["router=dynmoe"],
+    ("balance", "dynmoe_deepspeed"): ["router=dynmoe"],
+    ("balance", "moec"): ["router=moec"],
+    ("balance", "stable"): ["router=stable"],
+    ("balance", "vq"): ["router=vq"],
     ("balance", "penalty"): ["router=dselect_k"],
     ("balance", "sam"): ["router=sam"],
     ("balance", "remoe"): ["router=relu"],
@@ -88,8 +92,9 @@ def test_every_upcycling_method_composes_and_is_valid(name, tmp_path):
     made = [f"source={tmp_path}", "target=there", f"method={name}", "model.num_experts=4"]
     cfg = compose_app(UpcycleConfig, "upcycle", made)
     validate_upcycle(cfg)
-    assert type(cfg.method) is METHODS[name].options
-    assert cfg.method.name == name
+    method = {"llama_moe_v2": "split"}.get(name, name)
+    assert type(cfg.method) is METHODS[method].options
+    assert cfg.method.name == method
     assert (cfg.model.d_model, cfg.model.d_ff_expert) == (128, 512)
     own = dataclasses.replace(cfg.model, feed_forward="mine")
     with pytest.raises(UserError, match=r"feed_forward=mine: upcycling makes model\.feed_forward=moe only"):

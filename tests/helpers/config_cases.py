@@ -155,7 +155,7 @@ REFUSED = [
     ),
     (
         {"balance.losses": [LossConfig("lokality")]},
-        "balance.losses.0.name=lokality is not known; known: chunk_sparsity, dirichlet",
+        "balance.losses.0.name=lokality is not known; known: choice_balance, choice_share,",
         "did you mean locality?",
     ),
     ({"balance.losses": [LOSS, LOSS]}, "balance.losses names a loss twice"),
@@ -169,7 +169,10 @@ REFUSED = [
         {"balance.losses": [with_options(LOCALITY, steepness="x")]},
         "balance.losses.0.options.steepness is a number, not 'x'",
     ),
-    ({"balance.losses": [with_options(DIRICHLET, alpha=True)]}, "options.alpha is a number, not True"),
+    (
+        {"balance.losses": [with_options(DIRICHLET, alpha=True)]},
+        "options.alpha is a number or a list of",
+    ),
     ({"balance.losses": [with_options(DIRICHLET, alpha=INF)]}, "losses.0.options.alpha=inf must be a finite"),
     (
         {"balance.losses": [LossConfig("chunk_sparsity", options={"chunk_length": 0})]},

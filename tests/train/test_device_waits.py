@@ -30,7 +30,10 @@ MICRO_BATCHES, COPIED = 2, 3  # tokens, labels and sample numbers
 # Waits a pass of a MoE layer, where it is not one.
 SMALLER = ["model.num_layers=2", "model.first_dense=0", "train.global_batch_tokens=26"]  # a pass a layer
 MORE = {"base": 2, "gshard": 2}
-OWN = {"dynmoe": 2}  # waits a step besides: each layer's router looks whether experts come or go
+OWN = {
+    "dynmoe": 2,
+    "dynmoe_deepspeed": 2,
+}  # waits a step besides: each layer's router looks whether experts come or go
 
 
 @cache

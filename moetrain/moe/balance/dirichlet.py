@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moetrain.bounds import above, at_least
+from moetrain.errors import shortened
 from moetrain.moe.balance.base import Seen, probabilities, register_loss
 from moetrain.moe.balance.score_losses import by_sequence, valid_tokens
 from moetrain.moe.routers import Router
@@ -40,11 +41,11 @@ class DirichletOptions:
     by_domain: Optional[list[list[float]]] = field(default=None, metadata=above(0))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, (int, float)) and not _is_list(self.alpha):
-            raise ValueError(f"alpha is a number, or a list of an expert's each, not {self.alpha!r}")
+        if type(self.alpha) not in (int, float) and not _is_list(self.alpha):
+            raise ValueError(f"alpha is a number or a list of numbers, not {shortened(repr(self.alpha))}")
         rows = self.by_domain
         if rows is not None and not (isinstance(rows, list) and rows and all(map(_is_list, rows))):
-            raise ValueError(f"by_domain is a list of lists, a domain's each, not {rows!r}")
+            raise ValueError(f"by_domain is a list of lists of numbers, not {shortened(repr(rows))}")
 
     def priors(self, num_experts: int, device: torch.device) -> list[Tensor]:
         """fp64 [E] each: ``by_domain``'s, and last that of ``alpha``."""

@@ -109,7 +109,7 @@ def test_no_gradient_depends_on_the_split_or_on_recompute() -> None:
         ("{alpha: [1, 2]}", "has 8 experts, but options.alpha lists 2"),
         ("{by_domain: [[1, 2, 3, 4, 5, 6, 7, 8], [1]]}", "has 8 experts, but options.by_domain lists 1"),
         ("{by_domain: [1, 2]}", "by_domain is a list of lists"),
-        ("{alpha: none}", "alpha is a number, or a list"),
+        ("{alpha: none}", "alpha is a number or a list of numbers, not 'none'"),
         ("{alpha: [1, 0, 1, 1, 1, 1, 1, 1]}", "must be above 0"),
     ],
 )
