@@ -138,6 +138,8 @@ REFUSED = [
     ({"router.eval_capacity_factor": INF}, "router.eval_capacity_factor=inf"),
     ({"router.min_capacity": -1}, "router.min_capacity=-1"),
     ({"router.jitter": 1.0}, "router.jitter=1.0 must lie in [0, 1)"),
+    ({"replay.record": "here", "router.capacity_factor": 1.0}, "capacity or rounding takes some away"),
+    ({"replay.force": "nowhere"}, "replay.force=nowhere holds no record of routes"),
     ({"router.group": "4"}, "router.group=4 does not divide train.micro_batch_size=6", "take 3"),
     ({"router.group": "0"}, "router.group=0 must be sequence, all, or a number"),
     ({"router.group": "batch"}, "router.group=batch must be sequence, all, or a number"),

@@ -124,7 +124,7 @@ def test_padding_and_other_groups_have_no_say():
     assert not whole[~valid_GL].any()
 
 
-def test_groups_of_any_length_are_solved_to_the_same_bits_together():
+def test_groups_of_any_length_are_solved_together():
     """Each expert of a group takes as many tokens as the group's own number says, where that binds."""
     z_GLE, length_G = normal(11, 12, 11, 8), torch.arange(12) % 11 + 1
     valid_GL, most_G = torch.arange(11) < length_G[:, None], -(-length_G * 2 // 8)
