@@ -53,7 +53,7 @@ def step_of(meshes: Meshes, name: str) -> tuple[Outcome, tuple[float, int], dict
     )
     share = cut(batch(), B // 4, rank(meshes.data.batch), world(meshes.data.batch))
     result = step.run(3, share)
-    assert result.routing.sums_F[-1] == result.tokens  # of the last layer
+    assert result.routing.sums_F[-3] == result.tokens  # of the last layer, before chunks and experts used
     names = [name for name, _ in task.named_parameters()]
     found = {n: g for n, g in zip(names, recorder.gradients, strict=True) if g is not None}
     total, _ = evaluate(task, share, [], seed=0, group=meshes.data.loss)
