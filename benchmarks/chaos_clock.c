@@ -1,7 +1,11 @@
 /* A wall clock that is set by a file: cc -shared -fPIC -o clock.so chaos_clock.c; LD_PRELOAD=clock.so CLOCK_FILE=...
- * The file holds eight bytes, seconds that are added to the system's time. The monotonic clock stays as it is. */
+ * The file holds eight bytes, seconds that are added to the system's time. The monotonic clock stays as it is.
+ * The kernel knows nothing of it, so the deadline of a timed wait, which was made from this clock, is moved to the
+ * system's; or else it would lie in the past, and every such wait of torch would end at once. */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -41,4 +45,16 @@ time_t time(time_t *place) {
     clock_gettime(CLOCK_REALTIME, &now);
     if (place) *place = now.tv_sec;
     return now.tv_sec;
+}
+
+#define SINCE_1970 1000000000 /* seconds; the monotonic clock begins when the machine does, and is far below */
+
+int pthread_cond_timedwait(pthread_cond_t *restrict cond, pthread_mutex_t *restrict mutex,
+                           const struct timespec *restrict deadline) {
+    static int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!real) *(void **)&real = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2"); /* of x86-64 */
+    if (!real) *(void **)&real = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    struct timespec moved = *deadline;
+    if (offset && moved.tv_sec > SINCE_1970) moved.tv_sec -= *offset;
+    return real(cond, mutex, &moved);
 }

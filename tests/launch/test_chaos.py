@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +28,30 @@ def chaos(monkeypatch) -> ModuleType:
 def assert_right(outcomes) -> None:
     assert [str(one) for one in outcomes if not one.right] == []
     assert all(one.starts > 1 for one in outcomes)
+
+
+WAIT = """
+import ctypes, time
+libc, mutex, cond = ctypes.CDLL(None), (ctypes.c_char * 64)(), (ctypes.c_char * 64)()
+libc.pthread_mutex_lock(mutex)
+end, before = time.time() + 0.3, time.monotonic()
+deadline = (ctypes.c_long * 2)(int(end), int(end % 1 * 1e9))
+libc.pthread_cond_timedwait(cond, mutex, deadline)
+print(time.time(), time.monotonic() - before)
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("cc") and sys.platform == "linux"), reason="the clock is a C library")
+def test_timed_waits_last_under_a_clock_that_is_set_back(tmp_path):
+    """torch waits until a time of this clock, of which the kernel knows nothing."""
+    source, library = Path(BENCHMARKS, "chaos_clock.c"), tmp_path / "clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    (tmp_path / "offset").write_bytes((-3600).to_bytes(8, sys.byteorder, signed=True))
+    env = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_FILE": str(tmp_path / "offset")}
+    ran = subprocess.run([sys.executable, "-c", WAIT], env=env, capture_output=True, text=True, check=True)
+    now, waited = map(float, ran.stdout.split())
+    assert time.time() - now == pytest.approx(3600, abs=100)
+    assert waited >= 0.29
 
 
 @pytest.mark.real
