@@ -46,6 +46,20 @@ def test_trains_resumes_bit_for_bit_evaluates_and_generates(name, corpus, tmp_pa
     assert main(["generate", f"checkpoint={run}", "prompt=abc", "max_new_tokens=3"]) == 0
 
 
+@pytest.mark.real
+def test_a_search_for_an_order_resumes_bit_for_bit_over_its_end(corpus, tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    options = ["router=topk", "balance=penalty", "router.permutation_steps=2", *THREE]
+    assert tiny.train(corpus, run, *options) == 0
+    shutil.copytree(run, copy)
+    for step in (2, 3):
+        shutil.rmtree(tiny.checkpoint(copy, step))
+    assert tiny.train(corpus, copy, *options) == 0
+    assert tiny.steps(copy) == tiny.steps(run)
+    tiny.assert_same_state(tiny.checkpoint(copy, 3), tiny.checkpoint(run, 3))
+    assert main(["generate", f"checkpoint={run}", "prompt=abc", "max_new_tokens=3"]) == 0
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DIFFERENT)) for name in NAMES]
 )
