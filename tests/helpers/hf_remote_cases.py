@@ -63,7 +63,7 @@ def activated(activation: Activation) -> ModelSpec:
 GROUPS = TopKOptions(top_k=3, num_groups=4, top_groups=2)
 CASES = {
     **{name: routed(name) for name in exported_routers()},
-    "default_options": ModelSpec(TINY, RouterConfig("sigma")),
+    "default_options": ModelSpec(TINY, RouterConfig("topk")),
     "topk_raw": routed("topk", top_k=3, renormalize=False, route_scale=2.5),
     "topk_one": routed("topk", top_k=1),
     "topk_after": routed("topk", top_k=3, score=Score.softmax_after),
