@@ -106,13 +106,13 @@ def test_a_broken_router_is_told_what_it_breaks(fault, check, message, monkeypat
 
 def test_the_example_of_the_page_works(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    (example,) = blocks
+    example = blocks[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 30
     (tmp_path / "page_router.py").write_text(example)
     monkeypatch.syspath_prepend(tmp_path)
     try:
         assert main(["router", "check", "top_p", "plugins=[page_router]"]) == 0
-        assert "9 of 9 checks hold" in capsys.readouterr().out
+        assert f"{len(CHECKS)} of {len(CHECKS)} checks hold" in capsys.readouterr().out
     finally:
         ROUTERS.pop("top_p", None)
         sys.modules.pop("page_router", None)

@@ -30,6 +30,9 @@ class SparsityRouter(TopKRouter):
         del self.weight_ED
         self._experts = (experts,)  # in a tuple: their weights are not the router's
 
+    def rows_ED(self) -> None:
+        """None: it compares tokens with whole experts."""
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]. Raises ValueError where another rank holds some of the experts."""
         up_EDCF = self._experts[0].w_gate_up_EDCF

@@ -91,7 +91,13 @@ def with_value(node: Any, key: str, value: object) -> Any:
     if isinstance(node, list):
         return [with_value(x, rest, value) if str(i) == head else x for i, x in enumerate(node)]
     old = getattr(node, head)
-    new = with_value(old, rest, value) if rest else (value,) * max(len(old), 1) if isinstance(old, tuple) else value
+    new = (
+        with_value(old, rest, value)
+        if rest
+        else (value,) * max(len(old), 1)
+        if isinstance(old, tuple)
+        else value
+    )
     return replace(node, **{head: new})
 
 

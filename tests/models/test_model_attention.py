@@ -18,7 +18,7 @@ from moetrain.models.cache import KVCache
 from moetrain.models.options import AttentionBackend, QKNorm
 from moetrain.models.rope import apply_rope, rope_table
 from moetrain.ops.attention import SeenKeys, seen_keys
-from moetrain.ops.cpu import product as cpu_product
+from moetrain.ops.cpu import libraries
 
 BATCH, SEQ = 3, 11
 Seen = Callable[[int, int, int], bool]
@@ -157,7 +157,7 @@ def test_an_unfit_backend_is_refused_but_not_for_a_cache() -> None:
 def test_compiling_keeps_numbers_and_may_pick_libraries() -> None:
     """Long enough to go by blocks of queries and, uncompiled, through oneDNN, which inductor cannot lower."""
     width, seq = 64, 521
-    cpu_product._available.cache_clear()  # as in a run that compiles before its first step
+    libraries.has_onednn.cache_clear()  # as in a run that compiles before its first step
     operators: set[str] = set()
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:

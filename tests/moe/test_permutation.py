@@ -186,4 +186,5 @@ def test_what_cannot_change_places_is_refused(name):
 def test_a_selection_bias_is_of_outputs_and_not_of_experts():
     router = build_router("topk", d_model=D, num_experts=E, permutation_steps=3)
     assert (router.reads_bias, router.has_penalty) == (False, True)
+    assert (router.takes_best, router.replays) == (False, False)
     assert build_router("topk", d_model=D, num_experts=E).reads_bias

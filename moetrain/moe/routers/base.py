@@ -79,8 +79,8 @@ class Router(nn.Module):
         self.order_EE: nn.Parameter | None = None
         if options.permutation_steps is not None:
             self.order_EE = parameter((num_experts, num_experts), Normal(0.05 * 3**-0.5))
-            # a bias is of the router's outputs, and the load that a controller sees of experts
-            self.has_penalty, self.reads_bias = True, False
+            # a bias and forced choices are of the router's outputs; loads and records are of experts
+            self.has_penalty, self.reads_bias, self.takes_best, self.replays = True, False, False, False
             self._permutation = Permutation(options.permutation_steps)
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
@@ -192,7 +192,7 @@ class LinearRouter(Router):
     def first_weights(d_model: int) -> Initializer:
         return Normal(d_model**-0.5 * 0.5)
 
-    def rows_ED(self) -> Tensor:
+    def rows_ED(self) -> Tensor | None:
         return self.weight_ED
 
     def logits(self, x_TD: Tensor) -> Tensor:

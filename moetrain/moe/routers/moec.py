@@ -47,6 +47,7 @@ class MoECRouter(CosineRouter):
     """
 
     options: MoECOptions
+    takes_best = replays = False  # it chooses among the experts that are in
     has_penalty = True
     cluster_E: Tensor
     num_in_C: Tensor

@@ -118,7 +118,7 @@ class TopKRouter(LinearRouter):
             options.num_groups if options.top_groups is None else options.top_groups,
             options.group_score.value,
         )
-        self.takes_best = not self.rule.limited  # of its best groups alone
+        self.takes_best = self.takes_best and not self.rule.limited  # of its best groups alone
 
     def route(self, x_TD: Tensor, ctx: RouterContext) -> Routing:
         if self.training and self.options.jitter:

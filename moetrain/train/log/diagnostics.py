@@ -51,9 +51,11 @@ class RoutingDiagnostics:
 
 @torch.no_grad()
 def row_similarity(router: Router) -> float | None:
-    """The mean absolute cosine of two experts' rows; None for a router without rows, or with one."""
+    """The mean absolute cosine of two experts' rows; None for a router without rows, or with one, and where
+    DeepSpeed's stage 3 has cut them.
+    """
     rows = router.rows_ED()
-    if rows is None or router.num_experts < 2:
+    if rows is None or router.num_experts < 2 or not rows.numel():
         return None
     unit_ED = torch.nn.functional.normalize(whole(rows).double(), dim=-1)
     cosine_EE = (unit_ED @ unit_ED.t()).abs()
@@ -61,6 +63,7 @@ def row_similarity(router: Router) -> float | None:
     return float((cosine_EE.sum() - cosine_EE.diagonal().sum()) / others)
 
 
+@torch.no_grad()
 def congestion(demand_E: Tensor, liking_E: Tensor) -> float | None:
     """gamma of the load shares r = softmax(q - gamma r), q the mean logits; None where it is not defined.
 

@@ -101,6 +101,7 @@ def test_a_file_that_is_not_there_is_named():
         (["parallel.dp_replicate=2"], r"parallel\.dp_replicate=2 is of engine=native"),
         (["train.compile=true"], r"train\.compile=true( is of engine=native|: torch 2\.1[12])"),
         (["train.precision=fp64"], r"engine\.zero_stage=1 keeps its master weights in fp32"),
+        (["router=stable"], r"router=stable freezes parameters"),
         (["optim=muon"], r"optim=muon needs whole matrices, which engine\.zero_stage=1 cuts"),
         (["engine.zero_stage=0", "engine.offload=true"], r"engine\.offload=true is of engine\.zero_stage=1"),
         (["engine.config=/no/such.json"], r"/no/such\.json"),

@@ -34,7 +34,10 @@ def test_likeness_is_the_mean_absolute_cosine_of_pairs() -> None:
 def test_routers_without_rows_or_with_one_tell_nothing() -> None:
     assert row_similarity(build_router("hash", d_model=5, num_experts=4)) is None
     assert row_similarity(build_router("topk", d_model=5, num_experts=1)) is None
-    assert row_similarity(build_router("cosine", d_model=5, num_experts=4)) is not None
+    cosine = build_router("cosine", d_model=5, num_experts=4)
+    assert row_similarity(cosine) is not None
+    cosine.centers_Ed.data = torch.empty(0)  # as DeepSpeed's stage 3 leaves it between passes
+    assert row_similarity(cosine) is None
 
 
 @pytest.mark.parametrize("gamma", [0.0, 7.5, 40.0])
