@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moetrain.models import Decoder
-from moetrain.models.decoder import Block
+from moetrain.models.block import Block
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.own import _write_routing
 from moetrain.moe import MoELayer, RouterContext
