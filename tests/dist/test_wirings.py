@@ -21,7 +21,8 @@ from moetrain.verify.twin import twin_of
 LAYOUTS = {"ep 2": (2, ["parallel.ep=2"]), "hsdp 2 x ep 2": (4, ["parallel.ep=2", "parallel.dp_replicate=2"])}
 DAILY = [("scmoe", "ep 2"), ("hmoe", "ep 2")]
 EVERY = [(name, layout) for layout in LAYOUTS for name in WIRINGS]
-PAIRS = [pytest.param(*pair, marks=[pytest.mark.real] * (pair not in DAILY)) for pair in EVERY]
+WHEN = {"ep 2": pytest.mark.slow, "hsdp 2 x ep 2": pytest.mark.real}  # the second holds the first
+PAIRS = [pytest.param(*pair, marks=[] if pair in DAILY else WHEN[pair[1]]) for pair in EVERY]
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)

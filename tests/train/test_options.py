@@ -14,22 +14,24 @@ pytestmark = pytest.mark.usefixtures("training")
 
 # What an option needs besides itself.
 NEEDS = {
-    ("router", "deepseek_v3"): ["model.num_experts=16"],
-    ("router", "olmoe"): ["model.num_experts=16"],
-    ("router", "qwen3"): ["model.num_experts=16"],
     ("data", "mixture"): ["+data.parts.a={kind: local, path: %s/text/0*.txt, weight: 2}",
                           "+data.parts.b={kind: local, path: %s/text/1*.txt}"],
     ("model", "tiny_dense"): ["balance=none"],
     ("balance", "dynmoe"): ["router=dynmoe"],
+    ("balance", "dynmoe_deepspeed"): ["router=dynmoe"],
+    ("balance", "moec"): ["router=moec"],
     ("balance", "penalty"): ["router=dselect_k"],
+    ("balance", "stable"): ["router=stable"],
+    ("balance", "vq"): ["router=vq"],
     ("balance", "sam"): ["router=sam"],
     ("balance", "remoe"): ["router=relu"],
 }  # fmt: skip
-# Elsewhere: what is too large, needs a network, takes hours, or (wandb) starts a process of its own.
+# Elsewhere: routers (test_router_training.py); what is too large, needs a network, takes hours, or (wandb)
+# starts a process of its own.
 ELSEWHERE = {
     ("model", "small"), ("model", "mixtral_8x7b"), ("model", "olmoe_1b_7b"), ("model", "qwen3_30b_a3b"),
     ("data", "stdlib"), ("data", "hub"), ("data", "domains"), ("tracker", "wandb"),
-    *((group, name) for group in ("experiment", "method") for name in group_options()[group]),
+    *((group, name) for group in ("experiment", "method", "router") for name in group_options()[group]),
 }  # fmt: skip
 SHIPPED = {(group, name) for group, names in group_options().items() for name in names}
 SMALL = sorted(SHIPPED - ELSEWHERE)

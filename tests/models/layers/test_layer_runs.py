@@ -36,8 +36,8 @@ def test_a_layer_trains_resumes_and_writes(
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        pytest.param(2, "parallel=fsdp", id="fsdp 2", marks=pytest.mark.real),
-        pytest.param(2, "parallel.dp_replicate=2", id="dp 2", marks=pytest.mark.real),
+        pytest.param(2, "parallel=fsdp", id="fsdp 2", marks=pytest.mark.slow),
+        pytest.param(2, "parallel.dp_replicate=2", id="dp 2", marks=pytest.mark.slow),
         pytest.param(4, "parallel.dp_replicate=2", id="hsdp 2x2", marks=pytest.mark.real),
     ],
 )
