@@ -47,7 +47,8 @@ def deal_in_turn(layer: MoELayer) -> None:
         name = router.options.name
         raise UserError(f"router={name} fixes no number of rows: use router=topk or one like it")
 
-    def choose(logits_TE: Tensor) -> Chosen:
+    def choose(logits_TE: Tensor, forced_TK: Tensor | None = None) -> Chosen:
+        assert forced_TK is None  # nothing is replayed here
         places_N = torch.arange(logits_TE.shape[0] * router.top_k, device=logits_TE.device)
         ids_TK = (places_N % router.num_experts).view(-1, router.top_k)
         scores_TE = scores(logits_TE, router.rule)
