@@ -31,6 +31,8 @@ def test_a_layout_equals_one_process(name, layout):
     overrides = [*WIRINGS[name], *parallel]
     if name in ("scmoe", "scmoe, block_input", "pre_gated", "drelu"):
         overrides.append("model.num_experts=4")
+    if name == "drelu":  # its widths are of two layers
+        overrides += ["model.num_layers=2", "model.d_ff_expert=12"]
     found = prove(twin_of(compose_train(overrides), world, 8), 1e-9)
     assert [check.problem for check in found if not check.holds] == []
     assert sum(check.number for check in found) > 100
