@@ -60,7 +60,7 @@ PAIRS = [
     ("quantile", "ep 2"),
     pytest.param("sigmoid", "hsdp 2 x ep 2", marks=pytest.mark.real),
     pytest.param("quantile", "hsdp 2 x ep 2", marks=pytest.mark.real),
-    pytest.param("phi", "hsdp 2 x ep 2", marks=pytest.mark.real),
+    pytest.param("phi", "hsdp 2 x ep 2", marks=pytest.mark.slow),
     pytest.param("relu", "hierarchical, ep 4", marks=pytest.mark.real),
 ]
 
@@ -90,6 +90,9 @@ def test_rounding_is_the_same_on_a_layout(router, rule):
     assert_equal(found)
 
 
+OTHER_DISPATCHERS = ["hierarchical, ep 4", "all_gather, ep 2 x efsdp 2"]
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("layout", ["ep 2", "hsdp 2 x ep 2"])
 def test_a_local_repair_is_the_same_on_a_layout(layout):
@@ -98,7 +101,9 @@ def test_a_local_repair_is_the_same_on_a_layout(layout):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("layout", ["hsdp 2 x ep 2", "hierarchical, ep 4", "all_gather, ep 2 x efsdp 2"])
+@pytest.mark.parametrize("layout", [
+    "hsdp 2 x ep 2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_DISPATCHERS)
+])  # fmt: skip
 def test_dropout_in_experts_is_the_same_on_a_layout(layout):
     """Masks are a token's and an expert's own, wherever the row is computed; products beside matrices too."""
     more = ("experts.dropout=0.4", "experts.input_dropout=0.1", "model.lora_rank=3")
@@ -106,7 +111,7 @@ def test_dropout_in_experts_is_the_same_on_a_layout(layout):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("layout", ["ep 2", "hsdp 2 x ep 2"])
+@pytest.mark.parametrize("layout", [pytest.param("ep 2", marks=pytest.mark.slow), "hsdp 2 x ep 2"])
 def test_losses_of_choices_and_domains_are_the_same_on_a_layout(layout):
     prior = "{name: dirichlet, scope: sequence, options: {by_domain: [[1, 2, 1, 2, 1, 2, 1, 2]]}}"
     names = ("{name: penalty}", "{name: choice_balance}", "{name: choice_share}", prior)

@@ -22,7 +22,11 @@ LAYOUTS = {"ep 2": (2, ["parallel.ep=2"]), "hsdp 2 x ep 2": (4, ["parallel.ep=2"
 DAILY = [("scmoe", "ep 2"), ("hmoe", "ep 2")]
 EVERY = [(name, layout) for layout in LAYOUTS for name in WIRINGS]
 WHEN = {"ep 2": pytest.mark.slow, "hsdp 2 x ep 2": pytest.mark.real}  # the second holds the first
-PAIRS = [pytest.param(*pair, marks=[] if pair in DAILY else WHEN[pair[1]]) for pair in EVERY]
+MORE = ("adam_smoe", "robust_smoe", "scmoe, block_input", "smallthinker")  # of a kind that another one has
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in DAILY else pytest.mark.slow if pair[0] in MORE else WHEN[pair[1]])
+    for pair in EVERY
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
