@@ -37,6 +37,7 @@ _MISTAKES = (2, 3, 130)  # which the same command makes again: input, a folder i
 _PREFLIGHT_SECONDS = 600
 _PATIENCE_SECONDS = 1200
 _REQUEUE_SECONDS = 120  # until Slurm ends this process
+_PORT_STRIDE, _LAST_PORT = 997, 65_536
 
 
 @dataclass
@@ -231,12 +232,15 @@ def _after(job: Job, code: int, before: int, now: int) -> int:
 
 
 def free_port(first: int, host: str = "") -> int:
-    """``first``, or the next port after it that nobody listens on."""
-    for port in range(first, first + 1000):
+    """``first``, or another port that nobody listens on: far from it, where no job of a neighbouring number
+    begins, which may be looking at the same moment.
+    """
+    for port in range(first, _LAST_PORT, _PORT_STRIDE):
         with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a job that ended there is no bar
             probe.bind((host, port))
             return port
-    raise UserError(f"no port from {first} to {first + 999} is free on {socket.gethostname()}")
+    raise UserError(f"no port of {first} and each {_PORT_STRIDE} after it is free on {socket.gethostname()}")
 
 
 def newest_step(folder: Path) -> int:
