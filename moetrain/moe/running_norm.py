@@ -54,8 +54,9 @@ class RunningNorm(nn.Module):
         rows, (sum_X, square_X) = sums[0].clamp(min=1), sums[1:].chunk(2)
         mean_X = sum_X / rows
         variance_X = (square_X / rows - mean_X.square()).clamp(min=0)
-        self.steps += 1
-        share = (1 / self.steps.double()).clamp(min=self.momentum) * (sums[0] > 0)
+        moved = sums[0] > 0  # a step without a row is none
+        self.steps += moved
+        share = (1 / self.steps.double().clamp(min=1)).clamp(min=self.momentum) * moved
         self.mean_X.lerp_(mean_X, share)
         self.variance_X.lerp_(variance_X, share)
 

@@ -49,3 +49,12 @@ def assert_sigmoids(weights_N: Tensor, logits_N: Tensor) -> None:
     quotient err by at most 5 * 2^-53 of the value on either side.
     """
     torch.testing.assert_close(weights_N, logits_N.sigmoid(), rtol=10 * 2**-53, atol=0)
+
+
+def step_by_hand(t: Tensor, gamma: float) -> Tensor:
+    """The smooth step of ``comet`` and ``dselect_k`` as their papers write it, on torch scalars."""
+    if t <= -gamma / 2:
+        return t * 0
+    if t >= gamma / 2:
+        return t * 0 + 1
+    return -2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5

@@ -15,9 +15,23 @@ _MAX_BYTES = 100 * 10**6
 def read_numbers(path: str, option: str, what: str) -> dict[int, int]:
     """Token id -> number, of a JSON object whose keys are ids below 2^24 in decimal and whose values count.
 
-    ``option`` and ``what``: the router's option that names the file, and what its numbers are, for messages.
+    Arguments and errors are :func:`read_counts`'s.
+    """
+    counts = read_counts(path, option, what, "token id")
+    for key in counts:
+        if not is_token_id(key):
+            raise ValueError(f"router.{option}={path}: {key[:40]!r} is not a token id from 0 to 2^24 - 1")
+        if str(int(key)) != key:
+            raise ValueError(f"router.{option}={path}: write token id {key!r} as {str(int(key))!r}")
+    return {int(key): count for key, count in counts.items()}
 
-    Raises ValueError, in one line, for a file that cannot be read or holds anything else.
+
+def read_counts(path: str, option: str, what: str, of: str) -> dict[str, int]:
+    """A JSON object with a number from 0 to 2^63 - 1 for each key.
+
+    ``option``, ``what``, ``of``: for messages, the router's option that names the file, what its numbers are,
+    and what its keys are. Raises ValueError, in one line, for a file that cannot be read or holds anything
+    else.
     """
     from moetrain.files import read_bytes  # with it comes pydantic, which layers do without
 
@@ -28,15 +42,18 @@ def read_numbers(path: str, option: str, what: str) -> dict[int, int]:
     except (ValueError, RecursionError):
         raise ValueError(f"router.{option}={path} cannot be read: no JSON text") from None
     if not isinstance(counts, dict) or not counts:
-        raise ValueError(f"router.{option}={path} must hold an object of {{token id: {what}}}")
+        raise ValueError(f"router.{option}={path} must hold an object of {{{of}: {what}}}")
     for key, count in counts.items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 9 and int(key) < _MAX_IDS):
-            raise ValueError(f"router.{option}={path}: {key[:40]!r} is not a token id from 0 to 2^24 - 1")
         if type(count) is not int or not 0 <= count < 2**63:
-            raise ValueError(f"router.{option}={path}: token {key} must have a {what} from 0 to 2^63 - 1")
-        if str(int(key)) != key:
-            raise ValueError(f"router.{option}={path}: write token id {key!r} as {str(int(key))!r}")
-    return {int(key): count for key, count in counts.items()}
+            raise ValueError(
+                f"router.{option}={path}: {of} {key[:40]!r} must have a {what} from 0 to 2^63 - 1"
+            )
+    return counts
+
+
+def is_token_id(text: str) -> bool:
+    """Whether it is an id from 0 to 2^24 - 1, in decimal."""
+    return text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < _MAX_IDS
 
 
 def balanced_table(counts: dict[int, int], num_experts: int) -> list[int]:

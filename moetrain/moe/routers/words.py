@@ -5,26 +5,22 @@ Shapes: T tokens, B sequences of S, E experts, V words.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from moetrain.errors import UserError
 from moetrain.moe.assign import from_token_choice
 from moetrain.moe.combine import Combine
 from moetrain.moe.context import RouterContext
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import Router, register
-from moetrain.moe.routers.hash_tables import balanced_table
+from moetrain.moe.routers.hash_tables import balanced_table, is_token_id, read_counts
 from moetrain.moe.routers.hashed import expert_keys
 from moetrain.moe.routing import Routing
 from moetrain.ops.counter import mix
 
-_MAX_BYTES = 500 * 10**6
 _MAX_LENGTH = 8  # tokens of a word
 _START = 0x30E
 
@@ -125,28 +121,13 @@ def read_words(path: str) -> dict[tuple[int, ...], int]:
 
     Raises ValueError, in one line, for a file that cannot be read or holds anything else.
     """
-    from moetrain.files import read_bytes  # with it comes pydantic, which layers do without
-
-    try:
-        counts = json.loads(read_bytes(Path(path), _MAX_BYTES).decode("utf-8"))
-    except UserError as e:
-        raise ValueError(f"router.words={path}: {e}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"router.words={path} cannot be read: no JSON text") from None
-    if not isinstance(counts, dict) or not counts:
-        raise ValueError(f"router.words={path} must hold an object of {{token ids: count}}")
+    counts = read_counts(path, "words", "count", "token ids")
     words: dict[tuple[int, ...], int] = {}
     for key, count in counts.items():
         ids = key.split(" ")
-        if len(ids) > _MAX_LENGTH or not all(map(_is_id, ids)):
+        if len(ids) > _MAX_LENGTH or not all(is_token_id(i) and str(int(i)) == i for i in ids):
             raise ValueError(
                 f"router.words={path}: {key[:40]!r} must be 1 to {_MAX_LENGTH} token ids, one blank between"
             )
-        if type(count) is not int or not 0 <= count < 2**63:
-            raise ValueError(f"router.words={path}: {key[:40]!r} must have a count from 0 to 2^63 - 1")
         words[tuple(map(int, ids))] = count
     return words
-
-
-def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 9 and str(int(text)) == text

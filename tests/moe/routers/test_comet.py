@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_cases import SEEDS, dense_weights, normal
+from router_cases import SEEDS, dense_weights, normal, step_by_hand
 
 from moetrain.moe import RouterContext, build_router
 from moetrain.moe.smooth_choice import smooth_step
@@ -29,22 +29,15 @@ def router_of(num_experts, trees, scale=1.0, seed=0, **options):
     return router
 
 
-def step(t, gamma):
-    """The smooth step as the paper writes it, on torch scalars."""
-    if t <= -gamma / 2:
-        return t * 0
-    if t >= gamma / 2:
-        return t * 0 + 1
-    return -2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5
-
-
 def path(leaf, x_D, parameters, tree, num_experts, gamma):
     """The probability of the way from the root to ``leaf``, walked back up by the parent (n - 1) // 2."""
     p = torch.ones((), dtype=torch.float64)
     while leaf:
         parent = (leaf - 1) // 2
         row = tree * (num_experts - 1) + parent
-        s = step((parameters["node_weight_ND"][row] * x_D).sum() + parameters["node_bias_N"][row], gamma)
+        s = step_by_hand(
+            (parameters["node_weight_ND"][row] * x_D).sum() + parameters["node_bias_N"][row], gamma
+        )
         p = p * (s if leaf % 2 else 1 - s)
         leaf = parent
     return p

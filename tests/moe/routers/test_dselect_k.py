@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_cases import SEEDS, dense_weights, normal
+from router_cases import SEEDS, dense_weights, normal, step_by_hand
 
 from moetrain.moe import RouterContext, build_router
 
@@ -31,15 +31,6 @@ def router_of(num_experts, selectors, scale=1.0, seed=0, **options):
     return router
 
 
-def step(t, gamma):
-    """The smooth step as the paper writes it, on torch scalars."""
-    if t <= -gamma / 2:
-        return t * 0
-    if t >= gamma / 2:
-        return t * 0 + 1
-    return -2 * t**3 / gamma**3 + 3 * t / (2 * gamma) + 0.5
-
-
 def by_hand(x_TD, parameters, num_experts, selectors, gamma):
     """(weights [T, E], selectors' choices [T, K, E]): binary numbers, products and sums of scalars."""
     mix_w, mix_b, code_w, code_b = parameters
@@ -49,7 +40,10 @@ def by_hand(x_TD, parameters, num_experts, selectors, gamma):
         v = [torch.exp((mix_w[k] * x_D).sum() + mix_b[k]) for k in range(selectors)]
         rows = []
         for k in range(selectors):
-            s = [step((code_w[k * bits + m] * x_D).sum() + code_b[k * bits + m], gamma) for m in range(bits)]
+            s = [
+                step_by_hand((code_w[k * bits + m] * x_D).sum() + code_b[k * bits + m], gamma)
+                for m in range(bits)
+            ]
             row = []
             for e in range(num_experts):
                 r = torch.ones((), dtype=torch.float64)

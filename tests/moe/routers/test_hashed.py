@@ -106,7 +106,7 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
         ({"dispersed": True}, "router.dispersed=true is of clusters"),
         ({"clusters": path, "top_k": 2}, "router.clusters gives one expert an id, not 2"),
         ({"clusters": "/nowhere"}, "router.clusters=/nowhere"),
-        ({"clusters": str(negative)}, "token 1 must have a cluster from 0"),
+        ({"clusters": str(negative)}, "token id '1' must have a cluster from 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             build_router("hash", d_model=3, num_experts=3, **{"top_k": 1, **options})
@@ -148,12 +148,12 @@ def test_the_table_travels_with_the_state_and_through_casts(tmp_path: Path) -> N
         ({str(2**24): 3}, "is not a token id"),
         ({"9" * 5000: 3}, "is not a token id"),
         ({"01": 3}, "write token id '01' as '1'"),
-        ({"1": -3}, "token 1 must have a count"),
-        ({"1": 0.5}, "token 1 must have a count"),
-        ({"1": True}, "token 1 must have a count"),
-        ({"1": 2**63}, "token 1 must have a count"),
+        ({"1": -3}, "token id '1' must have a count"),
+        ({"1": 0.5}, "token id '1' must have a count"),
+        ({"1": True}, "token id '1' must have a count"),
+        ({"1": 2**63}, "token id '1' must have a count"),
         ('{"1": ' + "9" * 5000 + "}", "cannot be read: no JSON text"),
-        ('{"1": NaN}', "token 1 must have a count"),
+        ('{"1": NaN}', "token id '1' must have a count"),
     ],
 )
 def test_a_malformed_file_is_one_line(tmp_path: Path, counts: Any, message: str) -> None:
