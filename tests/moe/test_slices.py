@@ -124,6 +124,7 @@ def test_other_backends_compute_slices_or_take_another_rung(backend: str) -> Non
     ("changes", "line"),
     [
         ({"expert_widths": (6, 3)}, "expert_widths has 2 numbers, but there are 4 experts"),
+        ({"input_dropout": 0.1}, "experts.input_dropout=0.1 is of experts of one width"),
         ({"expert_widths": (6, 3, 0, 9)}, "expert_widths has 0, but a width is 1 or more"),
         ({"first_weights": FirstWeights.tenth}, "experts.first_weights=tenth is of experts of one width"),
     ],

@@ -13,6 +13,7 @@ from router_cases import dense_weights, looking_at_logits, normal
 from torch import Tensor
 
 from moetrain.moe import ROUTERS, RouterContext
+from moetrain.router_tools.check import obeys_a_record
 
 T, E = 11, 7
 LINEAR = {
@@ -80,3 +81,9 @@ def test_who_can_be_replayed() -> None:
     replays = {name for name, spec in ROUTERS.items() if spec.cls.replays}
     assert replays >= {"topk", "switch", "sigmoid", "cosine", "straight_through", "sigma", "grouped", "moepp"}
     assert not replays & {"relu", "expert_choice", "base", "dense", "hash"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, spec in ROUTERS.items() if spec.cls.replays))
+def test_who_says_that_it_replays_does(name: str) -> None:
+    """A subclass may inherit the word and choose by another rule."""
+    obeys_a_record(name)
