@@ -7,7 +7,8 @@ value. Every rank has one thread, the environment that torchrun would give it, a
 Processes come from a fork server that has torch imported already and has never run an operator, so a rank
 starts in a fraction of a second. Each rank leads its own process group, and the whole group is killed when
 the call ends for whatever reason; a rank also ends by itself when the calling process dies. One that has not
-returned in time is asked where it is: the error has the stack of each of its threads.
+returned in time is asked where it is: the error has the stack of each of its threads, and so has that of a
+rank which a fault in native code ended.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def _collect(processes: list[Any], pipes: list[Any], timeout: float, folder: str
             raise RanksTimeoutError(pending, world_size, timeout, _stacks(processes, pending, folder))
         for rank in pending:
             if pipes[rank] in ready:
-                reports[rank] = _receive(pipes[rank], processes[rank])
+                stacks = Path(_stack_file(folder, rank))
+                reports[rank] = _receive(pipes[rank], processes[rank], stacks)
         failed = {rank: report for rank, report in reports.items() if report.result is None}
         if not all(report.by_a_peer for report in failed.values()):
             break
@@ -168,13 +170,15 @@ def _await_starts(pipes: list[Any]) -> None:
             pipe.recv_bytes()
 
 
-def _receive(pipe: Any, process: Any) -> _Report:
+def _receive(pipe: Any, process: Any, stacks: Path) -> _Report:
     try:
         report: _Report = pickle.loads(pipe.recv_bytes())
         return report
     except (EOFError, ConnectionError):
         process.join(5)
         text = f"the process ended without a report (exit code {process.exitcode})"
+        if stacks.exists() and (written := stacks.read_text(errors="replace")):  # a fault in native code
+            text += f"\n{written}"
         return _Report(time=float("-inf"), kind="death", text=text)
 
 
@@ -211,7 +215,9 @@ def _rank_main(
     call: bytes, environment: dict[str, str], pipe: Any, init: bool, timeout: float, stack_file: str
 ) -> None:
     os.setsid()
-    faulthandler.register(signal.SIGUSR2, os.open(stack_file, os.O_WRONLY | os.O_CREAT))
+    stacks = os.open(stack_file, os.O_WRONLY | os.O_CREAT)
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR2, stacks)
     os.environ.clear()
     os.environ.update(environment)
     die_with_parent()

@@ -33,6 +33,12 @@ def _die_on_zero(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
+def _abort_on_zero(rank: int, world_size: int) -> None:
+    if rank == 0:
+        os.abort()
+    dist.barrier()
+
+
 def _is_connected(any_socket: socket.socket) -> bool:
     try:
         any_socket.getpeername()
@@ -83,6 +89,13 @@ def test_the_first_failure_is_raised_with_rank_and_traceback():
         run_ranks(_fail_on_one, 2)
     assert "the cause" in error.value.text
     assert "_fail_on_one" in error.value.text
+
+
+def test_a_fault_in_native_code_tells_where_the_rank_was():
+    with pytest.raises(
+        RankError, match=r"exit code -6\)\nFatal Python error: Aborted\n[\s\S]*_abort_on_zero"
+    ):
+        run_ranks(_abort_on_zero, 2)
 
 
 def test_a_rank_that_dies_is_named():
