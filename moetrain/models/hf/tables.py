@@ -22,6 +22,7 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    bias: str | None = None  # of the choice, one number an expert; None: it has none
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
@@ -84,7 +85,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
-        "feed_forward.router.bias_E": Tiled((cfg.num_experts,)),
+        "feed_forward.router.bias_E": _bias(names.bias, cfg.num_experts),
         "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
@@ -94,6 +95,10 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     if cfg.shared_gate:
         table["feed_forward.shared_gate_1D"] = _whole(names.shared_gate, (1, d_model))
     return table
+
+
+def _bias(name: str | None, num_experts: int) -> Tiled:
+    return Tiled((num_experts,)) if name is None else _whole(name, (num_experts,))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:

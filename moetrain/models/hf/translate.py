@@ -119,19 +119,25 @@ def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
 
 def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
-    router = spec.router
-    require("experts.kind", spec.experts.kind.name, "networks")
-    if type(router) is not TopKOptions:
-        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    router = check_router(spec)
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
     require("router.route_scale", router.route_scale, 1.0)
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
-    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
-    require("router.permutation_steps", router.permutation_steps, None)
     top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k
     return top_k, router.renormalize or router.score is Score.softmax_after
+
+
+def check_router(spec: ModelSpec) -> TopKOptions:
+    """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
+    router = spec.router
+    require("experts.kind", spec.experts.kind.name, "networks")
+    if type(router) is not TopKOptions:
+        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
+    require("router.permutation_steps", router.permutation_steps, None)
+    return router
 
 
 def require(key: str, value: Any, wanted: Any) -> None:

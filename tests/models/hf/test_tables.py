@@ -24,7 +24,31 @@ from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
+SIGMOID = ("glm4_moe",)
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
+@st.composite
+def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: ExpertsConfig) -> ModelSpec:
+    """Those of DeepSeek-V3's kind of MoE layer."""
+    keys["first_dense"] = draw(st.integers(0, keys["num_layers"] - 1))
+    keys["num_shared_experts"] = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    keys["num_experts"] *= groups
+    limit = draw(st.integers(1, groups))
+    router = TopKOptions(
+        top_k=draw(st.integers(1, limit * keys["num_experts"] // groups)),
+        score=Score.sigmoid,
+        renormalize=draw(st.booleans()),
+        route_scale=draw(st.sampled_from([1.0, 2.5])),
+        num_groups=groups,
+        top_groups=limit,
+    )
+    if name == "glm4_moe":
+        keys["qk_norm"] = draw(st.sampled_from([QKNorm.none, QKNorm.head]))
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+    keys["qkv_bias"] = draw(st.booleans())
+    return ModelSpec(ModelConfig(**keys), router, experts)
 
 
 @st.composite
@@ -53,6 +77,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
     keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
+    if name in SIGMOID:
+        return draw(sigmoid_specs(name, keys, experts))
     if name in ("qwen2_moe", "qwen3_moe"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
@@ -155,6 +181,8 @@ MOE = replace(BASE, num_experts=3, d_ff_expert=5)
 SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
+SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
 
 
@@ -187,6 +215,17 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen2_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("glm4_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("glm4_moe", ModelSpec(MOE, SIGMOID2), "model.num_shared_experts=0"),
+        ("glm4_moe", ModelSpec(SHARED, SIGMOID2), "model.d_ff_shared=3"),
+        ("glm4_moe", ModelSpec(replace(SHARED, d_ff_shared=5), SIGMOID2), "model.shared_gate=True"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, moe_every=2), SIGMOID2), "model.moe_every=2"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, sliding_window=3), SIGMOID2), "sliding_window=3"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, rope_interleaved=True), SIGMOID2), "rope_interleaved"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, qk_norm=QKNorm.full), SIGMOID2), "qk_norm=full"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, TOP2), "router.score=softmax"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
     ],
 )  # fmt: skip
 def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:

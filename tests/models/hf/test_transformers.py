@@ -67,7 +67,9 @@ def test_logits_by_the_default_backend(name: str) -> None:
     torch.testing.assert_close(ours.logits(ours(ids).hidden_BSD), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn"])
+@pytest.mark.parametrize(
+    "name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "glm4_moe_yarn"]
+)
 def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
     prompt = SCALED[name].batch()[0][:1, :5]
