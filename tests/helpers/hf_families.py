@@ -257,6 +257,19 @@ GLM4_MOE_GROUPS = Family(  # without the norms and biases; the whole head turns;
     TopKOptions(top_k=3, score=Score.sigmoid, renormalize=False, num_groups=4, top_groups=2),
     rope={"partial_rotary_factor": 1.0},
 )
+MINIMAX_M2 = Family(
+    "MiniMaxM2",
+    {"intermediate_size": 23, "num_local_experts": 11, "num_experts_per_tok": 3},
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-6,
+        "qk_norm": QKNorm.full,
+        "rope_fraction": 2 / 7,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid),
+    rope={"partial_rotary_factor": 2 / 7},
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -315,5 +328,6 @@ FAMILIES = {
     "qwen3": QWEN3,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_groups": GLM4_MOE_GROUPS,
+    "minimax_m2": MINIMAX_M2,
     **SCALED,
 }

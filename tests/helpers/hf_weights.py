@@ -31,6 +31,7 @@ RENAMED = {
     "mlp.shared_experts.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_experts.down_proj.weight": "feed_forward.shared.w_down_DF",
     "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
 }
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 OUTER = {

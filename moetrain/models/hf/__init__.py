@@ -3,6 +3,7 @@
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     glm4_moe,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmoe,

@@ -114,6 +114,8 @@ def _unstacked(
     if match is None or not m.num_experts:
         return whole
     layer, inner = match.groups()
+    if inner in names.aliases:
+        return {layer + names.aliases[inner]: (_Place(stored), info)}
     if inner == _ROUTER:
         return {layer + names.router: (_Place(stored), info)}
     width, d_model = m.d_ff_expert, m.d_model

@@ -5,7 +5,8 @@ Shapes: D model, F hidden, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.pieces import Piece, Table, Tiled
@@ -23,6 +24,9 @@ class MoENames:
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
     bias: str | None = None  # of the choice, one number an expert; None: it has none
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what transformers 5's own layout calls otherwise
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:

@@ -162,7 +162,11 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, factor 1": {"rope_scaling": {**YARN, "factor": 1, "mscale": 2.0, "mscale_all_dim": 0.5}},
     "keys of other kinds": {"rope_scaling": {**LINEAR, "beta_fast": 4.0, "mscale": 2.0}},
 }  # fmt: skip
-WHOLE, PARTLY = ("llama", "mixtral", "qwen3_moe"), ("glm4_moe",)
+TURNED = {
+    "rotary_dim": {"rotary_dim": 4},
+    "rotary_dim, part": {"rotary_dim": 4, "partial_rotary_factor": 0.5},
+}
+WHOLE, PARTLY = ("llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
 PART = "partial_rotary_factor"
 PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
     "nothing": {},
@@ -179,7 +183,7 @@ PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
     ("name", "values"),
     [
         pytest.param(name, values, id=f"{what}-{name}")
-        for names, cases in ((WHOLE, ROPES), (PARTLY, PARTS))
+        for names, cases in ((WHOLE, ROPES), (PARTLY, PARTS), (("minimax_m2",), TURNED))
         for what, values in cases.items()
         for name in names
     ],
@@ -200,3 +204,37 @@ def test_positions_rotate_as_theirs(name: str, values: dict[str, Any]) -> None:
     ours = rope_table(positions_BS, width, m.rope_theta, torch.float32, m.rope_scaling)
     torch.testing.assert_close(ours.cos_BS1H[:, :, 0], cos_BSH, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.sin_BS1h[:, :, 0], sin_BSH[..., : width // 2], rtol=0, atol=1e-5)
+
+
+# keys that the makers' files have besides, and values that are refused
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "minimax_m2": (
+        {
+            "attn_type_list": [1, 1], "auto_map": {"AutoConfig": "x.Y"}, "layernorm_full_attention_beta": 1.0,
+            "layernorm_linear_attention_beta": 1.0, "layernorm_mlp_beta": 1.0, "mlp_intermediate_size": 99,
+            "mtp_transformer_layers": 1, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "rotary_dim": 16,
+            "scoring_func": "sigmoid", "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
+            "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "sliding_window": None,
+        },
+        {
+            "attn_type_list": [0, 1], "layernorm_mlp_beta": 2.0, "scoring_func": "softmax",
+            "shared_intermediate_size": 8, "use_qk_norm": False, "use_routing_bias": False, "rotary_dim": 3,
+            "head_dim": 0, "router_jitter_noise": 0.1,
+        },
+    ),
+    "glm4_moe": (
+        {"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "use_qk_norm": False},
+        {"n_shared_experts": 0, "num_nextn_predict_layers": -1, "partial_rotary_factor": 0.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_keys_of_the_published_files(name: str) -> None:
+    """They say what transformers' class computes anyway; other values are refused by name."""
+    same, others = PUBLISHED[name]
+    given = sizes_of(name)
+    assert read(given | same) == read(given)
+    for key, value in others.items():
+        with pytest.raises(UserError, match=f"{key}|rope_fraction"):
+            read(given | {key: value})

@@ -23,8 +23,9 @@ from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
+QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full, "minimax_m2": QKNorm.full}
 SIGMOID = ("glm4_moe",)
+AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 
 
@@ -76,7 +77,7 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
-    keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
+    keys["d_ff_expert"] = keys["d_ff"] if name in AS_DENSE else draw(st.integers(1, 13))
     if name in SIGMOID:
         return draw(sigmoid_specs(name, keys, experts))
     if name in ("qwen2_moe", "qwen3_moe"):
@@ -90,6 +91,9 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     )
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
+    if name == "minimax_m2":
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+        router = TopKOptions(top_k=top_k, score=Score.sigmoid)
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 
@@ -216,6 +220,13 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("minimax_m2", ModelSpec(NORMED, TOP2), "router.score=softmax"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, renormalize=False)), "router.renormalize=False"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, route_scale=2.0)), "router.route_scale=2.0"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, num_groups=3, top_groups=2)), "top_groups=2"),
+        ("minimax_m2", ModelSpec(MOE, SIGMOID2), "model.qk_norm=none"),
+        ("minimax_m2", ModelSpec(replace(NORMED, sliding_window=3), SIGMOID2), "model.sliding_window=3"),
         ("glm4_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("glm4_moe", ModelSpec(MOE, SIGMOID2), "model.num_shared_experts=0"),
         ("glm4_moe", ModelSpec(SHARED, SIGMOID2), "model.d_ff_shared=3"),
