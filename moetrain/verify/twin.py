@@ -120,6 +120,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         num_shared_experts=min(m.num_shared_experts, 2),
         d_ff_shared=None if m.d_ff_shared is None else 5,
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
+        window_pattern=tuple(dict.fromkeys(m.window_pattern)),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
 

@@ -24,6 +24,7 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
     "rope_theta": THETA,
     "tie_word_embeddings": False,
 }
+_OTHERWISE = ("out_bias", "attention_sinks", "window_pattern")  # what few families have, who set them apart
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
@@ -75,6 +76,8 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
+    for name in _OTHERWISE:
+        require(f"model.{name}", getattr(m, name), getattr(ModelConfig, name))
     require("model.lora_rank", m.lora_rank, None)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
