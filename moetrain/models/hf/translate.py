@@ -28,10 +28,8 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
-_PLAIN = {  # what few families have words for, and how the others are
-    "rope_fraction": 1.0,
-    "rope_interleaved": False,
-}
+# what few families have words for, who name it as their own
+_OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
 
 
 def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
@@ -88,9 +86,9 @@ def write_decoder(
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
     require("model.lora_rank", m.lora_rank, None)
-    for key, plain in _PLAIN.items():
+    for key in _OTHERWISE:
         if key not in own:
-            require(f"model.{key}", getattr(m, key), plain)
+            require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
