@@ -270,6 +270,36 @@ MINIMAX_M2 = Family(
     TopKOptions(top_k=3, score=Score.sigmoid),
     rope={"partial_rotary_factor": 2 / 7},
 )
+DOTS1 = Family(
+    "Dots1",
+    {
+        **{key: GLM4_MOE.theirs[key] for key in ("moe_intermediate_size", "intermediate_size")},
+        "n_routed_experts": 12,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "n_group": 3,
+        "topk_group": 2,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+    },
+    {
+        **GLM4_MOE.ours,
+        "num_shared_experts": 1,
+        "norm_eps": 1e-6,
+        "out_bias": True,
+        "rope_fraction": 1.0,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, num_groups=3, top_groups=2),
+)
+DOTS1_WINDOW = replace(
+    DOTS1,
+    theirs={**DOTS1.theirs, "attention_bias": False, "sliding_window": 4, "max_window_layers": 0},
+    ours={**DOTS1.ours, "qkv_bias": False, "out_bias": False, "sliding_window": 4},
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -329,5 +359,7 @@ FAMILIES = {
     "glm4_moe": GLM4_MOE,
     "glm4_moe_groups": GLM4_MOE_GROUPS,
     "minimax_m2": MINIMAX_M2,
+    "dots1": DOTS1,
+    "dots1_window": DOTS1_WINDOW,
     **SCALED,
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 _PROJECTIONS = (("q", "Q"), ("k", "G"), ("v", "G"))
 RENAMED = {
     "self_attn.o_proj.weight": "attention.w_out_DQ",
+    "self_attn.o_proj.bias": "attention.b_out_D",
     "self_attn.q_norm.weight": "attention.q_norm.weight_D",
     "self_attn.k_norm.weight": "attention.k_norm.weight_D",
     "input_layernorm.weight": "attention_norm.weight_D",

@@ -54,6 +54,8 @@ def _attention(cfg: ModelConfig) -> Table:
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
+    if cfg.out_bias:
+        table["attention.b_out_D"] = _whole("self_attn.o_proj.bias", (cfg.d_model,))
     for part, width in widths.items():
         axis = "Q" if part == "q" else "G"
         shape = (width, cfg.d_model)

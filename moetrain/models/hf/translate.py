@@ -184,15 +184,18 @@ def window(fields: Fields, key: str = "sliding_window") -> int | None:
     return width
 
 
-def window_or_none(fields: Fields) -> int | None:
+def window_or_none(fields: Fields, on: bool | None = None) -> int | None:
     """Qwen's window: off unless ``use_sliding_window``, and on the layers that ``layer_types`` names.
 
-    Without that list it is on the layers from ``max_window_layers`` on.
+    Without that list it is on the layers from ``max_window_layers`` on. ``on``: what counts instead of the
+    key.
     """
     fields.without_effect("sliding_window", "max_window_layers")  # unless they are asked for below
-    kind, on = layer_types(fields), fields.flag("use_sliding_window", False)
+    kind, keyed = layer_types(fields), on is None
+    on = fields.flag("use_sliding_window", False) if on is None else on
     if kind == "sliding_attention" and not on:
-        raise fields.refuse("layer_types says sliding_attention, but use_sliding_window is false")
+        off = "use_sliding_window is false" if keyed else "sliding_window is null"
+        raise fields.refuse(f"layer_types says sliding_attention, but {off}")
     if not on or kind == "full_attention":
         return None
     if kind == "sliding_attention":

@@ -26,7 +26,7 @@ SIZES = {
 }  # fmt: skip
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
-    "shared_expert_intermediate_size": 24, "n_routed_experts": 4,
+    "shared_expert_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1,
 }  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_no_key_of_theirs_is_unknown(name: str) -> None:
 
 
 def _without_effect(name: str, key: str) -> bool:
-    """Qwen's window keys, where there is no window."""
-    return name.startswith("qwen") and key in ("sliding_window", "max_window_layers")
+    """Keys of a window, where there is none, or where layer_types says which layers have it."""
+    return name.startswith(("qwen", "dots1")) and key in ("sliding_window", "max_window_layers")
 
 
 def test_what_generation_reads_changes_no_model() -> None:
@@ -221,6 +221,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "shared_intermediate_size": 8, "use_qk_norm": False, "use_routing_bias": False, "rotary_dim": 3,
             "head_dim": 0, "router_jitter_noise": 0.1,
         },
+    ),
+    "dots1": (
+        {"auto_map": {"AutoConfig": "x.Y"}, "layer_types": ["full_attention"] * 2},
+        {"n_routed_experts": None, "n_shared_experts": None, "max_window_layers": 1,
+         "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "glm4_moe": (
         {"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "use_qk_norm": False},

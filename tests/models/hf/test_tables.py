@@ -23,10 +23,16 @@ from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full, "minimax_m2": QKNorm.full}
-SIGMOID = ("glm4_moe",)
+QK_NORM = {
+    "qwen3": QKNorm.head,
+    "qwen3_moe": QKNorm.head,
+    "olmoe": QKNorm.full,
+    "minimax_m2": QKNorm.full,
+    "dots1": QKNorm.head,
+}
+SIGMOID = ("dots1", "glm4_moe")
 AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
-WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
 
 
 @st.composite
@@ -49,6 +55,7 @@ def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: Exp
         keys["qk_norm"] = draw(st.sampled_from([QKNorm.none, QKNorm.head]))
         keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
     keys["qkv_bias"] = draw(st.booleans())
+    keys["out_bias"] = name == "dots1" and keys["qkv_bias"]
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 
@@ -226,6 +233,9 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
+        ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
+        ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),
         ("minimax_m2", ModelSpec(NORMED, TOP2), "router.score=softmax"),
         ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, renormalize=False)), "router.renormalize=False"),
         ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, route_scale=2.0)), "router.route_scale=2.0"),
