@@ -55,14 +55,14 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
         raise UserError(f"{cfg.checkpoint}: {key}: no family has such blocks")
     family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)
-    dtype = _DTYPES.get(cfg.dtype)
+    dtype, wide = _DTYPES.get(cfg.dtype), (*_FP32, *family.fp32)
     infos = {
         name: TensorInfo(
-            piece.whole_shape, model.infos[ours].dtype if ours.endswith(_FP32) or not dtype else dtype
+            piece.whole_shape, model.infos[ours].dtype if ours.endswith(wide) or not dtype else dtype
         )
         for name, ((ours, piece), *_) in pieces.items()
     }
-    dtypes = {infos[name].dtype for name, ((ours, _), *_) in pieces.items() if not ours.endswith(_FP32)}
+    dtypes = {infos[name].dtype for name, ((ours, _), *_) in pieces.items() if not ours.endswith(wide)}
     total = sum(info.nbytes for info in infos.values())
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:

@@ -69,9 +69,8 @@ class Family:
             for parameter in theirs.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
-            for name, buffer in theirs.named_buffers():
-                if name.endswith(_BIAS):  # of sigmoid scores: it changes choices
-                    buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
+            for buffer in _biases(theirs).values():  # so that they change choices
+                buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
 
     def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
@@ -80,7 +79,7 @@ class Family:
         experts = ExpertsConfig(activation=self.activation, backend=Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
         weights = dict(theirs.named_parameters())
-        weights |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(_BIAS)}
+        weights |= {name: bias.flatten() for name, bias in _biases(theirs).items()}
         missing, unexpected = ours.load_state_dict(from_hf(weights), strict=False)
         assert unexpected == []
         assert all(name.endswith("router.bias_E") for name in missing)
@@ -91,6 +90,12 @@ class Family:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(VOCAB, (BATCH, self.seq), generator=generator)
         return ids, ids.where(torch.rand(BATCH, self.seq, generator=generator) > 0.2, -100)
+
+
+def _biases(theirs: Any) -> dict[str, Tensor]:
+    """Those of routers' choices, which no gradient moves."""
+    found = {**dict(theirs.named_buffers()), **dict(theirs.named_parameters())}
+    return {name: tensor for name, tensor in found.items() if name.endswith(_BIAS)}
 
 
 MIXTRAL = Family(
@@ -300,6 +305,49 @@ DOTS1_WINDOW = replace(
     theirs={**DOTS1.theirs, "attention_bias": False, "sliding_window": 4, "max_window_layers": 0},
     ours={**DOTS1.ours, "qkv_bias": False, "out_bias": False, "sliding_window": 4},
 )
+ERNIE4_5_MOE = Family(
+    "Ernie4_5_Moe",
+    {
+        "moe_intermediate_size": 23,
+        "intermediate_size": 41,
+        "moe_num_experts": 11,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "num_hidden_layers": 4,
+        "moe_layer_interval": 2,
+        "moe_layer_start_index": 2,
+    },
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "d_ff": 41,
+        "num_shared_experts": 2,
+        "num_layers": 4,
+        "moe_every": 2,
+        "first_dense": 2,
+        "norm_eps": 1e-5,
+        "rope_interleaved": True,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=True),
+)
+ERNIE4_5_MOE_ALL = replace(  # every layer MoE, no shared experts, tied
+    ERNIE4_5_MOE,
+    theirs={
+        **ERNIE4_5_MOE.theirs,
+        "moe_num_shared_experts": 0,
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 3,
+        "tie_word_embeddings": True,
+    },
+    ours={
+        **ERNIE4_5_MOE.ours,
+        "num_shared_experts": 0,
+        "moe_every": 1,
+        "first_dense": 0,
+        "tie_embeddings": True,
+    },
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -329,6 +377,7 @@ SCALED = {
         RopeScaling(RopeKind.llama3, 3.0, low_freq_factor=0.5, high_freq_factor=3.0),
     ),
     "llama_yarn": scaled(LLAMA, {}, RopeScaling(RopeKind.yarn, 4.0)),
+    "ernie4_5_moe_yarn": scaled(ERNIE4_5_MOE_ALL, {}, RopeScaling(RopeKind.yarn, 4.0)),
     "glm4_moe_yarn": scaled(
         replace(GLM4_MOE, ours={**GLM4_MOE.ours, "rope_fraction": 4 / 7}),
         {"partial_rotary_factor": 4 / 7},
@@ -361,5 +410,6 @@ FAMILIES = {
     "minimax_m2": MINIMAX_M2,
     "dots1": DOTS1,
     "dots1_window": DOTS1_WINDOW,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     **SCALED,
 }

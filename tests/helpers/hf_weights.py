@@ -33,6 +33,7 @@ RENAMED = {
     "mlp.shared_experts.down_proj.weight": "feed_forward.shared.w_down_DF",
     "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
     "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 OUTER = {

@@ -44,8 +44,9 @@ class Family:
 
     ``code``: files that transformers needs beside the weights; such a family is taken by name only.
     ``defaults``: what transformers takes for a key that is absent. Sizes have none: they must be said.
-    ``future_layers``: the key that says how many layers after the last predict further tokens; they are left
-    out.
+    Layers that predict further tokens are left out: ``future_layers`` is the key that says how many come
+    after the last, ``left_out`` are beginnings of names. ``fp32``: ends of our names, of tensors that keep
+    their dtype in any export, as they do in transformers; the bias of a choice does in all families.
     """
 
     model_type: str
@@ -56,6 +57,8 @@ class Family:
     code: tuple[Path, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     future_layers: str | None = None
+    left_out: tuple[str, ...] = ()
+    fp32: tuple[str, ...] = ()
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""

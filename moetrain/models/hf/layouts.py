@@ -71,20 +71,20 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
     bare_names = not any(name.startswith(_BASE) for name in source.tensors) and any(
         name.startswith("layers.") for name in source.tensors
     )
-    future, left_out = _future_layers(source, family, spec), list[str]()
+    further, left_out = _further_layers(source, family, spec), list[str]()
     for stored, info in source.tensors.items():
         bare = bare_names and stored.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb."))
         name = _BASE + stored if bare else stored
         if tied and stored == HEAD and not {EMBEDDING, "embed_tokens.weight"} & source.tensors.keys():
             name = EMBEDDING
-        if name.startswith(future):
+        if name.startswith(further):
             left_out.append(stored)
         elif not _COMPUTED.fullmatch(name):
             places |= _unstacked(source, stored, name, info, family, spec)
     if left_out:
         tell(
-            f"left out of {source.path}: {len(left_out)} tensors of {len(future)} layer(s) that predict "
-            f"further tokens ({left_out[0]} ...), which no model here has",
+            f"left out of {source.path}: {len(left_out)} tensor(s) of layers that predict further tokens "
+            f"({left_out[0]} ...), which no model here has",
             sys.stderr,
         )
     view = View(source, places)
@@ -98,11 +98,12 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
     return view
 
 
-def _future_layers(source: Source, family: Family, spec: ModelSpec) -> tuple[str, ...]:
-    """How the names begin of layers after the last that predict further tokens."""
+def _further_layers(source: Source, family: Family, spec: ModelSpec) -> tuple[str, ...]:
+    """How the names begin of layers that predict further tokens."""
     extra = 0 if family.future_layers is None else source.config.get(family.future_layers) or 0
     first = spec.model.num_layers
-    return tuple(f"{_BASE}layers.{layer}." for layer in range(first, first + min(extra, MAX_LAYERS)))
+    layers = range(first, first + min(extra, MAX_LAYERS))
+    return (*family.left_out, *(f"{_BASE}layers.{layer}." for layer in layers))
 
 
 def _unstacked(

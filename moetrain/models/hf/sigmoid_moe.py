@@ -11,12 +11,11 @@ from typing import Any
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.tables import MoENames
-from moetrain.models.hf.translate import check_router, read_num_experts, require
+from moetrain.models.hf.translate import check_router, read_num_experts, require, shared_number
 from moetrain.models.options import ModelConfig
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
 NAMES = MoENames(bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts")
-OWN_KEYS = ("n_shared_experts", "routed_scaling_factor", "first_k_dense_replace")  # which others leave alone
 
 
 def read_layers(fields: Fields) -> dict[str, Any]:
@@ -49,17 +48,11 @@ def write_layers(m: ModelConfig) -> dict[str, Any]:
         raise CannotExpressError("model.num_experts=0, and it has experts")
     if not m.num_shared_experts:
         raise CannotExpressError("model.num_shared_experts=0, and it has shared experts")
-    if m.shared_width % m.d_ff_expert:
-        raise CannotExpressError(
-            f"model.d_ff_shared={m.shared_width}, and its shared experts are each as wide as "
-            f"model.d_ff_expert={m.d_ff_expert}"
-        )
-    require("model.shared_gate", m.shared_gate, False)
     require("model.moe_every", m.moe_every, 1)
     return {
         "n_routed_experts": m.num_experts,
         "moe_intermediate_size": m.d_ff_expert,
-        "n_shared_experts": m.shared_width // m.d_ff_expert,
+        "n_shared_experts": shared_number(m),
         "first_k_dense_replace": m.first_dense,
     }
 

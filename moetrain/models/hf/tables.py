@@ -24,6 +24,7 @@ class MoENames:
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
     bias: str | None = None  # of the choice, one number an expert; None: it has none
+    bias_rows: int = 0  # dimensions of size 1 before the experts
     aliases: Mapping[str, str] = field(
         default_factory=dict
     )  # what transformers 5's own layout calls otherwise
@@ -91,7 +92,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
-        "feed_forward.router.bias_E": _bias(names.bias, cfg.num_experts),
+        "feed_forward.router.bias_E": _bias(names, cfg.num_experts),
         "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
@@ -103,8 +104,11 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     return table
 
 
-def _bias(name: str | None, num_experts: int) -> Tiled:
-    return Tiled((num_experts,)) if name is None else _whole(name, (num_experts,))
+def _bias(names: MoENames, num_experts: int) -> Tiled:
+    if names.bias is None:
+        return Tiled((num_experts,))
+    piece = Piece.whole(names.bias, (num_experts,))
+    return Tiled((num_experts,), (replace(piece, shape=(1,) * names.bias_rows + piece.shape),))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:

@@ -158,6 +158,20 @@ def require_all_moe(spec: ModelSpec, shared: bool = False) -> None:
         require("model.num_shared_experts", spec.model.num_shared_experts, 0)
 
 
+def shared_number(m: ModelConfig) -> int:
+    """How many shared experts without a gate there are, each as wide as the others.
+
+    Raises CannotExpressError where they have a gate or another width.
+    """
+    require("model.shared_gate", m.shared_gate, False)
+    if m.shared_width % m.d_ff_expert:
+        raise CannotExpressError(
+            f"model.d_ff_shared={m.shared_width}, and its shared experts are each as wide as "
+            f"model.d_ff_expert={m.d_ff_expert}"
+        )
+    return m.shared_width // m.d_ff_expert
+
+
 def layer_types(fields: Fields) -> str | None:
     """What every layer attends to by the list of transformers 5, None where there is no list."""
     found = fields.get("layer_types") if fields.has("layer_types") else None

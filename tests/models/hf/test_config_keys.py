@@ -27,6 +27,7 @@ SIZES = {
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
     "shared_expert_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1,
+    "moe_num_experts": 4,
 }  # fmt: skip
 
 
@@ -220,6 +221,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "attn_type_list": [0, 1], "layernorm_mlp_beta": 2.0, "scoring_func": "softmax",
             "shared_intermediate_size": 8, "use_qk_norm": False, "use_routing_bias": False, "rotary_dim": 3,
             "head_dim": 0, "router_jitter_noise": 0.1,
+        },
+    ),
+    "ernie4_5_moe": (
+        {
+            "auto_map": {"AutoConfig": "x.Y"}, "moe_capacity": [4, 4], "moe_use_aux_free": True,
+            "moe_gate_act": "softmax", "num_nextn_predict_layers": 1, "moe_layer_end_index": 1,
+        },
+        {
+            "use_bias": True, "moe_norm_min": 1e-3, "moe_gate_act": "sigmoid", "moe_layer_end_index": 0,
+            "moe_layer_interval": 0, "moe_layer_start_index": -1, "moe_use_aux_free": False,
         },
     ),
     "dots1": (

@@ -63,7 +63,8 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "glm4_moe", "minimax_m2"]
+    "name",
+    ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "glm4_moe", "minimax_m2", "ernie4_5_moe"],
 )
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
     """The function of transformers' model, and the very tensors that the other layout gives."""
@@ -207,7 +208,7 @@ def test_layers_that_predict_further_tokens(
         assert "model.layers.3.eh_proj.weight has no place in this model" in line
         return
     ours = convert(folder, tmp_path / "ours")
-    assert "2 tensors of 1 layer(s) that predict further tokens" in capsys.readouterr().err
+    assert "2 tensor(s) of layers that predict further tokens" in capsys.readouterr().err
     out = export(ours, tmp_path / "out")
     assert_same_tensors(source, out)
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -87,15 +87,19 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     keys["d_ff_expert"] = keys["d_ff"] if name in AS_DENSE else draw(st.integers(1, 13))
     if name in SIGMOID:
         return draw(sigmoid_specs(name, keys, experts))
-    if name in ("qwen2_moe", "qwen3_moe"):
+    if name in ("qwen2_moe", "qwen3_moe", "ernie4_5_moe"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
     if name == "qwen2_moe":
         keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
     top_k = draw(st.integers(1, keys["num_experts"]))
     router = TopKOptions(
-        top_k=top_k, score=Score.softmax, renormalize=name != "mixtral" and draw(st.booleans())
+        top_k=top_k,
+        score=Score.softmax,
+        renormalize=name == "ernie4_5_moe" or (name != "mixtral" and draw(st.booleans())),
     )
+    if name == "ernie4_5_moe":
+        keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
     if name == "minimax_m2":
@@ -199,6 +203,7 @@ SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
 SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+ERNIE = replace(MOE, rope_interleaved=True)
 PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
 
@@ -233,6 +238,12 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("ernie4_5_moe", ModelSpec(MOE, TOP2), "model.rope_interleaved=False"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, SIGMOID2), "router.score=sigmoid"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("ernie4_5_moe", ModelSpec(replace(ERNIE, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("ernie4_5_moe", ModelSpec(replace(SHARED, rope_interleaved=True), TOP2), "model.shared_gate=True"),
         ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
         ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
         ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),
@@ -245,7 +256,7 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("minimax_m2", ModelSpec(replace(NORMED, sliding_window=3), SIGMOID2), "model.sliding_window=3"),
         ("glm4_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("glm4_moe", ModelSpec(MOE, SIGMOID2), "model.num_shared_experts=0"),
-        ("glm4_moe", ModelSpec(SHARED, SIGMOID2), "model.d_ff_shared=3"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, d_ff_shared=3), SIGMOID2), "model.d_ff_shared=3"),
         ("glm4_moe", ModelSpec(replace(SHARED, d_ff_shared=5), SIGMOID2), "model.shared_gate=True"),
         ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, moe_every=2), SIGMOID2), "model.moe_every=2"),
         ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, sliding_window=3), SIGMOID2), "sliding_window=3"),
