@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.models.decoder import Decoder
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, window_of
 from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.uses import Use
@@ -146,18 +146,25 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    scored = sum(heads.num_heads * heads.head_dim for heads in (a.heads for a in model.attentions()))
-    window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
-    seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
+    scored = sum(
+        a.heads.num_heads * a.heads.head_dim * _pairs(seq_len, window_of(cfg, layer), causal)
+        for layer, a in enumerate(model.attentions())
+    )
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * 2 * scored * seen / seq_len,
+        scores=2 * 2 * scored / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
         router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
+
+
+def _pairs(seq_len: int, window: int | None, causal: bool) -> int:
+    """The pairs of a query and a key whose scores count."""
+    window = seq_len if window is None else min(window, seq_len)
+    return window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
 
 
 def _saved_products(model: Decoder) -> int:
