@@ -79,6 +79,7 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     for name in _OTHERWISE:
         require(f"model.{name}", getattr(m, name), getattr(ModelConfig, name))
     require("model.lora_rank", m.lora_rank, None)
+    require("experts.bias", spec.experts.bias, False)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -114,6 +115,7 @@ def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
     require("router.route_scale", router.route_scale, 1.0)
+    require("router.logit_bias", router.logit_bias, False)
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
     require("router.eval_capacity_factor", router.eval_capacity_factor, None)
