@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: one file a family, and the tables by which tensors move both ways."""
 
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
+    gpt_oss,
     llama,
     mistral,
     mixtral,

@@ -22,7 +22,8 @@ class Piece:
     """One tensor of theirs and the block of ours that it fills.
 
     ``shape`` is theirs; ``dims`` are our dimensions in the order in which theirs has them. The block has size
-    1 in the others (an expert's number, gate or up).
+    1 in the others (an expert's number, gate or up). ``folded``: the last two of ``dims`` are one dimension
+    of theirs, in which the last runs fastest.
     """
 
     theirs: str
@@ -30,6 +31,7 @@ class Piece:
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
     dims: tuple[int, ...]
+    folded: bool = False
 
     @staticmethod
     def whole(theirs: str, shape: tuple[int, ...]) -> Piece:
@@ -45,10 +47,20 @@ class Piece:
             slice(start - offset, stop - offset)
             for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
         )
-        return tuple(ours[dim] for dim in self.dims)
+        found = [ours[dim] for dim in self.dims]
+        if self.folded:
+            slow, fast = found[-2], self.sizes[self.dims[-1]]
+            found[-2:] = [slice(slow.start * fast, slow.stop * fast)]
+        return tuple(found)
 
-    def to_ours(self, tensor: Tensor) -> Tensor:
-        """Their tensor, or a part of it, as ours has it; a view."""
+    def to_ours(self, tensor: Tensor, fast: slice | None = None) -> Tensor:
+        """Their tensor, or a part of it, as ours has it; a view.
+
+        ``fast``: the elements wanted of the dimension that runs fastest, of which a part holds all.
+        """
+        if self.folded:
+            tensor = tensor.unflatten(-1, (-1, self.sizes[self.dims[-1]]))
+            tensor = tensor if fast is None else tensor[..., fast]
         tensor = tensor.permute(sorted(range(tensor.ndim), key=self.dims.__getitem__))
         for dim in sorted(set(range(len(self.sizes))) - set(self.dims)):
             tensor = tensor.unsqueeze(dim)
@@ -99,7 +111,9 @@ def fill_block(block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], r
         for dim, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             here = here.narrow(dim, start - offsets[dim], stop - start)
         # Held by no name here: the next piece is read when this one is gone.
-        here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops))))
+        last = piece.dims[-1]
+        fast = slice(starts[last] - piece.offsets[last], stops[last] - piece.offsets[last])
+        here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops)), fast))
 
 
 def check_source(table: Table, theirs: Mapping[str, Sequence[int]], where: str) -> None:

@@ -30,7 +30,8 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 
 def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
-    layer_types(fields)
+    if "window_pattern" not in own:
+        layer_types(fields)  # those of all layers alike
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),

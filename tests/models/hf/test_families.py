@@ -49,8 +49,8 @@ class Moved:
 
 # The same rule as in a case of a neighbouring family.
 REPEATS = {
-    "llama_llama3", "mixtral_window", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn",
-    "qwen3_moe_window", "qwen3_tied",
+    "gpt_oss_plain", "llama_llama3", "mixtral_window", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied",
+    "qwen2_yarn", "qwen3_moe_window", "qwen3_tied",
 }  # fmt: skip
 assert set(CASES) >= REPEATS
 
