@@ -98,6 +98,7 @@ def spec_overrides(spec: ModelSpec) -> list[str]:
         *(router if spec.model.num_experts else []),
         f"experts.kind={spec.experts.kind.name}",
         f"experts.activation={spec.experts.activation.name}",
+        f"experts.bias={str(spec.experts.bias).lower()}",
     ]
 
 

@@ -165,8 +165,8 @@ class Decoder(nn.Module):
         for name, made in self.named_parameters():
             if id(made) in kept:
                 continue
-            if made.ndim == 1:
-                set_initializer(made, Constant(0.0 if ".b_" in name else 1.0))
+            if made.ndim == 1 or ".bias_" in name:
+                set_initializer(made, Constant(0.0 if ".b_" in name or ".bias_" in name else 1.0))
             else:
                 projects_out = ".w_out_" in name or ".w_down_" in name
                 set_initializer(made, Normal(out_std if projects_out else std))

@@ -110,6 +110,7 @@ def layer_options(
         "shared_gate": cfg.shared_gate,
         "block": experts.block,
         "max_rows_per_rank": experts.max_rows_per_rank,
+        "bias": experts.bias,
     }
 
 
@@ -126,6 +127,10 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
             raise ValueError(
                 f"experts.kind=adapters has its network in the layer, which model.wiring={cfg.wiring.name} "
                 "takes apart: set model.wiring=plain"
+            )
+        if experts.bias:
+            raise ValueError(
+                "experts.bias=true is of networks, not of experts.kind=adapters: set it to false"
             )
         if cfg.expert_widths:
             raise ValueError("experts.kind=adapters have one width: leave model.expert_widths out")

@@ -1,11 +1,12 @@
 """Stacked experts: one tensor a projection, the global expert dimension first.
 
-Shapes: E experts, D model, F hidden, R rows, C columns a hidden unit (2 for a gated
+Shapes: E experts, D model, F hidden, P = C F, R rows, C columns a hidden unit (2 for a gated
 activation: gate, up; 1 for a plain one).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -19,7 +20,7 @@ from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.table import NAMES, on_device
-from moetrain.ops.init import Normal, parameter
+from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.local_part import local_part
 from moetrain.ops.precision import product_dtype
 
@@ -28,7 +29,8 @@ class Experts(nn.Module):
     """E feed-forward networks of one width, computed together.
 
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
-    is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them.
+    is a cut of both. ``bias``: both projections have one. ``first_expert`` is the number of the first one
+    here, where ranks share them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Experts(nn.Module):
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
         dropout: ExpertDropout | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
@@ -51,6 +54,9 @@ class Experts(nn.Module):
         up, down = first_weights.stds(num_experts, d_model, d_ff)
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(up))
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(down))
+        zero = Constant(0.0)
+        self.bias_gate_up_ECF = parameter((num_experts, columns, d_ff), zero) if bias else None
+        self.bias_down_ED = parameter((num_experts, d_model), zero) if bias else None
         self.keeps_own_init = first_weights is not FirstWeights.model
 
     def forward(self, work: Work) -> list[Tensor]:
@@ -61,10 +67,11 @@ class Experts(nn.Module):
         """
         ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
+        biases = self._biases(work.sizes)
         return [
-            work.done(self._compute(rows, up, down, first), chunk)
-            for chunk, (rows, up, down, first) in enumerate(
-                zip(work.arrivals(), ups, downs, firsts, strict=True)
+            work.done(self._compute(rows, up, down, first, of_chunk), chunk)
+            for chunk, (rows, up, down, first, of_chunk) in enumerate(
+                zip(work.arrivals(), ups, downs, firsts, biases, strict=True)
             )
         ]
 
@@ -78,10 +85,25 @@ class Experts(nn.Module):
         if self.drops:
             return True
         keep = self.keep is Keep.preactivation
-        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep)
+        bias = self.bias_down_ED is not None
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep, bias)
         return not on_device(self.backend, case)
 
-    def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor, first: int) -> Tensor:
+    def _biases(self, sizes: list[int]) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """Those of each chunk, [E, P] and [E, D]."""
+        if self.bias_gate_up_ECF is None or self.bias_down_ED is None:
+            return [None] * len(sizes)
+        ups, downs = _parts(self.bias_gate_up_ECF, sizes), _parts(self.bias_down_ED, sizes)
+        return [(up_ECF.flatten(1), down_ED) for up_ECF, down_ED in zip(ups, downs, strict=True)]
+
+    def _compute(
+        self,
+        rows: ExpertRows,
+        w_gate_up_EDCF: Tensor,
+        w_down_EFD: Tensor,
+        first: int,
+        biases: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         x_XD = rows.source_XD
         if self.drops:
             experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
@@ -104,6 +126,7 @@ class Experts(nn.Module):
             self.backend,
             product_dtype(x_XD),
             keep=self.keep is Keep.preactivation,
+            biases=biases,
         )
 
 

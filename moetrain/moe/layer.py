@@ -24,10 +24,17 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal, widths_refusal
+from moetrain.moe.rules import (
+    bias_refusal,
+    block_refusal,
+    dropout_refusal,
+    shared_refusal,
+    widths_refusal,
+)
 from moetrain.moe.slices import Slices
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
+from moetrain.ops.uses import Use
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class MoELayer(nn.Module):
     output is multiplied by sigmoid(x @ gate), one number a token. ``expert_widths``: the hidden width of each
     expert, where they differ; ``d_ff`` is then that of a shared expert. ``dropout``, ``input_dropout``: in
     training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
+    ``bias``: of both projections of each expert.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -78,6 +86,7 @@ class MoELayer(nn.Module):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         expert_widths: Sequence[int] = (),
+        bias: bool = False,
     ) -> None:
         super().__init__()
         given = ExpertsConfig(
@@ -87,7 +96,8 @@ class MoELayer(nn.Module):
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
         widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        if line := range_refusal(given, "experts") or shared or widths or backends:
+        biases = bias_refusal(bias, drop, expert_widths)
+        if line := range_refusal(given, "experts") or shared or widths or backends or biases:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
@@ -96,7 +106,10 @@ class MoELayer(nn.Module):
         size = (num_experts, d_model, d_ff)
         if self.slices is not None:
             size = (self.slices.total, d_model, self.slices.unit)
-        self.experts = Experts(*size, activation, backend, keep, first_weights, drop)
+        self.experts = Experts(*size, activation, backend, keep, first_weights, drop, bias)
+        share = min(num_experts, self.router.top_k or num_experts) / num_experts
+        names = ("bias_gate_up_ECF", "bias_down_ED") if bias else ()
+        self.uses = {f"experts.{name}": Use(share, 0.0) for name in names}
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None

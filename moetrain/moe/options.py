@@ -146,6 +146,7 @@ class ExpertsConfig:
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound
     max_rows_per_rank: Optional[int] = field(default=None, metadata=at_least(1))
+    bias: bool = False  # of experts' projections, each expert its own (GPT-OSS)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,15 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     )
 
 
+def bias_refusal(bias: bool, dropout: ExpertDropout, widths: Sequence[int]) -> str | None:
+    """Why experts cannot have biases beside these; None where they can, and where they have none."""
+    if bias and dropout:
+        return "experts.bias=true is of experts without dropout: set experts.dropout=0 and input_dropout=0"
+    if bias and widths:  # an expert's slices would each add its bias
+        return "experts.bias=true is of experts of one width: leave model.expert_widths out"
+    return None
+
+
 def widths_refusal(
     widths: Sequence[int], num_experts: int, first_weights: FirstWeights, dropout: ExpertDropout
 ) -> str | None:

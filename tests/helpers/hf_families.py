@@ -14,7 +14,7 @@ from hf_weights import from_hf
 from torch import Tensor
 
 from moetrain.models import Decoder
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -54,6 +54,7 @@ class Family:
     ours: dict[str, Any]
     router: TopKOptions | None = None
     activation: Activation = Activation.swiglu
+    expert_bias: bool = False
     rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
     seq: int = SEQ
 
@@ -66,9 +67,11 @@ class Family:
         config._attn_implementation = config._experts_implementation = "eager"
         theirs = getattr(transformers, f"{self.name}ForCausalLM")(config).to(dtype)
         with torch.no_grad():
-            for parameter in theirs.parameters():
+            for name, parameter in theirs.named_parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
+                if name.endswith("proj_bias"):  # of experts; beyond the limit of a clamped activation, too
+                    parameter.add_(16 * (torch.rand_like(parameter) - 0.5))
             for buffer in _biases(theirs).values():  # so that they change choices
                 buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
@@ -76,7 +79,7 @@ class Family:
     def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
         theirs = self.their_model(dtype)
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
-        experts = ExpertsConfig(activation=self.activation, backend=Backend(backend))
+        experts = ExpertsConfig(activation=self.activation, backend=Backend(backend), bias=self.expert_bias)
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
         weights = dict(theirs.named_parameters())
         weights |= {name: bias.flatten() for name, bias in _biases(theirs).items()}
@@ -366,6 +369,47 @@ def scaled(family: Family, theirs: dict[str, Any], ours: RopeScaling) -> Family:
     )
 
 
+GPT_OSS = scaled(
+    Family(
+        "GptOss",
+        {
+            "intermediate_size": 37,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 5,
+            "initializer_range": 0.1,
+        },
+        {
+            "d_ff_expert": 37,
+            "norm_eps": 1e-5,
+            "qkv_bias": True,
+            "out_bias": True,
+            "attention_sinks": True,
+            "sliding_window": 5,
+            "window_pattern": (LayerWindow.sliding, LayerWindow.full),
+        },
+        TopKOptions(top_k=3, score=Score.softmax_after, logit_bias=True),
+        Activation.swiglu_clamped,
+        expert_bias=True,
+    ),
+    {"truncate": False},
+    RopeScaling(RopeKind.yarn, 4.0, truncate=False),
+)
+_THREE = ["full_attention", "full_attention", "sliding_attention"]
+GPT_OSS_PLAIN = replace(  # no biases of attention, no scaled rope, another order of windows
+    GPT_OSS,
+    theirs={**GPT_OSS.theirs, "attention_bias": False, "layer_types": _THREE, "tie_word_embeddings": True},
+    ours={
+        **GPT_OSS.ours,
+        "qkv_bias": False,
+        "out_bias": False,
+        "window_pattern": (LayerWindow.full, LayerWindow.full, LayerWindow.sliding),
+        "rope_scaling": RopeScaling(),
+        "tie_embeddings": True,
+    },
+    rope={},
+)
 SCALED = {
     "llama_linear": scaled(LLAMA, {}, RopeScaling(RopeKind.linear, 2.5)),
     "llama_llama3": scaled(
@@ -411,5 +455,7 @@ FAMILIES = {
     "dots1": DOTS1,
     "dots1_window": DOTS1_WINDOW,
     "ernie4_5_moe": ERNIE4_5_MOE,
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_plain": GPT_OSS_PLAIN,
     **SCALED,
 }

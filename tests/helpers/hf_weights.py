@@ -14,6 +14,9 @@ _PROJECTIONS = (("q", "Q"), ("k", "G"), ("v", "G"))
 RENAMED = {
     "self_attn.o_proj.weight": "attention.w_out_DQ",
     "self_attn.o_proj.bias": "attention.b_out_D",
+    "self_attn.sinks": "attention.b_sink_N",
+    "mlp.router.weight": "feed_forward.router.weight_ED",
+    "mlp.router.bias": "feed_forward.router.logit_bias_E",
     "self_attn.q_norm.weight": "attention.q_norm.weight_D",
     "self_attn.k_norm.weight": "attention.k_norm.weight_D",
     "input_layernorm.weight": "attention_norm.weight_D",
@@ -36,6 +39,12 @@ RENAMED = {
     "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_IN_TURN = {
+    STACKED_UP: "w_gate_up_EDCF",
+    f"{STACKED_UP}_bias": "bias_gate_up_ECF",
+    STACKED_DOWN: "w_down_EFD",
+    f"{STACKED_DOWN}_bias": "bias_down_ED",
+}
 OUTER = {
     "model.embed_tokens.weight": "embed_VD",
     "model.norm.weight": "norm.weight_D",
@@ -52,7 +61,14 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = f"model.layers.{layer}."
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         parts = {RENAMED[name]: t for name, t in theirs.items() if name in RENAMED}
-        if STACKED_UP in theirs:  # [E, 2F, D], the gate's rows first
+        if f"{STACKED_UP}_bias" in theirs:  # GPT-OSS's: [E, D, 2F], gate and up columns in turn
+            for name, ours_name in _IN_TURN.items():
+                parts[f"feed_forward.experts.{ours_name}"] = (
+                    theirs[name].unflatten(-1, (-1, 2)).transpose(-1, -2)
+                    if name.startswith(STACKED_UP)
+                    else theirs[name]
+                )
+        elif STACKED_UP in theirs:  # [E, 2F, D], the gate's rows first
             up_EDCF = theirs[STACKED_UP].transpose(1, 2).unflatten(2, (2, -1))
             down_EFD = theirs[STACKED_DOWN].transpose(1, 2)
             parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF

@@ -12,7 +12,7 @@ from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, 
 from moetrain.models.options import moe_layers
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.moe import MoELayer
-from moetrain.moe.routers import Router
+from moetrain.moe.routers import Router, full_options
 from moetrain.nearest import nearest
 from moetrain.ops.rows import is_row_table
 from moetrain.parallel.rules import check_layer
@@ -105,6 +105,13 @@ def feed_forward_is_own(cfg: TrainConfig) -> None:
     """What upcycling fills are the tensors of our own layers, in plain blocks."""
     if key := beyond_families(cfg.model):
         raise UserError(f"{key}: upcycling makes plain blocks of equal layers only; leave it out")
+    router = full_options(cfg.router)
+    for key, biased in (
+        ("experts.bias", cfg.experts.bias),
+        ("router.logit_bias", getattr(router, "logit_bias", False)),
+    ):
+        if biased:
+            raise UserError(f"{key}=true: upcycling fills matrices only; set {key}=false")
     if cfg.model.feed_forward != OWN:
         raise UserError(
             f"model.feed_forward={cfg.model.feed_forward}: upcycling makes model.feed_forward={OWN} only"

@@ -112,7 +112,7 @@ def _unstacked(
     """The experts of a stack one by one, the router beside one by its name, any other tensor as it is."""
     match, names, m = _LAYER.fullmatch(name), family.names, spec.model
     whole = {name: (_Place(stored), info)}
-    if match is None or not m.num_experts:
+    if match is None or not m.num_experts or names.stacked:
         return whole
     layer, inner = match.groups()
     if inner in names.aliases:

@@ -23,8 +23,9 @@ class Piece:
 
     ``shape`` is that of theirs, or of its block; ``dims`` are our dimensions in the order in which theirs has
     them; those before them have size 1. The block has size 1 in our others (an expert's number, gate or up).
-    ``stored``: the shape of their
-    whole tensor, of which other pieces are the rest, and ``at``: where in it the block begins; (): it is all.
+    ``stored``: the shape of their whole tensor, of which other pieces are the rest, and ``at``: where in it
+    the block begins; (): it is all. ``folded``: the last two of ``dims`` are one dimension of theirs, in which
+    the last runs fastest.
     """
 
     theirs: str
@@ -34,6 +35,7 @@ class Piece:
     dims: tuple[int, ...]
     stored: tuple[int, ...] = ()
     at: tuple[int, ...] = ()
+    folded: bool = False
 
     @staticmethod
     def whole(theirs: str, shape: tuple[int, ...]) -> Piece:
@@ -62,19 +64,29 @@ class Piece:
             for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
         )
         at = self.at or (0,) * len(self.dims)
-        return (slice(0, 1),) * self._ones + tuple(
+        found = [
             slice(first + ours[dim][0], first + ours[dim][1])
             for first, dim in zip(at, self.dims, strict=True)
-        )
+        ]
+        if self.folded:
+            slow, fast = found[-2], self.sizes[self.dims[-1]]
+            found[-2:] = [slice(slow.start * fast, slow.stop * fast)]
+        return (slice(0, 1),) * self._ones + tuple(found)
 
     @property
     def _ones(self) -> int:
         """How many dimensions of size 1 theirs has before ``dims``."""
-        return len(self.shape) - len(self.dims)
+        return len(self.shape) + self.folded - len(self.dims)
 
-    def to_ours(self, tensor: Tensor) -> Tensor:
-        """Their tensor, or a part of it, as ours has it; a view."""
+    def to_ours(self, tensor: Tensor, fast: slice | None = None) -> Tensor:
+        """Their tensor, or a part of it, as ours has it; a view.
+
+        ``fast``: the elements wanted of the dimension that runs fastest, of which a part holds all.
+        """
         tensor = tensor[(0,) * self._ones]
+        if self.folded:
+            tensor = tensor.unflatten(-1, (-1, self.sizes[self.dims[-1]]))
+            tensor = tensor if fast is None else tensor[..., fast]
         tensor = tensor.permute(sorted(range(tensor.ndim), key=self.dims.__getitem__))
         for dim in sorted(set(range(len(self.sizes))) - set(self.dims)):
             tensor = tensor.unsqueeze(dim)
@@ -125,7 +137,9 @@ def fill_block(block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], r
         for dim, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             here = here.narrow(dim, start - offsets[dim], stop - start)
         # Held by no name here: the next piece is read when this one is gone.
-        here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops))))
+        last = piece.dims[-1]
+        fast = slice(starts[last] - piece.offsets[last], stops[last] - piece.offsets[last])
+        here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops)), fast))
 
 
 def by_theirs(table: Table) -> dict[str, list[tuple[str, Piece]]]:

@@ -15,7 +15,10 @@ from moetrain.models.options import ModelConfig, QKNorm, is_moe_layer
 
 @dataclass(frozen=True)
 class MoENames:
-    """What a family calls the parts of an MoE layer, within one layer."""
+    """What a family calls the parts of an MoE layer, within one layer.
+
+    ``stacked``: its files have all experts of a layer in one tensor, in a way of its own.
+    """
 
     router: str = "mlp.gate.weight"
     gate: str = "mlp.experts.{}.gate_proj.weight"
@@ -28,6 +31,7 @@ class MoENames:
     aliases: Mapping[str, str] = field(
         default_factory=dict
     )  # what transformers 5's own layout calls otherwise
+    stacked: bool = False
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
@@ -57,6 +61,8 @@ def _attention(cfg: ModelConfig) -> Table:
     }
     if cfg.out_bias:
         table["attention.b_out_D"] = _whole("self_attn.o_proj.bias", (cfg.d_model,))
+    if cfg.attention_sinks:
+        table["attention.b_sink_N"] = _whole("self_attn.sinks", (heads,))
     for part, width in widths.items():
         axis = "Q" if part == "q" else "G"
         shape = (width, cfg.d_model)

@@ -26,8 +26,6 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
     "tie_word_embeddings": False,
 }
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
-
-
 # what few families have words for, who name it as their own
 _OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
 
@@ -37,7 +35,8 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
     """
-    layer_types(fields)
+    if "window_pattern" not in own:
+        layer_types(fields)  # those of all layers alike
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
@@ -89,6 +88,7 @@ def write_decoder(
     for key in _OTHERWISE:
         if key not in own:
             require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
+    require("experts.bias", spec.experts.bias, False)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -121,6 +121,7 @@ def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
     require("router.route_scale", router.route_scale, 1.0)
+    require("router.logit_bias", router.logit_bias, False)
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
     top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k

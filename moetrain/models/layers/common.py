@@ -15,6 +15,7 @@ def refuse_unread(cfg: ModelConfig, experts: ExpertsConfig) -> None:
     for key, value, unset in (
         ("model.num_shared_experts", cfg.num_shared_experts, 0),
         ("experts.kind", experts.kind, ExpertKind.networks),
+        ("experts.bias", experts.bias, False),
         ("experts.first_weights", experts.first_weights, FirstWeights.model),
         ("experts.max_rows_per_rank", experts.max_rows_per_rank, None),
     ):

@@ -45,6 +45,9 @@ def _moe_x(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer
         raise ValueError(
             f"experts.activation={experts.activation.name} leaves no unit at 0: take relu or relu2"
         )
+    if experts.bias or options.logit_bias:
+        key = "experts.bias" if experts.bias else "router.logit_bias"
+        raise ValueError(f"{key}=true has no place among its logits, which are of matrices: set it to false")
     common = layer_options(cfg, router, experts, layer)
     del common["router_options"]
     return MoEX(options, d_ff=cfg.d_ff_expert, first_weights=experts.first_weights, **common)

@@ -25,6 +25,7 @@ from moetrain.moe.options import RouterConfig
 from moetrain.moe.routers.base import LinearRouter, register, resolve_top_k
 from moetrain.moe.routing import Routing
 from moetrain.moe.token_choice import Chosen, choose_experts, choose_given
+from moetrain.ops.init import Constant, parameter
 
 _JITTER_SALT = 0x717E
 
@@ -53,11 +54,14 @@ class TopKOptions(RouterConfig):
     route_scale: float = 1.0  # multiplies the weights
     # training only: inputs times U(1 - jitter, 1 + jitter)
     jitter: float = field(default=0.0, metadata=within(0, 1, open_high=True))
+    logit_bias: bool = False  # a learned number of each expert, added to its logit (GPT-OSS)
     num_groups: int = field(default=1, metadata=at_least(1))
     top_groups: Optional[int] = None  # groups a token may choose from; null: all
     group_score: GroupScore = GroupScore.top2
 
-    def evaluation_rule(self, num_experts: int) -> Words:
+    def evaluation_rule(self, num_experts: int) -> Optional[Words]:
+        if self.logit_bias:
+            return None  # the words of an export have none
         top_k = resolve_top_k(self.top_k, num_experts)
         words: Words = {"route_scale": self.route_scale}
         if self.score is Score.sigmoid:
@@ -108,6 +112,7 @@ class TopKRouter(LinearRouter):
     def __init__(self, d_model: int, num_experts: int, options: TopKOptions) -> None:
         super().__init__(d_model, num_experts, options)
         self.top_k = resolve_top_k(options.top_k, num_experts)
+        self.logit_bias_E = parameter((num_experts,), Constant(0.0)) if options.logit_bias else None
         _check(options, self.top_k, num_experts)
         self.rule = Rule(
             self.top_k,
@@ -126,10 +131,16 @@ class TopKRouter(LinearRouter):
             noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
         logits_TE = self.logits(x_TD)
+        if self.logit_bias_E is not None:
+            logits_TE = logits_TE + self.logit_bias_E.to(logits_TE.dtype)
         chosen = self.choose(logits_TE, ctx.forced_TK)
         return from_token_choice(
             chosen.ids_TK, chosen.weights_TK, ctx, self.num_experts, chosen.scores_TE, logits_TE
         )
+
+    def products_per_token(self) -> int:
+        biases = 0 if self.logit_bias_E is None else self.logit_bias_E.numel()
+        return super().products_per_token() - biases
 
     def choose(self, logits_TE: Tensor, forced_TK: Tensor | None = None) -> Chosen:
         """Each token's experts, their weights and all scores."""

@@ -65,7 +65,10 @@ def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int)
 
 def _pre_activation(operands: Operands, expert: int, start: int, rows: int, width: int) -> Tensor:
     x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
-    return product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+    z_nP = product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+    if operands.bias_up_EP is not None:
+        z_nP += operands.bias_up_EP[expert].to(operands.dtype)
+    return z_nP
 
 
 def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
@@ -87,20 +90,22 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
         h_nF = activate(*gate_and_up(z_nP, activation), activation)
         h_nF = _weighted(h_nF, operands.weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+        if operands.bias_down_ED is not None:
+            weights_n1 = operands.weights_R[start:stop, None].to(dtype)
+            out_RD[start:stop].addcmul_(weights_n1, operands.bias_down_ED[e].to(dtype))
         if stop < end:
             out_RD[stop:end].zero_()
     return out_RD, kept
 
 
-def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """(dx [R, D], dweights [R], dw_up, dw_down, and the biases'); experts without rows get zero gradients."""
     dtype, activation, source_XD = operands.dtype, operands.activation, operands.source_XD
     w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
     dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
     dweights_R = torch.zeros_like(weights_R)
     dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
+    dbiases = [torch.zeros_like(b) for b in (operands.bias_up_EP, operands.bias_down_ED) if b is not None]
     for e, rows in enumerate(operands.segments.on_host):
         if not rows:
             dw_up_EDP[e].zero_()
@@ -115,11 +120,18 @@ def backward(
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
+        scaled_nD = dout_nD * weights_n.to(dtype)[:, None]
+        outer(h_nF, scaled_nD, dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
         dh_nF = _weighted(dh_nF, weights_n)
         dz_parts = gate_and_up(dz_nP, activation)
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
         outer(_gather(source_XD, operands.ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
-    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+        if operands.bias_down_ED is not None:
+            dweights_R[start:stop] += dout_nD.to(weights_n.dtype) @ operands.bias_down_ED[e].to(
+                weights_n.dtype
+            )
+            for dbias_EA, dy_nA in zip(dbiases, (dz_nP, scaled_nD), strict=True):
+                dbias_EA[e] = dy_nA.sum(0, dtype=torch.promote_types(dtype, torch.float32))
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, *dbiases

@@ -20,7 +20,8 @@ TILE = 16  # the least width of a tile
 @dataclass(frozen=True)
 class Case:
     """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
-    rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass.
+    rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass. ``bias``:
+    whether both projections have one.
     """
 
     device: torch.device
@@ -30,13 +31,16 @@ class Case:
     activation: str
     block: int = 32
     keep: bool = True
+    bias: bool = False
 
     @staticmethod
-    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool) -> Case:
+    def of(
+        w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool, bias: bool
+    ) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep, bias)
 
     def small(self, unit: int) -> Case:
         """The same with small widths, which ``unit`` divides or not as it does these, and a usual block."""

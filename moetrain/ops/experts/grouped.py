@@ -51,8 +51,6 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
     return products.forward(operands, keep, _Grouped.of(operands))
 
 
-def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """(dx [R, D], dweights [R], dw_up, dw_down, and the biases'); experts without rows get zero gradients."""
     return products.backward(dout_RD, operands, kept, _Grouped.of(operands))

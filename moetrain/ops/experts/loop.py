@@ -20,9 +20,19 @@ def compute(operands: Operands) -> Tensor:
     x_RD = gather_rows(operands.source_XD, operands.ids_R)
     aligned = operands.segments.aligned
     z_RP = grouped_mm(x_RD, operands.w_up_EDP.to(dtype), aligned, "loop")
+    z_RP = _biased(z_RP, operands.bias_up_EP, operands)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     out_RD = grouped_mm(h_RF, operands.w_down_EFD.to(dtype), aligned, "loop")
+    out_RD = _biased(out_RD, operands.bias_down_ED, operands)
     return (out_RD * operands.weights_R[:, None]).to(dtype)
+
+
+def _biased(y_RA: Tensor, bias_EA: Tensor | None, operands: Operands) -> Tensor:
+    if bias_EA is None:
+        return y_RA
+    return y_RA + bias_EA.to(y_RA.dtype).repeat_interleave(
+        operands.segments.aligned_E, 0, output_size=operands.num_rows
+    )
 
 
 def compute_keeping_inputs(operands: Operands) -> Tensor:

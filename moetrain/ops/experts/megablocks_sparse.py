@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward
+from moetrain.ops.experts.biases import NO_BIASES
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.megablocks_products import BLOCK, Sparse
 from moetrain.ops.experts.operands import Operands
@@ -31,6 +32,8 @@ _INSTALL = "pip install 'moetrain[megablocks]'"
 
 def refusal(case: Case) -> str | None:
     """Why MegaBlocks' products cannot serve ``case``."""
+    if case.bias:
+        return NO_BIASES
     if case.block % BLOCK:
         return f"experts.block={case.block} is no multiple of {BLOCK}, the rows of its blocks"
     return refusal_of_package(case, "stk", _INSTALL) or refusal_of_widths(case, WIDTH_UNIT)
@@ -46,9 +49,7 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
     return out_RD, [z_CSMM.view(operands.num_rows, operands.columns)] if keep else []
 
 
-def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     sparse, ups_CDN, down_ND = Sparse.of(operands), _ups(operands), _down(operands)
     columns = len(ups_CDN)

@@ -16,7 +16,10 @@ from moetrain.ops.experts.rows import Segments
 
 @dataclass(frozen=True)
 class Operands:
-    """``ids_R`` and ``weights_R`` as in ``rows.py``; matrices may have another dtype than the source."""
+    """``ids_R`` and ``weights_R`` as in ``rows.py``; matrices may have another dtype than the source.
+
+    ``bias_up_EP`` and ``bias_down_ED`` are both there, or neither is.
+    """
 
     source_XD: Tensor
     ids_R: Tensor
@@ -25,6 +28,8 @@ class Operands:
     w_down_EFD: Tensor
     segments: Segments
     activation: str
+    bias_up_EP: Tensor | None = None
+    bias_down_ED: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

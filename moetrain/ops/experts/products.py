@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
+from moetrain.ops.experts.biases import add_biases, gradient_of_biases, times_biases
 from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.triton_cases import block_experts_B
 from moetrain.ops.gather_sum import gather_rows
 
 
@@ -32,13 +34,16 @@ def forward(operands: Operands, keep: bool, products: Products) -> tuple[Tensor,
     dtype, activation = operands.dtype, operands.activation
     z_RP = _pre_activation(operands, products)
     h_RF = activate(*gate_and_up(z_RP, activation), activation).mul_(operands.weights_R.to(dtype)[:, None])
-    return products.of_rows(h_RF, operands.w_down_EFD.to(dtype)), [z_RP] if keep else []
+    out_RD = products.of_rows(h_RF, operands.w_down_EFD.to(dtype))
+    if operands.bias_down_ED is not None:
+        add_biases(out_RD, operands.bias_down_ED, _experts_B(operands), operands.weights_R)
+    return out_RD, [z_RP] if keep else []
 
 
 def backward(
     dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None, products: Products
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
+) -> tuple[Tensor, ...]:
+    """(dx [R, D], dweights [R], dw_up, dw_down, and the biases'); experts without rows get zero gradients."""
     dtype, activation = operands.dtype, operands.activation
     w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
     (z_RP,) = [_pre_activation(operands, products)] if kept is None else kept
@@ -47,16 +52,30 @@ def backward(
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
     dh_RF = products.of_rows(dout_RD, w_down_EFD.to(dtype).transpose(1, 2))
     dweights_R = torch.linalg.vecdot(dh_RF.to(weights_R.dtype), h_RF.to(weights_R.dtype))
-    dw_down_EFD = products.of_weights(h_RF, dout_RD * scale_R1).to(w_down_EFD.dtype)
+    scaled_RD = dout_RD * scale_R1
+    dw_down_EFD = products.of_weights(h_RF, scaled_RD).to(w_down_EFD.dtype)
     dz_RP = torch.empty_like(z_RP)
     dh_RF = dh_RF.mul_(scale_R1)
     activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
     x_RD = gather_rows(operands.source_XD, operands.ids_R)
     dw_up_EDP = products.of_weights(x_RD, dz_RP).to(w_up_EDP.dtype)
     dx_RD = products.of_rows(dz_RP, w_up_EDP.to(dtype).transpose(1, 2))
-    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+    if operands.bias_up_EP is None or operands.bias_down_ED is None:
+        return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
+    experts_B = _experts_B(operands)
+    dweights_R += times_biases(dout_RD, operands.bias_down_ED, experts_B, weights_R.dtype)
+    dbias_up_EP = gradient_of_biases(dz_RP, operands.bias_up_EP, experts_B)
+    dbias_down_ED = gradient_of_biases(scaled_RD, operands.bias_down_ED, experts_B)
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, dbias_up_EP, dbias_down_ED
+
+
+def _experts_B(operands: Operands) -> Tensor:
+    return block_experts_B(operands.segments, operands.num_rows)
 
 
 def _pre_activation(operands: Operands, products: Products) -> Tensor:
     x_RD = gather_rows(operands.source_XD, operands.ids_R)
-    return products.of_rows(x_RD, operands.w_up_EDP.to(operands.dtype))
+    z_RP = products.of_rows(x_RD, operands.w_up_EDP.to(operands.dtype))
+    if operands.bias_up_EP is not None:
+        add_biases(z_RP, operands.bias_up_EP, _experts_B(operands))
+    return z_RP

@@ -48,9 +48,10 @@ class Backend(Protocol):
 
     def backward(
         self, dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients.
 
+        With biases, which a backend may refuse, those of both follow.
         ``kept``: what :meth:`forward` returned; None: it is computed again, to the same bits.
         """
 
@@ -79,7 +80,18 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block, case.keep)
+    of_case = (
+        *(
+            case.device,
+            case.dtype,
+            case.d_model,
+            case.d_ff,
+            case.activation,
+            case.block,
+            case.keep,
+            case.bias,
+        ),
+    )
     chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
     return chosen
 

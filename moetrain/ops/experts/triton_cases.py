@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moetrain.ops.experts.biases import NO_BIASES
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.triton_support import KERNEL_DTYPES, device_refusal
@@ -19,6 +20,8 @@ def refusal_of_kernels(case: Case) -> str | None:
     """Why no Triton kernel can compute ``case``; None where one may."""
     if (reason := device_refusal(case.device)) is not None:
         return reason
+    if case.bias:
+        return NO_BIASES
     if case.dtype not in KERNEL_DTYPES:
         return f"the kernels do not take {case.dtype}"
     if case.block not in BLOCKS:

@@ -30,9 +30,7 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
     return out_RD, [] if z_RP is None else [z_RP]
 
 
-def backward(
-    dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     """(dx [R, D], dweights [R], dw_up, dw_down); experts without rows get zero gradients."""
     from moetrain.kernels import grouped
 

@@ -17,7 +17,7 @@ from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -32,6 +32,8 @@ QK_NORM = {
 }
 SIGMOID = ("dots1", "glm4_moe")
 AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
+SLIDING, FULL = LayerWindow
+PATTERNS = ((), (SLIDING, FULL), (FULL, SLIDING), (SLIDING, SLIDING, FULL), (FULL, SLIDING, SLIDING, FULL))
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
 
 
@@ -105,6 +107,14 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name == "minimax_m2":
         keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
         router = TopKOptions(top_k=top_k, score=Score.sigmoid)
+    if name == "gpt_oss":
+        keys["d_ff_expert"], keys["attention_sinks"] = keys["d_ff"], True
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["sliding_window"] = draw(st.none() | st.integers(1, 9))
+        fitting = [pattern for pattern in PATTERNS if len(pattern) <= layers]
+        keys["window_pattern"] = draw(st.sampled_from(fitting)) if keys["sliding_window"] else ()
+        router = TopKOptions(top_k=top_k, score=Score.softmax_after, logit_bias=True)
+        experts = ExpertsConfig(activation=Activation.swiglu_clamped, bias=True)
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 

@@ -95,13 +95,15 @@ def test_the_weights_gradient_is_an_inner_product(backend: str) -> None:
         assert float(weights.grad[r]) == pytest.approx(float(dout[r].double() @ y), abs=tolerance)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_opcheck_of_the_operator(backend: str) -> None:
+def test_opcheck_of_the_operator(backend: str, biased: bool) -> None:
     rows = rows_of([5, 0, 3], 7, 4)
     source, weights, up, down = operands(rows, 7, 8, 4, torch.float32)
+    biases = [torch.randn(3, n).requires_grad_() for n in (8, 8)] if biased else [None, None]
     indices = (rows.by_source_N, rows.ends_X, rows.segments.counts_E)
     static = (list(rows.segments.on_host), rows.segments.block, "swiglu", True, backend)
-    forward = (source, rows.ids_R, weights, up, down, *indices, *static)
+    forward = (source, rows.ids_R, weights, up, down, *biases, *indices, *static)
     torch.library.opcheck(torch.ops.moetrain.expert_mlp.default, forward)
     plain = [t.detach() if isinstance(t, Tensor) else t for t in forward]
     out, z = torch.ops.moetrain.expert_mlp(*plain)
