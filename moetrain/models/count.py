@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moetrain.models.attention import AttentionLayer
 from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, Router
@@ -146,18 +147,24 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    scored = sum(heads.num_heads * heads.head_dim for heads in (a.heads for a in model.attentions()))
+    pairs = sum(_products_per_pair(attention) for attention in model.attentions())
     window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
     seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * 2 * scored * seen / seq_len,
+        scores=2 * pairs * seen / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
         router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
+
+
+def _products_per_pair(attention: AttentionLayer) -> int:
+    """Multiply-adds for a key that a query sees: the scores, and weights by values."""
+    told, heads = attention.products_per_pair, attention.heads
+    return 2 * heads.num_heads * heads.head_dim if told is None else told
 
 
 def _saved_products(model: Decoder) -> int:

@@ -27,6 +27,20 @@ RENAMED = {
     "mlp.shared_expert.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_expert.down_proj.weight": "feed_forward.shared.w_down_DF",
     "mlp.shared_expert_gate.weight": "feed_forward.shared_gate_1D",
+    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.shared_experts.gate_proj.weight": "feed_forward.shared.w_gate_FD",
+    "mlp.shared_experts.up_proj.weight": "feed_forward.shared.w_up_FD",
+    "mlp.shared_experts.down_proj.weight": "feed_forward.shared.w_down_DF",
+}
+LATENT = {  # where keys and values are made of one vector
+    "self_attn.q_proj.weight": "attention.w_q_QD",
+    "self_attn.q_a_proj.weight": "attention.w_q_RD",
+    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight_D",
+    "self_attn.q_b_proj.weight": "attention.w_q_QR",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.w_kv_PD",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight_D",
+    "self_attn.kv_b_proj.weight": "attention.w_kv_UL",
+    "self_attn.o_proj.weight": "attention.w_out_DO",
 }
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 OUTER = {
@@ -44,7 +58,8 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in layers:
         start = f"model.layers.{layer}."
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-        parts = {RENAMED[name]: t for name, t in theirs.items() if name in RENAMED}
+        renamed = RENAMED | LATENT if "self_attn.kv_b_proj.weight" in theirs else RENAMED
+        parts = {renamed[name]: t for name, t in theirs.items() if name in renamed}
         if STACKED_UP in theirs:  # [E, 2F, D], the gate's rows first
             up_EDCF = theirs[STACKED_UP].transpose(1, 2).unflatten(2, (2, -1))
             down_EFD = theirs[STACKED_DOWN].transpose(1, 2)

@@ -1,6 +1,9 @@
 """Hugging Face checkpoints: one file a family, and the tables by which tensors move both ways."""
 
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
+    deepseek_v2,
+    deepseek_v3,
+    kimi_k2,
     llama,
     mistral,
     mixtral,

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moetrain.models.attention import head_shape
+from moetrain.models.hf.latent_table import latent_table
 from moetrain.models.hf.pieces import Piece, Table, Tiled
-from moetrain.models.options import ModelConfig, QKNorm, is_moe_layer
+from moetrain.models.options import LATENT, ModelConfig, QKNorm, is_moe_layer
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    bias: str | None = None  # of the router's choice; None: there is none, and ours is zero
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
@@ -42,13 +44,17 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
 
 
 def _attention(cfg: ModelConfig) -> Table:
-    heads, kv_heads, head_dim = head_shape(cfg)
-    widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     table = {
-        "attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"])),
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
+    return table | (latent_table(cfg) if cfg.attention == LATENT else _grouped_query(cfg))
+
+
+def _grouped_query(cfg: ModelConfig) -> Table:
+    heads, kv_heads, head_dim = head_shape(cfg)
+    widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+    table = {"attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"]))}
     for part, width in widths.items():
         axis = "Q" if part == "q" else "G"
         shape = (width, cfg.d_model)
@@ -84,7 +90,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
-        "feed_forward.router.bias_E": Tiled((cfg.num_experts,)),
+        "feed_forward.router.bias_E": _bias(cfg, names),
         "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
@@ -94,6 +100,11 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     if cfg.shared_gate:
         table["feed_forward.shared_gate_1D"] = _whole(names.shared_gate, (1, d_model))
     return table
+
+
+def _bias(cfg: ModelConfig, names: MoENames) -> Tiled:
+    shape = (cfg.num_experts,)
+    return Tiled(shape) if names.bias is None else _whole(names.bias, shape)
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:

@@ -9,11 +9,11 @@ from typing import Any
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError, quoted
-from moetrain.models.attention import head_shape
+from moetrain.models.attention import OWN_ATTENTION, head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LATENT, ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -30,19 +30,20 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
     layer_types(fields)
-    cfg = ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
-        d_model=fields.integer("hidden_size"),
-        num_layers=fields.layers(),
-        num_heads=fields.integer("num_attention_heads"),
-        num_kv_heads=fields.integer_or_none("num_key_value_heads"),
-        head_dim=fields.integer_or_none("head_dim"),
-        d_ff=fields.integer("intermediate_size"),
-        norm_eps=fields.number("rms_norm_eps"),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
-        init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
-        **{"num_experts": 0, **read_rope(fields), **own},
-    )
+    shared: dict[str, Any] = {
+        "vocab_size": fields.integer("vocab_size"),
+        "d_model": fields.integer("hidden_size"),
+        "num_layers": fields.layers(),
+        "num_heads": fields.integer("num_attention_heads"),
+        "num_kv_heads": fields.integer_or_none("num_key_value_heads"),
+        "head_dim": fields.integer_or_none("head_dim"),
+        "d_ff": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps"),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "init_std": fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
+        "num_experts": 0,
+    }
+    cfg = ModelConfig(**shared | read_rope(fields, own.get("attention") == LATENT) | own)
     try:
         check_ranges(cfg, "model")
         check_heads(cfg)
@@ -72,6 +73,7 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     Raises CannotExpressError where the model does otherwise.
     """
     m = spec.model
+    require("model.attention", m.attention, OWN_ATTENTION)
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
