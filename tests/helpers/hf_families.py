@@ -220,6 +220,7 @@ DEEPSEEK = {
     "moe_intermediate_size": 23,
     "n_routed_experts": 12,
     "num_experts_per_tok": 3,
+    "initializer_range": 0.1,  # their scores and rotations are fp32 even in an fp64 model
 }
 OUR_DEEPSEEK = {
     "attention": "latent",

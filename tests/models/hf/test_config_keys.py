@@ -29,6 +29,12 @@ EXPERTS = {
     "shared_expert_intermediate_size": 24,
 }  # fmt: skip
 
+_LATENT = {  # each head has keys of its own, and the width that turns is transformers' head_dim
+    "num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+OWN_SIZES = dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT)
+
 
 def their_config(name: str, **values: Any) -> Any:
     return getattr(transformers, CLASSES[name])(**values)
@@ -37,7 +43,8 @@ def their_config(name: str, **values: Any) -> Any:
 def sizes_of(name: str) -> dict[str, Any]:
     """What has no default here, and is a key of the family."""
     known = their_config(name).to_dict()
-    return {"model_type": name, **SIZES, **{key: n for key, n in EXPERTS.items() if key in known}}
+    experts = {key: n for key, n in EXPERTS.items() if key in known}
+    return {"model_type": name, **SIZES, **experts, **OWN_SIZES.get(name, {})}
 
 
 def read(values: dict[str, Any]) -> ModelSpec:
@@ -74,7 +81,11 @@ def test_no_key_of_theirs_is_unknown(name: str) -> None:
 
 
 def _without_effect(name: str, key: str) -> bool:
-    """Qwen's window keys, where there is no window."""
+    """Qwen's window keys, where there is no window; groups of a greedy choice, and layers of files alone."""
+    if key in ("n_group", "topk_group"):
+        return name == "deepseek_v2"
+    if key == "num_nextn_predict_layers":
+        return True
     return name.startswith("qwen") and key in ("sliding_window", "max_window_layers")
 
 
@@ -165,7 +176,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("values", ROPES.values(), ids=ROPES)
 def test_positions_rotate_as_theirs(values: dict[str, Any], name: str) -> None:
     """Cosine and sine of transformers' own module, which a model of the same config computes with."""

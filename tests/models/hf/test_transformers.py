@@ -49,7 +49,7 @@ def test_logits_loss_and_every_gradient(name: str, dtype: torch.dtype) -> None:
     assert_alike(*family.build(dtype), *family.batch())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2_moe", "deepseek_v3"])
 def test_padding_asks_for_nothing_and_changes_nothing(name: str) -> None:
     """Theirs is told by a mask, ours by labels alone: nothing before the padding sees it."""
     family = FAMILIES[name]
@@ -59,7 +59,7 @@ def test_padding_asks_for_nothing_and_changes_nothing(name: str) -> None:
     assert_alike(*family.build(torch.float32), ids, labels.where(mask, -100), mask.long())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "moonlight"])
 def test_logits_by_the_default_backend(name: str) -> None:
     family = FAMILIES[name]
     theirs, ours = family.build(torch.float32, "auto")
@@ -67,7 +67,9 @@ def test_logits_by_the_default_backend(name: str) -> None:
     torch.testing.assert_close(ours.logits(ours(ids).hidden_BSD), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn"])
+@pytest.mark.parametrize(
+    "name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "deepseek_v3_yarn"]
+)
 def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
     prompt = SCALED[name].batch()[0][:1, :5]
