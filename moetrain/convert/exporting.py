@@ -22,7 +22,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import OWN_ATTENTION
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
 from moetrain.models.hf.carried import CONFIG
-from moetrain.models.hf.pieces import Piece
+from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
 from moetrain.models.options import LATENT
@@ -35,7 +35,7 @@ _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, St
 _LISTED = 8  # complaints in one message
 _OTHER_WORDS = (  # for what a family writes
     *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
-    "original_max_position_embeddings",
+    *("original_max_position_embeddings", "partial_rotary_factor", "rotary_dim", "auto_map"),
 )
 _CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
 # in whatever dtype the rest is, as in training
@@ -59,15 +59,18 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)
     infos = {
-        name: TensorInfo(piece.shape, model.infos[ours].dtype if name.endswith(_FP32) or not dtype else dtype)
-        for name, (ours, piece) in pieces.items()
+        name: TensorInfo(
+            piece.whole_shape, model.infos[ours].dtype if ours.endswith(_FP32) or not dtype else dtype
+        )
+        for name, ((ours, piece), *_) in pieces.items()
     }
+    dtypes = {infos[name].dtype for name, ((ours, _), *_) in pieces.items() if not ours.endswith(_FP32)}
     total = sum(info.nbytes for info in infos.values())
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
         model.carry(folder)
         _save_tokenizer(model.tokenizer, folder)
-        config = _config(family, model, before, infos)
+        config = _config(family, model, before, dtypes)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in family.code:
             shutil.copyfile(file, folder / file.name)
@@ -107,8 +110,8 @@ def _family(name: str, spec: ModelSpec, before: str | None) -> Family:
     raise UserError(f"family={name} cannot express this model: {why.removeprefix(f'{name}: ')}{hint}")
 
 
-def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
-    """Their name -> our name and the piece of it. Every stored tensor is used, or is refused."""
+def _pieces(family: Family, model: StoredModel) -> dict[str, list[tuple[str, Piece]]]:
+    """Their name -> our names and the pieces of them. Every stored tensor is used, or is refused."""
     table, stored = family.table(model.spec), model.weights
     complaints = [f"{name} is not in the checkpoint" for name in table if name not in stored]
     complaints += [f"{name} has no place in {family.model_type}" for name in stored if name not in table]
@@ -123,12 +126,12 @@ def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
             )
     if complaints:
         raise UserError(f"{model.path} cannot be exported: {'; '.join(complaints[:_LISTED])}")
-    return {piece.theirs: (ours, piece) for ours, tiled in table.items() for piece in tiled.pieces}
+    return by_theirs(table)
 
 
 def _reader(
     model: StoredModel,
-    pieces: dict[str, tuple[str, Piece]],
+    pieces: dict[str, list[tuple[str, Piece]]],
     infos: Mapping[str, TensorInfo],
     advance: Callable[[int], None],
 ) -> Callable[[str], Tensor]:
@@ -136,11 +139,12 @@ def _reader(
     held: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
-        ours, piece = pieces[name]
-        if ours not in held:
-            held.clear()
+        wanted = {ours for ours, _ in pieces[name]}
+        for ours in held.keys() - wanted:
+            del held[ours]
+        for ours in wanted - held.keys():
             held[ours] = model.read(ours)
-        tensor = piece.to_theirs(held[ours]).to(infos[name].dtype)
+        tensor = joined(pieces[name], held.__getitem__).to(infos[name].dtype)
         advance(tensor.nbytes)
         return tensor
 
@@ -148,7 +152,7 @@ def _reader(
 
 
 def _config(
-    family: Family, model: StoredModel, before: dict[str, Any], infos: dict[str, TensorInfo]
+    family: Family, model: StoredModel, before: dict[str, Any], dtypes: set[torch.dtype]
 ) -> dict[str, Any]:
     """The family's keys over those that came with the model, all of them if it was of this family."""
     if before.get("model_type") != family.model_type:
@@ -158,10 +162,8 @@ def _config(
         for key, value in before.items()
         if key not in _OTHER_WORDS and not key.startswith("_")  # "_name_or_path" and other private ones
     }
-    dtypes = {
-        str(info.dtype).removeprefix("torch.") for name, info in infos.items() if not name.endswith(_FP32)
-    }
-    own = family.config(model.spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    own = family.config(model.spec) | {"dtype": names[0] if len(names) == 1 else "float32"}
     defaults = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
     scaling = model.spec.model.rope_scaling
     if scaling.original_max_positions is not None:

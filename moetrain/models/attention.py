@@ -4,7 +4,7 @@
 dot products (``ops/attention``).
 
 Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys;
-in weights Q and G stand for all columns of these heads (heads times H).
+in weights Q and G stand for all columns of these heads (heads times H), and N for the query heads.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm
-from moetrain.models.rope import Rope, apply_rope
+from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm, window_of
+from moetrain.models.rope import Rope, apply_rope, rope_width
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter, with_own_values
@@ -41,11 +41,13 @@ class AttentionLayer(nn.Module):
 
     heads     of the queries, keys and values that it attends with.
     rope_dim  how many elements of a head positions turn: the width of the table that it is given; even.
+    sinks     whether it calls :func:`attend` with sinks.
     products_per_pair  multiply-adds for a key that a query sees, of all heads; None: by ``heads``.
     """
 
     heads: Heads
     rope_dim: int
+    sinks: bool = False
     products_per_pair: int | None = None
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
@@ -93,9 +95,14 @@ def head_shape(cfg: ModelConfig) -> Heads:
 
 
 def plan_of(
-    cfg: ModelConfig, heads: Heads, x_BSD: Tensor, seen: SeenKeys | None, cached: int | None = None
+    cfg: ModelConfig,
+    heads: Heads,
+    x_BSD: Tensor,
+    seen: SeenKeys | None,
+    cached: int | None = None,
+    sinks: bool = False,
 ) -> Plan:
-    """How the layers with such ``heads`` attend in one forward pass over ``x_BSD``.
+    """How the layers with such ``heads`` (and ``sinks``, or none) attend in one forward pass over ``x_BSD``.
 
     ``cached``: keys in the cache that the new ones join; None: there is no cache. With one,
     ``cfg.attention_backend`` counts as ``auto``.
@@ -103,7 +110,7 @@ def plan_of(
     Raises UserError where ``cfg.attention_backend`` cannot compute it.
     """
     batch, seq = x_BSD.shape[:2]
-    case = _case(heads, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device)
+    case = _case(heads, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device, sinks)
     try:
         return plan_attention(cfg.attention_backend.value if cached is None else AUTO, case)
     except ValueError as error:
@@ -119,11 +126,11 @@ def require_backend(
     """
     if cfg.attention_backend is AttentionBackend.auto:
         return
-    seen = SeenKeys(seq, window=cfg.sliding_window)
     with torch.device("meta"):
         layers = [build_attention(cfg, layer) for layer in range(cfg.num_layers)]
-    for heads in dict.fromkeys(layer.heads for layer in layers):
-        case = _case(heads, 1, seq, 0, seen, dtype, device)
+    kinds = ((layer.heads, layer.sinks, window_of(cfg, place)) for place, layer in enumerate(layers))
+    for heads, sinks, window in dict.fromkeys(kinds):
+        case = _case(heads, 1, seq, 0, SeenKeys(seq, window=window), dtype, device, sinks)
         reason = refusal(cfg.attention_backend.value, case, tested)
         if reason is not None:
             raise _unfit(cfg, reason)
@@ -142,9 +149,10 @@ def _case(
     seen: SeenKeys | None,
     dtype: torch.dtype,
     device: torch.device,
+    sinks: bool,
 ) -> Case:
     num_heads, num_kv_heads, head_dim = heads
-    return Case(seen, batch, seq, cached, (num_heads, num_kv_heads), head_dim, dtype, device)
+    return Case(seen, batch, seq, cached, (num_heads, num_kv_heads), head_dim, dtype, device, sinks)
 
 
 class Attention(AttentionLayer):
@@ -154,7 +162,7 @@ class Attention(AttentionLayer):
         super().__init__()
         self.heads = head_shape(cfg)
         self.num_heads, self.num_kv_heads, self.head_dim = self.heads
-        self.rope_dim = self.head_dim
+        self.rope_dim, self.interleaved = rope_width(self.head_dim, cfg.rope_fraction), cfg.rope_interleaved
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         initializer, zero, biased = Normal(cfg.init_std), Constant(0.0), cfg.qkv_bias
         self.w_q_QD = parameter((queries, cfg.d_model), initializer)
@@ -164,6 +172,9 @@ class Attention(AttentionLayer):
         self.b_k_G = parameter((keys,), zero) if biased else None
         self.b_v_G = parameter((keys,), zero) if biased else None
         self.w_out_DQ = parameter((cfg.d_model, queries), initializer)
+        self.b_out_D = parameter((cfg.d_model,), zero) if cfg.out_bias else None
+        self.b_sink_N = parameter((self.num_heads,), zero) if cfg.attention_sinks else None
+        self.sinks = cfg.attention_sinks
         self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
         self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
@@ -176,12 +187,13 @@ class Attention(AttentionLayer):
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
-        q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
-        k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
+        q_BQSH = apply_rope(q_BSQH, rope, self.interleaved).transpose(1, 2)
+        k_BGKH = apply_rope(k_BSGH, rope, self.interleaved).transpose(1, 2)
+        v_BGKH = v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2)
-        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out))
+        out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)
+        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out), self.b_out_D)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         matrices, biases = (self.w_q_QD, self.w_k_GD, self.w_v_GD), (self.b_q_Q, self.b_k_G, self.b_v_G)

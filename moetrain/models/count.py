@@ -11,7 +11,7 @@ import torch
 
 from moetrain.models.attention import AttentionLayer
 from moetrain.models.decoder import Decoder
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, window_of
 from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.uses import Use
@@ -147,12 +147,13 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    pairs = sum(_products_per_pair(attention) for attention in model.attentions())
-    window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
-    seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
+    products = sum(
+        _products_per_pair(a) * _pairs(seq_len, window_of(cfg, layer), causal)
+        for layer, a in enumerate(model.attentions())
+    )
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * pairs * seen / seq_len,
+        scores=2 * products / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
@@ -165,6 +166,12 @@ def _products_per_pair(attention: AttentionLayer) -> int:
     """Multiply-adds for a key that a query sees: the scores, and weights by values."""
     told, heads = attention.products_per_pair, attention.heads
     return 2 * heads.num_heads * heads.head_dim if told is None else told
+
+
+def _pairs(seq_len: int, window: int | None, causal: bool) -> int:
+    """The pairs of a query and a key whose scores count."""
+    window = seq_len if window is None else min(window, seq_len)
+    return window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
 
 
 def _saved_products(model: Decoder) -> int:

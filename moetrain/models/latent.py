@@ -37,7 +37,7 @@ class LatentAttention(AttentionLayer):
         super().__init__()
         m, heads = cfg.latent, cfg.num_heads
         self.still, self.rope_dim, self.value_dim = m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim
-        self.latent_dim, self.interleave = m.kv_lora_rank, m.rope_interleave
+        self.latent_dim, self.interleaved = m.kv_lora_rank, cfg.rope_interleaved
         score_dim = self.still + self.rope_dim
         self.heads = Heads(heads, heads, max(score_dim, self.value_dim))
         self.products_per_pair = heads * (score_dim + self.value_dim)
@@ -68,7 +68,8 @@ class LatentAttention(AttentionLayer):
         q, kv_BSP = linears(x_BSD, [adapted(first, self.lora_q), adapted(self.w_kv_PD, self.lora_kv)])
         q_BNSH = self._queries(q, rope)
         latent_BSL, turning_BSr = kv_BSP.split([self.latent_dim, self.rope_dim], -1)
-        latent_BSL, turned_BS1r = self.kv_norm(latent_BSL), self._turned(turning_BSr[:, :, None], rope)
+        latent_BSL = self.kv_norm(latent_BSL)
+        turned_BS1r = apply_rope(turning_BSr[:, :, None], rope, self.interleaved)
         if cache is not None:
             latent_B1KL, turned_B1Kr = cache.append(latent_BSL[:, None], turned_BS1r.transpose(1, 2))
             latent_BSL, turned_BS1r = latent_B1KL[:, 0], turned_B1Kr.transpose(1, 2)
@@ -82,7 +83,7 @@ class LatentAttention(AttentionLayer):
             q = linear(self.q_norm(q), adapted(self.w_q_QR, self.lora_q_up))
         q_BSNH = q.unflatten(-1, (self.heads.num_heads, -1))
         still, turning = q_BSNH.split([self.still, self.rope_dim], -1)
-        q_BSNH = torch.cat([still, self._turned(turning, rope)], -1)
+        q_BSNH = torch.cat([still, apply_rope(turning, rope, self.interleaved)], -1)
         if self.score_factor != 1.0:
             q_BSNH = q_BSNH * self.score_factor
         return self._wide(q_BSNH).transpose(1, 2)
@@ -94,11 +95,6 @@ class LatentAttention(AttentionLayer):
         turned = turned_BK1r.to(still.dtype).expand(-1, -1, self.heads.num_heads, -1)
         k_BKNH = torch.cat([still, turned], -1)
         return self._wide(k_BKNH).transpose(1, 2), self._wide(v_BKNO).transpose(1, 2)
-
-    def _turned(self, x_BSNr: Tensor, rope: Rope) -> Tensor:
-        if self.interleave:  # the pairs' first elements, then their second ones: scores do not know the order
-            x_BSNr = x_BSNr.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return apply_rope(x_BSNr, rope)
 
     def _wide(self, x: Tensor) -> Tensor:
         missing = self.heads.head_dim - x.shape[-1]

@@ -22,5 +22,4 @@ class LatentConfig:
     qk_nope_head_dim: int = field(default=128, metadata=_WIDTH)
     qk_rope_head_dim: int = field(default=64, metadata=_WIDTH)  # even
     v_head_dim: int = field(default=128, metadata=_WIDTH)
-    rope_interleave: bool = True  # elements 2i and 2i + 1 turn together; false: i and i + half
     norm_eps: float = field(default=1e-6, metadata=above(0))  # of the two vectors' norms

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from moetrain.bounds import above, at_least
+from moetrain.bounds import above, at_least, within
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
@@ -21,6 +21,13 @@ class QKNorm(Enum):
 
     none = "none"
     head = "head"
+    full = "full"
+
+
+class LayerWindow(Enum):
+    """``sliding``: a layer with ``sliding_window``; ``full``: one that sees all before."""
+
+    sliding = "sliding"
     full = "full"
 
 
@@ -72,14 +79,22 @@ class ModelConfig:
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
+    out_bias: bool = False  # of attention's output (GPT-OSS)
+    # a learned logit of each head in the softmax of attention, of no key (GPT-OSS)
+    attention_sinks: bool = False
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included
     sliding_window: Optional[int] = field(default=None, metadata=_SIZE)
+    # which layers have it, from the first on, over and over: [sliding,full] every other; []: all
+    window_pattern: tuple[LayerWindow, ...] = ()
     attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
     latent: LatentConfig = field(default_factory=LatentConfig)  # attention=latent
     attention_backend: AttentionBackend = AttentionBackend.auto
     rope_theta: float = field(default=10000.0, metadata=above(0))
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # of a head's elements, the first ones: those that positions turn (partial rope); an even number of them
+    rope_fraction: float = field(default=1.0, metadata=within(0, 1, open_low=True))
+    rope_interleaved: bool = False  # turned pairs are neighbours (ERNIE), not elements half a width apart
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))
@@ -118,3 +133,10 @@ def experts_of(cfg: ModelConfig, layer: int) -> int:
 def width_of(cfg: ModelConfig, layer: int) -> int:
     """``d_ff_expert`` of an MoE layer."""
     return cfg.layer_widths[moe_layers(cfg).index(layer)] if cfg.layer_widths else cfg.d_ff_expert
+
+
+def window_of(cfg: ModelConfig, layer: int) -> Optional[int]:
+    """``sliding_window`` of a layer; None where it has none."""
+    pattern = cfg.window_pattern
+    full = bool(pattern) and pattern[layer % len(pattern)] is LayerWindow.full
+    return None if full else cfg.sliding_window

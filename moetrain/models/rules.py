@@ -9,11 +9,16 @@ from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.models.latent_rules import check_latent
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import LATENT, ModelConfig
+from moetrain.models.options import LATENT, LayerWindow, ModelConfig
+from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
 
 _ROPE = "model.rope_scaling"
+# key -> the kinds of attention that read it
+_OF_ATTENTIONS = dict.fromkeys(("rope_fraction", "out_bias", "attention_sinks"), ("grouped_query",)) | {
+    "rope_interleaved": ("grouped_query", LATENT)
+}
 _READ = {
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
@@ -39,8 +44,35 @@ def check_model(cfg: ModelConfig) -> None:
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
     _check_rope(cfg)
+    _check_windows(cfg)
+    _check_own_attention(cfg)
     _check_lora(cfg)
     _check_sections(cfg)
+
+
+def _check_windows(cfg: ModelConfig) -> None:
+    """A pattern is of some layers that have the window, and others that have not."""
+    if not (pattern := cfg.window_pattern):
+        return
+    key = f"model.window_pattern=[{','.join(window.name for window in pattern)}]"
+    if cfg.sliding_window is None:
+        raise UserError(f"{key} is of model.sliding_window, which is null: set both, or neither")
+    if len(pattern) > cfg.num_layers:
+        raise UserError(f"{key} names {len(pattern)} layers, but model.num_layers={cfg.num_layers}")
+    if len(set(pattern)) == 1:
+        null = "" if pattern[0] is LayerWindow.sliding else ", and set model.sliding_window=null"
+        raise UserError(f"{key}: all layers are alike; leave it out{null}")
+
+
+def _check_own_attention(cfg: ModelConfig) -> None:
+    """What only some kinds of attention read would seem to have an effect on the others."""
+    for name, readers in _OF_ATTENTIONS.items():
+        value = getattr(cfg, name)
+        if value != getattr(ModelConfig, name) and cfg.attention not in readers:
+            raise UserError(
+                f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
+                f"model.attention={cfg.attention}: leave it out"
+            )
 
 
 def _check_lora(cfg: ModelConfig) -> None:
@@ -70,6 +102,12 @@ def check_heads(cfg: ModelConfig) -> None:
         of = f" = model.d_model={cfg.d_model} / model.num_heads={cfg.num_heads}"
         made = "" if cfg.head_dim is not None else of
         raise UserError(f"model.head_dim={head_dim}{made} must be even: RoPE turns pairs of elements")
+    turned = rope_width(head_dim, cfg.rope_fraction)
+    if turned < 2 or turned % 2:
+        raise UserError(
+            f"model.rope_fraction={cfg.rope_fraction} of model.head_dim={head_dim} is {turned} element(s), "
+            "and RoPE turns pairs: the product must be even, and 2 or more"
+        )
     if cfg.num_kv_heads is not None and cfg.num_heads % cfg.num_kv_heads:
         raise UserError(
             f"model.num_kv_heads={cfg.num_kv_heads} does not divide model.num_heads={cfg.num_heads}: "

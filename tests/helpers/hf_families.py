@@ -18,12 +18,12 @@ from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
-from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
 BATCH, SEQ, VOCAB = 3, 11, 97
+_BIAS = ".e_score_correction_bias"
 THETA = 5000.0
 SHAPE = {
     "vocab_size": VOCAB,
@@ -67,11 +67,12 @@ class Family:
         config._attn_implementation = config._experts_implementation = "eager"
         theirs = getattr(transformers, f"{self.name}ForCausalLM")(config).to(dtype)
         with torch.no_grad():
-            for name, tensor in theirs.state_dict().items():
-                if tensor.ndim == 1:
-                    tensor.add_(torch.rand_like(tensor) - 0.5)
-                if name.endswith("e_score_correction_bias"):  # far enough for the choice to be another
-                    tensor.mul_(0.5)
+            for parameter in theirs.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.rand_like(parameter) - 0.5)
+            for name, buffer in theirs.named_buffers():
+                if name.endswith(_BIAS):  # of sigmoid scores: it changes choices
+                    buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
 
     def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
@@ -79,7 +80,9 @@ class Family:
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
         experts = ExpertsConfig(activation=self.activation, backend=Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
-        missing, unexpected = ours.load_state_dict(from_hf(theirs.state_dict()), strict=False)
+        weights = dict(theirs.named_parameters())
+        weights |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(_BIAS)}
+        missing, unexpected = ours.load_state_dict(from_hf(weights), strict=False)
         assert unexpected == []
         assert all(name.endswith("router.bias_E") for name in missing)
         return theirs, ours
@@ -203,6 +206,71 @@ QWEN3 = Family(
     {"intermediate_size": 41, "rms_norm_eps": 1e-6},
     {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
 )
+GLM4_MOE = Family(
+    "Glm4Moe",
+    {
+        "moe_intermediate_size": 23,
+        "intermediate_size": 41,
+        "n_routed_experts": 12,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "num_mtp_layers": 0,
+    },
+    {
+        "num_experts": 12,
+        "d_ff_expert": 23,
+        "d_ff": 41,
+        "num_shared_experts": 2,
+        "first_dense": 1,
+        "norm_eps": 1e-5,
+        "qkv_bias": True,
+        "qk_norm": QKNorm.head,
+        "rope_fraction": 3 / 7,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, renormalize=True, route_scale=1.7, top_groups=1),
+    rope={"partial_rotary_factor": 3 / 7},
+)
+GLM4_MOE_GROUPS = Family(  # without the norms and biases; the whole head turns; unscaled raw scores
+    "Glm4Moe",
+    {
+        **GLM4_MOE.theirs,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "attention_bias": False,
+        "use_qk_norm": False,
+    },
+    {
+        **GLM4_MOE.ours,
+        "num_shared_experts": 1,
+        "first_dense": 0,
+        "qkv_bias": False,
+        "qk_norm": QKNorm.none,
+        "rope_fraction": 1.0,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, renormalize=False, num_groups=4, top_groups=2),
+    rope={"partial_rotary_factor": 1.0},
+)
+MINIMAX_M2 = Family(
+    "MiniMaxM2",
+    {"intermediate_size": 23, "num_local_experts": 11, "num_experts_per_tok": 3},
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-6,
+        "qk_norm": QKNorm.full,
+        "rope_fraction": 2 / 7,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid),
+    rope={"partial_rotary_factor": 2 / 7},
+)
 LATENT_SIZES = {
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 6,
@@ -232,6 +300,7 @@ OUR_DEEPSEEK = {
     "d_ff_expert": 23,
     "num_experts": 12,
     "norm_eps": 1e-5,
+    "rope_interleaved": True,
 }
 LATENT = LatentConfig(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10)
 DEEPSEEK_V2 = Family(  # as V2-Lite: queries straight from the token, two shared experts
@@ -256,7 +325,7 @@ DEEPSEEK_V3 = Family(
     "DeepseekV3",
     {**DEEPSEEK, "q_lora_rank": 17, "n_group": 4, "topk_group": 2, "n_shared_experts": 1},
     {**OUR_DEEPSEEK, "latent": replace(LATENT, q_lora_rank=17), "num_shared_experts": 1},
-    SigmoidOptions(top_k=3, route_scale=2.5, num_groups=4, top_groups=2),
+    TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, num_groups=4, top_groups=2),
 )
 MOONLIGHT = replace(  # one group; values wider than queries, and halves that turn, are no published model's
     DEEPSEEK_V3,
@@ -272,10 +341,11 @@ MOONLIGHT = replace(  # one group; values wider than queries, and halves that tu
     },
     ours={
         **DEEPSEEK_V3.ours,
-        "latent": replace(LATENT, v_head_dim=16, rope_interleave=False),
+        "latent": replace(LATENT, v_head_dim=16),
+        "rope_interleaved": False,
         "num_shared_experts": 2,
     },
-    router=SigmoidOptions(top_k=3, route_scale=2.5, renormalize=False, top_groups=1),
+    router=TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, renormalize=False, top_groups=1),
 )
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
@@ -306,6 +376,11 @@ SCALED = {
         RopeScaling(RopeKind.llama3, 3.0, low_freq_factor=0.5, high_freq_factor=3.0),
     ),
     "llama_yarn": scaled(LLAMA, {}, RopeScaling(RopeKind.yarn, 4.0)),
+    "glm4_moe_yarn": scaled(
+        replace(GLM4_MOE, ours={**GLM4_MOE.ours, "rope_fraction": 4 / 7}),
+        {"partial_rotary_factor": 4 / 7},
+        RopeScaling(RopeKind.yarn, 4.0),
+    ),
     "qwen2_yarn": scaled(
         QWEN2,
         {"beta_fast": 4.0, "beta_slow": 0.25, "truncate": False, "attention_factor": 0.7},
@@ -338,6 +413,9 @@ FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": QWEN2_TIED,
     "qwen3": QWEN3,
+    "glm4_moe": GLM4_MOE,
+    "glm4_moe_groups": GLM4_MOE_GROUPS,
+    "minimax_m2": MINIMAX_M2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v2_groups": DEEPSEEK_V2_GROUPS,
     "deepseek_v3": DEEPSEEK_V3,

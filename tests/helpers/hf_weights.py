@@ -27,10 +27,11 @@ RENAMED = {
     "mlp.shared_expert.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_expert.down_proj.weight": "feed_forward.shared.w_down_DF",
     "mlp.shared_expert_gate.weight": "feed_forward.shared_gate_1D",
-    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
     "mlp.shared_experts.gate_proj.weight": "feed_forward.shared.w_gate_FD",
     "mlp.shared_experts.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_experts.down_proj.weight": "feed_forward.shared.w_down_DF",
+    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
 }
 LATENT = {  # where keys and values are made of one vector
     "self_attn.q_proj.weight": "attention.w_q_QD",

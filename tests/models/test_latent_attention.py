@@ -29,13 +29,13 @@ from moetrain.moe.routers.topk import TopKOptions
 from moetrain.ops.attention import seen_keys
 
 BATCH, SEQ = 2, 7
-PLAIN = {"attention": "latent", "num_kv_heads": None, "head_dim": None}
+PLAIN = {"attention": "latent", "num_kv_heads": None, "head_dim": None, "rope_interleaved": True}
 SIZES = LatentConfig(q_lora_rank=17, kv_lora_rank=13, qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=5)
 YARN = RopeScaling(RopeKind.yarn, 40.0, 5, mscale=0.9, mscale_all_dim=0.707)
 CASES: dict[str, dict[str, Any]] = {
     "as V2-Lite": {"latent": replace(SIZES, q_lora_rank=None)},
     "as V3": {"latent": SIZES, "rope_scaling": YARN},
-    "halves turn": {"latent": replace(SIZES, rope_interleave=False)},
+    "halves turn": {"latent": SIZES, "rope_interleaved": False},
     "wide values": {"latent": replace(SIZES, v_head_dim=19, norm_eps=0.3), "rope_scaling": YARN},
 }
 Seen = Callable[[int, int, int], bool]
@@ -69,7 +69,7 @@ def by_loop(attention: LatentAttention, cfg: ModelConfig, x_BSD: Tensor, seen: S
     def turned(v: Tensor, place: int) -> Tensor:
         out = torch.zeros_like(v)
         for i in range(half):
-            a, b = (2 * i, 2 * i + 1) if m.rope_interleave else (i, i + half)
+            a, b = (2 * i, 2 * i + 1) if cfg.rope_interleaved else (i, i + half)
             cos, sin = table.cos_BS1H[0, place, 0, i], table.sin_BS1h[0, place, 0, i]
             out[a], out[b] = v[a] * cos - v[b] * sin, v[b] * cos + v[a] * sin
         return out

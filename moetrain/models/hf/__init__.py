@@ -3,8 +3,10 @@
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     deepseek_v2,
     deepseek_v3,
+    glm4_moe,
     kimi_k2,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmoe,

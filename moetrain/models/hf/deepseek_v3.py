@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.latent import DEFAULTS, NAMES, read_latent_decoder, write_latent_decoder
-from moetrain.models.hf.scaled_topk import write_scaled
+from moetrain.models.hf.latent import DEFAULTS, FUTURE, read_latent_decoder, write_latent_decoder
+from moetrain.models.hf.sigmoid_moe import NAMES, read_layers, read_router, write_layers, write_router
 from moetrain.models.hf.translate import read_experts
-from moetrain.moe.routers.sigmoid import SigmoidOptions
-from moetrain.moe.routers.topk import GroupScore, Score
-
-BIASED = replace(NAMES, bias="mlp.gate.e_score_correction_bias")
 
 
 def read_v3(fields: Fields) -> ModelSpec:
-    model = read_latent_decoder(
-        fields, 3, "num_local_experts", rope_interleave=fields.flag("rope_interleave")
-    )
+    """A config.json of DeepSeek-V3's keys, whatever its ``model_type`` is."""
+    interleaved = fields.flag("rope_interleave")
+    model = read_latent_decoder(fields, 3, interleaved, **read_layers(fields))
     fields.must_be("scoring_func", "sigmoid")
     fields.must_be("topk_method", "noaux_tc")
-    router = SigmoidOptions(
-        top_k=fields.integer("num_experts_per_tok"),
-        renormalize=fields.flag("norm_topk_prob"),
-        route_scale=fields.number("routed_scaling_factor"),
-        num_groups=fields.integer("n_group"),
-        top_groups=fields.integer("topk_group"),
-        group_score=GroupScore.top2,
-    )
-    return ModelSpec(model, router, read_experts(fields))
+    return ModelSpec(model, read_router(fields), read_experts(fields))
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    written = write_latent_decoder(spec)
-    router, keys = write_scaled(spec, Score.sigmoid, GroupScore.top2)
-    return written | {"n_group": 1, "topk_group": 1} | keys | {
-        "rope_interleave": spec.model.latent.rope_interleave,
+    return write_latent_decoder(spec) | write_layers(spec.model) | write_router(spec) | {
+        "rope_interleave": spec.model.rope_interleaved,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
-        "norm_topk_prob": router.renormalize,
     }  # fmt: skip
 
 
@@ -55,4 +39,14 @@ V3_DEFAULTS = DEFAULTS | {
     "routed_scaling_factor": 2.5,
     "topk_group": 4,
 }
-register_family(Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, _write, BIASED, defaults=V3_DEFAULTS))
+register_family(
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        read_v3,
+        _write,
+        NAMES,
+        defaults=V3_DEFAULTS,
+        future_layers=FUTURE,
+    )
+)

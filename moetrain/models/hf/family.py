@@ -44,6 +44,8 @@ class Family:
 
     ``code``: files that transformers needs beside the weights; such a family is taken by name only.
     ``defaults``: what transformers takes for a key that is absent. Sizes have none: they must be said.
+    ``future_layers``: the key that says how many layers after the last predict further tokens; they are left
+    out.
     """
 
     model_type: str
@@ -53,6 +55,7 @@ class Family:
     names: MoENames = field(default_factory=MoENames)
     code: tuple[Path, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    future_layers: str | None = None
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""
@@ -82,6 +85,8 @@ def read_model(config: Mapping[str, Any], where: str, layers: int = MAX_LAYERS) 
     family = family_of(config, where)
     fields = Fields(config, where, family.defaults, layers)
     spec = family.read(fields)
+    if family.future_layers is not None and (extra := fields.integer_or_none(family.future_layers) or 0) < 0:
+        raise fields.refuse(f"{family.future_layers}={extra} must be 0 or more")
     check_keys(fields, family.model_type)
     return family, spec
 

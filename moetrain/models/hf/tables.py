@@ -5,7 +5,8 @@ Shapes: D model, F hidden, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.latent_table import latent_table
@@ -23,7 +24,10 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
-    bias: str | None = None  # of the router's choice; None: there is none, and ours is zero
+    bias: str | None = None  # of the choice, one number an expert; None: it has none
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what transformers 5's own layout calls otherwise
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
@@ -90,7 +94,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
-        "feed_forward.router.bias_E": _bias(cfg, names),
+        "feed_forward.router.bias_E": _bias(names.bias, cfg.num_experts),
         "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
@@ -102,9 +106,8 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     return table
 
 
-def _bias(cfg: ModelConfig, names: MoENames) -> Tiled:
-    shape = (cfg.num_experts,)
-    return Tiled(shape) if names.bias is None else _whole(names.bias, shape)
+def _bias(name: str | None, num_experts: int) -> Tiled:
+    return Tiled((num_experts,)) if name is None else _whole(name, (num_experts,))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:

@@ -5,6 +5,7 @@ Writing raises CannotExpressError where the model does what the family has no ke
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from moetrain.bounds import check_ranges
@@ -16,6 +17,7 @@ from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.models.options import LATENT, ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
 from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 SHARED = {  # what all of transformers' classes here take for a key that is absent
@@ -27,8 +29,15 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
-def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
-    """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
+# what few families have words for, who name it as their own
+_OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
+
+
+def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
+    """What all families share; ``own`` are the keys of ModelConfig that this one adds.
+
+    ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
+    """
     layer_types(fields)
     shared: dict[str, Any] = {
         "vocab_size": fields.integer("vocab_size"),
@@ -43,7 +52,8 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
         "init_std": fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
         "num_experts": 0,
     }
-    cfg = ModelConfig(**shared | read_rope(fields, own.get("attention") == LATENT) | own)
+    rope = read_rope(fields, partial_rope, own.get("attention") == LATENT)
+    cfg = ModelConfig(**shared | rope | own)
     try:
         check_ranges(cfg, "model")
         check_heads(cfg)
@@ -67,8 +77,10 @@ def read_num_experts(fields: Fields, key: str, alias: str) -> int:
     return found[0] if found else fields.integer(key)
 
 
-def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False) -> dict[str, Any]:
-    """What all share. ``qk_norm`` and ``qkv_bias``: what the family does.
+def write_decoder(
+    spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False, own: Container[str] = ()
+) -> dict[str, Any]:
+    """What all share. ``qk_norm``, ``qkv_bias``: what the family does. ``own``: keys that it writes itself.
 
     Raises CannotExpressError where the model does otherwise.
     """
@@ -78,6 +90,9 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
     require("model.lora_rank", m.lora_rank, None)
+    for key in _OTHERWISE:
+        if key not in own:
+            require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -106,19 +121,25 @@ def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
 
 def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
-    router = spec.router
-    require("experts.kind", spec.experts.kind.name, "networks")
-    if type(router) is not TopKOptions:
-        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    router = check_router(spec)
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
     require("router.route_scale", router.route_scale, 1.0)
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
-    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
-    require("router.permutation_steps", router.permutation_steps, None)
     top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k
     return top_k, router.renormalize or router.score is Score.softmax_after
+
+
+def check_router(spec: ModelSpec) -> TopKOptions:
+    """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
+    router = spec.router
+    require("experts.kind", spec.experts.kind.name, "networks")
+    if not isinstance(router, TopKOptions) or type(router) not in (TopKOptions, SigmoidOptions):
+        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
+    require("router.permutation_steps", router.permutation_steps, None)
+    return router
 
 
 def require(key: str, value: Any, wanted: Any) -> None:

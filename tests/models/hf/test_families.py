@@ -30,6 +30,7 @@ from torch import Tensor
 
 from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.hf import ModelSpec, family_of
+from moetrain.models.hf.pieces import by_theirs, joined
 
 BATCH, SEQ = 3, 113
 LENGTHS = (SEQ, 7, 103)  # of the padded rows
@@ -49,8 +50,9 @@ class Moved:
 
 # The same rule as in a case of a neighbouring family.
 REPEATS = {
-    "deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "llama_llama3", "mixtral_window", "moonlight",
-    "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn", "qwen3_moe_window", "qwen3_tied",
+    "deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "glm4_moe_groups", "glm4_moe_yarn", "llama_llama3",
+    "mixtral_window", "moonlight", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn",
+    "qwen3_moe_window", "qwen3_tied",
 }  # fmt: skip
 assert set(CASES) >= REPEATS
 
@@ -99,10 +101,9 @@ def test_the_gradients_are_theirs(moved: Moved, tmp_path: Path) -> None:
     total, count = cross_entropy_sum(hidden_BSD[:, :-1], moved.ours.head_weight, labels_BS[:, 1:])
     (total / count).backward()
     table = family_of(json.loads((moved.source / "config.json").read_text()), "").table(moved.spec)
+    parameters = dict(moved.ours.named_parameters())
     found = {
-        piece.theirs: piece.to_theirs(parameter.grad)
-        for name, parameter in moved.ours.named_parameters()
-        for piece in table[name].pieces
+        name: joined(parts, lambda ours: parameters[ours].grad) for name, parts in by_theirs(table).items()
     }
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -21,13 +21,37 @@ from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
-from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
 WRITTEN = [name for name in FAMILIES if name != "kimi_k2"]  # which goes out as deepseek_v3
+QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full, "minimax_m2": QKNorm.full}
+SIGMOID = ("glm4_moe",)
+AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
+@st.composite
+def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: ExpertsConfig) -> ModelSpec:
+    """Those of DeepSeek-V3's kind of MoE layer."""
+    keys["first_dense"] = draw(st.integers(0, keys["num_layers"] - 1))
+    keys["num_shared_experts"] = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2)) if keys["num_experts"] > 1 else 1  # of two experts or more
+    keys["num_experts"] *= groups
+    limit = draw(st.integers(1, groups))
+    router = TopKOptions(
+        top_k=draw(st.integers(1, limit * keys["num_experts"] // groups)),
+        score=Score.sigmoid,
+        renormalize=draw(st.booleans()),
+        route_scale=draw(st.sampled_from([1.0, 2.5])),
+        num_groups=groups,
+        top_groups=limit,
+    )
+    if name == "glm4_moe":
+        keys["qk_norm"] = draw(st.sampled_from([QKNorm.none, QKNorm.head]))
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+    keys["qkv_bias"] = draw(st.booleans())
+    return ModelSpec(ModelConfig(**keys), router, experts)
 
 
 @st.composite
@@ -57,7 +81,9 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
-    keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
+    keys["d_ff_expert"] = keys["d_ff"] if name in AS_DENSE else draw(st.integers(1, 13))
+    if name in SIGMOID:
+        return draw(sigmoid_specs(name, keys, experts))
     if name in ("qwen2_moe", "qwen3_moe"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
@@ -69,6 +95,9 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     )
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
+    if name == "minimax_m2":
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+        router = TopKOptions(top_k=top_k, score=Score.sigmoid)
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 
@@ -81,7 +110,8 @@ def deepseek(draw: st.DrawFn, name: str, keys: dict[str, Any]) -> tuple[ModelCon
         **keys
         | {
             "attention": "latent",
-            "latent": LatentConfig(**widths, rope_interleave=second or draw(st.booleans())),
+            "latent": LatentConfig(**widths),
+            "rope_interleaved": second or draw(st.booleans()),
             "head_dim": None,
             "num_kv_heads": None,
             "num_experts": groups * of_group,
@@ -97,16 +127,17 @@ def deepseek(draw: st.DrawFn, name: str, keys: dict[str, Any]) -> tuple[ModelCon
     if second:
         options |= {"renormalize": False, "group_score": GroupScore.max}
     else:
-        options |= {"renormalize": draw(st.booleans()), "top_groups": 1}
-    if limit < groups:
+        options |= {"renormalize": draw(st.booleans()), "score": Score.sigmoid}
+    if not second or limit < groups:
         options |= {"num_groups": groups, "top_groups": limit}
-    return model, (TopKOptions if second else SigmoidOptions)(**options)
+    return model, TopKOptions(**options)
 
 
 def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the pieces fill every element of each of ``ours`` exactly once."""
+    """Raises ValueError unless the pieces fill each of ``ours`` exactly once, and theirs are used up."""
     if table.keys() != ours.keys():
         raise ValueError(f"the table and the model differ in {sorted(table.keys() ^ ours.keys())}")
+    counts: dict[str, Tensor] = {}
     for name, tiled in table.items():
         if tiled.shape != tuple(ours[name].shape):
             raise ValueError(f"{name} is {list(ours[name].shape)}, and the table says {list(tiled.shape)}")
@@ -114,6 +145,8 @@ def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
             continue
         count = torch.zeros(ours[name].shape, dtype=torch.uint8)
         for piece in tiled.pieces:
+            used = counts.setdefault(piece.theirs, torch.zeros(piece.whole_shape, dtype=torch.uint8))
+            used[tuple(slice(o, o + n) for o, n in zip(piece.at, piece.shape, strict=False))] += 1
             view = count
             for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
                 view = view.narrow(dim, start, size)
@@ -122,6 +155,8 @@ def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"{piece.theirs} has another shape than its block of {name}")
         if not bool((count == 1).all()):
             raise ValueError(f"the pieces of {name} do not fill it exactly once")
+    if left := [name for name, used in counts.items() if not bool((used == 1).all())]:
+        raise ValueError(f"the pieces of {left[0]} are not all of it, each once")
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -146,7 +181,7 @@ def test_a_block_is_a_slice_of_the_whole(name: str, data: st.DataObject) -> None
     """Of any tensor, at any place; and no more is read than what it takes."""
     table = FAMILIES[name].table(data.draw(specs(name)))
     tiled = table[data.draw(st.sampled_from(sorted(table)))]
-    theirs = {piece.theirs: torch.randn(piece.shape) for piece in tiled.pieces}
+    theirs = {piece.theirs: torch.randn(piece.whole_shape) for piece in tiled.pieces}
     whole = torch.empty(tiled.shape)
     fill_block(whole, (0,) * whole.ndim, tiled.pieces, lambda name, part=None: theirs[name])
     offsets = [data.draw(st.integers(0, size)) for size in tiled.shape]
@@ -165,10 +200,11 @@ def test_a_block_is_a_slice_of_the_whole(name: str, data: st.DataObject) -> None
     fill_block(block, offsets, tiled.pieces, reading)
     expected = whole[tuple(slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))]
     assert torch.equal(block, expected.double())
-    assert len(set(read)) == len(read) <= (len(theirs) if block.numel() else 0)
+    assert len(read) <= (len(tiled.pieces) if block.numel() else 0)
     assert numbers == (block.numel() if theirs else 0)
     for piece in tiled.pieces:
-        assert torch.equal(piece.to_theirs(whole), theirs[piece.theirs])
+        at = tuple(slice(o, o + n) for o, n in zip(piece.at, piece.shape, strict=False))
+        assert torch.equal(piece.to_theirs(whole), theirs[piece.theirs][at])
 
 
 def test_a_wrong_table_is_found() -> None:
@@ -191,10 +227,11 @@ MOE = replace(BASE, num_experts=3, d_ff_expert=5)
 SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
+SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
-LATENT = replace(MOE, attention="latent", num_shared_experts=1)
-HALVES, EPS = LatentConfig(rope_interleave=False), LatentConfig(norm_eps=0.1)
-SCALED, SIGMOID = TopKOptions(renormalize=False), SigmoidOptions()
+LATENT = replace(MOE, attention="latent", num_shared_experts=1, rope_interleaved=True)
+SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
 
 
 @pytest.mark.parametrize(
@@ -226,23 +263,41 @@ SCALED, SIGMOID = TopKOptions(renormalize=False), SigmoidOptions()
         ("qwen2_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("minimax_m2", ModelSpec(NORMED, TOP2), "router.score=softmax"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, renormalize=False)), "router.renormalize=False"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, route_scale=2.0)), "router.route_scale=2.0"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, num_groups=3, top_groups=2)), "top_groups=2"),
+        ("minimax_m2", ModelSpec(MOE, SIGMOID2), "model.qk_norm=none"),
+        ("minimax_m2", ModelSpec(replace(NORMED, sliding_window=3), SIGMOID2), "model.sliding_window=3"),
+        ("glm4_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("glm4_moe", ModelSpec(MOE, SIGMOID2), "model.num_shared_experts=0"),
+        ("glm4_moe", ModelSpec(SHARED, SIGMOID2), "model.d_ff_shared=3"),
+        ("glm4_moe", ModelSpec(replace(SHARED, d_ff_shared=5), SIGMOID2), "model.shared_gate=True"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, moe_every=2), SIGMOID2), "model.moe_every=2"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, sliding_window=3), SIGMOID2), "sliding_window=3"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, rope_interleaved=True), SIGMOID2), "rope_interleaved"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, qk_norm=QKNorm.full), SIGMOID2), "qk_norm=full"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, TOP2), "router.score=softmax"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
         ("qwen3_moe", ModelSpec(replace(LATENT, num_shared_experts=0), TOP2), "model.attention=latent"),
         ("deepseek_v2", ModelSpec(SHARED, TOP2), "model.attention=grouped_query"),
         ("deepseek_v2", ModelSpec(LATENT, TOP2), "router.renormalize=True"),
-        ("deepseek_v2", ModelSpec(LATENT, SigmoidOptions()), "router.score=sigmoid"),
+        ("deepseek_v2", ModelSpec(LATENT, SIGMOID2), "router.score=sigmoid"),
         ("deepseek_v2", ModelSpec(replace(LATENT, sliding_window=3), SCALED), "model.sliding_window=3"),
         ("deepseek_v2", ModelSpec(replace(LATENT, num_experts=0), SCALED), "model.num_experts=0"),
         ("deepseek_v2", ModelSpec(replace(LATENT, moe_every=2), SCALED), "model.moe_every=2"),
         ("deepseek_v2", ModelSpec(replace(LATENT, shared_gate=True), SCALED), "model.shared_gate=True"),
-        ("deepseek_v2", ModelSpec(replace(LATENT, d_ff_shared=9), SCALED), "have 9 hidden units together"),
-        ("deepseek_v2", ModelSpec(replace(LATENT, num_shared_experts=0), SCALED), "have 0 hidden units"),
-        ("deepseek_v2", ModelSpec(replace(LATENT, latent=HALVES), SCALED), "latent.rope_interleave=False"),
-        ("deepseek_v3", ModelSpec(replace(LATENT, latent=EPS), SIGMOID), "model.latent.norm_eps=0.1"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, d_ff_shared=9), SCALED), "model.d_ff_shared=9"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, num_shared_experts=0), SCALED), "num_shared_experts=0"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, rope_interleaved=False), SCALED), "rope_interleaved=False"),
+        ("deepseek_v3", ModelSpec(replace(LATENT, latent=EPS), SIGMOID2), "norm_eps=0.1"),
         ("deepseek_v3", ModelSpec(LATENT, SCALED), "router.score=softmax"),
         ("deepseek_v3", ModelSpec(LATENT, ExpertChoiceOptions()), "router=expert_choice"),
-        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID, eval_capacity_factor=1.5)), "eval_capacity"),
-        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID, num_groups=3, top_groups=2)), "have two experts"),
-        ("kimi_k2", ModelSpec(LATENT, SIGMOID), "it is written as deepseek_v3"),
+        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, eval_capacity_factor=1.5)), "eval_capacity"),
+        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, num_groups=3, top_groups=2)), "two experts"),
+        ("kimi_k2", ModelSpec(LATENT, SIGMOID2), "it is written as deepseek_v3"),
     ],
 )  # fmt: skip
 def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:

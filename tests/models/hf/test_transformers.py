@@ -68,7 +68,8 @@ def test_logits_by_the_default_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "deepseek_v3_yarn"]
+    "name",
+    ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "glm4_moe_yarn", "deepseek_v3_yarn"],
 )
 def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
