@@ -36,6 +36,7 @@ _LISTED = 8  # complaints in one message
 _OTHER_WORDS = (  # for what a family writes
     *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
     *("original_max_position_embeddings", "partial_rotary_factor", "rotary_dim", "auto_map"),
+    "quantization_config",  # of the weights that it came with
 )
 _CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
 # in whatever dtype the rest is, as in training

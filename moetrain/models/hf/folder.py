@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain import files
 from moetrain.errors import UserError
-from moetrain.models.hf.tensors import DTYPES, Part, TensorInfo
+from moetrain.models.hf.tensors import DTYPES, STORED, Part, TensorInfo
 from moetrain.terminal import tell
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -167,11 +167,11 @@ def _header(file: Path) -> dict[str, TensorInfo]:
     for name, (shape, dtype) in found.items():
         if not name.isprintable():
             raise UserError(f"{file}: {name[:80]!r} is no name of a tensor")
-        if dtype not in DTYPES:
+        if dtype not in STORED:
             raise UserError(f"{file}: {name} is {dtype}; only {', '.join(DTYPES)} are read")
         if 0 in shape:
             raise UserError(f"{file}: {name} is {list(shape)}: it holds no number")
-    return {name: TensorInfo(shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}
+    return {name: TensorInfo(shape, STORED[dtype]) for name, (shape, dtype) in found.items()}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from moetrain.models.hf.fields import MAX_LAYERS
 from moetrain.models.hf.folder import CONFIG, INDEX, MAX_TENSORS, SINGLE, SafetensorsFolder, read_json
 from moetrain.models.hf.layouts import as_family, stored_layers
 from moetrain.models.hf.pieces import Table, check_source, fill_block
-from moetrain.models.hf.tensors import Part, Source, TensorInfo, bytes_of, dtype_names
+from moetrain.models.hf.quantised import dequantised
+from moetrain.models.hf.tensors import DTYPES, STORED, Part, Source, TensorInfo, bytes_of, dtype_names
 
 __all__ = [
     "INDEX",
@@ -64,7 +65,7 @@ class Opened:
 
 def read_folder_spec(path: Path) -> ModelSpec:
     """The model of a Hugging Face folder, of which no tensor is read, only what its files say of them."""
-    return _read(SafetensorsFolder(path))[1]
+    return _read(dequantised(SafetensorsFolder(path)))[1]
 
 
 def open_source(source: Source) -> Opened:
@@ -73,6 +74,11 @@ def open_source(source: Source) -> Opened:
     What the config says is bounded by what the files hold before anything is built.
     """
     where = f"{source.path}: {CONFIG}"
+    source = dequantised(source)
+    for name, info in source.tensors.items():
+        if info.dtype not in DTYPES.values():
+            kind = next(key for key, dtype in STORED.items() if dtype is info.dtype)
+            raise UserError(f"{source.path}: {name} is {kind}; only {', '.join(DTYPES)} are read")
     family, spec = _read(source)
     m = spec.model
     if 3 * m.num_layers * m.num_experts > MAX_TENSORS:
