@@ -25,6 +25,7 @@ from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
+from moetrain.models.options import LATENT
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.terminal import tell
 from moetrain.train.run_files import ReadTrained
@@ -38,7 +39,8 @@ _OTHER_WORDS = (  # for what a family writes
     "quantization_config",  # of the weights that it came with
 )
 _CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
-_FP32 = (".router.bias_E", ".router.threshold_E")  # in whatever dtype the rest is, as in training
+# in whatever dtype the rest is, as in training
+_FP32 = (".router.bias_E", ".router.threshold_E", ".gate.e_score_correction_bias")
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # by another family too
 
 
@@ -48,7 +50,7 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
     before = _config_before(model)
     if (layers := model.spec.model.feed_forward) != "moe":
         raise UserError(f"{cfg.checkpoint}: model.feed_forward={layers}: no family has such layers")
-    if (attention := model.spec.model.attention) != OWN_ATTENTION:
+    if (attention := model.spec.model.attention) not in (OWN_ATTENTION, LATENT):
         raise UserError(
             f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"
         )

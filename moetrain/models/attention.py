@@ -42,11 +42,13 @@ class AttentionLayer(nn.Module):
     heads     of the queries, keys and values that it attends with.
     rope_dim  how many elements of a head positions turn: the width of the table that it is given; even.
     sinks     whether it calls :func:`attend` with sinks.
+    products_per_pair  multiply-adds for a key that a query sees, of all heads; None: by ``heads``.
     """
 
     heads: Heads
     rope_dim: int
     sinks: bool = False
+    products_per_pair: int | None = None
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]; ``plan`` is :func:`attend`'s. New keys and values join ``cache``."""

@@ -5,7 +5,6 @@ Shapes: B batch, G key and value heads, S new tokens, C cached tokens, M capacit
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moetrain.moe.context import LayerMemory
@@ -25,14 +24,18 @@ class LayerCache:
         self._values_BGMH: Tensor | None = None
 
     def append(self, k_BGSH: Tensor, v_BGSH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store S new tokens and return all C + S. Raises ValueError beyond the capacity."""
+        """Store S new tokens and return all C + S. Raises ValueError beyond the capacity.
+
+        The two may differ in width and in the number of heads: an attention may keep what it makes keys and
+        values of.
+        """
         end = self.length + k_BGSH.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens; {end} were asked of it")
         if self._keys_BGMH is None or self._values_BGMH is None:
-            batch, heads, _, width = k_BGSH.shape
-            self._keys_BGMH = k_BGSH.new_empty(batch, heads, self.capacity, width)
-            self._values_BGMH = torch.empty_like(self._keys_BGMH)
+            self._keys_BGMH, self._values_BGMH = (
+                x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BGSH, v_BGSH)
+            )
         self._keys_BGMH[:, :, self.length : end] = k_BGSH
         self._values_BGMH[:, :, self.length : end] = v_BGSH
         self.length = end

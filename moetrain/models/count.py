@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moetrain.models.attention import AttentionLayer
 from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig, window_of
 from moetrain.moe import MoELayer, Router
@@ -146,19 +147,25 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    scored = sum(
-        a.heads.num_heads * a.heads.head_dim * _pairs(seq_len, window_of(cfg, layer), causal)
+    products = sum(
+        _products_per_pair(a) * _pairs(seq_len, window_of(cfg, layer), causal)
         for layer, a in enumerate(model.attentions())
     )
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * 2 * scored / seq_len,
+        scores=2 * products / seq_len,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
         router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
+
+
+def _products_per_pair(attention: AttentionLayer) -> int:
+    """Multiply-adds for a key that a query sees: the scores, and weights by values."""
+    told, heads = attention.products_per_pair, attention.heads
+    return 2 * heads.num_heads * heads.head_dim if told is None else told
 
 
 def _pairs(seq_len: int, window: int | None, causal: bool) -> int:

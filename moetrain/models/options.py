@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least, within
+from moetrain.models.latent_options import LatentConfig
 from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
@@ -12,6 +13,7 @@ from moetrain.ops.low_rank import LoRA
 
 _INT32 = 2**31 - 1
 _SIZE, _COUNT = at_least(1, _INT32), at_least(0, _INT32)
+LATENT = "latent"  # model.attention
 
 
 class QKNorm(Enum):
@@ -86,6 +88,7 @@ class ModelConfig:
     # which layers have it, from the first on, over and over: [sliding,full] every other; []: all
     window_pattern: tuple[LayerWindow, ...] = ()
     attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
+    latent: LatentConfig = field(default_factory=LatentConfig)  # attention=latent
     attention_backend: AttentionBackend = AttentionBackend.auto
     rope_theta: float = field(default=10000.0, metadata=above(0))
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)

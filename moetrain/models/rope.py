@@ -46,8 +46,15 @@ def _scaled(frequency_h: Tensor, theta: float, s: RopeScaling) -> tuple[Tensor, 
         return frequency_h / s.factor, 1.0
     if s.kind is RopeKind.llama3:
         return _between(frequency_h, s.factor, _llama3_kept(frequency_h, s)), 1.0
-    size = 0.1 * math.log(s.factor) + 1 if s.attention_factor is None else s.attention_factor
-    return _between(frequency_h, s.factor, _yarn_kept(frequency_h, theta, s)), size
+    return _between(frequency_h, s.factor, _yarn_kept(frequency_h, theta, s)), _yarn_size(s)
+
+
+def _yarn_size(s: RopeScaling) -> float:
+    if s.attention_factor is not None:
+        return s.attention_factor
+    if s.mscale is None or s.mscale_all_dim is None:
+        return s.grown()
+    return s.grown(s.mscale) / s.grown(s.mscale_all_dim)
 
 
 def _between(frequency_h: Tensor, factor: float, kept_h: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The ``model.rope_scaling`` section of the typed configuration: positions beyond those first trained on."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
@@ -35,5 +36,13 @@ class RopeScaling:
     # yarn: pairs of at most about so many are divided
     beta_slow: float = field(default=1.0, metadata=above(0))
     truncate: bool = True  # yarn: the bounds of the two as whole pairs
-    # yarn: of queries and keys; null: 0.1 ln(factor) + 1
+    # yarn: of queries and keys; null: 0.1 ln(factor) + 1, or by the two mscales where both are given
     attention_factor: Optional[float] = field(default=None, metadata=above(0))
+    # yarn: (0.1 mscale ln(factor) + 1) / (the same of mscale_all_dim)
+    mscale: Optional[float] = field(default=None, metadata=above(0))
+    # yarn: with model.attention=latent the scores times (0.1 mscale_all_dim ln(factor) + 1)^2 besides
+    mscale_all_dim: Optional[float] = field(default=None, metadata=above(0))
+
+    def grown(self, mscale: float = 1.0) -> float:
+        """0.1 mscale ln(factor) + 1."""
+        return 0.1 * mscale * math.log(self.factor) + 1

@@ -7,17 +7,18 @@ from dataclasses import fields
 from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.models.latent_rules import check_latent
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import LayerWindow, ModelConfig
+from moetrain.models.options import LATENT, LayerWindow, ModelConfig
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
 
 _ROPE = "model.rope_scaling"
 # key -> the kinds of attention that read it
-_OF_ATTENTIONS = dict.fromkeys(
-    ("rope_fraction", "rope_interleaved", "out_bias", "attention_sinks"), ("grouped_query",)
-)
+_OF_ATTENTIONS = dict.fromkeys(("rope_fraction", "out_bias", "attention_sinks"), ("grouped_query",)) | {
+    "rope_interleaved": ("grouped_query", LATENT)
+}
 _READ = {
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
@@ -29,6 +30,8 @@ _READ = {
         "beta_slow",
         "truncate",
         "attention_factor",
+        "mscale",
+        "mscale_all_dim",
     ),
 }
 
@@ -77,15 +80,18 @@ def _check_lora(cfg: ModelConfig) -> None:
         raise UserError(
             f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
         )
-    if cfg.lora_rank is not None and cfg.attention != "grouped_query":
+    if cfg.lora_rank is not None and cfg.attention not in (own := ("grouped_query", LATENT)):
         raise UserError(
-            f"model.lora_rank={cfg.lora_rank} is of model.attention=grouped_query, and would not reach "
+            f"model.lora_rank={cfg.lora_rank} is of model.attention={' or '.join(own)}, and would not reach "
             f"model.attention={cfg.attention}: set model.lora_rank=null"
         )
 
 
 def check_heads(cfg: ModelConfig) -> None:
     """UserError where heads do not divide the width or one another, or cannot be turned by RoPE."""
+    check_latent(cfg)
+    if cfg.attention == LATENT:
+        return
     if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
         raise UserError(
             f"model.num_heads={cfg.num_heads} does not divide model.d_model={cfg.d_model}: "
@@ -134,10 +140,10 @@ def _check_rope(cfg: ModelConfig) -> None:
             f"leave it out, or take kind={owners}"
         )
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-        if not getattr(scaling, low) < getattr(scaling, high):
-            raise UserError(
-                f"{_ROPE}.{high}={getattr(scaling, high)} must be above {_ROPE}.{low}={getattr(scaling, low)}"
-            )
+        least, most = getattr(scaling, low), getattr(scaling, high)
+        if not (least < most or (least == most and low == "beta_slow")):  # Kimi-K2 has both betas 1
+            raise UserError(f"{_ROPE}.{high}={most} must be above {_ROPE}.{low}={least}")
+    _check_mscale(cfg)
     if "original_max_positions" in _READ[scaling.kind] and scaling.original_max_positions is None:
         raise UserError(
             f"{_ROPE}.kind={scaling.kind.name} needs {_ROPE}.original_max_positions: "
@@ -145,6 +151,22 @@ def _check_rope(cfg: ModelConfig) -> None:
         )
     if scaling.kind is RopeKind.yarn and cfg.rope_theta <= 1:  # it divides by the logarithm of the base
         raise UserError(f"model.rope_theta={cfg.rope_theta} must be above 1 for {_ROPE}.kind=yarn")
+
+
+def _check_mscale(cfg: ModelConfig) -> None:
+    """Numbers that the rotation does not read: it goes by both of them, and by ``attention_factor`` first."""
+    scaling = cfg.rope_scaling
+    both = None not in (scaling.mscale, scaling.mscale_all_dim) and scaling.attention_factor is None
+    if scaling.mscale is not None and not both:
+        raise UserError(
+            f"{_ROPE}.mscale={scaling.mscale} is not used without {_ROPE}.mscale_all_dim, nor beside "
+            f"{_ROPE}.attention_factor: leave it out"
+        )
+    if scaling.mscale_all_dim is not None and not both and cfg.attention != LATENT:
+        raise UserError(
+            f"{_ROPE}.mscale_all_dim={scaling.mscale_all_dim} is not used without {_ROPE}.mscale, nor beside "
+            f"{_ROPE}.attention_factor, but by model.attention={LATENT}: leave it out"
+        )
 
 
 def _check_sections(cfg: ModelConfig) -> None:

@@ -115,7 +115,9 @@ class Upcycling:
         names = sorted(name for name in self.ledger.fresh if name.startswith(start))
         if not names:
             return []
-        dtype, made = self.source.states[0][f"{start}attention.w_q_QD"].dtype, {}
+        donor, made = self.source.states[0], {}
+        like = next(name for name in donor if name.startswith(f"{start}attention.w_"))
+        dtype = donor[like].dtype
         for name in names:
             shape = self.shapes[name]
             drawn = normal(shape, generator(self.job.seed, layer, name), dtype) * (3 * shape[1]) ** -0.5
@@ -124,7 +126,7 @@ class Upcycling:
         if not self.method.options.carry_optimizer:
             return named
         shapes = {name: self.shapes[name] for name in names}
-        return [*named, *from_zero(self.source, shapes, f"{start}attention.w_q_QD")]
+        return [*named, *from_zero(self.source, shapes, like)]
 
     @torch.no_grad()
     def layer(self, layer: int) -> list[tuple[str, Tensor]]:

@@ -101,7 +101,7 @@ CASES: list[tuple[Build, dict[str, Any]]] = [
     (decoder, {"model.d_ff_shared": 7}),
     (decoder, {"model.rope_scaling": RopeScaling(RopeKind.none, 2.0)}),
     (decoder, {"model.rope_scaling": RopeScaling(RopeKind.yarn, 2.0)}),
-    (decoder, {"model.rope_scaling": replace(YARN, beta_fast=1.0)}),
+    (decoder, {"model.rope_scaling": replace(YARN, beta_fast=0.5)}),
     (decoder, {"model.rope_scaling": YARN, "model.rope_theta": 1.0}),
     (decoder, {"experts.block": 0}),
     (layer, {"experts.block": 0}),

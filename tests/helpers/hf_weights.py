@@ -38,6 +38,16 @@ RENAMED = {
     "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
     "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
+LATENT = {  # where keys and values are made of one vector
+    "self_attn.q_proj.weight": "attention.w_q_QD",
+    "self_attn.q_a_proj.weight": "attention.w_q_RD",
+    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight_D",
+    "self_attn.q_b_proj.weight": "attention.w_q_QR",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.w_kv_PD",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight_D",
+    "self_attn.kv_b_proj.weight": "attention.w_kv_UL",
+    "self_attn.o_proj.weight": "attention.w_out_DO",
+}
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _IN_TURN = {
     STACKED_UP: "w_gate_up_EDCF",
@@ -60,7 +70,8 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in layers:
         start = f"model.layers.{layer}."
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-        parts = {RENAMED[name]: t for name, t in theirs.items() if name in RENAMED}
+        renamed = RENAMED | LATENT if "self_attn.kv_b_proj.weight" in theirs else RENAMED
+        parts = {renamed[name]: t for name, t in theirs.items() if name in renamed}
         if f"{STACKED_UP}_bias" in theirs:  # GPT-OSS's: [E, D, 2F], gate and up columns in turn
             for name, ours_name in _IN_TURN.items():
                 parts[f"feed_forward.experts.{ours_name}"] = (

@@ -134,7 +134,7 @@ def test_attention_and_dense_layers_count_their_products() -> None:
     [
         ({"lora_rank": 0}, "model.lora_rank=0 must be 1 or more"),
         ({"lora_alpha": 3.0}, "model.lora_alpha=3.0 is over model.lora_rank, which is null"),
-        ({"lora_rank": 2, "attention": "latent"}, "would not reach model.attention=latent"),
+        ({"lora_rank": 2, "attention": "narrow"}, "would not reach model.attention=narrow"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:

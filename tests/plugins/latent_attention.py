@@ -1,4 +1,4 @@
-"""A plug-in attention: ``plugins=[latent_attention]``, ``model.attention=latent``.
+"""A plug-in attention: ``plugins=[latent_attention]``, ``model.attention=narrow``.
 
 Keys and values are made of one narrow vector a token, and only half of each head turns with the position
 (a toy of what DeepSeek-V2 does, arXiv:2405.04434).
@@ -52,7 +52,7 @@ class LatentAttention(AttentionLayer):
         return torch.cat([apply_rope(turning, rope), still], -1).transpose(1, 2)
 
 
-@register_attention("latent", on_meta=True)
+@register_attention("narrow", on_meta=True)
 def build(cfg: ModelConfig, layer: int) -> AttentionLayer:
     num_heads, _, head_dim = head_shape(cfg)
     if head_dim % 4:

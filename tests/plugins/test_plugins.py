@@ -36,7 +36,7 @@ from moetrain.train.task import TASKS
 FOLDER = Path(__file__).parent
 OVERLOAD = "balance.losses=[{name: overload, coef: 0.5, options: {slack: 0.125}}, {name: switch}]"
 REGISTRIES = (LOSSES, CONTROLLERS, ROUTERS, FEED_FORWARDS, ATTENTIONS, TASKS)
-LATENT = ["plugins=[latent_attention]", "model.attention=latent"]
+LATENT = ["plugins=[latent_attention]", "model.attention=narrow"]
 DISTILLATION = ["plugins=[distillation]", "train.task=distillation"]
 UNEVEN = ["plugins=[uneven]", "model.feed_forward=uneven", "model.num_layers=3", "model.num_experts=4"]
 # plug-in -> (overrides, keys of a step's row that are its own)
@@ -138,7 +138,7 @@ def test_an_attention_of_ones_own_writes_and_counts(
     command = ["plugins=[latent_attention]", f"checkpoint={run}"]
     assert main(["generate", *command, "prompt=ab", "max_new_tokens=3"]) == 0
     assert main(["export", *command, f"target={tmp_path / 'out'}"]) == 2
-    assert "model.attention=latent is a plug-in's: no family has such attention" in capsys.readouterr().err
+    assert "model.attention=narrow is a plug-in's: no family has such attention" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -167,9 +167,12 @@ def test_a_task_of_ones_own_decides_the_loss(
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["model.attention=latnt"], "model.attention=latnt is not known; known: grouped_query, latent (did"),
+        (
+            ["model.attention=narow"],
+            "=narow is not known; known: grouped_query, latent, narrow (did you mean",
+        ),
         (["model.attention=flex"], "a backend's name belongs in model.attention_backend"),
-        (["model.head_dim=6"], "model.attention=latent: layer 0: half of a head turns, and model.head_dim=6"),
+        (["model.head_dim=6"], "model.attention=narrow: layer 0: half of a head turns, and model.head_dim=6"),
     ],
 )
 def test_what_an_attention_refuses_is_one_line(

@@ -1,10 +1,13 @@
 """Hugging Face checkpoints: one file a family, and the tables by which tensors move both ways."""
 
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
+    deepseek_v2,
+    deepseek_v3,
     dots1,
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     llama,
     minimax_m2,
     mistral,

@@ -24,7 +24,7 @@ class Piece:
     ``shape`` is that of theirs, or of its block; ``dims`` are our dimensions in the order in which theirs has
     them; those before them have size 1. The block has size 1 in our others (an expert's number, gate or up).
     ``stored``: the shape of their whole tensor, of which other pieces are the rest, and ``at``: where in it
-    the block begins; (): it is all. ``folded``: the last two of ``dims`` are one dimension of theirs, in which
+    the block begins; (): it is all. ``folded``: the last two of ``dims`` are one of theirs, in which
     the last runs fastest.
     """
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moetrain.models.hf.fp8 import BlockFp8
 from moetrain.models.hf.mxfp4 import Mxfp4
 from moetrain.models.hf.tensors import Source
 
-KINDS: dict[str, Callable[[Source], Source]] = {"mxfp4": Mxfp4}
+KINDS: dict[str, Callable[[Source], Source]] = {"fp8": BlockFp8, "mxfp4": Mxfp4}
 
 
 def dequantised(source: Source) -> Source:

@@ -6,7 +6,6 @@ place of all ``rope_parameters``, and what neither of them says stands at the to
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from moetrain.errors import quoted
@@ -26,7 +25,10 @@ _NUMBERS = {  # by kind, what stands under the same name in both
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
     RopeKind.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
-    RopeKind.yarn: ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    RopeKind.yarn: (
+        *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+        *("mscale", "mscale_all_dim"),
+    ),
 }
 # of other kinds, which transformers ignores, with a warning, where the kind does not read them
 _OF_OTHERS = (
@@ -35,10 +37,11 @@ _OF_OTHERS = (
 )
 
 
-def read_rope(fields: Fields, partial: float | None = None) -> dict[str, Any]:
+def read_rope(fields: Fields, partial: float | None = None, scores: bool = False) -> dict[str, Any]:
     """The keys of ModelConfig that say how positions rotate.
 
     ``partial``: the part of a head that turns where none is said; None: the family turns whole heads.
+    ``scores``: whether ``mscale_all_dim`` scales the scores of attention, too.
     """
     rope = _parameters(fields)
     name = rope.get("rope_type" if rope.has("rope_type") else "type")
@@ -48,12 +51,16 @@ def read_rope(fields: Fields, partial: float | None = None) -> dict[str, Any]:
     rope.without_effect("type", *_OF_OTHERS)
     fraction = _fraction(fields, rope, partial)
     numbers: dict[str, Any] = {
-        key: rope.number(key) for key in _NUMBERS[kind] if key != "truncate" and _stated(rope, key)
+        key: rope.number(key)
+        for key in _NUMBERS[kind]
+        if key not in ("truncate", "mscale", "mscale_all_dim") and _stated(rope, key)
     }
     if kind in (RopeKind.llama3, RopeKind.yarn):
         numbers["original_max_positions"] = _original(fields, rope)
     if kind is RopeKind.yarn:
-        numbers |= _yarn(fields, rope, numbers)
+        numbers |= _yarn(fields, rope, numbers, scores)
+    elif scores and kind is not RopeKind.none:  # of which no model is known
+        rope.must_be("mscale_all_dim", None, 0)
     for key in ("factor",) if kind is RopeKind.yarn else _NUMBERS[kind]:
         if key not in numbers:
             raise rope.refuse(f"{key} is missing")
@@ -104,7 +111,7 @@ def _original(fields: Fields, rope: Fields) -> int:
     return fields.integer("max_position_embeddings")
 
 
-def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any]) -> dict[str, Any]:
+def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any], scores: bool) -> dict[str, Any]:
     """What transformers computes where the numbers are null, 0 or left to others."""
     found: dict[str, Any] = {}
     if rope.has("factor") and rope.get("factor") is None:
@@ -118,11 +125,12 @@ def _yarn(fields: Fields, rope: Fields, numbers: dict[str, Any]) -> dict[str, An
     if truncate is not None and not isinstance(truncate, bool):
         raise rope.refuse(f"truncate is {quoted(truncate)}, not true or false")
     found["truncate"] = bool(truncate)
-    scales = [rope.number(key) for key in ("mscale", "mscale_all_dim") if _stated(rope, key)]
-    factor = found.get("factor", numbers.get("factor"))
-    if "attention_factor" not in numbers and factor is not None and len(scales) == 2 and all(scales):
-        log = math.log(factor) if factor > 1 else 0.0
-        found["attention_factor"] = (0.1 * scales[0] * log + 1) / (0.1 * scales[1] * log + 1)
+    scales = {key: rope.number(key) if _stated(rope, key) else 0 for key in ("mscale", "mscale_all_dim")}
+    both = "attention_factor" not in numbers and all(scales.values())
+    if both:
+        found["mscale"] = scales["mscale"]
+    if scales["mscale_all_dim"] and (both or scores):
+        found["mscale_all_dim"] = scales["mscale_all_dim"]
     return found
 
 
@@ -136,9 +144,13 @@ def _check(rope: Fields, theta: float, s: RopeScaling) -> None:
         raise rope.refuse(f"{_ORIGINAL}={s.original_max_positions} must be 1 or more")
     if s.attention_factor is not None and not s.attention_factor > 0:
         raise rope.refuse(f"attention_factor={s.attention_factor} must be more than 0")
+    for key in ("mscale", "mscale_all_dim"):
+        if getattr(s, key) is not None and not getattr(s, key) > 0:
+            raise rope.refuse(f"{key}={getattr(s, key)} must be more than 0")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-        if not 0 < getattr(s, low) < getattr(s, high):
-            raise rope.refuse(f"{high}={getattr(s, high)} must be above {low}={getattr(s, low)}, above 0")
+        least, most = getattr(s, low), getattr(s, high)
+        if not (0 < least < most or (0 < least == most and low == "beta_slow")):
+            raise rope.refuse(f"{high}={most} must be above {low}={least}, above 0")
 
 
 def write_rope(cfg: ModelConfig) -> dict[str, Any]:

@@ -18,13 +18,16 @@ from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 NAMES = MoENames(bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts")
 
 
-def read_layers(fields: Fields) -> dict[str, Any]:
-    """The keys of ModelConfig that say which layers are MoE, and how large."""
+def read_layers(fields: Fields, alias: str = "num_local_experts") -> dict[str, Any]:
+    """The keys of ModelConfig that say which layers are MoE, and how large.
+
+    ``alias``: what transformers takes for ``n_routed_experts``.
+    """
     shared = fields.integer("n_shared_experts")
     if shared < 1:
         raise fields.refuse(f"n_shared_experts={shared} must be 1 or more: its layers always have some")
     return {
-        "num_experts": read_num_experts(fields, "n_routed_experts", "num_local_experts"),
+        "num_experts": read_num_experts(fields, "n_routed_experts", alias),
         "d_ff_expert": fields.integer("moe_intermediate_size"),
         "num_shared_experts": shared,
         "first_dense": fields.integer("first_k_dense_replace"),
@@ -57,6 +60,11 @@ def write_layers(m: ModelConfig) -> dict[str, Any]:
     }
 
 
+def chosen(router: TopKOptions, m: ModelConfig) -> int:
+    """Experts a token."""
+    return min(2, m.num_experts) if router.top_k is None else router.top_k
+
+
 def write_router(spec: ModelSpec) -> dict[str, Any]:
     """The inverse of :func:`read_router`. Raises CannotExpressError for any other router."""
     router = check_router(spec)
@@ -65,8 +73,10 @@ def write_router(spec: ModelSpec) -> dict[str, Any]:
     groups = router.num_groups if router.top_groups is None else router.top_groups
     if groups < router.num_groups:
         require("router.group_score", router.group_score.name, GroupScore.top2.name)
+    if 1 < router.num_groups == spec.model.num_experts:  # transformers sums a group's two best
+        raise CannotExpressError(f"router.num_groups={router.num_groups}, and a group has two experts")
     return {
-        "num_experts_per_tok": min(2, spec.model.num_experts) if router.top_k is None else router.top_k,
+        "num_experts_per_tok": chosen(router, spec.model),
         "norm_topk_prob": router.renormalize,
         "routed_scaling_factor": router.route_scale,
         "n_group": router.num_groups,

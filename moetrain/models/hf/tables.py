@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moetrain.models.attention import head_shape
+from moetrain.models.hf.latent_table import latent_table
 from moetrain.models.hf.pieces import Piece, Table, Tiled
-from moetrain.models.options import ModelConfig, QKNorm, is_moe_layer
+from moetrain.models.options import LATENT, ModelConfig, QKNorm, is_moe_layer
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,17 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
 
 
 def _attention(cfg: ModelConfig) -> Table:
-    heads, kv_heads, head_dim = head_shape(cfg)
-    widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     table = {
-        "attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"])),
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
+    return table | (latent_table(cfg) if cfg.attention == LATENT else _grouped_query(cfg))
+
+
+def _grouped_query(cfg: ModelConfig) -> Table:
+    heads, kv_heads, head_dim = head_shape(cfg)
+    widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+    table = {"attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"]))}
     if cfg.out_bias:
         table["attention.b_out_D"] = _whole("self_attn.o_proj.bias", (cfg.d_model,))
     if cfg.attention_sinks:

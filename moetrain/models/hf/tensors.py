@@ -11,7 +11,7 @@ from torch import Tensor
 
 # what weights may be; and quantised ones
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-STORED = DTYPES | {"U8": torch.uint8}
+STORED = DTYPES | {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)

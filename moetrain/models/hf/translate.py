@@ -10,13 +10,14 @@ from typing import Any
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError, quoted
-from moetrain.models.attention import head_shape
+from moetrain.models.attention import OWN_ATTENTION, head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LATENT, ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
 from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 SHARED = {  # what all of transformers' classes here take for a key that is absent
@@ -37,19 +38,21 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
     """
     if "window_pattern" not in own:
         layer_types(fields)  # those of all layers alike
-    cfg = ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
-        d_model=fields.integer("hidden_size"),
-        num_layers=fields.layers(),
-        num_heads=fields.integer("num_attention_heads"),
-        num_kv_heads=fields.integer_or_none("num_key_value_heads"),
-        head_dim=fields.integer_or_none("head_dim"),
-        d_ff=fields.integer("intermediate_size"),
-        norm_eps=fields.number("rms_norm_eps"),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
-        init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
-        **{"num_experts": 0, **read_rope(fields, partial_rope), **own},
-    )
+    shared: dict[str, Any] = {
+        "vocab_size": fields.integer("vocab_size"),
+        "d_model": fields.integer("hidden_size"),
+        "num_layers": fields.layers(),
+        "num_heads": fields.integer("num_attention_heads"),
+        "num_kv_heads": fields.integer_or_none("num_key_value_heads"),
+        "head_dim": fields.integer_or_none("head_dim"),
+        "d_ff": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps"),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "init_std": fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
+        "num_experts": 0,
+    }
+    rope = read_rope(fields, partial_rope, own.get("attention") == LATENT)
+    cfg = ModelConfig(**shared | rope | own)
     try:
         check_ranges(cfg, "model")
         check_heads(cfg)
@@ -81,6 +84,7 @@ def write_decoder(
     Raises CannotExpressError where the model does otherwise.
     """
     m = spec.model
+    require("model.attention", m.attention, OWN_ATTENTION)
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
@@ -132,7 +136,7 @@ def check_router(spec: ModelSpec) -> TopKOptions:
     """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
     router = spec.router
     require("experts.kind", spec.experts.kind.name, "networks")
-    if type(router) is not TopKOptions:
+    if not isinstance(router, TopKOptions) or type(router) not in (TopKOptions, SigmoidOptions):
         raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
     require("router.eval_capacity_factor", router.eval_capacity_factor, None)
     require("router.permutation_steps", router.permutation_steps, None)

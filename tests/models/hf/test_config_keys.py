@@ -30,6 +30,12 @@ EXPERTS = {
     "moe_num_experts": 4,
 }  # fmt: skip
 
+_LATENT = {  # each head has keys of its own, and the width that turns is transformers' head_dim
+    "num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+OWN_SIZES = dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT)
+
 
 def their_config(name: str, **values: Any) -> Any:
     return getattr(transformers, CLASSES[name])(**values)
@@ -38,7 +44,8 @@ def their_config(name: str, **values: Any) -> Any:
 def sizes_of(name: str) -> dict[str, Any]:
     """What has no default here, and is a key of the family."""
     known = their_config(name).to_dict()
-    return {"model_type": name, **SIZES, **{key: n for key, n in EXPERTS.items() if key in known}}
+    experts = {key: n for key, n in EXPERTS.items() if key in known}
+    return {"model_type": name, **SIZES, **experts, **OWN_SIZES.get(name, {})}
 
 
 def read(values: dict[str, Any]) -> ModelSpec:
@@ -75,7 +82,12 @@ def test_no_key_of_theirs_is_unknown(name: str) -> None:
 
 
 def _without_effect(name: str, key: str) -> bool:
-    """Keys of a window, where there is none, or where layer_types says which layers have it."""
+    """A window's keys, where there is none, or where layer_types says which layers have it; groups of a
+    greedy choice, and layers of files alone."""
+    if key in ("n_group", "topk_group"):
+        return name == "deepseek_v2"
+    if key == "num_nextn_predict_layers":
+        return True
     return name.startswith(("qwen", "dots1")) and key in ("sliding_window", "max_window_layers")
 
 
@@ -167,7 +179,7 @@ TURNED = {
     "rotary_dim": {"rotary_dim": 4},
     "rotary_dim, part": {"rotary_dim": 4, "partial_rotary_factor": 0.5},
 }
-WHOLE, PARTLY = ("llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
+WHOLE, PARTLY = ("deepseek_v3", "llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
 PART = "partial_rotary_factor"
 PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
     "nothing": {},
@@ -207,6 +219,24 @@ def test_positions_rotate_as_theirs(name: str, values: dict[str, Any]) -> None:
     torch.testing.assert_close(ours.sin_BS1h[:, :, 0], sin_BSH[..., : width // 2], rtol=0, atol=1e-5)
 
 
+def their_code(version: str) -> dict[str, Any]:
+    """How the file names the code beside the weights."""
+    names = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    files = {"AutoConfig": "configuration_deepseek"}
+    return {
+        "auto_map": {k: f"{files.get(k, 'modeling_deepseek')}.Deepseek{version}{v}" for k, v in names.items()}
+    }
+
+
+DEEPSEEK_KEYS = {
+    "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "moe_layer_freq": 1, "attention_bias": False,
+    "pretraining_tp": 1, "head_dim": 16,
+}  # fmt: skip
+DEEPSEEK_OTHERS = {
+    "moe_layer_freq": 2, "ep_size": 8, "attention_bias": True, "num_key_value_heads": 2, "head_dim": 8,
+    "qk_head_dim": 17, "n_shared_experts": 0, "q_lora_rank": 0,
+    "rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
 # keys that the makers' files have besides, and values that are refused
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "minimax_m2": (
@@ -241,6 +271,30 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "glm4_moe": (
         {"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "use_qk_norm": False},
         {"n_shared_experts": 0, "num_nextn_predict_layers": -1, "partial_rotary_factor": 0.0},
+    ),
+    "deepseek_v2": (
+        {
+            **DEEPSEEK_KEYS, **their_code("V2"), "scoring_func": "softmax", "norm_topk_prob": False,
+            "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+        },
+        {
+            **DEEPSEEK_OTHERS, **their_code("V3"), "scoring_func": "sigmoid", "norm_topk_prob": True,
+            "topk_method": "noaux_tc", "mlp_bias": True,
+        },
+    ),
+    "deepseek_v3": (
+        {
+            **DEEPSEEK_KEYS, **their_code("V3"), "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 1, "n_group": 8, "topk_group": 4,
+        },
+        {
+            **DEEPSEEK_OTHERS, **their_code("V2"), "scoring_func": "softmax", "topk_method": "greedy",
+            "num_nextn_predict_layers": -1, "n_group": None, "rope_interleave": 1,
+        },
+    ),
+    "kimi_k2": (
+        {**DEEPSEEK_KEYS, **their_code("V3"), "scoring_func": "sigmoid", "num_nextn_predict_layers": 0},
+        {"topk_method": "greedy"},
     ),
 }  # fmt: skip
 

@@ -17,12 +17,14 @@ from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
+from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
-from moetrain.moe.routers.topk import Score, TopKOptions
+from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
+WRITTEN = [name for name in FAMILIES if name != "kimi_k2"]  # which goes out as deepseek_v3
 QK_NORM = {
     "qwen3": QKNorm.head,
     "qwen3_moe": QKNorm.head,
@@ -42,7 +44,7 @@ def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: Exp
     """Those of DeepSeek-V3's kind of MoE layer."""
     keys["first_dense"] = draw(st.integers(0, keys["num_layers"] - 1))
     keys["num_shared_experts"] = draw(st.integers(1, 3))
-    groups = draw(st.integers(1, 2))
+    groups = draw(st.integers(1, 2)) if keys["num_experts"] > 1 else 1  # of two experts or more
     keys["num_experts"] *= groups
     limit = draw(st.integers(1, groups))
     router = TopKOptions(
@@ -83,6 +85,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         "tie_embeddings": draw(st.booleans()),
     }
     experts = ExpertsConfig(activation=draw(st.sampled_from([Activation.swiglu, Activation.geglu])))
+    if name.startswith("deepseek"):
+        return ModelSpec(*deepseek(draw, name, keys), experts)
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
@@ -118,6 +122,38 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 
+def deepseek(draw: st.DrawFn, name: str, keys: dict[str, Any]) -> tuple[ModelConfig, TopKOptions]:
+    widths = {key: draw(st.integers(1, 9)) for key in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
+    widths |= {"q_lora_rank": draw(st.none() | st.integers(1, 7)), "qk_rope_head_dim": keys["head_dim"]}
+    groups, of_group = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    limit, second = draw(st.integers(1, groups)), name == "deepseek_v2"
+    model = ModelConfig(
+        **keys
+        | {
+            "attention": "latent",
+            "latent": LatentConfig(**widths),
+            "rope_interleaved": second or draw(st.booleans()),
+            "head_dim": None,
+            "num_kv_heads": None,
+            "num_experts": groups * of_group,
+            "d_ff_expert": draw(st.integers(1, 13)),
+            "num_shared_experts": draw(st.integers(1, 3)),
+            "first_dense": draw(st.integers(0, keys["num_layers"] - 1)),
+        }
+    )
+    options: dict[str, Any] = {
+        "top_k": draw(st.integers(1, limit * of_group)),
+        "route_scale": draw(st.sampled_from([1.0, 2.5])),
+    }
+    if second:
+        options |= {"renormalize": False, "group_score": GroupScore.max}
+    else:
+        options |= {"renormalize": draw(st.booleans()), "score": Score.sigmoid}
+    if not second or limit < groups:
+        options |= {"num_groups": groups, "top_groups": limit}
+    return model, TopKOptions(**options)
+
+
 def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the pieces fill each of ``ours`` exactly once, and theirs are used up."""
     if table.keys() != ours.keys():
@@ -144,7 +180,7 @@ def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the pieces of {left[0]} are not all of it, each once")
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", WRITTEN)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_table_fills_the_model_once_and_a_config_says_it_again(name: str, data: st.DataObject) -> None:
@@ -161,7 +197,7 @@ def test_a_table_fills_the_model_once_and_a_config_says_it_again(name: str, data
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(name=st.sampled_from(list(FAMILIES)), data=st.data())
+@given(name=st.sampled_from(WRITTEN), data=st.data())
 def test_a_block_is_a_slice_of_the_whole(name: str, data: st.DataObject) -> None:
     """Of any tensor, at any place; and no more is read than what it takes."""
     table = FAMILIES[name].table(data.draw(specs(name)))
@@ -216,6 +252,8 @@ SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
 ERNIE = replace(MOE, rope_interleaved=True)
 PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
+LATENT = replace(MOE, attention="latent", num_shared_experts=1, rope_interleaved=True)
+SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +312,23 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, qk_norm=QKNorm.full), SIGMOID2), "qk_norm=full"),
         ("glm4_moe", ModelSpec(PLAIN_SHARED, TOP2), "router.score=softmax"),
         ("glm4_moe", ModelSpec(PLAIN_SHARED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
+        ("qwen3_moe", ModelSpec(replace(LATENT, num_shared_experts=0), TOP2), "model.attention=latent"),
+        ("deepseek_v2", ModelSpec(SHARED, TOP2), "model.attention=grouped_query"),
+        ("deepseek_v2", ModelSpec(LATENT, TOP2), "router.renormalize=True"),
+        ("deepseek_v2", ModelSpec(LATENT, SIGMOID2), "router.score=sigmoid"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, sliding_window=3), SCALED), "model.sliding_window=3"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, num_experts=0), SCALED), "model.num_experts=0"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, moe_every=2), SCALED), "model.moe_every=2"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, shared_gate=True), SCALED), "model.shared_gate=True"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, d_ff_shared=9), SCALED), "model.d_ff_shared=9"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, num_shared_experts=0), SCALED), "num_shared_experts=0"),
+        ("deepseek_v2", ModelSpec(replace(LATENT, rope_interleaved=False), SCALED), "rope_interleaved=False"),
+        ("deepseek_v3", ModelSpec(replace(LATENT, latent=EPS), SIGMOID2), "norm_eps=0.1"),
+        ("deepseek_v3", ModelSpec(LATENT, SCALED), "router.score=softmax"),
+        ("deepseek_v3", ModelSpec(LATENT, ExpertChoiceOptions()), "router=expert_choice"),
+        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, eval_capacity_factor=1.5)), "eval_capacity"),
+        ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, num_groups=3, top_groups=2)), "two experts"),
+        ("kimi_k2", ModelSpec(LATENT, SIGMOID2), "it is written as deepseek_v3"),
     ],
 )  # fmt: skip
 def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:

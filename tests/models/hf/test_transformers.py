@@ -51,7 +51,7 @@ def test_logits_loss_and_every_gradient(name: str, dtype: torch.dtype) -> None:
     assert_alike(*family.build(dtype), *family.batch())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2_moe", "deepseek_v3"])
 def test_padding_asks_for_nothing_and_changes_nothing(name: str) -> None:
     """Theirs is told by a mask, ours by labels alone: nothing before the padding sees it."""
     family = FAMILIES[name]
@@ -61,7 +61,7 @@ def test_padding_asks_for_nothing_and_changes_nothing(name: str) -> None:
     assert_alike(*family.build(torch.float32), ids, labels.where(mask, -100), mask.long())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "moonlight"])
 def test_logits_by_the_default_backend(name: str) -> None:
     family = FAMILIES[name]
     theirs, ours = family.build(torch.float32, "auto")
@@ -70,7 +70,16 @@ def test_logits_by_the_default_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "glm4_moe_yarn", "ernie4_5_moe_yarn"]
+    "name",
+    [
+        "llama_linear",
+        "llama_llama3",
+        "llama_yarn",
+        "qwen2_yarn",
+        "glm4_moe_yarn",
+        "deepseek_v3_yarn",
+        "ernie4_5_moe_yarn",
+    ],
 )
 def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
