@@ -19,7 +19,7 @@ from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm
-from moetrain.models.rope import Rope, apply_rope
+from moetrain.models.rope import Rope, apply_rope, rope_width
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter, with_own_values
@@ -152,7 +152,7 @@ class Attention(AttentionLayer):
         super().__init__()
         self.heads = head_shape(cfg)
         self.num_heads, self.num_kv_heads, self.head_dim = self.heads
-        self.rope_dim = self.head_dim
+        self.rope_dim, self.interleaved = rope_width(self.head_dim, cfg.rope_fraction), cfg.rope_interleaved
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         initializer, zero, biased = Normal(cfg.init_std), Constant(0.0), cfg.qkv_bias
         self.w_q_QD = parameter((queries, cfg.d_model), initializer)
@@ -174,8 +174,9 @@ class Attention(AttentionLayer):
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
-        q_BQSH = apply_rope(q_BSQH, rope).transpose(1, 2)
-        k_BGKH, v_BGKH = apply_rope(k_BSGH, rope).transpose(1, 2), v_BSGH.transpose(1, 2)
+        q_BQSH = apply_rope(q_BSQH, rope, self.interleaved).transpose(1, 2)
+        k_BGKH = apply_rope(k_BSGH, rope, self.interleaved).transpose(1, 2)
+        v_BGKH = v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2)

@@ -1,8 +1,8 @@
 """Rotary position embedding, in the half-split convention of Hugging Face checkpoints.
 
 Shapes: B batch (1 where all rows share their positions), S sequence, N heads, H head width, h = H / 2.
-Source: Su et al. 2021, "RoFormer"; element i is rotated together with element i + h. The scalings' sources
-stand in ``rope_options.py``.
+Source: Su et al. 2021, "RoFormer"; element i is rotated together with element i + h, or 2 i with 2 i + 1
+where pairs are interleaved. The scalings' sources stand in ``rope_options.py``.
 """
 
 from __future__ import annotations
@@ -77,33 +77,57 @@ def _yarn_kept(frequency_h: Tensor, theta: float, s: RopeScaling) -> Tensor:
     return 1 - ((pair_h - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
-def apply_rope(x_BSNH: Tensor, rope: Rope) -> Tensor:
-    """x with every head rotated, in x's dtype; the rotation itself is done in the table's."""
-    y: Tensor = _Rotate.apply(x_BSNH, *rope)  # type: ignore[no-untyped-call]
+def rope_width(head_dim: int, fraction: float) -> int:
+    """How many elements of a head turn: ``fraction`` of them, rounded down as transformers rounds."""
+    return int(head_dim * fraction)
+
+
+def apply_rope(x_BSNH: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
+    """x with every head rotated, in x's dtype; the rotation itself is done in the table's.
+
+    A table that is narrower than a head rotates its first elements, and the others stay. ``interleaved``:
+    neighbours are rotated together.
+    """
+    y: Tensor = _Rotate.apply(x_BSNH, *rope, interleaved)  # type: ignore[no-untyped-call]
     if not dropping():
         return y
     x_again = source(x_BSNH)
-    return cheap(y, lambda: _rotate(x_again(), *rope, 1))
+    return cheap(y, lambda: _rotate(x_again(), *rope, 1, interleaved))
 
 
-def _rotate(x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor, sign: int) -> Tensor:
+def _rotate(x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor, sign: int, interleaved: bool) -> Tensor:
     x, half = x_BSNH.to(cos_BS1H.dtype), sin_BS1h.shape[-1]
+    if interleaved or x.shape[-1] > 2 * half:
+        return _rotate_pairs(x, cos_BS1H[..., :half], sin_BS1h, sign, interleaved).to(x_BSNH.dtype)
     y = x * cos_BS1H
     y[..., :half].addcmul_(x[..., half:], sin_BS1h, value=-sign)
     y[..., half:].addcmul_(x[..., :half], sin_BS1h, value=sign)
     return y.to(x_BSNH.dtype)
 
 
+def _rotate_pairs(x: Tensor, cos_BS1h: Tensor, sin_BS1h: Tensor, sign: int, interleaved: bool) -> Tensor:
+    """Any kind of pairs, and what lies beyond them as it is."""
+    half = sin_BS1h.shape[-1]
+    ones, others = (slice(half), slice(half, 2 * half))
+    if interleaved:
+        ones, others = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    y, one, other = x.clone(), x[..., ones], x[..., others]
+    y[..., ones] = (one * cos_BS1h).addcmul_(other, sin_BS1h, value=-sign)
+    y[..., others] = (other * cos_BS1h).addcmul_(one, sin_BS1h, value=sign)
+    return y
+
+
 class _Rotate(torch.autograd.Function):
     """The gradient is the rotation back, scaled alike, so that nothing but the shared table is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BSNH: Tensor, cos_BS1H: Tensor, sin_BS1h: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos_BS1H, sin_BS1h)
-        return _rotate(x_BSNH, cos_BS1H, sin_BS1h, 1)
+        ctx.interleaved = interleaved
+        return _rotate(x_BSNH, cos_BS1H, sin_BS1h, 1, interleaved)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BSNH: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_BSNH: Tensor) -> tuple[Tensor, None, None, None]:
         cos_BS1H, sin_BS1h = ctx.saved_tensors
-        return _rotate(grad_BSNH, cos_BS1H, sin_BS1h, -1), None, None
+        return _rotate(grad_BSNH, cos_BS1H, sin_BS1h, -1, ctx.interleaved), None, None, None

@@ -9,10 +9,13 @@ from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.models.layer_options import READ_BY
 from moetrain.models.options import ModelConfig
+from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
 
 _ROPE = "model.rope_scaling"
+# key -> the kinds of attention that read it
+_OF_ATTENTIONS = {"rope_fraction": ("grouped_query",), "rope_interleaved": ("grouped_query",)}
 _READ = {
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
@@ -37,7 +40,19 @@ def check_model(cfg: ModelConfig) -> None:
         raise UserError(line)
     _check_rope(cfg)
     _check_lora(cfg)
+    _check_own_attention(cfg)
     _check_sections(cfg)
+
+
+def _check_own_attention(cfg: ModelConfig) -> None:
+    """What only some kinds of attention read would seem to have an effect on the others."""
+    for name, readers in _OF_ATTENTIONS.items():
+        value = getattr(cfg, name)
+        if value != getattr(ModelConfig, name) and cfg.attention not in readers:
+            raise UserError(
+                f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
+                f"model.attention={cfg.attention}: leave it out"
+            )
 
 
 def _check_lora(cfg: ModelConfig) -> None:
@@ -64,6 +79,12 @@ def check_heads(cfg: ModelConfig) -> None:
         of = f" = model.d_model={cfg.d_model} / model.num_heads={cfg.num_heads}"
         made = "" if cfg.head_dim is not None else of
         raise UserError(f"model.head_dim={head_dim}{made} must be even: RoPE turns pairs of elements")
+    turned = rope_width(head_dim, cfg.rope_fraction)
+    if turned < 2 or turned % 2:
+        raise UserError(
+            f"model.rope_fraction={cfg.rope_fraction} of model.head_dim={head_dim} is {turned} element(s), "
+            "and RoPE turns pairs: the product must be even, and 2 or more"
+        )
     if cfg.num_kv_heads is not None and cfg.num_heads % cfg.num_kv_heads:
         raise UserError(
             f"model.num_kv_heads={cfg.num_kv_heads} does not divide model.num_heads={cfg.num_heads}: "

@@ -119,6 +119,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         layer_widths=_small(m.layer_widths),
         num_shared_experts=min(m.num_shared_experts, 2),
         d_ff_shared=None if m.d_ff_shared is None else 5,
+        rope_fraction=1.0 if m.rope_fraction == 1 else 0.5,  # of a head_dim of 4
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )

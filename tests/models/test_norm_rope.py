@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from model_cases import decoder, tokens
 from torch.autograd import gradcheck
 
+from moetrain.errors import UserError
 from moetrain.models.norm import RMSNorm
 from moetrain.models.rope import apply_rope, rope_table
 from moetrain.models.rope_options import RopeKind, RopeScaling
@@ -94,3 +96,42 @@ def test_the_gradient_of_a_scaled_rotation_that_also_lengthens() -> None:
     y = apply_rope(x, table)
     torch.testing.assert_close(y.norm(), x.norm() * (0.1 * math.log(3) + 1))
     assert gradcheck(lambda x: apply_rope(x, table), (x,))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [2, 6, 10])
+def test_the_first_elements_of_a_head_turn(turned: int, interleaved: bool) -> None:
+    """As complex numbers, of halves or of neighbours; the others stay, and so does their gradient."""
+    torch.manual_seed(0)
+    positions, theta, width = torch.tensor([[3, 0, 7, 1, 100]]), 71.0, 10
+    x = torch.randn(2, 5, 3, width, dtype=torch.float64, requires_grad=True)
+    y = apply_rope(x, rope_table(positions, turned, theta, torch.float64), interleaved)
+    inverse = torch.tensor([theta ** (-2 * i / turned) for i in range(turned // 2)], dtype=torch.float64)
+    turn = torch.polar(torch.ones((), dtype=torch.float64), positions[..., None, None] * inverse)
+    one, other = (x[..., 0:turned:2], x[..., 1:turned:2])
+    if not interleaved:
+        one, other = x[..., : turned // 2], x[..., turned // 2 : turned]
+    z = torch.complex(one, other) * turn
+    pairs = torch.stack([z.real, z.imag], -1).flatten(-2) if interleaved else torch.cat([z.real, z.imag], -1)
+    expected = torch.cat([pairs, x[..., turned:]], -1)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(y)
+    mine, theirs = (torch.autograd.grad((t * weight).sum(), x)[0] for t in (y, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_of_a_head_turns_in_the_model_too() -> None:
+    """A whole turn differs from a half, and from neighbours; what cannot turn is refused."""
+    models = [decoder(head_dim=12, **c) for c in ({}, {"rope_fraction": 0.5}, {"rope_interleaved": True})]
+    hidden = []
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        hidden.append(model(tokens(2, 7)).hidden_BSD)
+    assert [a.rope_dim for a in models[1].attentions()] == [6] * 3
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (hidden[one] - hidden[other]).abs().max() > 1e-3
+    for fraction, words in ((0.25, "is 3 element"), (0.05, "is 0 element"), (1.5, "rope_fraction=1.5")):
+        with pytest.raises(UserError, match=words):
+            decoder(head_dim=12, rope_fraction=fraction)
+    with pytest.raises(UserError, match=r"rope_fraction=0\.5 is read by model.attention=grouped_query"):
+        decoder(attention="other", head_dim=12, rope_fraction=0.5)

@@ -35,16 +35,18 @@ _OF_OTHERS = (
 )
 
 
-def read_rope(fields: Fields) -> dict[str, Any]:
-    """The keys of ModelConfig that say how positions rotate."""
+def read_rope(fields: Fields, partial: float | None = None) -> dict[str, Any]:
+    """The keys of ModelConfig that say how positions rotate.
+
+    ``partial``: the part of a head that turns where none is said; None: the family turns whole heads.
+    """
     rope = _parameters(fields)
     name = rope.get("rope_type" if rope.has("rope_type") else "type")
     if not isinstance(name, str) or name not in _KINDS:
         raise rope.refuse(f"rope_type={quoted(name)} is not supported: {', '.join(_KINDS)} are")
     kind = _KINDS[name]
     rope.without_effect("type", *_OF_OTHERS)
-    for place in (rope, fields):
-        place.must_be(_PARTIAL, 1.0, *([None] if place is fields else []))
+    fraction = _fraction(fields, rope, partial)
     numbers: dict[str, Any] = {
         key: rope.number(key) for key in _NUMBERS[kind] if key != "truncate" and _stated(rope, key)
     }
@@ -60,7 +62,21 @@ def read_rope(fields: Fields) -> dict[str, Any]:
     _check(rope, theta, scaling)
     if unknown := sorted(rope.unused()):
         raise rope.refuse(f"{unknown[0]}={quoted(rope.values[unknown[0]])} is not known to change nothing")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_fraction": fraction}
+
+
+def _fraction(fields: Fields, rope: Fields, partial: float | None) -> float:
+    """The one inside wins over that at the top, and that over the family's own."""
+    if partial is None:
+        for place in (rope, fields):
+            place.must_be(_PARTIAL, 1.0, *([None] if place is fields else []))
+        return 1.0
+    fields.without_effect(_PARTIAL)
+    if rope.has(_PARTIAL):
+        return rope.number(_PARTIAL)
+    if not fields.has(_PARTIAL):
+        return partial
+    return 1.0 if fields.get(_PARTIAL) is None else fields.number(_PARTIAL)
 
 
 def _parameters(fields: Fields) -> Fields:
@@ -135,4 +151,6 @@ def write_rope(cfg: ModelConfig) -> dict[str, Any]:
             written[key] = getattr(scaling, key)
     if scaling.kind in (RopeKind.llama3, RopeKind.yarn):
         written[_ORIGINAL] = scaling.original_max_positions
+    if cfg.rope_fraction != 1:
+        written[_PARTIAL] = cfg.rope_fraction
     return {"rope_parameters": written}

@@ -5,6 +5,7 @@ Writing raises CannotExpressError where the model does what the family has no ke
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from moetrain.bounds import check_ranges
@@ -27,8 +28,17 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
-def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
-    """What all families share; ``own`` are the keys of ModelConfig that this one adds."""
+_PLAIN = {  # what few families have words for, and how the others are
+    "rope_fraction": 1.0,
+    "rope_interleaved": False,
+}
+
+
+def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
+    """What all families share; ``own`` are the keys of ModelConfig that this one adds.
+
+    ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
+    """
     layer_types(fields)
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
@@ -41,7 +51,7 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
-        **{"num_experts": 0, **read_rope(fields), **own},
+        **{"num_experts": 0, **read_rope(fields, partial_rope), **own},
     )
     try:
         check_ranges(cfg, "model")
@@ -66,8 +76,10 @@ def read_num_experts(fields: Fields, key: str, alias: str) -> int:
     return found[0] if found else fields.integer(key)
 
 
-def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False) -> dict[str, Any]:
-    """What all share. ``qk_norm`` and ``qkv_bias``: what the family does.
+def write_decoder(
+    spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool = False, own: Container[str] = ()
+) -> dict[str, Any]:
+    """What all share. ``qk_norm``, ``qkv_bias``: what the family does. ``own``: keys that it writes itself.
 
     Raises CannotExpressError where the model does otherwise.
     """
@@ -76,6 +88,9 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
     require("model.lora_rank", m.lora_rank, None)
+    for key, plain in _PLAIN.items():
+        if key not in own:
+            require(f"model.{key}", getattr(m, key), plain)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
