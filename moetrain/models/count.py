@@ -53,7 +53,8 @@ class Counts:
 class Flops:
     """Forward floating-point operations per token, two per multiply-add, matrix products only.
 
-    ``scores``: queries by keys, and weights by values. Embedding look-ups, norms, biases, rotations,
+    ``scores``: queries by keys, and weights by values; of a recurrence, its products with the state, as it
+    goes token by token. Embedding look-ups, norms, biases, rotations,
     activations, softmax and the sorting of tokens are left out. Training costs three times the forward pass
     (two products in the backward pass for each forward one), recomputation not included.
     """
@@ -146,12 +147,11 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    scored = sum(heads.num_heads * heads.head_dim for heads in (a.heads for a in model.attentions()))
     window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
     seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * 2 * scored * seen / seq_len,
+        scores=sum(attention.score_flops(seen / seq_len) for attention in model.attentions()),
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),

@@ -7,8 +7,9 @@ from dataclasses import fields
 from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.models.attention_rules import check_attention
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, attention_kinds
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
@@ -38,6 +39,7 @@ def check_model(cfg: ModelConfig) -> None:
     _check_layers(cfg)
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
+    check_attention(cfg)
     _check_rope(cfg)
     _check_lora(cfg)
     _check_own_attention(cfg)
@@ -47,11 +49,11 @@ def check_model(cfg: ModelConfig) -> None:
 def _check_own_attention(cfg: ModelConfig) -> None:
     """What only some kinds of attention read would seem to have an effect on the others."""
     for name, readers in _OF_ATTENTIONS.items():
-        value = getattr(cfg, name)
-        if value != getattr(ModelConfig, name) and cfg.attention not in readers:
+        value, kinds = getattr(cfg, name), attention_kinds(cfg)
+        if value != getattr(ModelConfig, name) and not set(kinds) & set(readers):
             raise UserError(
                 f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
-                f"model.attention={cfg.attention}: leave it out"
+                f"model.attention={' or '.join(kinds)}: leave it out"
             )
 
 
@@ -60,10 +62,16 @@ def _check_lora(cfg: ModelConfig) -> None:
         raise UserError(
             f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
         )
-    if cfg.lora_rank is not None and cfg.attention != "grouped_query":
+    others = [kind for kind in attention_kinds(cfg) if kind != "grouped_query"]
+    if cfg.lora_rank is not None and others:
         raise UserError(
             f"model.lora_rank={cfg.lora_rank} is of model.attention=grouped_query, and would not reach "
-            f"model.attention={cfg.attention}: set model.lora_rank=null"
+            f"model.attention={' or '.join(others)}: set model.lora_rank=null"
+        )
+    if cfg.lora_rank is not None and cfg.attention_gate:
+        raise UserError(
+            f"model.lora_rank={cfg.lora_rank} would not reach the matrix of model.attention_gate: "
+            "set model.lora_rank=null"
         )
 
 

@@ -6,9 +6,9 @@ Shapes: B batch, S sequence, N heads, K key width, V value width, M chunks, C to
 A run is a document's tokens, one after the other: where a row's number of the run changes, the state starts
 anew. Run 0 goes on from the state that is given.
 
-Sources: Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464; the form
-by chunks: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-arXiv:2406.06484.
+Sources: Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464;
+the form by chunks: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
+Length", arXiv:2406.06484.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 64
 
 
 def runs_of(doc_ids_BS: Tensor) -> Tensor:
-    """int64 [B, S]: how often the id has changed before each token of its row. Does not wait for the device."""
+    """int64 [B, S]: how often the id has changed before each token of its row, without a wait."""
     runs_BS = torch.zeros_like(doc_ids_BS, dtype=torch.int64)
     runs_BS[:, 1:] = (doc_ids_BS[:, 1:] != doc_ids_BS[:, :-1]).cumsum(1)
     return runs_BS
@@ -100,13 +100,15 @@ def _first_state(k_BSNK: Tensor, v_BSNV: Tensor, state_BNKV: Tensor | None) -> T
 def _in_chunks(x_BSNX: Tensor, chunk: int) -> Tensor:
     """[B, N, M, C, X]; zeros at the end."""
     x_BNSX = F.pad(x_BSNX.transpose(1, 2), (0, 0, 0, -x_BSNX.shape[1] % chunk))
-    return x_BNSX.unflatten(2, (-1, chunk))
+    x_BNMCX: Tensor = x_BNSX.unflatten(2, (-1, chunk))
+    return x_BNMCX
 
 
 def _padded(runs_BS: Tensor, chunk: int) -> Tensor:
     """[B, M, C]; what fills up the last chunk belongs to the last run."""
     fill = runs_BS[:, -1:].expand(-1, -runs_BS.shape[1] % chunk)
-    return torch.cat([runs_BS, fill], 1).unflatten(1, (-1, chunk))
+    runs_BMC: Tensor = torch.cat([runs_BS, fill], 1).unflatten(1, (-1, chunk))
+    return runs_BMC
 
 
 def _decays(g_BNMC: Tensor, runs_BMC: Tensor | None) -> tuple[Tensor, Tensor]:

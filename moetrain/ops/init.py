@@ -53,14 +53,15 @@ class EqualRows:
 
 
 @dataclass(frozen=True)
-class LogUniform:
-    """Logarithms of independent values that are uniform from ``low`` to ``high``; one dimension."""
+class Uniform:
+    """Independent values from ``low`` to ``high``, or ``log``: their logarithms; one dimension."""
 
     low: float
     high: float
+    log: bool = False
 
 
-Initializer = Normal | Constant | Orthogonal | EqualRows | LogUniform
+Initializer = Normal | Constant | Orthogonal | EqualRows | Uniform
 
 
 @contextlib.contextmanager
@@ -97,8 +98,10 @@ def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
         made.normal_(0.0, initializer.std)
     elif isinstance(initializer, Constant):
         made.fill_(initializer.value)
-    elif isinstance(initializer, LogUniform):
-        made.uniform_(initializer.low, initializer.high).log_()
+    elif isinstance(initializer, Uniform):
+        made.uniform_(initializer.low, initializer.high)
+        if initializer.log:
+            made.log_()
     elif isinstance(initializer, EqualRows):
         made.normal_()
         made.mul_(initializer.std * made.shape[1] ** 0.5 / made.norm(dim=1, keepdim=True))
@@ -145,10 +148,10 @@ def init_block(
         block.fill_(initializer.value)
     elif isinstance(initializer, Normal):
         _init_normal(block, initializer.std, stream_key(seed, name), shape, offsets)
-    elif isinstance(initializer, LogUniform):
+    elif isinstance(initializer, Uniform):
         here = torch.arange(block.shape[0], device=block.device) + offsets[0]
-        drawn = uniform(stream_key(seed, name), here) * (initializer.high - initializer.low)
-        block.copy_(logarithm(drawn + initializer.low).float())
+        drawn = uniform(stream_key(seed, name), here) * (initializer.high - initializer.low) + initializer.low
+        block.copy_((logarithm(drawn) if initializer.log else drawn).float())
     else:
         rows, columns = shape
         if isinstance(initializer, EqualRows):
