@@ -22,7 +22,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import SHIPPED
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
 from moetrain.models.hf.carried import CONFIG
-from moetrain.models.hf.pieces import Piece
+from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
 from moetrain.models.options import attention_kinds
@@ -59,8 +59,10 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
     pieces = _pieces(family, model)
     dtype = _DTYPES.get(cfg.dtype)
     infos = {
-        name: TensorInfo(piece.shape, model.infos[ours].dtype if name.endswith(_FP32) or not dtype else dtype)
-        for name, (ours, piece) in pieces.items()
+        name: TensorInfo(
+            piece.whole_shape, model.infos[ours].dtype if name.endswith(_FP32) or not dtype else dtype
+        )
+        for name, ((ours, piece), *_) in pieces.items()
     }
     total = sum(info.nbytes for info in infos.values())
     target = Path(cfg.target).expanduser()
@@ -107,8 +109,8 @@ def _family(name: str, spec: ModelSpec, before: str | None) -> Family:
     raise UserError(f"family={name} cannot express this model: {why.removeprefix(f'{name}: ')}{hint}")
 
 
-def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
-    """Their name -> our name and the piece of it. Every stored tensor is used, or is refused."""
+def _pieces(family: Family, model: StoredModel) -> dict[str, list[tuple[str, Piece]]]:
+    """Their name -> our names and the pieces of them. Every stored tensor is used, or is refused."""
     table, stored = family.table(model.spec), model.weights
     complaints = [f"{name} is not in the checkpoint" for name in table if name not in stored]
     complaints += [f"{name} has no place in {family.model_type}" for name in stored if name not in table]
@@ -123,12 +125,12 @@ def _pieces(family: Family, model: StoredModel) -> dict[str, tuple[str, Piece]]:
             )
     if complaints:
         raise UserError(f"{model.path} cannot be exported: {'; '.join(complaints[:_LISTED])}")
-    return {piece.theirs: (ours, piece) for ours, tiled in table.items() for piece in tiled.pieces}
+    return by_theirs(table)
 
 
 def _reader(
     model: StoredModel,
-    pieces: dict[str, tuple[str, Piece]],
+    pieces: dict[str, list[tuple[str, Piece]]],
     infos: Mapping[str, TensorInfo],
     advance: Callable[[int], None],
 ) -> Callable[[str], Tensor]:
@@ -136,11 +138,12 @@ def _reader(
     held: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
-        ours, piece = pieces[name]
-        if ours not in held:
-            held.clear()
+        wanted = {ours for ours, _ in pieces[name]}
+        for ours in held.keys() - wanted:
+            del held[ours]
+        for ours in wanted - held.keys():
             held[ours] = model.read(ours)
-        tensor = piece.to_theirs(held[ours]).to(infos[name].dtype)
+        tensor = joined(pieces[name], held.__getitem__).to(infos[name].dtype)
         advance(tensor.nbytes)
         return tensor
 

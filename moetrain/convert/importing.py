@@ -83,15 +83,23 @@ def _carry(source: Source, own_tokenizer: bool, folder: Path) -> None:
 
 
 class _HashingSource:
-    """A source that notes the hash of every tensor that is read from it whole."""
+    """A source that notes the hash of every tensor that is read from it.
+
+    One that is read by parts, which follow each other, is read whole and held until another one is.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.path, self.config, self.tensors = source.path, source.config, source.tensors
         self.hashes: dict[str, str] = {}
+        self._held: tuple[str, Tensor] | None = None
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
-        tensor = self._source.read(name, part)
-        if part is None:
+        if self._held is None or self._held[0] != name:
+            self._held = None  # before the next one is there
+            tensor = self._source.read(name)
             self.hashes[name] = tensor_hash(tensor)
-        return tensor
+            if part is None:
+                return tensor
+            self._held = (name, tensor)
+        return self._held[1] if part is None else self._held[1][part]

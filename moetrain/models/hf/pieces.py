@@ -5,7 +5,7 @@ Shapes: sizes and offsets are in elements along the dimensions of our tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,10 +19,11 @@ _LISTED = 8  # names in one message
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs and the block of ours that it fills.
+    """One tensor of theirs, or a block of one, and the block of ours that it fills.
 
-    ``shape`` is theirs; ``dims`` are our dimensions in the order in which theirs has them. The block has size
-    1 in the others (an expert's number, gate or up).
+    ``shape`` is that of theirs, or of its block; ``dims`` are our dimensions in the order in which theirs has
+    them. The block has size 1 in the others (an expert's number, gate or up). ``stored``: the shape of their
+    whole tensor, of which other pieces are the rest, and ``at``: where in it the block begins; (): it is all.
     """
 
     theirs: str
@@ -30,22 +31,40 @@ class Piece:
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
     dims: tuple[int, ...]
+    stored: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()
 
     @staticmethod
     def whole(theirs: str, shape: tuple[int, ...]) -> Piece:
         """A tensor that both have alike."""
         return Piece(theirs, (0,) * len(shape), shape, shape, tuple(range(len(shape))))
 
+    @staticmethod
+    def rows(theirs: str, stored: tuple[int, ...], at: int, ours: int, number: int) -> Piece:
+        """``number`` rows of their tensor from ``at`` on, which are those of ours from ``ours`` on."""
+        rest, zeros = stored[1:], (0,) * (len(stored) - 1)
+        shape = (number, *rest)
+        return Piece(theirs, (ours, *zeros), shape, shape, tuple(range(len(stored))), stored, (at, *zeros))
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of their tensor."""
+        return self.stored or self.shape
+
     def part(self, starts: Sequence[int], stops: Sequence[int]) -> Part | None:
         """The part of theirs that fills ours from ``starts`` to ``stops``; None: the whole of it."""
         sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-        if sizes == self.sizes:
+        if sizes == self.sizes and not self.stored:
             return None
         ours = tuple(
-            slice(start - offset, stop - offset)
+            (start - offset, stop - offset)
             for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
         )
-        return tuple(ours[dim] for dim in self.dims)
+        at = self.at or (0,) * len(self.dims)
+        return tuple(
+            slice(first + ours[dim][0], first + ours[dim][1])
+            for first, dim in zip(at, self.dims, strict=True)
+        )
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """Their tensor, or a part of it, as ours has it; a view."""
@@ -55,7 +74,7 @@ class Piece:
         return tensor
 
     def to_theirs(self, ours: Tensor) -> Tensor:
-        """Their tensor, contiguous, cut out of the whole of ours."""
+        """Their tensor, or their block, contiguous, cut out of the whole of ours."""
         block = ours
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             block = block.narrow(dim, start, size)
@@ -102,12 +121,34 @@ def fill_block(block: Tensor, offsets: Sequence[int], pieces: Sequence[Piece], r
         here.copy_(piece.to_ours(read(piece.theirs, piece.part(starts, stops))))
 
 
+def by_theirs(table: Table) -> dict[str, list[tuple[str, Piece]]]:
+    """Each tensor of theirs with its pieces, and of each our name."""
+    found: dict[str, list[tuple[str, Piece]]] = {}
+    for ours, tiled in table.items():
+        for piece in tiled.pieces:
+            found.setdefault(piece.theirs, []).append((ours, piece))
+    return found
+
+
+def joined(parts: Sequence[tuple[str, Piece]], read: Callable[[str], Tensor]) -> Tensor:
+    """One tensor of theirs out of its pieces; ``read`` gives ours by name, whole."""
+    (ours, first), *more = parts
+    tensor = first.to_theirs(read(ours))
+    if not more and not first.stored:
+        return tensor
+    whole = tensor.new_empty(first.whole_shape)
+    for name, piece in parts:
+        block = tuple(slice(at, at + size) for at, size in zip(piece.at, piece.shape, strict=True))
+        whole[block] = piece.to_theirs(read(name))
+    return whole
+
+
 def check_source(table: Table, theirs: Mapping[str, Sequence[int]], where: str) -> None:
     """Raises one UserError unless ``theirs`` (name -> shape) holds just the pieces of ``table``, in shape.
 
     So every tensor of the source is used exactly once and every one of ours is filled.
     """
-    wanted = {piece.theirs: piece.shape for tiled in table.values() for piece in tiled.pieces}
+    wanted = {piece.theirs: piece.whole_shape for tiled in table.values() for piece in tiled.pieces}
     complaints = [f"{name} is missing" for name in wanted if name not in theirs]
     complaints += [f"{name} has no place in this model" for name in theirs if name not in wanted]
     complaints += [

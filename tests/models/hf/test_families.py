@@ -30,6 +30,7 @@ from torch import Tensor
 
 from moetrain.models import Decoder, cross_entropy_sum
 from moetrain.models.hf import ModelSpec, family_of
+from moetrain.models.hf.pieces import by_theirs, joined
 
 BATCH, SEQ = 3, 113
 LENGTHS = (SEQ, 7, 103)  # of the padded rows
@@ -99,10 +100,9 @@ def test_the_gradients_are_theirs(moved: Moved, tmp_path: Path) -> None:
     total, count = cross_entropy_sum(hidden_BSD[:, :-1], moved.ours.head_weight, labels_BS[:, 1:])
     (total / count).backward()
     table = family_of(json.loads((moved.source / "config.json").read_text()), "").table(moved.spec)
+    parameters = dict(moved.ours.named_parameters())
     found = {
-        piece.theirs: piece.to_theirs(parameter.grad)
-        for name, parameter in moved.ours.named_parameters()
-        for piece in table[name].pieces
+        name: joined(parts, lambda ours: parameters[ours].grad) for name, parts in by_theirs(table).items()
     }
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
