@@ -31,6 +31,9 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 _PLAIN = {  # what few families have words for, and how the others are
     "rope_fraction": 1.0,
     "rope_interleaved": False,
+    "attention_pattern": (),
+    "attention_gate": False,
+    "zero_centered_norms": False,
 }
 
 
@@ -39,7 +42,8 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
     """
-    layer_types(fields)
+    if "attention_pattern" not in own:
+        layer_types(fields)
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
@@ -47,7 +51,7 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
         num_heads=fields.integer("num_attention_heads"),
         num_kv_heads=fields.integer_or_none("num_key_value_heads"),
         head_dim=fields.integer_or_none("head_dim"),
-        d_ff=fields.integer("intermediate_size"),
+        d_ff=own.pop("d_ff") if "d_ff" in own else fields.integer("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,

@@ -19,14 +19,15 @@ CLASSES = {
     name: family.architecture.replace("ForCausalLM", "Config")
     for name, family in FAMILIES.items()
     if not family.code
-}
+} | {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}  # the plain name is that of the model with images
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
-    "shared_expert_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 8,
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Moved:
 # The same rule as in a case of a neighbouring family.
 REPEATS = {
     "llama_llama3", "mixtral_window", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn",
-    "qwen3_moe_window", "qwen3_tied",
+    "qwen3_moe_window", "qwen3_next_mixed", "qwen3_tied",
 }  # fmt: skip
 assert set(CASES) >= REPEATS
 

@@ -60,7 +60,9 @@ def ids() -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "qwen3_5_moe_text"]
+)
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
     """The function of transformers' model, and the very tensors that the other layout gives."""
     theirs = CASES[name].their_model(torch.float32)

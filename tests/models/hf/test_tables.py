@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.models import Decoder
+from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
@@ -24,7 +25,26 @@ from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
+HYBRID = ("qwen3_next", "qwen3_5_moe_text")
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
+@st.composite
+def hybrid(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """Of a decoder that has some layers of gated attention, some of the delta rule, or both."""
+    kinds = st.sampled_from(["gated_delta", "grouped_query"])
+    every = draw(st.lists(kinds, min_size=layers, max_size=layers))
+    period = next(p for p in range(1, layers + 1) if every == [every[i % p] for i in range(layers)])
+    keys: dict[str, Any] = {"zero_centered_norms": True}
+    if "gated_delta" in every:
+        heads = draw(st.integers(1, 3))
+        sizes = (draw(st.integers(1, 4)) for _ in range(3))
+        keys["gated_delta"] = GatedDeltaConfig(heads, heads * draw(st.integers(1, 3)), *sizes)
+        keys["attention_pattern"] = tuple(every[:period])
+    if "grouped_query" in every:
+        keys |= {"attention_gate": True, "qk_norm": QKNorm.head, "head_dim": 8}
+        keys["rope_fraction"] = draw(st.sampled_from([0.25, 0.5, 1.0]))
+    return keys
 
 
 @st.composite
@@ -48,20 +68,27 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
         "tie_embeddings": draw(st.booleans()),
     }
-    experts = ExpertsConfig(activation=draw(st.sampled_from([Activation.swiglu, Activation.geglu])))
+    activations = [Activation.swiglu, *([] if name in HYBRID else [Activation.geglu])]
+    experts = ExpertsConfig(activation=draw(st.sampled_from(activations)))
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
     keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
-    if name in ("qwen2_moe", "qwen3_moe"):
+    if name in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
-    if name == "qwen2_moe":
+    if name in HYBRID:
+        keys |= draw(hybrid(layers))
+    if name == "qwen3_5_moe_text":
+        keys["d_ff"] = keys["d_ff_expert"]
+    if name in ("qwen2_moe", *HYBRID):
         keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
     top_k = draw(st.integers(1, keys["num_experts"]))
     router = TopKOptions(
         top_k=top_k, score=Score.softmax, renormalize=name != "mixtral" and draw(st.booleans())
     )
+    if name == "qwen3_5_moe_text":
+        router = replace(router, renormalize=True)
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
     return ModelSpec(ModelConfig(**keys), router, experts)
@@ -193,6 +220,16 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen2_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("qwen3_next", ModelSpec(BASE), "model.num_experts=0"),
+        ("qwen3_next", ModelSpec(MOE, TOP2), "model.num_shared_experts=0"),
+        ("qwen3_next", ModelSpec(SHARED, TOP2), "model.zero_centered_norms=False"),
+        ("qwen3_next", ModelSpec(replace(SHARED, zero_centered_norms=True), TOP2), "attention_gate=False"),
+        ("qwen3_next", ModelSpec(replace(SHARED, attention="latent"), TOP2), "not latent"),
+        ("qwen3_5_moe_text", ModelSpec(replace(SHARED, moe_every=2), TOP2), "model.moe_every=2"),
+        ("llama", ModelSpec(replace(BASE, attention_gate=True)), "model.attention_gate=True"),
+        ("llama", ModelSpec(replace(BASE, zero_centered_norms=True)), "model.zero_centered_norms=True"),
+        ("qwen3_moe", ModelSpec(replace(MOE, qk_norm=QKNorm.head, attention_pattern=("gated_delta",)), TOP2),
+         "model.attention_pattern=('gated_delta',)"),
     ],
 )  # fmt: skip
 def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:
