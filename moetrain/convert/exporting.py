@@ -35,7 +35,7 @@ _DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, St
 _LISTED = 8  # complaints in one message
 _OTHER_WORDS = (  # for what a family writes
     *("torch_dtype", "rope_theta", "rope_scaling", "layer_types", "num_local_experts"),
-    "original_max_position_embeddings",
+    *("original_max_position_embeddings", "partial_rotary_factor", "rotary_dim", "auto_map"),
 )
 _CODED = "by code that is written beside the weights (in transformers: trust_remote_code=True)"
 _FP32 = (".router.bias_E", ".router.threshold_E")  # in whatever dtype the rest is, as in training
@@ -57,19 +57,20 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
         raise UserError(f"{cfg.checkpoint}: {key}: no family has such blocks")
     family = _family(cfg.family, model.spec, before.get("model_type"))
     pieces = _pieces(family, model)
-    dtype = _DTYPES.get(cfg.dtype)
+    dtype, wide = _DTYPES.get(cfg.dtype), (*_FP32, *family.fp32)
     infos = {
         name: TensorInfo(
-            piece.whole_shape, model.infos[ours].dtype if name.endswith(_FP32) or not dtype else dtype
+            piece.whole_shape, model.infos[ours].dtype if ours.endswith(wide) or not dtype else dtype
         )
         for name, ((ours, piece), *_) in pieces.items()
     }
+    dtypes = {infos[name].dtype for name, ((ours, _), *_) in pieces.items() if not ours.endswith(wide)}
     total = sum(info.nbytes for info in infos.values())
     target = Path(cfg.target).expanduser()
     with new_folder(target) as folder, progress(f"writing {target}", total) as advance:
         model.carry(folder)
         _save_tokenizer(model.tokenizer, folder)
-        config = _config(family, model, before, infos)
+        config = _config(family, model, before, dtypes)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in family.code:
             shutil.copyfile(file, folder / file.name)
@@ -151,7 +152,7 @@ def _reader(
 
 
 def _config(
-    family: Family, model: StoredModel, before: dict[str, Any], infos: dict[str, TensorInfo]
+    family: Family, model: StoredModel, before: dict[str, Any], dtypes: set[torch.dtype]
 ) -> dict[str, Any]:
     """The family's keys over those that came with the model, all of them if it was of this family."""
     if before.get("model_type") != family.model_type:
@@ -161,10 +162,8 @@ def _config(
         for key, value in before.items()
         if key not in _OTHER_WORDS and not key.startswith("_")  # "_name_or_path" and other private ones
     }
-    dtypes = {
-        str(info.dtype).removeprefix("torch.") for name, info in infos.items() if not name.endswith(_FP32)
-    }
-    own = family.config(model.spec) | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    own = family.config(model.spec) | {"dtype": names[0] if len(names) == 1 else "float32"}
     defaults = {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": None, "pad_token_id": None}
     scaling = model.spec.model.rope_scaling
     if scaling.original_max_positions is not None:

@@ -5,7 +5,7 @@ turn; ``model.attention_backend`` what computes the scaled
 dot products (``ops/attention``).
 
 Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys;
-in weights Q and G stand for all columns of these heads (heads times H).
+in weights Q and G stand for all columns of these heads (heads times H), and N for the query heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm, attention_of
+from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm, attention_of, window_of
 from moetrain.models.rope import Rope, apply_rope, rope_width
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
@@ -43,10 +43,12 @@ class AttentionLayer(nn.Module):
     heads     of the queries, keys and values that it attends with; None: it has no scores of pairs of tokens,
               and its plan says what a token sees and no more.
     rope_dim  how many elements of a head positions turn: the width of the table that it is given; even.
+    sinks     whether it calls :func:`attend` with sinks.
     """
 
     heads: Heads | None
     rope_dim: int
+    sinks: bool = False
 
     def score_flops(self, keys: float) -> float:
         """Forward operations of a token beyond the products with parameters, where it sees ``keys`` keys."""
@@ -102,9 +104,14 @@ def head_shape(cfg: ModelConfig) -> Heads:
 
 
 def plan_of(
-    cfg: ModelConfig, heads: Heads | None, x_BSD: Tensor, seen: SeenKeys | None, cached: int | None = None
+    cfg: ModelConfig,
+    heads: Heads | None,
+    x_BSD: Tensor,
+    seen: SeenKeys | None,
+    cached: int | None = None,
+    sinks: bool = False,
 ) -> Plan:
-    """How the layers with such ``heads`` attend in one forward pass over ``x_BSD``.
+    """How the layers with such ``heads`` (and ``sinks``, or none) attend in one forward pass over ``x_BSD``.
 
     ``cached``: keys in the cache that the new ones join; None: there is no cache. With one,
     ``cfg.attention_backend`` counts as ``auto``.
@@ -114,7 +121,7 @@ def plan_of(
     if heads is None:
         return Plan(NO_SCORES, seen)
     batch, seq = x_BSD.shape[:2]
-    case = _case(heads, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device)
+    case = _case(heads, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device, sinks)
     try:
         return plan_attention(cfg.attention_backend.value if cached is None else AUTO, case)
     except ValueError as error:
@@ -130,11 +137,13 @@ def require_backend(
     """
     if cfg.attention_backend is AttentionBackend.auto:
         return
-    seen = SeenKeys(seq, window=cfg.sliding_window)
     with torch.device("meta"):
         layers = [build_attention(cfg, layer) for layer in range(cfg.num_layers)]
-    for heads in dict.fromkeys(layer.heads for layer in layers if layer.heads is not None):
-        case = _case(heads, 1, seq, 0, seen, dtype, device)
+    kinds = [(layer.heads, layer.sinks, window_of(cfg, place)) for place, layer in enumerate(layers)]
+    for heads, sinks, window in dict.fromkeys(kinds):
+        if heads is None:
+            continue
+        case = _case(heads, 1, seq, 0, SeenKeys(seq, window=window), dtype, device, sinks)
         reason = refusal(cfg.attention_backend.value, case, tested)
         if reason is not None:
             raise _unfit(cfg, reason)
@@ -153,9 +162,10 @@ def _case(
     seen: SeenKeys | None,
     dtype: torch.dtype,
     device: torch.device,
+    sinks: bool,
 ) -> Case:
     num_heads, num_kv_heads, head_dim = heads
-    return Case(seen, batch, seq, cached, (num_heads, num_kv_heads), head_dim, dtype, device)
+    return Case(seen, batch, seq, cached, (num_heads, num_kv_heads), head_dim, dtype, device, sinks)
 
 
 class Attention(AttentionLayer):
@@ -175,6 +185,9 @@ class Attention(AttentionLayer):
         self.b_k_G = parameter((keys,), zero) if biased else None
         self.b_v_G = parameter((keys,), zero) if biased else None
         self.w_out_DQ = parameter((cfg.d_model, queries), initializer)
+        self.b_out_D = parameter((cfg.d_model,), zero) if cfg.out_bias else None
+        self.b_sink_N = parameter((self.num_heads,), zero) if cfg.attention_sinks else None
+        self.sinks = cfg.attention_sinks
         gated = cfg.attention_gate
         self.w_gate_QD = parameter((queries, cfg.d_model), initializer) if gated else None
         self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
@@ -196,10 +209,10 @@ class Attention(AttentionLayer):
         v_BGKH = v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
-        out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2)
+        out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)
         if gate_BSQ:
             out_BSQ = out_BSQ * gate_BSQ[0].sigmoid()
-        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out))
+        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out), self.b_out_D)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         """Queries, keys and values by heads, and the gate's logits where there is one."""

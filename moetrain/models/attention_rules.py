@@ -23,11 +23,6 @@ def check_attention(cfg: ModelConfig) -> None:
                     f"model.{section}.{field.name}={value} is read by attention {reader}, and the layers' "
                     f"are {', '.join(kinds)}: leave it out, or name {reader} in model.attention_pattern"
                 )
-    if cfg.attention_gate and "grouped_query" not in kinds:
-        raise UserError(
-            f"model.attention_gate=true is of attention grouped_query, and the layers' are "
-            f"{', '.join(kinds)}: leave it out"
-        )
     heads, keys = cfg.gated_delta.num_value_heads, cfg.gated_delta.num_key_heads
     if heads % keys:
         raise UserError(

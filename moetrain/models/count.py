@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.models.decoder import Decoder
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, window_of
 from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.uses import Use
@@ -54,9 +54,9 @@ class Flops:
     """Forward floating-point operations per token, two per multiply-add, matrix products only.
 
     ``scores``: queries by keys, and weights by values; of a recurrence, its products with the state, as it
-    goes token by token. Embedding look-ups, norms, biases, rotations,
-    activations, softmax and the sorting of tokens are left out. Training costs three times the forward pass
-    (two products in the backward pass for each forward one), recomputation not included.
+    goes token by token. Embedding look-ups, norms, biases, rotations, activations, softmax and the sorting
+    of tokens are left out. Training costs three times the forward pass (two products in the backward pass
+    for each forward one), recomputation not included.
     """
 
     projections: int
@@ -147,17 +147,26 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    window = seq_len if cfg.sliding_window is None else min(cfg.sliding_window, seq_len)
-    seen = window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
+    pairs = (_pairs(seq_len, window_of(cfg, layer), causal) for layer in range(cfg.num_layers))
+    scores = (
+        attention.score_flops(seen / seq_len)
+        for attention, seen in zip(model.attentions(), pairs, strict=True)
+    )
     return Flops(
         projections=2 * counts.attention,
-        scores=sum(attention.score_flops(seen / seq_len) for attention in model.attentions()),
+        scores=sum(scores),
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
         router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
+
+
+def _pairs(seq_len: int, window: int | None, causal: bool) -> int:
+    """The pairs of a query and a key whose scores count."""
+    window = seq_len if window is None else min(window, seq_len)
+    return window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
 
 
 def _saved_products(model: Decoder) -> int:

@@ -17,7 +17,7 @@ from moetrain.models.attention import AttentionLayer, plan_of
 from moetrain.models.block import Carried, build_block
 from moetrain.models.cache import KVCache
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import ModelConfig
+from moetrain.models.options import ModelConfig, window_of
 from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rules import check_model
 from moetrain.models.wiring_rules import check_wiring
@@ -111,17 +111,22 @@ class Decoder(nn.Module):
             width: self._rope(positions_BS, width, compute_dtype)
             for width in dict.fromkeys(attention.rope_dim for attention in attentions)
         }
-        seen = seen_keys(seq, cached, self.cfg.sliding_window, doc_ids_BS, documents)
+        kinds = [(a.heads, a.sinks, window_of(self.cfg, place)) for place, a in enumerate(attentions)]
+        seen = {
+            window: seen_keys(seq, cached, window, doc_ids_BS, documents)
+            for window in dict.fromkeys(window for _, _, window in kinds)
+        }
+        before = None if cache is None else cached
         plans = {
-            heads: plan_of(self.cfg, heads, x_BSD, seen, None if cache is None else cached)
-            for heads in dict.fromkeys(attention.heads for attention in attentions)
+            (heads, sinks, window): plan_of(self.cfg, heads, x_BSD, seen[window], before, sinks)
+            for heads, sinks, window in dict.fromkeys(kinds)
         }
         x_BSD = x_BSD.to(self.residual_dtype or compute_dtype)
         records: dict[int, RoutingRecord] = {}
         previous: RoutingRecord | None = None
         carried = Carried()
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
-            rope, plan = ropes[attention.rope_dim], plans[attention.heads]
+            rope, plan = ropes[attention.rope_dim], plans[kinds[layer]]
             layer_cache = None if cache is None else cache.layers[layer]
             layer_ctx = ctx.at_layer(layer, previous)
             if layer_cache is not None:

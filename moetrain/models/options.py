@@ -23,6 +23,13 @@ class QKNorm(Enum):
     full = "full"
 
 
+class LayerWindow(Enum):
+    """``sliding``: a layer with ``sliding_window``; ``full``: one that sees all before."""
+
+    sliding = "sliding"
+    full = "full"
+
+
 class AttentionBackend(Enum):
     """``sdpa``: torch's scaled_dot_product_attention, by blocks of queries where there are documents or a
     window; ``blocks``: blocks of queries on a CPU; ``flex``: torch's FlexAttention, on a GPU; ``varlen``: its
@@ -71,9 +78,14 @@ class ModelConfig:
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
+    out_bias: bool = False  # of attention's output (GPT-OSS)
+    # a learned logit of each head in the softmax of attention, of no key (GPT-OSS)
+    attention_sinks: bool = False
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included
     sliding_window: Optional[int] = field(default=None, metadata=_SIZE)
+    # which layers have it, from the first on, over and over: [sliding,full] every other; []: all
+    window_pattern: tuple[LayerWindow, ...] = ()
     attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
     # names of attentions, taken in turn by the layers; []: every layer's is what attention says
     attention_pattern: tuple[str, ...] = ()
@@ -135,3 +147,10 @@ def experts_of(cfg: ModelConfig, layer: int) -> int:
 def width_of(cfg: ModelConfig, layer: int) -> int:
     """``d_ff_expert`` of an MoE layer."""
     return cfg.layer_widths[moe_layers(cfg).index(layer)] if cfg.layer_widths else cfg.d_ff_expert
+
+
+def window_of(cfg: ModelConfig, layer: int) -> Optional[int]:
+    """``sliding_window`` of a layer; None where it has none."""
+    pattern = cfg.window_pattern
+    full = bool(pattern) and pattern[layer % len(pattern)] is LayerWindow.full
+    return None if full else cfg.sliding_window

@@ -9,14 +9,16 @@ from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.models.attention_rules import check_attention
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import ModelConfig, attention_kinds
+from moetrain.models.options import LayerWindow, ModelConfig, attention_kinds
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
 
 _ROPE = "model.rope_scaling"
 # key -> the kinds of attention that read it
-_OF_ATTENTIONS = {"rope_fraction": ("grouped_query",), "rope_interleaved": ("grouped_query",)}
+_OF_ATTENTIONS = dict.fromkeys(
+    ("rope_fraction", "rope_interleaved", "out_bias", "attention_sinks", "attention_gate"), ("grouped_query",)
+)
 _READ = {
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
@@ -41,9 +43,24 @@ def check_model(cfg: ModelConfig) -> None:
         raise UserError(line)
     check_attention(cfg)
     _check_rope(cfg)
-    _check_lora(cfg)
+    _check_windows(cfg)
     _check_own_attention(cfg)
+    _check_lora(cfg)
     _check_sections(cfg)
+
+
+def _check_windows(cfg: ModelConfig) -> None:
+    """A pattern is of some layers that have the window, and others that have not."""
+    if not (pattern := cfg.window_pattern):
+        return
+    key = f"model.window_pattern=[{','.join(window.name for window in pattern)}]"
+    if cfg.sliding_window is None:
+        raise UserError(f"{key} is of model.sliding_window, which is null: set both, or neither")
+    if len(pattern) > cfg.num_layers:
+        raise UserError(f"{key} names {len(pattern)} layers, but model.num_layers={cfg.num_layers}")
+    if len(set(pattern)) == 1:
+        null = "" if pattern[0] is LayerWindow.sliding else ", and set model.sliding_window=null"
+        raise UserError(f"{key}: all layers are alike; leave it out{null}")
 
 
 def _check_own_attention(cfg: ModelConfig) -> None:

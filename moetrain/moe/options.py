@@ -10,13 +10,14 @@ from moetrain.moe.evaluation import Words
 
 
 class Activation(Enum):
-    """Gated ones multiply the activated gate by the up projection, ``drelu`` by its positive part; plain ones
-    have no gate."""
+    """Gated ones multiply the activated gate by the up projection, ``drelu`` by its positive part,
+    ``swiglu_clamped`` by 1 plus what is clamped of it; plain ones have no gate."""
 
     swiglu = "swiglu"
     geglu = "geglu"
     reglu = "reglu"
     drelu = "drelu"
+    swiglu_clamped = "swiglu_clamped"
     gelu = "gelu"
     relu = "relu"
     relu2 = "relu2"

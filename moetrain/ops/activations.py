@@ -2,6 +2,8 @@
 
 A gated activation has two pre-activations, gate and up; a plain one has ``up`` only and no gate. ``drelu``
 (Song et al. 2024, arXiv:2406.05955) is relu(gate) relu(up): it activates up too, which the others do not.
+``swiglu_clamped`` (OpenAI 2025, arXiv:2508.10925) is g sigmoid(1.702 g) (u + 1), with g the gate clamped to
+at most 7 and u up clamped to [-7, 7].
 Shapes: n rows, F hidden, P = 2F (gate columns, then up columns) or F.
 """
 
@@ -11,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATED = ("swiglu", "geglu", "reglu", "drelu")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 ACTIVATIONS = GATED + PLAIN
+ALPHA, LIMIT = 1.702, 7.0  # of swiglu_clamped
 aten = torch.ops.aten
 
 
@@ -65,10 +68,14 @@ def activate_backward(
     torch.mul(dh_nF, active_nF, out=dup_nF)
     if name == "drelu":
         aten.threshold_backward.grad_input(dup_nF, up_nF, 0, grad_input=dup_nF)
+    elif name == "swiglu_clamped":
+        dup_nF.masked_fill_(up_nF.abs() > LIMIT, 0)
     _unary_backward(dh_nF.mul_(_up(up_nF, name)), gate_nF, name, dgate_nF)
 
 
 def _up(up_nF: Tensor, name: str) -> Tensor:
+    if name == "swiglu_clamped":
+        return torch.where(up_nF.abs() > LIMIT, LIMIT * up_nF.sign(), up_nF) + 1
     return F.relu(up_nF) if name == "drelu" else up_nF
 
 
@@ -77,6 +84,9 @@ def _unary(x: Tensor, name: str) -> Tensor:
         return F.silu(x)
     if name in ("geglu", "gelu"):
         return F.gelu(x)
+    if name == "swiglu_clamped":
+        x = _capped(x)
+        return x * torch.sigmoid(ALPHA * x)
     r = F.relu(x)
     return r * r if name == "relu2" else r
 
@@ -88,5 +98,15 @@ def _unary_backward(grad: Tensor, x: Tensor, name: str, out: Tensor) -> None:
         aten.gelu_backward.grad_input(grad, x, grad_input=out)
     elif name == "relu2":
         torch.mul(grad, 2 * F.relu(x), out=out)
+    elif name == "swiglu_clamped":
+        capped = ALPHA * _capped(x)
+        s = torch.sigmoid(capped)
+        torch.mul(grad, s.mul_(capped.mul_(1 - s).add_(1)), out=out)
+        out.masked_fill_(x > LIMIT, 0)
     else:
         aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+
+
+def _capped(x: Tensor) -> Tensor:
+    """At most the limit; not by clamp, whose slope at the limit itself is 1 before torch 2.15 and 0 since."""
+    return torch.where(x > LIMIT, LIMIT, x)

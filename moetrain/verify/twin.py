@@ -124,6 +124,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         d_ff_shared=None if m.d_ff_shared is None else 5,
         rope_fraction=1.0 if m.rope_fraction == 1 else 0.5,  # of a head_dim of 4
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
+        window_pattern=tuple(dict.fromkeys(m.window_pattern)),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
 

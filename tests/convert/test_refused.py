@@ -118,7 +118,7 @@ def test_an_export_that_cannot_be(
         assert [path.name for path in tmp_path.iterdir()] == ["ours"]
         return found
 
-    assert "family=gpt2 is not known: auto, llama, mistral, mixtral" in line("family=gpt2")
+    assert "family=gpt2 is not known: auto, " in line("family=gpt2")
     said = line("family=qwen3_moe")
     assert "family=qwen3_moe cannot express this model: model.qk_norm=none, and it has only head" in said
     assert said.endswith("mixtral would")

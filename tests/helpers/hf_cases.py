@@ -117,7 +117,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 def gradients_of(model: Any, folder: Path) -> dict[str, Tensor]:
     """The gradients of transformers' model under its checkpoint's names: saved as if they were weights."""
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.save_pretrained(folder, state_dict=gradients)
     return tensors_of(folder)
 

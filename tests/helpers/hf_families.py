@@ -26,6 +26,7 @@ from moetrain.moe.routers.topk import Score, TopKOptions
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
 BATCH, SEQ, VOCAB = 3, 11, 97
+_BIAS = ".e_score_correction_bias"
 THETA = 5000.0
 SHAPE = {
     "vocab_size": VOCAB,
@@ -104,6 +105,8 @@ class Family:
             for name, parameter in theirs.named_parameters():
                 if name.endswith((".A_log", ".dt_bias")):  # else a state is forgotten at once
                     parameter.sub_(2.0)
+            for buffer in _biases(theirs).values():  # so that they change choices
+                buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
 
     def build(self, dtype: torch.dtype, backend: str = "loop") -> tuple[Any, Decoder]:
@@ -111,7 +114,9 @@ class Family:
         cfg = ModelConfig(**{**OURS, "num_experts": 0 if self.router is None else 7, **self.ours})
         experts = ExpertsConfig(activation=self.activation, backend=Backend(backend))
         ours = Decoder(cfg, self.router or TopKOptions(), experts, VOCAB).to(dtype)
-        missing, unexpected = ours.load_state_dict(from_hf(dict(theirs.named_parameters())), strict=False)
+        weights = dict(theirs.named_parameters())
+        weights |= {name: bias.flatten() for name, bias in _biases(theirs).items()}
+        missing, unexpected = ours.load_state_dict(from_hf(weights), strict=False)
         assert unexpected == []
         assert all(name.endswith("router.bias_E") for name in missing)
         return theirs, ours
@@ -121,6 +126,12 @@ class Family:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(VOCAB, (BATCH, self.seq), generator=generator)
         return ids, ids.where(torch.rand(BATCH, self.seq, generator=generator) > 0.2, -100)
+
+
+def _biases(theirs: Any) -> dict[str, Tensor]:
+    """Those of routers' choices, which no gradient moves."""
+    found = {**dict(theirs.named_buffers()), **dict(theirs.named_parameters())}
+    return {name: tensor for name, tensor in found.items() if name.endswith(_BIAS)}
 
 
 MIXTRAL = Family(
@@ -302,6 +313,144 @@ QWEN3_5_MOE = replace(
     config="Qwen3_5MoeText",
     theirs={key: value for key, value in QWEN3_NEXT.theirs.items() if key != "norm_topk_prob"},
 )
+GLM4_MOE = Family(
+    "Glm4Moe",
+    {
+        "moe_intermediate_size": 23,
+        "intermediate_size": 41,
+        "n_routed_experts": 12,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "num_mtp_layers": 0,
+    },
+    {
+        "num_experts": 12,
+        "d_ff_expert": 23,
+        "d_ff": 41,
+        "num_shared_experts": 2,
+        "first_dense": 1,
+        "norm_eps": 1e-5,
+        "qkv_bias": True,
+        "qk_norm": QKNorm.head,
+        "rope_fraction": 3 / 7,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, renormalize=True, route_scale=1.7, top_groups=1),
+    rope={"partial_rotary_factor": 3 / 7},
+)
+GLM4_MOE_GROUPS = Family(  # without the norms and biases; the whole head turns; unscaled raw scores
+    "Glm4Moe",
+    {
+        **GLM4_MOE.theirs,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "attention_bias": False,
+        "use_qk_norm": False,
+    },
+    {
+        **GLM4_MOE.ours,
+        "num_shared_experts": 1,
+        "first_dense": 0,
+        "qkv_bias": False,
+        "qk_norm": QKNorm.none,
+        "rope_fraction": 1.0,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, renormalize=False, num_groups=4, top_groups=2),
+    rope={"partial_rotary_factor": 1.0},
+)
+MINIMAX_M2 = Family(
+    "MiniMaxM2",
+    {"intermediate_size": 23, "num_local_experts": 11, "num_experts_per_tok": 3},
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-6,
+        "qk_norm": QKNorm.full,
+        "rope_fraction": 2 / 7,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid),
+    rope={"partial_rotary_factor": 2 / 7},
+)
+DOTS1 = Family(
+    "Dots1",
+    {
+        **{key: GLM4_MOE.theirs[key] for key in ("moe_intermediate_size", "intermediate_size")},
+        "n_routed_experts": 12,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "n_group": 3,
+        "topk_group": 2,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+    },
+    {
+        **GLM4_MOE.ours,
+        "num_shared_experts": 1,
+        "norm_eps": 1e-6,
+        "out_bias": True,
+        "rope_fraction": 1.0,
+    },
+    TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, num_groups=3, top_groups=2),
+)
+DOTS1_WINDOW = replace(
+    DOTS1,
+    theirs={**DOTS1.theirs, "attention_bias": False, "sliding_window": 4, "max_window_layers": 0},
+    ours={**DOTS1.ours, "qkv_bias": False, "out_bias": False, "sliding_window": 4},
+)
+ERNIE4_5_MOE = Family(
+    "Ernie4_5_Moe",
+    {
+        "moe_intermediate_size": 23,
+        "intermediate_size": 41,
+        "moe_num_experts": 11,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "num_hidden_layers": 4,
+        "moe_layer_interval": 2,
+        "moe_layer_start_index": 2,
+    },
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "d_ff": 41,
+        "num_shared_experts": 2,
+        "num_layers": 4,
+        "moe_every": 2,
+        "first_dense": 2,
+        "norm_eps": 1e-5,
+        "rope_interleaved": True,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=True),
+)
+ERNIE4_5_MOE_ALL = replace(  # every layer MoE, no shared experts, tied
+    ERNIE4_5_MOE,
+    theirs={
+        **ERNIE4_5_MOE.theirs,
+        "moe_num_shared_experts": 0,
+        "moe_layer_interval": 1,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 3,
+        "tie_word_embeddings": True,
+    },
+    ours={
+        **ERNIE4_5_MOE.ours,
+        "num_shared_experts": 0,
+        "moe_every": 1,
+        "first_dense": 0,
+        "tie_embeddings": True,
+    },
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -331,6 +480,12 @@ SCALED = {
         RopeScaling(RopeKind.llama3, 3.0, low_freq_factor=0.5, high_freq_factor=3.0),
     ),
     "llama_yarn": scaled(LLAMA, {}, RopeScaling(RopeKind.yarn, 4.0)),
+    "ernie4_5_moe_yarn": scaled(ERNIE4_5_MOE_ALL, {}, RopeScaling(RopeKind.yarn, 4.0)),
+    "glm4_moe_yarn": scaled(
+        replace(GLM4_MOE, ours={**GLM4_MOE.ours, "rope_fraction": 4 / 7}),
+        {"partial_rotary_factor": 4 / 7},
+        RopeScaling(RopeKind.yarn, 4.0),
+    ),
     "qwen2_yarn": scaled(
         QWEN2,
         {"beta_fast": 4.0, "beta_slow": 0.25, "truncate": False, "attention_factor": 0.7},
@@ -356,5 +511,11 @@ FAMILIES = {
     "qwen3_next": QWEN3_NEXT,
     "qwen3_next_mixed": QWEN3_NEXT_MIXED,
     "qwen3_5_moe_text": QWEN3_5_MOE,
+    "glm4_moe": GLM4_MOE,
+    "glm4_moe_groups": GLM4_MOE_GROUPS,
+    "minimax_m2": MINIMAX_M2,
+    "dots1": DOTS1,
+    "dots1_window": DOTS1_WINDOW,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     **SCALED,
 }

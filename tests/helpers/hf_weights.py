@@ -13,6 +13,7 @@ from torch import Tensor
 _PROJECTIONS = (("q", "Q"), ("k", "G"), ("v", "G"))
 RENAMED = {
     "self_attn.o_proj.weight": "attention.w_out_DQ",
+    "self_attn.o_proj.bias": "attention.b_out_D",
     "self_attn.q_norm.weight": "attention.q_norm.weight_D",
     "self_attn.k_norm.weight": "attention.k_norm.weight_D",
     "input_layernorm.weight": "attention_norm.weight_D",
@@ -27,6 +28,12 @@ RENAMED = {
     "mlp.shared_expert.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_expert.down_proj.weight": "feed_forward.shared.w_down_DF",
     "mlp.shared_expert_gate.weight": "feed_forward.shared_gate_1D",
+    "mlp.shared_experts.gate_proj.weight": "feed_forward.shared.w_gate_FD",
+    "mlp.shared_experts.up_proj.weight": "feed_forward.shared.w_up_FD",
+    "mlp.shared_experts.down_proj.weight": "feed_forward.shared.w_down_DF",
+    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
+    "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
 KEY_HEADS = 2  # of gated delta layers, which no shape of theirs tells
 DELTA = {

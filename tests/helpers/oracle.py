@@ -153,11 +153,14 @@ def feed_forward(x_D: Tensor, up_DP: Tensor, down_FD: Tensor, activation: str) -
     if activation not in GATES:
         return plain(activation)(z_P) @ down_FD
     half = z_P.shape[0] // 2
+    if activation == "swiglu_clamped":
+        g_F, up_F = z_P[:half].clamp(max=7), z_P[half:].clamp(-7, 7)
+        return (g_F / (1 + torch.exp(-1.702 * g_F)) * (up_F + 1)) @ down_FD
     up_F = plain("relu")(z_P[half:]) if activation == "drelu" else z_P[half:]
     return (plain(GATES[activation])(z_P[:half]) * up_F) @ down_FD
 
 
-GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "drelu": "relu"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "drelu": "relu", "swiglu_clamped": ""}
 
 
 def plain(name: str) -> Callable[[Tensor], Tensor]:

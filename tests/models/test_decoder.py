@@ -21,6 +21,7 @@ from moetrain.models.feed_forward import FEED_FORWARDS, build_feed_forward, regi
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import Activation, ExpertsConfig, RouterConfig
+from moetrain.ops.activations import GATED
 from moetrain.ops.init import on_meta_device
 from moetrain.parallel.apply import parallelize
 from moetrain.parallel.materialize import allocate, draw
@@ -230,7 +231,7 @@ def test_dense_layers_and_shared_experts_share_the_activation(activation: Activa
     model = Decoder(cfg, RouterConfig(), ExpertsConfig(activation=activation), VOCAB)
     dense, moe = model.blocks[0].feed_forward, model.blocks[1].feed_forward
     assert [m.activation for m in (dense, moe.experts, moe.shared)] == [activation.value] * 3
-    gated = activation.value in ("swiglu", "geglu", "reglu", "drelu")
+    gated = activation.value in GATED
     assert dense.w_up_FD.shape == (29, 23)
     assert (dense.w_gate_FD is not None) == gated
 

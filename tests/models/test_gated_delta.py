@@ -223,7 +223,7 @@ def test_operations_are_those_of_the_products_and_of_the_recurrence() -> None:
         ({"gated_delta": GatedDeltaConfig(conv_width=3)}, "gated_delta.conv_width=3 is read by"),
         ({**HYBRID, "gated_delta": GatedDeltaConfig(4, 6)}, "num_key_heads=4 does not divide"),
         ({**HYBRID, "gated_delta": GatedDeltaConfig(0, 6)}, "num_key_heads=0 must be 1 or more"),
-        ({"attention": "gated_delta", "attention_gate": True}, "model.attention_gate=true is of attention"),
+        ({"attention": "gated_delta", "attention_gate": True}, "model.attention_gate=True is read by"),
         ({"attention": "gated_delta", "rope_fraction": 0.4}, "rope_fraction=0.4 is read by"),
         ({**HYBRID, "lora_rank": 2}, "would not reach model.attention=gated_delta"),
         ({"attention_gate": True, "lora_rank": 2}, "would not reach the matrix of model.attention_gate"),

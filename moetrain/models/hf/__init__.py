@@ -1,7 +1,11 @@
 """Hugging Face checkpoints: one file a family, and the tables by which tensors move both ways."""
 
 from moetrain.models.hf import (  # noqa: F401  (each registers its family)
+    dots1,
+    ernie4_5_moe,
+    glm4_moe,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmoe,

@@ -44,6 +44,9 @@ class Family:
 
     ``code``: files that transformers needs beside the weights; such a family is taken by name only.
     ``defaults``: what transformers takes for a key that is absent. Sizes have none: they must be said.
+    Layers that predict further tokens are left out: ``future_layers`` is the key that says how many come
+    after the last, ``left_out`` are beginnings of names. ``fp32``: ends of our names, of tensors that keep
+    their dtype in any export, as they do in transformers; the bias of a choice does in all families.
     """
 
     model_type: str
@@ -53,6 +56,9 @@ class Family:
     names: MoENames = field(default_factory=MoENames)
     code: tuple[Path, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    future_layers: str | None = None
+    left_out: tuple[str, ...] = ()
+    fp32: tuple[str, ...] = ()
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""
@@ -82,6 +88,8 @@ def read_model(config: Mapping[str, Any], where: str, layers: int = MAX_LAYERS) 
     family = family_of(config, where)
     fields = Fields(config, where, family.defaults, layers)
     spec = family.read(fields)
+    if family.future_layers is not None and (extra := fields.integer_or_none(family.future_layers) or 0) < 0:
+        raise fields.refuse(f"{family.future_layers}={extra} must be 0 or more")
     check_keys(fields, family.model_type)
     return family, spec
 

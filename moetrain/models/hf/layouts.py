@@ -8,6 +8,7 @@ name alone. Shapes: E experts, D model, F expert hidden.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.models.hf.family import Family, ModelSpec
+from moetrain.models.hf.fields import MAX_LAYERS
 from moetrain.models.hf.tensors import Part, Source, TensorInfo
+from moetrain.terminal import tell
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BASE = "model."
@@ -68,13 +71,22 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
     bare_names = not any(name.startswith(_BASE) for name in source.tensors) and any(
         name.startswith("layers.") for name in source.tensors
     )
+    further, left_out = _further_layers(source, family, spec), list[str]()
     for stored, info in source.tensors.items():
         bare = bare_names and stored.startswith(("embed_tokens.", "layers.", "norm.", "rotary_emb."))
         name = _BASE + stored if bare else stored
         if tied and stored == HEAD and not {EMBEDDING, "embed_tokens.weight"} & source.tensors.keys():
             name = EMBEDDING
-        if not _COMPUTED.fullmatch(name):
+        if name.startswith(further):
+            left_out.append(stored)
+        elif not _COMPUTED.fullmatch(name):
             places |= _unstacked(source, stored, name, info, family, spec)
+    if left_out:
+        tell(
+            f"left out of {source.path}: {len(left_out)} tensor(s) of layers that predict further tokens "
+            f"({left_out[0]} ...), which no model here has",
+            sys.stderr,
+        )
     view = View(source, places)
     if tied and HEAD in places and EMBEDDING in places:
         if not torch.equal(view.read(HEAD), view.read(EMBEDDING)):
@@ -86,6 +98,14 @@ def as_family(source: Source, family: Family, spec: ModelSpec) -> Source:
     return view
 
 
+def _further_layers(source: Source, family: Family, spec: ModelSpec) -> tuple[str, ...]:
+    """How the names begin of layers that predict further tokens."""
+    extra = 0 if family.future_layers is None else source.config.get(family.future_layers) or 0
+    first = spec.model.num_layers
+    layers = range(first, first + min(extra, MAX_LAYERS))
+    return (*family.left_out, *(f"{_BASE}layers.{layer}." for layer in layers))
+
+
 def _unstacked(
     source: Source, stored: str, name: str, info: TensorInfo, family: Family, spec: ModelSpec
 ) -> dict[str, tuple[_Place, TensorInfo]]:
@@ -95,6 +115,8 @@ def _unstacked(
     if match is None or not m.num_experts:
         return whole
     layer, inner = match.groups()
+    if inner in names.aliases:
+        return {layer + names.aliases[inner]: (_Place(stored), info)}
     if inner == _ROUTER:
         return {layer + names.router: (_Place(stored), info)}
     width, d_model = m.d_ff_expert, m.d_model

@@ -20,7 +20,7 @@ from moetrain.models.hf.translate import (
 )
 from moetrain.moe.routers.topk import Score, TopKOptions
 
-_NAMES = MoENames(
+NAMES = MoENames(
     router="block_sparse_moe.gate.weight",
     gate="block_sparse_moe.experts.{}.w1.weight",
     up="block_sparse_moe.experts.{}.w3.weight",
@@ -64,4 +64,4 @@ _DEFAULTS = SHARED | {
     "router_jitter_noise": 0.0,
     "sliding_window": None,
 }
-register_family(Family("mixtral", "MixtralForCausalLM", _read, _write, _NAMES, defaults=_DEFAULTS))
+register_family(Family("mixtral", "MixtralForCausalLM", _read, _write, NAMES, defaults=_DEFAULTS))

@@ -22,7 +22,8 @@ class Piece:
     """One tensor of theirs, or a block of one, and the block of ours that it fills.
 
     ``shape`` is that of theirs, or of its block; ``dims`` are our dimensions in the order in which theirs has
-    them. The block has size 1 in the others (an expert's number, gate or up). ``stored``: the shape of their
+    them; those before them have size 1. The block has size 1 in our others (an expert's number, gate or up).
+    ``stored``: the shape of their
     whole tensor, of which other pieces are the rest, and ``at``: where in it the block begins; (): it is all.
     """
 
@@ -61,13 +62,19 @@ class Piece:
             for start, stop, offset in zip(starts, stops, self.offsets, strict=True)
         )
         at = self.at or (0,) * len(self.dims)
-        return tuple(
+        return (slice(0, 1),) * self._ones + tuple(
             slice(first + ours[dim][0], first + ours[dim][1])
             for first, dim in zip(at, self.dims, strict=True)
         )
 
+    @property
+    def _ones(self) -> int:
+        """How many dimensions of size 1 theirs has before ``dims``."""
+        return len(self.shape) - len(self.dims)
+
     def to_ours(self, tensor: Tensor) -> Tensor:
         """Their tensor, or a part of it, as ours has it; a view."""
+        tensor = tensor[(0,) * self._ones]
         tensor = tensor.permute(sorted(range(tensor.ndim), key=self.dims.__getitem__))
         for dim in sorted(set(range(len(self.sizes))) - set(self.dims)):
             tensor = tensor.unsqueeze(dim)

@@ -5,7 +5,8 @@ Shapes: D model, F hidden, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from moetrain.models.attention import head_shape
 from moetrain.models.hf.pieces import Piece, Table, Tiled
@@ -22,6 +23,11 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    bias: str | None = None  # of the choice, one number an expert; None: it has none
+    bias_rows: int = 0  # dimensions of size 1 before the experts
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what transformers 5's own layout calls otherwise
 
 
 def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
@@ -49,6 +55,8 @@ def _attention(cfg: ModelConfig) -> Table:
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
+    if cfg.out_bias:
+        table["attention.b_out_D"] = _whole("self_attn.o_proj.bias", (cfg.d_model,))
     for part, width in widths.items():
         axis = "Q" if part == "q" else "G"
         shape = (width, cfg.d_model)
@@ -84,7 +92,7 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
         down.append(Piece(names.down.format(e), *rows, (d_model, width), dims=(2, 1)))
     table = {
         "feed_forward.router.weight_ED": _whole(names.router, (cfg.num_experts, d_model)),
-        "feed_forward.router.bias_E": Tiled((cfg.num_experts,)),
+        "feed_forward.router.bias_E": _bias(names, cfg.num_experts),
         "feed_forward.experts.w_gate_up_EDCF": Tiled((cfg.num_experts, d_model, 2, width), tuple(up)),
         "feed_forward.experts.w_down_EFD": Tiled((cfg.num_experts, width, d_model), tuple(down)),
     }
@@ -94,6 +102,13 @@ def _moe(cfg: ModelConfig, names: MoENames) -> Table:
     if cfg.shared_gate:
         table["feed_forward.shared_gate_1D"] = _whole(names.shared_gate, (1, d_model))
     return table
+
+
+def _bias(names: MoENames, num_experts: int) -> Tiled:
+    if names.bias is None:
+        return Tiled((num_experts,))
+    piece = Piece.whole(names.bias, (num_experts,))
+    return Tiled((num_experts,), (replace(piece, shape=(1,) * names.bias_rows + piece.shape),))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Tiled:

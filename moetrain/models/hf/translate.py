@@ -28,13 +28,11 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 
 
-_PLAIN = {  # what few families have words for, and how the others are
-    "rope_fraction": 1.0,
-    "rope_interleaved": False,
-    "attention_pattern": (),
-    "attention_gate": False,
-    "zero_centered_norms": False,
-}
+# what few families have words for, who name it as their own
+_OTHERWISE = (
+    *("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
+    *("attention_pattern", "attention_gate", "zero_centered_norms"),
+)
 
 
 def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
@@ -92,9 +90,9 @@ def write_decoder(
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
     require("model.lora_rank", m.lora_rank, None)
-    for key, plain in _PLAIN.items():
+    for key in _OTHERWISE:
         if key not in own:
-            require(f"model.{key}", getattr(m, key), plain)
+            require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -123,19 +121,25 @@ def read_topk(fields: Fields, renormalize: bool) -> TopKOptions:
 
 def write_topk(spec: ModelSpec) -> tuple[int, bool]:
     """(experts a token, whether their weights sum to 1). Raises CannotExpressError for any other router."""
-    router = spec.router
-    require("experts.kind", spec.experts.kind.name, "networks")
-    if type(router) is not TopKOptions:
-        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    router = check_router(spec)
     if router.score is Score.sigmoid:
         raise CannotExpressError("router.score=sigmoid")
     require("router.route_scale", router.route_scale, 1.0)
     if router.top_groups not in (None, router.num_groups):
         raise CannotExpressError(f"router.top_groups={router.top_groups} limits the choice to groups")
-    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
-    require("router.permutation_steps", router.permutation_steps, None)
     top_k = min(2, spec.model.num_experts) if router.top_k is None else router.top_k
     return top_k, router.renormalize or router.score is Score.softmax_after
+
+
+def check_router(spec: ModelSpec) -> TopKOptions:
+    """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
+    router = spec.router
+    require("experts.kind", spec.experts.kind.name, "networks")
+    if type(router) is not TopKOptions:
+        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    require("router.eval_capacity_factor", router.eval_capacity_factor, None)
+    require("router.permutation_steps", router.permutation_steps, None)
+    return router
 
 
 def require(key: str, value: Any, wanted: Any) -> None:
@@ -156,6 +160,20 @@ def require_all_moe(spec: ModelSpec, shared: bool = False) -> None:
     require("model.first_dense", spec.model.first_dense, 0)
     if not shared:
         require("model.num_shared_experts", spec.model.num_shared_experts, 0)
+
+
+def shared_number(m: ModelConfig) -> int:
+    """How many shared experts without a gate there are, each as wide as the others.
+
+    Raises CannotExpressError where they have a gate or another width.
+    """
+    require("model.shared_gate", m.shared_gate, False)
+    if m.shared_width % m.d_ff_expert:
+        raise CannotExpressError(
+            f"model.d_ff_shared={m.shared_width}, and its shared experts are each as wide as "
+            f"model.d_ff_expert={m.d_ff_expert}"
+        )
+    return m.shared_width // m.d_ff_expert
 
 
 def layer_types(fields: Fields) -> str | None:
@@ -184,15 +202,18 @@ def window(fields: Fields, key: str = "sliding_window") -> int | None:
     return width
 
 
-def window_or_none(fields: Fields) -> int | None:
+def window_or_none(fields: Fields, on: bool | None = None) -> int | None:
     """Qwen's window: off unless ``use_sliding_window``, and on the layers that ``layer_types`` names.
 
-    Without that list it is on the layers from ``max_window_layers`` on.
+    Without that list it is on the layers from ``max_window_layers`` on. ``on``: what counts instead of the
+    key.
     """
     fields.without_effect("sliding_window", "max_window_layers")  # unless they are asked for below
-    kind, on = layer_types(fields), fields.flag("use_sliding_window", False)
+    kind, keyed = layer_types(fields), on is None
+    on = fields.flag("use_sliding_window", False) if on is None else on
     if kind == "sliding_attention" and not on:
-        raise fields.refuse("layer_types says sliding_attention, but use_sliding_window is false")
+        off = "use_sliding_window is false" if keyed else "sliding_window is null"
+        raise fields.refuse(f"layer_types says sliding_attention, but {off}")
     if not on or kind == "full_attention":
         return None
     if kind == "sliding_attention":

@@ -8,6 +8,10 @@ the passes only the inputs, the output and one number a query and head are kept.
 The kernels are those that torch's scaled_dot_product_attention calls on a CPU. The backward one is given
 fp32, a block at a time: in bf16 it was slower wherever measured.
 
+A sink, a logit s beside the scores whose value is zero, divides all weights by 1 + exp(s - l), with l the
+logarithm of the sum of the scores' exponentials. So the kernel computes without it, the output is scaled, and
+l' = log(exp(l) + exp(s)) takes l's place in the backward kernel, which recovers the weights by it.
+
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
 """
@@ -34,6 +38,7 @@ class Kernel(NamedTuple):
 
     forward(q, k, v, bias) -> (y [B, Q, n, H], what its backward pass needs besides inputs and y).
     backward(dy, q, k, v, y, kept, bias) -> the gradients of q, k and v.
+    What one keeps that can have sinks is l [B, Q, n], in fp32 at least.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -59,11 +64,13 @@ def prepare(case: Case) -> Plan:
     return Plan("blocks", case.seen or SeenKeys(case.seq))
 
 
-def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
+def attend(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+) -> Tensor:
     seq = q_BQSH.shape[2]
     seen = plan.seen or SeenKeys(seq)
     rows = block_rows(seq, q_BQSH.dtype)
-    y_BSQH: Tensor = attend_by_blocks(q_BQSH, k_BGKH, v_BGKH, seen, rows, CPU)
+    y_BSQH: Tensor = attend_by_blocks(q_BQSH, k_BGKH, v_BGKH, seen, rows, CPU, sinks_Q)
     return y_BSQH
 
 
@@ -94,14 +101,22 @@ CPU = Kernel(_cpu_forward, _cpu_backward)
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_by_blocks(
-    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys, rows: int, kernel: Kernel
+    q_BQSH: Tensor,
+    k_BGKH: Tensor,
+    v_BGKH: Tensor,
+    seen: SeenKeys,
+    rows: int,
+    kernel: Kernel,
+    sinks_Q: Tensor | None = None,
 ) -> Tensor:
     """[B, S, Q, H]: each query's mean of the values that it sees, weighted by softmax(q k / sqrt(H)).
+
+    ``sinks_Q``: a logit of each head that takes part in the softmax and has no value.
 
     Not compiled: the bounds of the blocks are those of one batch, and each would be compiled for itself.
     """
     y_BSQH: Tensor = _Blocks.apply(  # type: ignore[no-untyped-call]
-        q_BQSH, k_BGKH, v_BGKH, seen, rows, kernel
+        q_BQSH, k_BGKH, v_BGKH, sinks_Q, seen, rows, kernel
     )
     return y_BSQH
 
@@ -109,7 +124,14 @@ def attend_by_blocks(
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys, rows: int, kernel: Kernel
+        ctx: Any,
+        q_BQSH: Tensor,
+        k_BGKH: Tensor,
+        v_BGKH: Tensor,
+        sinks_Q: Tensor | None,
+        seen: SeenKeys,
+        rows: int,
+        kernel: Kernel,
     ) -> Tensor:
         batch, heads, seq, width = q_BQSH.shape
         repeats = heads // k_BGKH.shape[1]
@@ -123,20 +145,23 @@ class _Blocks(torch.autograd.Function):
             y_BQnH, kept_of_block = kernel.forward(
                 q_BQSH[:, :, start:end], k_BQmH, v_BQmH, bias(start, end, low)
             )
+            if sinks_Q is not None:
+                y_BQnH, kept_of_block = _with_sinks(y_BQnH, kept_of_block, sinks_Q)
             y_BSQH[:, start:end] = y_BQnH.transpose(1, 2)
             kept.append(kept_of_block)
-        ctx.save_for_backward(q_BQSH, k_BGKH, v_BGKH, y_BSQH, *kept)
+        ctx.save_for_backward(q_BQSH, k_BGKH, v_BGKH, sinks_Q, y_BSQH, *kept)
         ctx.seen, ctx.blocks, ctx.repeats, ctx.kernel = seen, blocks, repeats, kernel
         return y_BSQH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BSQH: Tensor) -> tuple[Tensor | None, ...]:
-        q_BQSH, k_BGKH, v_BGKH, y_BSQH, *kept = ctx.saved_tensors
+        q_BQSH, k_BGKH, v_BGKH, sinks_Q, y_BSQH, *kept = ctx.saved_tensors
         bias = ctx.seen.biases(ctx.blocks, q_BQSH.dtype, q_BQSH.device)
         dq_BQSH = torch.empty_like(q_BQSH)
         wide = torch.promote_types(q_BQSH.dtype, torch.float32)  # several blocks add to a key's gradient
         dk_BGKH, dv_BGKH = torch.zeros_like(k_BGKH, dtype=wide), torch.zeros_like(v_BGKH, dtype=wide)
+        dsinks_Q = None if sinks_Q is None else torch.zeros_like(sinks_Q, dtype=wide)
         for (start, end, low), kept_of_block in zip(ctx.blocks, kept, strict=True):
             queries, keys = slice(start, end), slice(low, ctx.seen.cached + end)
             k_BQmH, v_BQmH = (_repeated(x[:, :, keys], ctx.repeats) for x in (k_BGKH, v_BGKH))
@@ -147,7 +172,25 @@ class _Blocks(torch.autograd.Function):
             dq_BQSH[:, :, queries] = dq_BQnH
             dk_BGKH[:, :, keys] += _summed(dk_BQmH, ctx.repeats, wide)
             dv_BGKH[:, :, keys] += _summed(dv_BQmH, ctx.repeats, wide)
-        return dq_BQSH, dk_BGKH.to(k_BGKH.dtype), dv_BGKH.to(v_BGKH.dtype), None, None, None
+            if dsinks_Q is not None:
+                dsinks_Q += _gradient_of_sinks(
+                    dy_BSQH[:, queries], y_BSQH[:, queries], kept_of_block, sinks_Q
+                )
+        dsinks_Q = None if dsinks_Q is None else dsinks_Q.to(sinks_Q.dtype)
+        return dq_BQSH, dk_BGKH.to(k_BGKH.dtype), dv_BGKH.to(v_BGKH.dtype), dsinks_Q, None, None, None
+
+
+def _with_sinks(y_BQnH: Tensor, sums_BQn: Tensor, sinks_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """(the output with sinks, the logarithms of the sums with theirs)."""
+    joined_BQn = torch.logaddexp(sums_BQn, sinks_Q[:, None].to(sums_BQn.dtype))
+    return y_BQnH * (sums_BQn - joined_BQn).exp()[..., None].to(y_BQnH.dtype), joined_BQn
+
+
+def _gradient_of_sinks(dy_BnQH: Tensor, y_BnQH: Tensor, joined_BQn: Tensor, sinks_Q: Tensor) -> Tensor:
+    """[Q]: as that of any score, weight times (dy value - dy y), with a value of zero."""
+    wide = joined_BQn.dtype
+    inner_BQn = torch.linalg.vecdot(dy_BnQH.to(wide), y_BnQH.to(wide)).transpose(1, 2)
+    return -((sinks_Q[:, None].to(wide) - joined_BQn).exp() * inner_BQn).sum((0, 2))
 
 
 def _repeated(x_BGmH: Tensor, repeats: int) -> Tensor:

@@ -16,13 +16,16 @@ from moetrain.ops.attention.seen_keys import SeenKeys
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+NO_SINKS = "it has no sinks (model.attention_sinks)"
+
 
 @dataclass(frozen=True)
 class Case:
     """The description of one call of attention, without its values.
 
     ``seen`` None: plainly causal, or one query that sees all keys. ``batch`` rows of ``seq`` queries;
-    ``heads``: of queries, of keys; each ``width`` wide. ``dtype`` is what the products run in.
+    ``heads``: of queries, of keys; each ``width`` wide. ``dtype`` is what the products run in. ``sinks``:
+    whether each head has a logit of no key in its softmax.
     """
 
     seen: SeenKeys | None
@@ -33,6 +36,7 @@ class Case:
     width: int
     dtype: torch.dtype
     device: torch.device
+    sinks: bool = False
 
 
 class Runs(NamedTuple):

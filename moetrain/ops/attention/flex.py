@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from moetrain.ops.attention.case import Case, Plan
+from moetrain.ops.attention.case import NO_SINKS, Case, Plan
 from moetrain.ops.attention.seen_keys import SeenKeys
 
 BLOCK = 128  # positions; what torch's kernels take
@@ -32,6 +32,8 @@ def refusal(case: Case) -> str | None:
             f"on a {case.device.type} device torch's FlexAttention has no backward kernel, and without a "
             "kernel it computes the scores of all pairs"
         )
+    if case.sinks:
+        return NO_SINKS
     if case.dtype is torch.float64:
         return "FlexAttention has no kernel for float64"
     return "FlexAttention's block mask counts from position 0: no cached keys" if case.cached else None
@@ -46,7 +48,11 @@ def prepare(case: Case) -> Plan:
     return Plan("flex", seen, block_mask=block_mask(seen, case.device))
 
 
-def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
+def attend(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+) -> Tensor:
+    if sinks_Q is not None:
+        raise ValueError(NO_SINKS)
     grouped = q_BQSH.shape[1] != k_BGKH.shape[1]
     y_BQSH = kernel()(q_BQSH, k_BGKH, v_BGKH, block_mask=plan.block_mask, enable_gqa=grouped)
     return y_BQSH.transpose(1, 2)

@@ -1,7 +1,8 @@
 """torch's scaled_dot_product_attention: one call where plainly causal, else one a block of queries.
 
 A block's bias is made when the block is computed. The backward pass computes each block again, so that only
-the inputs and the output are kept.
+the inputs and the output are kept. With sinks (``blocks.py``), which that function does not know, a block is
+computed as the formula says, in fp32 at least.
 
 Shapes: B batch, S queries, K keys, Q query heads, G key and value heads, H head width; n queries and m keys
 of a block.
@@ -16,6 +17,7 @@ from torch import Tensor
 from moetrain.ops.attention import blocks
 from moetrain.ops.attention.blocks import Kernel, attend_by_blocks
 from moetrain.ops.attention.case import Case, Plan
+from moetrain.ops.attention.seen_keys import SeenKeys
 
 _ROWS = 512  # queries of a block
 _SHORT = 128  # queries up to which an accelerator gains nothing by leaving out blocks
@@ -36,8 +38,14 @@ def prepare(case: Case) -> Plan:
     return Plan("sdpa", case.seen)
 
 
-def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
+def attend(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+) -> Tensor:
     seq, seen = q_BQSH.shape[2], plan.seen
+    if sinks_Q is not None:
+        seen = seen or SeenKeys(seq, k_BGKH.shape[2] - seq)
+        with_sinks: Tensor = attend_by_blocks(q_BQSH, k_BGKH, v_BGKH, seen, _ROWS, FORMULA, sinks_Q)
+        return with_sinks
     if seen is not None and seq > _ROWS:
         y_BSQH: Tensor = attend_by_blocks(q_BQSH, k_BGKH, v_BGKH, seen, _ROWS, RECOMPUTED)
         return y_BSQH
@@ -63,3 +71,30 @@ def _backward(
 
 
 RECOMPUTED = Kernel(_forward, _backward)
+
+
+def _formula_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, bias)
+    sums = scores.logsumexp(-1)
+    y = scores.sub_(sums[..., None]).exp_() @ v.to(scores.dtype)
+    return y.to(q.dtype), sums
+
+
+def _formula_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    weights = _scores(q, k, bias).sub_(sums[..., None]).exp_()
+    wide = weights.dtype
+    dy, q, k, v, y = (x.to(wide) for x in (dy, q, k, v, y))
+    dv = weights.transpose(2, 3) @ dy
+    dscores = weights.mul_(dy @ v.transpose(2, 3) - torch.linalg.vecdot(dy, y)[..., None])
+    dscores.mul_(q.shape[3] ** -0.5)
+    return dscores @ k, dscores.transpose(2, 3) @ q, dv
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(wide) @ k.to(wide).transpose(2, 3)).mul_(q.shape[3] ** -0.5).add_(bias)
+
+
+FORMULA = Kernel(_formula_forward, _formula_backward)

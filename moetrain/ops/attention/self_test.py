@@ -16,20 +16,26 @@ from torch import Tensor
 from moetrain.ops.attention.case import Case
 from moetrain.ops.attention.seen_keys import SeenKeys
 
-Attend = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Case], Tensor]
 _ROWS, _SEQ, _WINDOW = 2, 521, 300  # several blocks of any backend
 _ENDS = ((521, 521), (130, 407))  # of the documents of the two rows
+_NAMES = ("queries", "keys", "values", "sinks")
 _ROUNDINGS = 16  # a wrong mask changes values by far more
 _COARSEST = 2**-10  # an accelerator may take products of fp32 in ten bits
 
 
-def written_out(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys | None) -> Tensor:
+def written_out(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, seen: SeenKeys | None, sinks_Q: Tensor | None = None
+) -> Tensor:
     """Attention [B, S, Q, H] by the formula, with the scores of all pairs."""
     seq, repeats = q_BQSH.shape[2], q_BQSH.shape[1] // k_BGKH.shape[1]
     k_BQKH, v_BQKH = k_BGKH.repeat_interleave(repeats, 1), v_BGKH.repeat_interleave(repeats, 1)
     bias = (seen or SeenKeys(seq)).bias(0, seq, 0, q_BQSH.dtype, q_BQSH.device)
     scores_BQSK = q_BQSH @ k_BQKH.transpose(2, 3) / q_BQSH.shape[3] ** 0.5 + bias
-    y_BQSH: Tensor = scores_BQSK.softmax(-1) @ v_BQKH
+    if sinks_Q is not None:
+        sinks_BQS1 = sinks_Q[:, None, None].expand(*scores_BQSK.shape[:3], 1)
+        scores_BQSK = torch.cat([scores_BQSK, sinks_BQS1], 3)
+    y_BQSH: Tensor = scores_BQSK.softmax(-1)[..., : k_BGKH.shape[2]] @ v_BQKH
     return y_BQSH.transpose(1, 2)
 
 
@@ -56,11 +62,13 @@ def _failure(attend: Attend, case: Case) -> str | None:
     try:
         with torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext():
             inputs, dy = _inputs(case)
-            found = _with_gradients(lambda q, k, v: attend(q, k, v, case), inputs, dy)
+            found = _with_gradients(lambda q, k, v, sinks=None: attend(q, k, v, sinks, case), inputs, dy)
         seen = None if case.seen is None else _on_cpu(case.seen)
         wide = [x.detach().cpu().double().requires_grad_() for x in inputs]
-        right = _with_gradients(lambda q, k, v: written_out(q, k, v, seen), wide, dy.cpu().double())
-        names = ("output", "gradient of the queries", "gradient of the keys", "gradient of the values")
+        right = _with_gradients(
+            lambda q, k, v, sinks=None: written_out(q, k, v, seen, sinks), wide, dy.cpu().double()
+        )
+        names = ["output", *(f"gradient of the {what}" for what in _NAMES[: len(inputs)])]
         bound = _ROUNDINGS * max(torch.finfo(case.dtype).eps, _COARSEST)
         for name, ours, theirs in zip(names, found, right, strict=True):
             off = float(((ours.cpu().double() - theirs).abs().max() / theirs.abs().max()).detach())
@@ -78,6 +86,8 @@ def _inputs(case: Case) -> tuple[list[Tensor], Tensor]:
         return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
 
     inputs = [draw(_ROWS, n, _SEQ, case.width).requires_grad_() for n in (*case.heads, case.heads[1])]
+    if case.sinks:
+        inputs.append(draw(case.heads[0]).requires_grad_())
     return inputs, draw(_ROWS, _SEQ, case.heads[0], case.width)
 
 

@@ -30,8 +30,10 @@ class Backend(Protocol):
     def prepare(self, case: Case) -> Plan:
         """The plan for ``case``, made once for all layers. Does not wait for the device."""
 
-    def attend(self, q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
-        """:func:`attend`, differentiable in all three."""
+    def attend(
+        self, q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+    ) -> Tensor:
+        """:func:`attend`, differentiable in all four."""
 
 
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "blocks": blocks, "flex": flex, "varlen": varlen}
@@ -39,13 +41,17 @@ _LAST = "sdpa"  # takes whatever is asked; torch's public function, so it is not
 _tested: dict[tuple[object, ...], str | None] = {}
 
 
-def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
+def attend(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+) -> Tensor:
     """[B, S, Q, H]: each query's mean of the values it sees, weighted by softmax(q k / sqrt(H)).
 
-    In the dtype of autocast, where it is on.
+    ``sinks_Q``: a logit of each head that takes part in the softmax and has no value, where the plan's case
+    has sinks. In the dtype of autocast, where it is on.
     """
     dtype = product_dtype(q_BQSH)
-    return BACKENDS[plan.backend].attend(q_BQSH.to(dtype), k_BGKH.to(dtype), v_BGKH.to(dtype), plan)
+    operands = (q_BQSH.to(dtype), k_BGKH.to(dtype), v_BGKH.to(dtype))
+    return BACKENDS[plan.backend].attend(*operands, plan, sinks_Q)
 
 
 def plan_attention(backend: str, case: Case) -> Plan:
@@ -85,8 +91,10 @@ def _self_test(name: str, case: Case) -> str | None:
     """What is wrong with the backend on this device, found out once a process."""
     if name == _LAST:
         return None
-    key = (name, case.device, case.dtype, case.heads[0] // case.heads[1], case.width)
+    key = (name, case.device, case.dtype, case.heads[0] // case.heads[1], case.width, case.sinks)
     if key not in _tested:
         backend = BACKENDS[name]
-        _tested[key] = failure(lambda q, k, v, small: backend.attend(q, k, v, backend.prepare(small)), case)
+        _tested[key] = failure(
+            lambda q, k, v, sinks, small: backend.attend(q, k, v, backend.prepare(small), sinks), case
+        )
     return _tested[key]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.attention.case import Case, Plan, Runs
+from moetrain.ops.attention.case import NO_SINKS, Case, Plan, Runs
 from moetrain.ops.attention.seen_keys import SeenKeys
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -28,6 +28,8 @@ def refusal(case: Case) -> str | None:
         return f"its kernel is CUDA's, and the device is {case.device.type}"
     if case.dtype not in _DTYPES:
         return f"its kernel takes bf16 or fp16, not {str(case.dtype).removeprefix('torch.')}"
+    if case.sinks:
+        return NO_SINKS
     if _function() is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen with {' and '.join(_OPTIONS)}"
     if case.cached:
@@ -46,7 +48,11 @@ def prepare(case: Case) -> Plan:
     return Plan("varlen", seen, runs=runs(seen, case.batch, case.device))
 
 
-def attend(q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan) -> Tensor:
+def attend(
+    q_BQSH: Tensor, k_BGKH: Tensor, v_BGKH: Tensor, plan: Plan, sinks_Q: Tensor | None = None
+) -> Tensor:
+    if sinks_Q is not None:
+        raise ValueError(NO_SINKS)
     kernel, seen, ends = _function(), plan.seen, plan.runs
     if kernel is None or seen is None or ends is None:
         raise ValueError(f"{plan} is no plan of the varlen backend, or torch {torch.__version__} lacks it")

@@ -13,7 +13,7 @@ from moetrain.errors import UserError
 from moetrain.models.hf import FAMILIES, ModelSpec
 from moetrain.models.hf.family import read_model
 from moetrain.models.hf.keys import HARMLESS, ONLY
-from moetrain.models.rope import rope_table
+from moetrain.models.rope import rope_table, rope_width
 
 CLASSES = {
     name: family.architecture.replace("ForCausalLM", "Config")
@@ -26,8 +26,9 @@ SIZES = {
 }  # fmt: skip
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
-    "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1,
+    "moe_num_experts": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
 }  # fmt: skip
 
 
@@ -75,8 +76,10 @@ def test_no_key_of_theirs_is_unknown(name: str) -> None:
 
 
 def _without_effect(name: str, key: str) -> bool:
-    """Qwen's window keys, where there is no window."""
-    return name.startswith("qwen") and key in ("sliding_window", "max_window_layers")
+    """Keys of a window, where there is none, or layer_types says which layers have it; a width of none."""
+    if (name, key) == ("qwen3_5_moe_text", "intermediate_size"):
+        return True
+    return name.startswith(("qwen", "dots1")) and key in ("sliding_window", "max_window_layers")
 
 
 def test_what_generation_reads_changes_no_model() -> None:
@@ -163,12 +166,33 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, factor 1": {"rope_scaling": {**YARN, "factor": 1, "mscale": 2.0, "mscale_all_dim": 0.5}},
     "keys of other kinds": {"rope_scaling": {**LINEAR, "beta_fast": 4.0, "mscale": 2.0}},
 }  # fmt: skip
+TURNED = {
+    "rotary_dim": {"rotary_dim": 4},
+    "rotary_dim, part": {"rotary_dim": 4, "partial_rotary_factor": 0.5},
+}
+WHOLE, PARTLY = ("llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
+PART = "partial_rotary_factor"
+PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
+    "nothing": {},
+    "null": {PART: None},
+    "at the top": {PART: 0.25, "rope_theta": 70.0},
+    "inside": {"rope_parameters": {"rope_theta": 70.0, PART: 0.75}},
+    "both": {PART: 0.25, "rope_parameters": {"rope_theta": 70.0, PART: 0.75}},
+    "of a scaled one": {PART: 0.25, "rope_scaling": {**YARN, INNER: 32}},
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("values", ROPES.values(), ids=ROPES)
-def test_positions_rotate_as_theirs(values: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        pytest.param(name, values, id=f"{what}-{name}")
+        for names, cases in ((WHOLE, ROPES), (PARTLY, PARTS), (("minimax_m2",), TURNED))
+        for what, values in cases.items()
+        for name in names
+    ],
+)
+def test_positions_rotate_as_theirs(name: str, values: dict[str, Any]) -> None:
     """Cosine and sine of transformers' own module, which a model of the same config computes with."""
     given = sizes_of(name) | values
     rotary = getattr(transformers.models, name)
@@ -180,8 +204,56 @@ def test_positions_rotate_as_theirs(values: dict[str, Any], name: str) -> None:
     positions_BS = torch.arange(50)[None]
     cos_BSH, sin_BSH = getattr(module, kind)(config)(torch.zeros(1), positions_BS)
     m = read(given).model
-    ours = rope_table(positions_BS, SIZES["head_dim"], m.rope_theta, torch.float32, m.rope_scaling)
+    width = rope_width(SIZES["head_dim"], m.rope_fraction)
+    ours = rope_table(positions_BS, width, m.rope_theta, torch.float32, m.rope_scaling)
     torch.testing.assert_close(ours.cos_BS1H[:, :, 0], cos_BSH, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        ours.sin_BS1h[:, :, 0], sin_BSH[..., : SIZES["head_dim"] // 2], rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ours.sin_BS1h[:, :, 0], sin_BSH[..., : width // 2], rtol=0, atol=1e-5)
+
+
+# keys that the makers' files have besides, and values that are refused
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "minimax_m2": (
+        {
+            "attn_type_list": [1, 1], "auto_map": {"AutoConfig": "x.Y"}, "layernorm_full_attention_beta": 1.0,
+            "layernorm_linear_attention_beta": 1.0, "layernorm_mlp_beta": 1.0, "mlp_intermediate_size": 99,
+            "mtp_transformer_layers": 1, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "rotary_dim": 16,
+            "scoring_func": "sigmoid", "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
+            "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "sliding_window": None,
+        },
+        {
+            "attn_type_list": [0, 1], "layernorm_mlp_beta": 2.0, "scoring_func": "softmax",
+            "shared_intermediate_size": 8, "use_qk_norm": False, "use_routing_bias": False, "rotary_dim": 3,
+            "head_dim": 0, "router_jitter_noise": 0.1,
+        },
+    ),
+    "ernie4_5_moe": (
+        {
+            "auto_map": {"AutoConfig": "x.Y"}, "moe_capacity": [4, 4], "moe_use_aux_free": True,
+            "moe_gate_act": "softmax", "num_nextn_predict_layers": 1, "moe_layer_end_index": 1,
+        },
+        {
+            "use_bias": True, "moe_norm_min": 1e-3, "moe_gate_act": "sigmoid", "moe_layer_end_index": 0,
+            "moe_layer_interval": 0, "moe_layer_start_index": -1, "moe_use_aux_free": False,
+        },
+    ),
+    "dots1": (
+        {"auto_map": {"AutoConfig": "x.Y"}, "layer_types": ["full_attention"] * 2},
+        {"n_routed_experts": None, "n_shared_experts": None, "max_window_layers": 1,
+         "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "glm4_moe": (
+        {"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "use_qk_norm": False},
+        {"n_shared_experts": 0, "num_nextn_predict_layers": -1, "partial_rotary_factor": 0.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_keys_of_the_published_files(name: str) -> None:
+    """They say what transformers' class computes anyway; other values are refused by name."""
+    same, others = PUBLISHED[name]
+    given = sizes_of(name)
+    assert read(given | same) == read(given)
+    for key, value in others.items():
+        with pytest.raises(UserError, match=f"{key}|rope_fraction"):
+            read(given | {key: value})

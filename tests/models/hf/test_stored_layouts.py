@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hf_cases import (
     convert,
     export,
     load_ours,
+    load_theirs,
     refused,
     sources,
     tensors_of,
@@ -61,7 +63,17 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "qwen3_5_moe_text"]
+    "name",
+    [
+        "mixtral",
+        "qwen2_moe_mixed",
+        "qwen3_moe_mixed",
+        "olmoe",
+        "glm4_moe",
+        "minimax_m2",
+        "ernie4_5_moe",
+        "qwen3_5_moe_text",
+    ],
 )
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
     """The function of transformers' model, and the very tensors that the other layout gives."""
@@ -185,3 +197,40 @@ def test_an_index_beside_a_lone_file(
         file.unlink()
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{names}}}}}')
     convert(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_layers_that_predict_further_tokens(
+    layers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left out with a word, where the config says that there are some; else they have no place."""
+    source = write_theirs(CASES["glm4_moe"].their_model(torch.float32), tmp_path / "source")
+    further = {
+        "model.layers.3.eh_proj.weight": torch.ones(31, 62),
+        "model.layers.3.enorm.weight": torch.ones(31),
+    }
+    folder = rewrite(source, tmp_path / "further", lambda found: found | further)
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    if not layers:
+        line = refused(capsys, "convert", f"source={folder}", f"target={tmp_path}/new")
+        assert "model.layers.3.eh_proj.weight has no place in this model" in line
+        return
+    ours = convert(folder, tmp_path / "ours")
+    assert "2 tensor(s) of layers that predict further tokens" in capsys.readouterr().err
+    out = export(ours, tmp_path / "out")
+    assert_same_tensors(source, out)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_the_bias_of_a_choice_stays_in_fp32(tmp_path: Path) -> None:
+    """Whatever dtype an export is asked for: transformers keeps it so, and halves would choose others."""
+    source = write_theirs(CASES["glm4_moe"].their_model(torch.float32), tmp_path / "source")
+    out = export(convert(source, tmp_path / "ours"), tmp_path / "out", "dtype=bf16")
+    found, before = tensors_of(out), tensors_of(source)
+    biases = [name for name in found if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(found[name].any() and torch.equal(found[name], before[name]) for name in biases)
+    assert {t.dtype for name, t in found.items() if name not in biases} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    load_theirs(out)

@@ -24,9 +24,41 @@ from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-QK_NORM = {"qwen3": QKNorm.head, "qwen3_moe": QKNorm.head, "olmoe": QKNorm.full}
+QK_NORM = {
+    "qwen3": QKNorm.head,
+    "qwen3_moe": QKNorm.head,
+    "olmoe": QKNorm.full,
+    "minimax_m2": QKNorm.full,
+    "dots1": QKNorm.head,
+}
 HYBRID = ("qwen3_next", "qwen3_5_moe_text")
-WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+SIGMOID = ("dots1", "glm4_moe")
+AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
+WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
+
+
+@st.composite
+def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: ExpertsConfig) -> ModelSpec:
+    """Those of DeepSeek-V3's kind of MoE layer."""
+    keys["first_dense"] = draw(st.integers(0, keys["num_layers"] - 1))
+    keys["num_shared_experts"] = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    keys["num_experts"] *= groups
+    limit = draw(st.integers(1, groups))
+    router = TopKOptions(
+        top_k=draw(st.integers(1, limit * keys["num_experts"] // groups)),
+        score=Score.sigmoid,
+        renormalize=draw(st.booleans()),
+        route_scale=draw(st.sampled_from([1.0, 2.5])),
+        num_groups=groups,
+        top_groups=limit,
+    )
+    if name == "glm4_moe":
+        keys["qk_norm"] = draw(st.sampled_from([QKNorm.none, QKNorm.head]))
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+    keys["qkv_bias"] = draw(st.booleans())
+    keys["out_bias"] = name == "dots1" and keys["qkv_bias"]
+    return ModelSpec(ModelConfig(**keys), router, experts)
 
 
 @st.composite
@@ -73,8 +105,10 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
-    keys["d_ff_expert"] = keys["d_ff"] if name in ("mixtral", "olmoe") else draw(st.integers(1, 13))
-    if name in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
+    keys["d_ff_expert"] = keys["d_ff"] if name in AS_DENSE else draw(st.integers(1, 13))
+    if name in SIGMOID:
+        return draw(sigmoid_specs(name, keys, experts))
+    if name in ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "qwen3_next"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
     if name in HYBRID:
@@ -85,12 +119,19 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
     top_k = draw(st.integers(1, keys["num_experts"]))
     router = TopKOptions(
-        top_k=top_k, score=Score.softmax, renormalize=name != "mixtral" and draw(st.booleans())
+        top_k=top_k,
+        score=Score.softmax,
+        renormalize=name == "ernie4_5_moe" or (name != "mixtral" and draw(st.booleans())),
     )
     if name == "qwen3_5_moe_text":
         router = replace(router, renormalize=True)
+    if name == "ernie4_5_moe":
+        keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
     if name == "mixtral":
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
+    if name == "minimax_m2":
+        keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
+        router = TopKOptions(top_k=top_k, score=Score.sigmoid)
     return ModelSpec(ModelConfig(**keys), router, experts)
 
 
@@ -188,6 +229,9 @@ MOE = replace(BASE, num_experts=3, d_ff_expert=5)
 SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
+SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+ERNIE = replace(MOE, rope_interleaved=True)
+PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
 
 
@@ -220,6 +264,33 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("qwen2_moe", ModelSpec(BASE), "model.num_experts=0"),
         ("qwen3_moe", ModelSpec(replace(SHARED, qk_norm=QKNorm.head), TOP2), "model.num_shared_experts=1"),
         ("qwen3_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("olmoe", ModelSpec(replace(NORMED, rope_fraction=0.5), TOP2), "model.rope_fraction=0.5"),
+        ("ernie4_5_moe", ModelSpec(MOE, TOP2), "model.rope_interleaved=False"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, SIGMOID2), "router.score=sigmoid"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("ernie4_5_moe", ModelSpec(replace(ERNIE, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("ernie4_5_moe", ModelSpec(replace(SHARED, rope_interleaved=True), TOP2), "model.shared_gate=True"),
+        ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
+        ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
+        ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),
+        ("minimax_m2", ModelSpec(NORMED, TOP2), "router.score=softmax"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, renormalize=False)), "router.renormalize=False"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, route_scale=2.0)), "router.route_scale=2.0"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
+        ("minimax_m2", ModelSpec(NORMED, replace(SIGMOID2, num_groups=3, top_groups=2)), "top_groups=2"),
+        ("minimax_m2", ModelSpec(MOE, SIGMOID2), "model.qk_norm=none"),
+        ("minimax_m2", ModelSpec(replace(NORMED, sliding_window=3), SIGMOID2), "model.sliding_window=3"),
+        ("glm4_moe", ModelSpec(BASE), "model.num_experts=0"),
+        ("glm4_moe", ModelSpec(MOE, SIGMOID2), "model.num_shared_experts=0"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, d_ff_shared=3), SIGMOID2), "model.d_ff_shared=3"),
+        ("glm4_moe", ModelSpec(replace(SHARED, d_ff_shared=5), SIGMOID2), "model.shared_gate=True"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, moe_every=2), SIGMOID2), "model.moe_every=2"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, sliding_window=3), SIGMOID2), "sliding_window=3"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, rope_interleaved=True), SIGMOID2), "rope_interleaved"),
+        ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, qk_norm=QKNorm.full), SIGMOID2), "qk_norm=full"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, TOP2), "router.score=softmax"),
+        ("glm4_moe", ModelSpec(PLAIN_SHARED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
         ("qwen3_next", ModelSpec(BASE), "model.num_experts=0"),
         ("qwen3_next", ModelSpec(MOE, TOP2), "model.num_shared_experts=0"),
         ("qwen3_next", ModelSpec(SHARED, TOP2), "model.zero_centered_norms=False"),

@@ -29,7 +29,9 @@ def assert_alike(
 ) -> None:
     """Logits of what ``mask`` [B, S] says is no padding, the loss, and the gradient of every parameter."""
     dtype = ours.embed_VD.dtype
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": fp64, "atol": fp64}
+    rotates_in_fp32 = type(theirs).__name__.startswith("Ernie")  # and scores, whatever the model is in
+    wide = dtype is torch.float64 and not rotates_in_fp32
+    close = {"rtol": fp64, "atol": fp64} if wide else {"rtol": 1e-5, "atol": 1e-5}
     reference = theirs(ids, attention_mask=mask, labels=labels, use_cache=False)
     hidden = ours(ids).hidden_BSD
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -39,7 +41,7 @@ def assert_alike(
     torch.testing.assert_close(total / count, reference.loss.to(dtype), **close)
     reference.loss.backward()
     (total / count).backward()
-    expected = from_hf({name: p.grad for name, p in theirs.named_parameters()})
+    expected = from_hf({name: p.grad for name, p in theirs.named_parameters() if p.requires_grad})
     parameters = dict(ours.named_parameters())
     assert parameters.keys() == expected.keys()
     for key, gradient in expected.items():
@@ -76,7 +78,9 @@ def test_logits_by_the_default_backend(name: str) -> None:
     torch.testing.assert_close(ours.logits(ours(ids).hidden_BSD), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn"])
+@pytest.mark.parametrize(
+    "name", ["llama_linear", "llama_llama3", "llama_yarn", "qwen2_yarn", "glm4_moe_yarn", "ernie4_5_moe_yarn"]
+)
 def test_cached_generation_goes_beyond_the_original_positions(name: str) -> None:
     theirs, ours = SCALED[name].build(torch.float32)
     prompt = SCALED[name].batch()[0][:1, :5]

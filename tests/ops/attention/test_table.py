@@ -128,7 +128,7 @@ class Wrong:
     def prepare(self, case: Case) -> Plan:
         return Plan("wrong", case.seen)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, sinks: Tensor | None) -> Tensor:
         return self_test_module.written_out(q, k.roll(1, 2), v.roll(1, 2), plan.seen)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.moe.dispatch.plan import layout
 from moetrain.moe.options import Backend
+from moetrain.ops.activations import ACTIVATIONS
 from moetrain.ops.cpu import per_expert
 from moetrain.ops.experts import grouped, passed, table
 from moetrain.ops.experts.case import TILE, Case
@@ -90,7 +91,7 @@ def test_a_planted_fault_is_found(fault: str, dtype: torch.dtype) -> None:
     assert "\n" not in (found or "nothing")
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "drelu", "gelu", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_right_backends_pass(dtype: torch.dtype, activation: str) -> None:
     for width in (40, 41):

@@ -19,13 +19,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .configuration_moetrain import MoetrainConfig
 from .routing_moetrain import RULES, wide
 
-GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "drelu": F.relu}
+GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "drelu": F.relu, "swiglu_clamped": None}
 PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
 
 
 def activate(gate: Tensor | None, up: Tensor, name: str) -> Tensor:
     if gate is None:
         return PLAIN[name](up)
+    if name == "swiglu_clamped":  # of GPT-OSS
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     return GATES[name](gate) * (F.relu(up) if name == "drelu" else up)
 
 
