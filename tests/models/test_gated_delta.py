@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import TINY, VOCAB, decoder, tokens
-from test_decoder import loss_and_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain.errors import UserError
-from moetrain.models import Decoder, KVCache, generate
+from moetrain.models import Decoder, KVCache, cross_entropy_sum, generate
 from moetrain.models.attention import Attention
 from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.count import count_parameters, flops_breakdown
@@ -148,6 +147,12 @@ def test_greedy_text_equals_the_uncached() -> None:
     for _ in range(9):
         text.append(int(model.logits(model(torch.tensor([text])).hidden_BSD[0, -1]).argmax()))
     assert generate(model, ids, 9, temperature=0) == text[5:]
+
+
+def loss_and_gradients(model: Decoder, ids_BS: Tensor, docs_BS: Tensor) -> list[Tensor]:
+    hidden_BSD = model(ids_BS, doc_ids_BS=docs_BS).hidden_BSD
+    total, count = cross_entropy_sum(hidden_BSD[:, :-1], model.head_weight, ids_BS[:, 1:])
+    return [total.detach(), *torch.autograd.grad(total / count, list(model.parameters()))]
 
 
 def test_recompute_changes_neither_loss_nor_gradients() -> None:

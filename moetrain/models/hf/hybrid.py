@@ -30,6 +30,7 @@ _SIZES = {
     "conv_width": "linear_conv_kernel_dim",
 }
 _OWN = ("rope_fraction", "attention_pattern", "attention_gate", "zero_centered_norms")
+LEFT_OUT = ("mtp.",)  # a layer that predicts a further token
 _UNREAD = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 DEFAULTS = SHARED | {
     "linear_conv_kernel_dim": 4,

@@ -8,7 +8,15 @@ from typing import Any
 
 from moetrain.models.hf.family import ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.hybrid import DEFAULTS, HybridFamily, read_hybrid, stacked, whole, write_hybrid
+from moetrain.models.hf.hybrid import (
+    DEFAULTS,
+    LEFT_OUT,
+    HybridFamily,
+    read_hybrid,
+    stacked,
+    whole,
+    write_hybrid,
+)
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.qwen3_next import read_moe, write_moe
 from moetrain.models.hf.translate import read_experts, read_topk, require, require_all_moe, write_topk
@@ -50,6 +58,7 @@ register_family(
         _read,
         _write,
         defaults=DEFAULTS | {"num_experts_per_tok": 8},
+        left_out=LEFT_OUT,
         projections=_projections,
     )
 )

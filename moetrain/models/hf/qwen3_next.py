@@ -8,7 +8,7 @@ from typing import Any
 
 from moetrain.models.hf.family import CannotExpressError, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.hybrid import DEFAULTS, HybridFamily, read_hybrid, stacked, write_hybrid
+from moetrain.models.hf.hybrid import DEFAULTS, LEFT_OUT, HybridFamily, read_hybrid, stacked, write_hybrid
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.translate import (
     read_experts,
@@ -86,6 +86,7 @@ register_family(
         _read,
         _write,
         defaults=_DEFAULTS,
+        left_out=LEFT_OUT,
         projections=_projections,
     )
 )
