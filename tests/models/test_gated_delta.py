@@ -201,7 +201,7 @@ def test_values_at_the_start() -> None:
     assert abs(attention.conv.weight_C1W.std().item() * 12**0.5 - 1) < 0.1
 
 
-def test_operations_are_those_of_the_products_and_of_the_recurrence() -> None:
+def test_operations_are_those_of_products_and_recurrence() -> None:
     """The counter sees products; a convolution's are three multiply-adds a channel, the rule's by hand."""
     seq, changes = 7, {**HYBRID, "num_layers": 2, "num_experts": 0}
     model, counter = decoder(torch.float32, **changes), FlopCounterMode(display=False)
