@@ -5,19 +5,16 @@ Importing it skips a test file where transformers is missing. Shapes: B batch, S
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from hf_weights import KEY_HEADS, from_hf
+from hf_hybrid import MODELS, slow_decay, wide
+from hf_weights import from_hf
 from torch import Tensor
 
 from moetrain.models import Decoder
-from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
@@ -49,15 +46,6 @@ OURS = {
 }
 
 
-class _WideTorch:
-    """torch, whose fp32 is fp64."""
-
-    float32 = float = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @dataclass(frozen=True)
 class Family:
     """transformers' config and ours, less what all share. ``router`` None: a dense model."""
@@ -70,26 +58,11 @@ class Family:
     rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
     seq: int = SEQ
     config: str = ""  # of its class, where another name than the model's
-    modules: ClassVar[dict[str, str]] = {"Qwen3Next": "qwen3_next", "Qwen3_5Moe": "qwen3_5_moe"}
 
     def their_model(self, dtype: torch.dtype) -> Any:
         """transformers' model with random weights, norms and biases included."""
-        with self.wide(dtype):
+        with wide(self.name, dtype):
             return self._their_model(dtype)
-
-    @contextmanager
-    def wide(self, dtype: torch.dtype) -> Iterator[None]:
-        """Of fp64: a context in which transformers' gated delta layers compute in it, and not in fp32.
-
-        A head's output is divided by its own size there, which may be small: rounding would count for much.
-        """
-        name = type(self).modules.get(self.name)
-        with pytest.MonkeyPatch.context() as patch:
-            if name is not None and dtype is torch.float64:
-                module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-                patch.setattr(module, "torch", _WideTorch())
-                patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-            yield
 
     def _their_model(self, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
@@ -102,9 +75,7 @@ class Family:
             for parameter in theirs.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
-            for name, parameter in theirs.named_parameters():
-                if name.endswith((".A_log", ".dt_bias")):  # else a state is forgotten at once
-                    parameter.sub_(2.0)
+            slow_decay(theirs)
             for buffer in _biases(theirs).values():  # so that they change choices
                 buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
@@ -246,73 +217,7 @@ QWEN3 = Family(
     {"intermediate_size": 41, "rms_norm_eps": 1e-6},
     {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
 )
-_LINEAR, _FULL = "linear_attention", "full_attention"
-QWEN3_NEXT = Family(
-    "Qwen3Next",
-    {
-        **QWEN2_MOE.theirs,
-        "norm_topk_prob": True,
-        "rms_norm_eps": 1e-2,
-        "head_dim": 16,
-        "linear_num_key_heads": KEY_HEADS,
-        "linear_num_value_heads": 6,
-        "linear_key_head_dim": 13,
-        "linear_value_head_dim": 7,
-        "linear_conv_kernel_dim": 3,
-        "layer_types": [_LINEAR, _LINEAR, _FULL],
-    },
-    {
-        **QWEN2_MOE.ours,
-        "qkv_bias": False,
-        "norm_eps": 1e-2,
-        "qk_norm": QKNorm.head,
-        "head_dim": 16,
-        "rope_fraction": 0.25,
-        "attention_gate": True,
-        "zero_centered_norms": True,
-        "attention_pattern": ("gated_delta", "gated_delta", "grouped_query"),
-        "gated_delta": GatedDeltaConfig(KEY_HEADS, 6, 13, 7, 3),
-    },
-    replace(QWEN2_MOE.router, renormalize=True),
-    rope={"partial_rotary_factor": 0.25},
-)
-QWEN3_NEXT_MIXED = replace(
-    QWEN3_NEXT,
-    theirs={
-        **QWEN3_NEXT.theirs,
-        "decoder_sparse_step": 2,
-        "mlp_only_layers": [1],
-        "intermediate_size": 41,
-        "num_hidden_layers": 4,
-        "layer_types": [_FULL, _LINEAR, _FULL, _FULL],
-        "norm_topk_prob": False,
-    },
-    ours={
-        **QWEN3_NEXT.ours,
-        "moe_every": 2,
-        "first_dense": 3,
-        "d_ff": 41,
-        "num_layers": 4,
-        "attention_pattern": ("grouped_query", "gated_delta", "grouped_query", "grouped_query"),
-    },
-    router=QWEN2_MOE.router,
-)
-QWEN3_NEXT_LINEAR = replace(  # no layer of the other kind; theirs has no cache for it
-    QWEN3_NEXT,
-    theirs={**QWEN3_NEXT.theirs, "layer_types": [_LINEAR] * 3},
-    ours={
-        **QWEN3_NEXT.ours,
-        "attention_pattern": ("gated_delta",),
-        "attention_gate": False,
-        "rope_fraction": 1.0,
-    },
-)
-QWEN3_5_MOE = replace(
-    QWEN3_NEXT,
-    name="Qwen3_5Moe",
-    config="Qwen3_5MoeText",
-    theirs={key: value for key, value in QWEN3_NEXT.theirs.items() if key != "norm_topk_prob"},
-)
+HYBRID = {name: Family(**case) for name, case in MODELS.items()}
 GLM4_MOE = Family(
     "Glm4Moe",
     {
@@ -508,9 +413,7 @@ FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": QWEN2_TIED,
     "qwen3": QWEN3,
-    "qwen3_next": QWEN3_NEXT,
-    "qwen3_next_mixed": QWEN3_NEXT_MIXED,
-    "qwen3_5_moe_text": QWEN3_5_MOE,
+    **HYBRID,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_groups": GLM4_MOE_GROUPS,
     "minimax_m2": MINIMAX_M2,

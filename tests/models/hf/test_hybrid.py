@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, assert_same_tensors, convert, export, load_ours, tensors_of, write_theirs
-from hf_families import QWEN3_5_MOE, QWEN3_NEXT, QWEN3_NEXT_LINEAR
+from hf_families import HYBRID, Family
+from hf_hybrid import FULL, LINEAR, LINEAR_ALONE, wide
 from safetensors.torch import save_file
 
 from moetrain.errors import UserError
@@ -21,14 +22,14 @@ from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.hf.family import read_model
 from moetrain.models.options import ModelConfig
 
-LINEAR, FULL = "linear_attention", "full_attention"
+QWEN3_NEXT, QWEN3_5_MOE = HYBRID["qwen3_next"], HYBRID["qwen3_5_moe_text"]
 
 
 def test_cached_text_is_theirs() -> None:
     """Theirs keeps a state too: a prompt at once, then token by token."""
     theirs, ours = QWEN3_NEXT.build(torch.float64)
     prompt_BS = QWEN3_NEXT.batch()[0][:1, :5]
-    with QWEN3_NEXT.wide(torch.float64):
+    with wide("Qwen3Next", torch.float64):
         text = theirs.generate(prompt_BS, max_new_tokens=13, do_sample=False)[0, 5:].tolist()
     assert len(set(text)) > 4
     assert generate(ours, prompt_BS[0].tolist(), 13, temperature=0) == text
@@ -37,9 +38,10 @@ def test_cached_text_is_theirs() -> None:
 @torch.no_grad()
 def test_a_model_of_linear_layers_alone() -> None:
     """And rows padded on the left, where theirs takes zeros into the state and ours starts it anew."""
-    theirs, ours = QWEN3_NEXT_LINEAR.build(torch.float64)
-    ids_BS, real_BS = QWEN3_NEXT_LINEAR.batch()[0], torch.arange(11) >= torch.tensor([[0], [4], [9]])
-    with QWEN3_NEXT_LINEAR.wide(torch.float64):
+    family = Family(**LINEAR_ALONE)
+    theirs, ours = family.build(torch.float64)
+    ids_BS, real_BS = family.batch()[0], torch.arange(11) >= torch.tensor([[0], [4], [9]])
+    with wide("Qwen3Next", torch.float64):
         expected_BSV = theirs(ids_BS, attention_mask=real_BS.long(), use_cache=False).logits
     found_BSV = ours.logits(ours(ids_BS, doc_ids_BS=real_BS.long()).hidden_BSD)
     torch.testing.assert_close(found_BSV[real_BS], expected_BSV[real_BS], rtol=1e-10, atol=1e-10)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hf_hybrid import hybrids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.models import Decoder
-from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
@@ -62,24 +62,6 @@ def sigmoid_specs(draw: st.DrawFn, name: str, keys: dict[str, Any], experts: Exp
 
 
 @st.composite
-def hybrid(draw: st.DrawFn, layers: int) -> dict[str, Any]:
-    """Of a decoder that has some layers of gated attention, some of the delta rule, or both."""
-    kinds = st.sampled_from(["gated_delta", "grouped_query"])
-    every = draw(st.lists(kinds, min_size=layers, max_size=layers))
-    period = next(p for p in range(1, layers + 1) if every == [every[i % p] for i in range(layers)])
-    keys: dict[str, Any] = {"zero_centered_norms": True}
-    if "gated_delta" in every:
-        heads = draw(st.integers(1, 3))
-        sizes = (draw(st.integers(1, 4)) for _ in range(3))
-        keys["gated_delta"] = GatedDeltaConfig(heads, heads * draw(st.integers(1, 3)), *sizes)
-        keys["attention_pattern"] = tuple(every[:period])
-    if "grouped_query" in every:
-        keys |= {"attention_gate": True, "qk_norm": QKNorm.head, "head_dim": 8}
-        keys["rope_fraction"] = draw(st.sampled_from([0.25, 0.5, 1.0]))
-    return keys
-
-
-@st.composite
 def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     """A random model that the family ``name`` expresses."""
     kv_heads = draw(st.integers(1, 3))
@@ -112,7 +94,7 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
     if name in HYBRID:
-        keys |= draw(hybrid(layers))
+        keys |= draw(hybrids(layers))
     if name == "qwen3_5_moe_text":
         keys["d_ff"] = keys["d_ff_expert"]
     if name in ("qwen2_moe", *HYBRID):

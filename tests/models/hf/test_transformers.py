@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_families import BATCH, FAMILIES, ORIGINAL, SCALED, transformers
+from hf_hybrid import MODULES, wide
 from hf_weights import from_hf
 from torch import Tensor
 
@@ -56,8 +57,8 @@ def assert_alike(
 def test_logits_loss_and_every_gradient(name: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
     models = family.build(dtype)
-    with family.wide(dtype):
-        assert_alike(*models, *family.batch(), fp64=1e-10 if family.name in family.modules else 2e-6)
+    with wide(family.name, dtype):
+        assert_alike(*models, *family.batch(), fp64=1e-10 if family.name in MODULES else 2e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2_moe"])
