@@ -19,13 +19,13 @@ from moetrain.data import Tokenizer
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.data.tokenizer_bytes import bytes_as_json
 from moetrain.errors import UserError
-from moetrain.models.attention import OWN_ATTENTION
+from moetrain.models.attention import SHIPPED
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
 from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
-from moetrain.models.options import LATENT
+from moetrain.models.options import attention_kinds
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.terminal import tell
 from moetrain.train.run_files import ReadTrained
@@ -50,10 +50,11 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
     before = _config_before(model)
     if (layers := model.spec.model.feed_forward) != "moe":
         raise UserError(f"{cfg.checkpoint}: model.feed_forward={layers}: no family has such layers")
-    if (attention := model.spec.model.attention) not in (OWN_ATTENTION, LATENT):
-        raise UserError(
-            f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"
-        )
+    for attention in attention_kinds(model.spec.model):
+        if attention not in SHIPPED:
+            raise UserError(
+                f"{cfg.checkpoint}: model.attention={attention} is a plug-in's: no family has such attention"
+            )
     if key := beyond_families(model.spec.model):
         raise UserError(f"{cfg.checkpoint}: {key}: no family has such blocks")
     family = _family(cfg.family, model.spec, before.get("model_type"))

@@ -1,5 +1,6 @@
 """The decoder, its loss, generation and counting."""
 
+from moetrain.models import gated_delta as gated_delta
 from moetrain.models import latent as latent
 from moetrain.models import layers as layers
 from moetrain.models.cache import KVCache

@@ -1,6 +1,7 @@
 """The attention half of a block: a registry of modules, and grouped-query attention, which is ours.
 
-``model.attention`` names the builder of every layer's; ``model.attention_backend`` what computes the scaled
+``model.attention`` names the builder of every layer's, or ``model.attention_pattern`` those of the layers in
+turn; ``model.attention_backend`` what computes the scaled
 dot products (``ops/attention``).
 
 Shapes: B batch, S sequence, D model, H head width, Q query heads, G key and value heads, K keys;
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from moetrain.errors import UserError
 from moetrain.models.cache import LayerCache
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm, window_of
+from moetrain.models.options import LATENT, AttentionBackend, ModelConfig, QKNorm, attention_of, window_of
 from moetrain.models.rope import Rope, apply_rope, rope_width
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
@@ -39,16 +40,21 @@ class Heads(NamedTuple):
 class AttentionLayer(nn.Module):
     """What a decoder asks of a layer's attention, beside its forward.
 
-    heads     of the queries, keys and values that it attends with.
+    heads     of the queries, keys and values that it attends with; None: it has no scores of pairs of tokens,
+              and its plan says what a token sees and no more.
     rope_dim  how many elements of a head positions turn: the width of the table that it is given; even.
     sinks     whether it calls :func:`attend` with sinks.
-    products_per_pair  multiply-adds for a key that a query sees, of all heads; None: by ``heads``.
     """
 
-    heads: Heads
+    heads: Heads | None
     rope_dim: int
     sinks: bool = False
-    products_per_pair: int | None = None
+
+    def score_flops(self, keys: float) -> float:
+        """Forward operations of a token beyond the products with parameters, where it sees ``keys`` keys."""
+        if self.heads is None:
+            raise NotImplementedError
+        return 2 * 2 * self.heads.num_heads * self.heads.head_dim * keys
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]; ``plan`` is :func:`attend`'s. New keys and values join ``cache``."""
@@ -57,6 +63,8 @@ class AttentionLayer(nn.Module):
 
 Builder = Callable[[ModelConfig, int], AttentionLayer]  # the last: its layer's place
 OWN_ATTENTION = "grouped_query"
+SHIPPED = frozenset((OWN_ATTENTION, LATENT, "gated_delta"))  # those that families have words for
+NO_SCORES = "none"  # the backend of a plan for layers without any
 ATTENTIONS: dict[str, Builder] = {}
 _ON_META: set[Builder] = set()
 
@@ -79,10 +87,11 @@ def register_attention(name: str, on_meta: bool = False) -> Callable[[Builder], 
 
 
 def build_attention(cfg: ModelConfig, layer: int) -> AttentionLayer:
-    """Raises ValueError for an unknown ``cfg.attention``."""
-    if cfg.attention not in ATTENTIONS:
-        raise ValueError(f"unknown attention {cfg.attention!r}; known: {', '.join(sorted(ATTENTIONS))}")
-    builder = ATTENTIONS[cfg.attention]
+    """Raises ValueError for an unknown name."""
+    name = attention_of(cfg, layer)
+    if name not in ATTENTIONS:
+        raise ValueError(f"unknown attention {name!r}; known: {', '.join(sorted(ATTENTIONS))}")
+    builder = ATTENTIONS[name]
     return builder(cfg, layer) if builder in _ON_META else with_own_values(lambda: builder(cfg, layer))
 
 
@@ -96,7 +105,7 @@ def head_shape(cfg: ModelConfig) -> Heads:
 
 def plan_of(
     cfg: ModelConfig,
-    heads: Heads,
+    heads: Heads | None,
     x_BSD: Tensor,
     seen: SeenKeys | None,
     cached: int | None = None,
@@ -109,6 +118,8 @@ def plan_of(
 
     Raises UserError where ``cfg.attention_backend`` cannot compute it.
     """
+    if heads is None:
+        return Plan(NO_SCORES, seen)
     batch, seq = x_BSD.shape[:2]
     case = _case(heads, batch, seq, cached or 0, seen, product_dtype(x_BSD), x_BSD.device, sinks)
     try:
@@ -128,8 +139,10 @@ def require_backend(
         return
     with torch.device("meta"):
         layers = [build_attention(cfg, layer) for layer in range(cfg.num_layers)]
-    kinds = ((layer.heads, layer.sinks, window_of(cfg, place)) for place, layer in enumerate(layers))
+    kinds = [(layer.heads, layer.sinks, window_of(cfg, place)) for place, layer in enumerate(layers)]
     for heads, sinks, window in dict.fromkeys(kinds):
+        if heads is None:
+            continue
         case = _case(heads, 1, seq, 0, SeenKeys(seq, window=window), dtype, device, sinks)
         reason = refusal(cfg.attention_backend.value, case, tested)
         if reason is not None:
@@ -175,6 +188,8 @@ class Attention(AttentionLayer):
         self.b_out_D = parameter((cfg.d_model,), zero) if cfg.out_bias else None
         self.b_sink_N = parameter((self.num_heads,), zero) if cfg.attention_sinks else None
         self.sinks = cfg.attention_sinks
+        gated = cfg.attention_gate
+        self.w_gate_QD = parameter((queries, cfg.d_model), initializer) if gated else None
         self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
         self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
@@ -182,29 +197,36 @@ class Attention(AttentionLayer):
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
             per_head = cfg.qk_norm is QKNorm.head
-            self.q_norm = RMSNorm(self.head_dim if per_head else queries, cfg.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim if per_head else keys, cfg.norm_eps)
+            widths = (self.head_dim, self.head_dim) if per_head else (queries, keys)
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, cfg.norm_eps, cfg.zero_centered_norms) for width in widths
+            )
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
-        q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
+        q_BSQH, k_BSGH, v_BSGH, *gate_BSQ = self._project(x_BSD)
         q_BQSH = apply_rope(q_BSQH, rope, self.interleaved).transpose(1, 2)
         k_BGKH = apply_rope(k_BSGH, rope, self.interleaved).transpose(1, 2)
         v_BGKH = v_BSGH.transpose(1, 2)
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)
+        if gate_BSQ:
+            out_BSQ = out_BSQ * gate_BSQ[0].sigmoid()
         return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out), self.b_out_D)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
+        """Queries, keys and values by heads, and the gate's logits where there is one."""
         matrices, biases = (self.w_q_QD, self.w_k_GD, self.w_v_GD), (self.b_q_Q, self.b_k_G, self.b_v_G)
         added = (self.lora_q, self.lora_k, self.lora_v)
-        parts = linears(x_BSD, [*map(adapted, matrices, added)], biases)
+        gates = [] if self.w_gate_QD is None else [self.w_gate_QD]
+        parts = linears(x_BSD, [*map(adapted, matrices, added), *gates], [*biases, *[None for _ in gates]])
+        parts, gate = parts[:3], parts[3:]
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
         if self.qk_norm is QKNorm.head:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
-        return parts
+        return [*parts, *gate]
 
 
 @register_attention(OWN_ATTENTION, on_meta=True)

@@ -63,9 +63,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.attention = build_attention(cfg, layer)
-        self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         is_moe = is_moe_layer(cfg, layer)
         self.feed_forward = build_feed_forward(
             cfg.feed_forward if is_moe else "dense", cfg, router, experts, layer
@@ -176,7 +176,7 @@ class ShortcutBlock(Block):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__(cfg, router, experts, layer)
-        self.shortcut_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.shortcut_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from moetrain.moe.context import LayerMemory
 
 
 class LayerCache:
-    """One layer's keys and values, and what its router or feed-forward layer keeps.
+    """One layer's keys and values, and what its router, its feed-forward layer or a recurrence keeps.
 
     Memory is taken at the first use, in the dtype then seen.
     """
@@ -23,22 +23,28 @@ class LayerCache:
         self._keys_BGMH: Tensor | None = None
         self._values_BGMH: Tensor | None = None
 
+    def advance(self, tokens: int) -> int:
+        """Count new tokens; returns how many there are then. Raises ValueError beyond the capacity."""
+        end = self.length + tokens
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were asked of it")
+        self.length = end
+        return end
+
     def append(self, k_BGSH: Tensor, v_BGSH: Tensor) -> tuple[Tensor, Tensor]:
         """Store S new tokens and return all C + S. Raises ValueError beyond the capacity.
 
         The two may differ in width and in the number of heads: an attention may keep what it makes keys and
         values of.
         """
-        end = self.length + k_BGSH.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were asked of it")
+        before = self.length
+        end = self.advance(k_BGSH.shape[2])
         if self._keys_BGMH is None or self._values_BGMH is None:
             self._keys_BGMH, self._values_BGMH = (
                 x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BGSH, v_BGSH)
             )
-        self._keys_BGMH[:, :, self.length : end] = k_BGSH
-        self._values_BGMH[:, :, self.length : end] = v_BGSH
-        self.length = end
+        self._keys_BGMH[:, :, before:end] = k_BGSH
+        self._values_BGMH[:, :, before:end] = v_BGSH
         return self._keys_BGMH[:, :, :end], self._values_BGMH[:, :, :end]
 
 

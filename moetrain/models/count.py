@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.models.attention import AttentionLayer
 from moetrain.models.decoder import Decoder
 from moetrain.models.options import ModelConfig, window_of
 from moetrain.moe import MoELayer, Router
@@ -54,9 +53,10 @@ class Counts:
 class Flops:
     """Forward floating-point operations per token, two per multiply-add, matrix products only.
 
-    ``scores``: queries by keys, and weights by values. Embedding look-ups, norms, biases, rotations,
-    activations, softmax and the sorting of tokens are left out. Training costs three times the forward pass
-    (two products in the backward pass for each forward one), recomputation not included.
+    ``scores``: queries by keys, and weights by values; of a recurrence, its products with the state, as it
+    goes token by token. Embedding look-ups, norms, biases, rotations, activations, softmax and the sorting
+    of tokens are left out. Training costs three times the forward pass (two products in the backward pass
+    for each forward one), recomputation not included.
     """
 
     projections: int
@@ -147,25 +147,20 @@ def flops_breakdown(
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
     counts, repeated = count_parameters(model), _repeated(model)
-    products = sum(
-        _products_per_pair(a) * _pairs(seq_len, window_of(cfg, layer), causal)
-        for layer, a in enumerate(model.attentions())
+    pairs = (_pairs(seq_len, window_of(cfg, layer), causal) for layer in range(cfg.num_layers))
+    scores = (
+        attention.score_flops(seen / seq_len)
+        for attention, seen in zip(model.attentions(), pairs, strict=True)
     )
     return Flops(
         projections=2 * counts.attention,
-        scores=2 * products / seq_len,
+        scores=sum(scores),
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
         router=2 * (counts.router + repeated["router"] + _saved_products(model)),
         head=2 * vocab_size * cfg.d_model,
     )
-
-
-def _products_per_pair(attention: AttentionLayer) -> int:
-    """Multiply-adds for a key that a query sees: the scores, and weights by values."""
-    told, heads = attention.products_per_pair, attention.heads
-    return 2 * heads.num_heads * heads.head_dim if told is None else told
 
 
 def _pairs(seq_len: int, window: int | None, causal: bool) -> int:

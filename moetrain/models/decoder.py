@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)
         self.blocks = nn.ModuleList(build_block(cfg, router, experts, i) for i in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.head_VD = None if cfg.tie_embeddings else parameter(shape, initializer)
         self.reset_parameters()
 

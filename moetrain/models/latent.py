@@ -33,6 +33,8 @@ class LatentAttention(AttentionLayer):
     Backends take queries, keys and values of one width: the narrower ones are filled up with zeros.
     """
 
+    heads: Heads
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         m, heads = cfg.latent, cfg.num_heads
@@ -40,7 +42,7 @@ class LatentAttention(AttentionLayer):
         self.latent_dim, self.interleaved = m.kv_lora_rank, cfg.rope_interleaved
         score_dim = self.still + self.rope_dim
         self.heads = Heads(heads, heads, max(score_dim, self.value_dim))
-        self.products_per_pair = heads * (score_dim + self.value_dim)
+        self.score_dim = score_dim
         # attend() divides by the root of the width that it sees
         self.score_factor = score_scale(cfg.rope_scaling) * math.sqrt(self.heads.head_dim / score_dim)
         initializer, queries = Normal(cfg.init_std), heads * score_dim
@@ -62,6 +64,9 @@ class LatentAttention(AttentionLayer):
         self.lora_kv_up = low_rank(made, m.kv_lora_rank, cfg.lora)
         self.w_out_DO = parameter((cfg.d_model, heads * self.value_dim), initializer)
         self.lora_out = low_rank(cfg.d_model, heads * self.value_dim, cfg.lora)
+
+    def score_flops(self, keys: float) -> float:
+        return 2 * self.heads.num_heads * (self.score_dim + self.value_dim) * keys
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         first = self.w_q_QD if self.q_norm is None else self.w_q_RD

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from moetrain.errors import UserError
-from moetrain.models.latent_options import LatentConfig
-from moetrain.models.options import LATENT, ModelConfig, QKNorm
+from moetrain.models.options import LATENT, ModelConfig, QKNorm, attention_kinds
 
 
 def check_latent(cfg: ModelConfig) -> None:
-    """UserError for a setting that ``model.attention`` does not read, or for heads that RoPE cannot turn."""
-    if cfg.attention != LATENT:
-        for field in fields(LatentConfig):
-            value = getattr(cfg.latent, field.name)
-            if value != field.default:
-                raise UserError(
-                    f"model.latent.{field.name}={value} is not used by model.attention={cfg.attention}: "
-                    f"leave it out, or set model.attention={LATENT}"
-                )
+    """UserError for heads that RoPE cannot turn, or a setting that latent attention does not read."""
+    if LATENT not in attention_kinds(cfg):
         return
     if cfg.latent.qk_rope_head_dim % 2:
         raise UserError(
@@ -28,6 +18,7 @@ def check_latent(cfg: ModelConfig) -> None:
     unused = {
         "head_dim": (cfg.head_dim, None, "the widths of a head stand in model.latent"),
         "num_kv_heads": (cfg.num_kv_heads, cfg.num_heads, "each query head has keys and values of its own"),
+        "zero_centered_norms": (cfg.zero_centered_norms, False, "its own norms have no such weights"),
         "qkv_bias": (cfg.qkv_bias, False, "its matrices have no biases"),
         "qk_norm": (cfg.qk_norm.name, QKNorm.none.name, "its norms are those of the latent vectors"),
     }

@@ -78,15 +78,23 @@ def _fused(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in the weight's dtype or in that which is asked for."""
+    """x / rms(x) * weight over the last dimension, in the weight's dtype or in that which is asked for.
 
-    def __init__(self, width: int, eps: float) -> None:
+    ``zero_centered``: times 1 + weight, which starts at 0.
+    """
+
+    def __init__(self, width: int, eps: float, zero_centered: bool = False) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight_D = parameter((width,), Constant(1.0))
+        self.eps, self.zero_centered = eps, zero_centered
+        self.keeps_own_init = zero_centered  # else a model starts its vectors at 1
+        self.weight_D = parameter((width,), Constant(0.0 if zero_centered else 1.0))
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return rms_norm(x, self.weight_D.to(dtype or self.weight_D.dtype), self.eps)
+        dtype = dtype or self.weight_D.dtype
+        weight_D: Tensor = self.weight_D
+        if self.zero_centered:
+            weight_D = 1 + weight_D.to(_wide(weight_D))  # rounded as any weight, but only then
+        return rms_norm(x, weight_D.to(dtype), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight_D.shape[0]}, eps={self.eps}"

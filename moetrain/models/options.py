@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least, within
+from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
@@ -89,12 +90,17 @@ class ModelConfig:
     window_pattern: tuple[LayerWindow, ...] = ()
     attention: str = "grouped_query"  # what builds every layer's attention; a plug-in may register another
     latent: LatentConfig = field(default_factory=LatentConfig)  # attention=latent
+    # names of attentions, taken in turn by the layers; []: every layer's is what attention says
+    attention_pattern: tuple[str, ...] = ()
+    gated_delta: GatedDeltaConfig = field(default_factory=GatedDeltaConfig)  # attention gated_delta
+    attention_gate: bool = False  # a head's output times sigmoid(x @ gate), by element (Qwen3-Next)
     attention_backend: AttentionBackend = AttentionBackend.auto
     rope_theta: float = field(default=10000.0, metadata=above(0))
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     # of a head's elements, the first ones: those that positions turn (partial rope); an even number of them
     rope_fraction: float = field(default=1.0, metadata=within(0, 1, open_low=True))
     rope_interleaved: bool = False  # turned pairs are neighbours (ERNIE), not elements half a width apart
+    zero_centered_norms: bool = False  # norms multiply by 1 + weight, which starts at 0 (Gemma, Qwen3-Next)
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))
@@ -123,6 +129,17 @@ def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
 def moe_layers(cfg: ModelConfig) -> list[int]:
     """The places of the MoE layers."""
     return [layer for layer in range(cfg.num_layers) if is_moe_layer(cfg, layer)]
+
+
+def attention_of(cfg: ModelConfig, layer: int) -> str:
+    """The name of a layer's attention."""
+    pattern = cfg.attention_pattern
+    return pattern[layer % len(pattern)] if pattern else cfg.attention
+
+
+def attention_kinds(cfg: ModelConfig) -> list[str]:
+    """The names of all layers' attentions, each once."""
+    return list(dict.fromkeys(attention_of(cfg, layer) for layer in range(cfg.num_layers)))
 
 
 def experts_of(cfg: ModelConfig, layer: int) -> int:

@@ -7,18 +7,19 @@ from dataclasses import fields
 from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
+from moetrain.models.attention_rules import check_attention
 from moetrain.models.latent_rules import check_latent
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import LATENT, LayerWindow, ModelConfig
+from moetrain.models.options import LATENT, LayerWindow, ModelConfig, attention_kinds
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
 
 _ROPE = "model.rope_scaling"
 # key -> the kinds of attention that read it
-_OF_ATTENTIONS = dict.fromkeys(("rope_fraction", "out_bias", "attention_sinks"), ("grouped_query",)) | {
-    "rope_interleaved": ("grouped_query", LATENT)
-}
+_OF_ATTENTIONS = dict.fromkeys(
+    ("rope_fraction", "out_bias", "attention_sinks", "attention_gate"), ("grouped_query",)
+) | {"rope_interleaved": ("grouped_query", LATENT)}
 _READ = {
     RopeKind.none: (),
     RopeKind.linear: ("factor",),
@@ -43,6 +44,7 @@ def check_model(cfg: ModelConfig) -> None:
     _check_layers(cfg)
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
+    check_attention(cfg)
     _check_rope(cfg)
     _check_windows(cfg)
     _check_own_attention(cfg)
@@ -67,11 +69,11 @@ def _check_windows(cfg: ModelConfig) -> None:
 def _check_own_attention(cfg: ModelConfig) -> None:
     """What only some kinds of attention read would seem to have an effect on the others."""
     for name, readers in _OF_ATTENTIONS.items():
-        value = getattr(cfg, name)
-        if value != getattr(ModelConfig, name) and cfg.attention not in readers:
+        value, kinds = getattr(cfg, name), attention_kinds(cfg)
+        if value != getattr(ModelConfig, name) and not set(kinds) & set(readers):
             raise UserError(
                 f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
-                f"model.attention={cfg.attention}: leave it out"
+                f"model.attention={' or '.join(kinds)}: leave it out"
             )
 
 
@@ -80,10 +82,16 @@ def _check_lora(cfg: ModelConfig) -> None:
         raise UserError(
             f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
         )
-    if cfg.lora_rank is not None and cfg.attention not in (own := ("grouped_query", LATENT)):
+    others = [kind for kind in attention_kinds(cfg) if kind not in (own := ("grouped_query", LATENT))]
+    if cfg.lora_rank is not None and others:
         raise UserError(
             f"model.lora_rank={cfg.lora_rank} is of model.attention={' or '.join(own)}, and would not reach "
-            f"model.attention={cfg.attention}: set model.lora_rank=null"
+            f"model.attention={' or '.join(others)}: set model.lora_rank=null"
+        )
+    if cfg.lora_rank is not None and cfg.attention_gate:
+        raise UserError(
+            f"model.lora_rank={cfg.lora_rank} would not reach the matrix of model.attention_gate: "
+            "set model.lora_rank=null"
         )
 
 

@@ -40,17 +40,33 @@ def stream_key(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def normal(key: int, indices: Tensor) -> Tensor:
-    """Standard normal values, fp64, of the elements ``indices`` (int64, any shape) of the stream ``key``."""
+def uniform(key: int, indices: Tensor) -> Tensor:
+    """Values in (0, 1), fp64, of the elements ``indices`` (int64, any shape) of the stream ``key``."""
     # 52 bits and a half: never 0 or 1, and 1 - p is exact.
     bits = (mix(mix(indices) ^ key) >> 12) & 0xFFFFFFFFFFFFF
-    p = (bits.to(torch.float64) + 0.5) * 2.0**-52
+    return (bits.to(torch.float64) + 0.5) * 2.0**-52
+
+
+def logarithm(x: Tensor) -> Tensor:
+    """The natural logarithm of positive fp64 numbers to 1e-11, by log m = 2 artanh((m - 1) / (m + 1))."""
+    mantissa, exponent = torch.frexp(x)  # exact; mantissa in [0.5, 1)
+    low = mantissa < math.sqrt(0.5)
+    mantissa = torch.where(low, mantissa * 2.0, mantissa)
+    exponent = exponent - low.to(exponent.dtype)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    series = _polynomial(s * s, tuple(2.0 / odd for odd in range(1, 14, 2)))
+    return s * series + exponent.to(torch.float64) * math.log(2.0)
+
+
+def normal(key: int, indices: Tensor) -> Tensor:
+    """Standard normal values, fp64, of the elements ``indices`` (int64, any shape) of the stream ``key``."""
+    p = uniform(key, indices)
     q = p - 0.5
     r = 0.180625 - q * q
     z = q * _ratio(r, _CENTRE)
     tail = (r < 0).nonzero(as_tuple=True)
     p, q = p[tail], q[tail]
-    r = (-_log(torch.minimum(p, 1.0 - p))).sqrt()
+    r = (-logarithm(torch.minimum(p, 1.0 - p))).sqrt()
     far = torch.where(r > 5.0, _ratio(r - 5.0, _FAR_TAIL), _ratio(r - 1.6, _TAIL))
     z[tail] = torch.where(q < 0, -far, far)
     return z
@@ -68,14 +84,3 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
         value = value * x
         value = value + coefficient
     return value
-
-
-def _log(x: Tensor) -> Tensor:
-    """The natural logarithm of positive fp64 numbers to 1e-11, by log m = 2 artanh((m - 1) / (m + 1))."""
-    mantissa, exponent = torch.frexp(x)  # exact; mantissa in [0.5, 1)
-    low = mantissa < math.sqrt(0.5)
-    mantissa = torch.where(low, mantissa * 2.0, mantissa)
-    exponent = exponent - low.to(exponent.dtype)
-    s = (mantissa - 1.0) / (mantissa + 1.0)
-    series = _polynomial(s * s, tuple(2.0 / odd for odd in range(1, 14, 2)))
-    return s * series + exponent.to(torch.float64) * math.log(2.0)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moetrain.ops.counter import normal, stream_key
+from moetrain.ops.counter import logarithm, normal, stream_key, uniform
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +52,16 @@ class EqualRows:
     std: float
 
 
-Initializer = Normal | Constant | Orthogonal | EqualRows
+@dataclass(frozen=True)
+class Uniform:
+    """Independent values from ``low`` to ``high``, or ``log``: their logarithms; one dimension."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Initializer = Normal | Constant | Orthogonal | EqualRows | Uniform
 
 
 @contextlib.contextmanager
@@ -89,6 +98,10 @@ def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
         made.normal_(0.0, initializer.std)
     elif isinstance(initializer, Constant):
         made.fill_(initializer.value)
+    elif isinstance(initializer, Uniform):
+        made.uniform_(initializer.low, initializer.high)
+        if initializer.log:
+            made.log_()
     elif isinstance(initializer, EqualRows):
         made.normal_()
         made.mul_(initializer.std * made.shape[1] ** 0.5 / made.norm(dim=1, keepdim=True))
@@ -135,14 +148,18 @@ def init_block(
         block.fill_(initializer.value)
     elif isinstance(initializer, Normal):
         _init_normal(block, initializer.std, stream_key(seed, name), shape, offsets)
+    elif isinstance(initializer, Uniform):
+        here = torch.arange(block.shape[0], device=block.device) + offsets[0]
+        drawn = uniform(stream_key(seed, name), here) * (initializer.high - initializer.low) + initializer.low
+        block.copy_((logarithm(drawn) if initializer.log else drawn).float())
     else:
         rows, columns = shape
         if isinstance(initializer, EqualRows):
             whole = _equal_rows(stream_key(seed, name), rows, columns) * initializer.std
         else:
             whole = _orthonormal(stream_key(seed, name), rows, columns) * initializer.gain
-        here = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
-        block.copy_(whole[here].float())
+        part = tuple(slice(at, at + size) for at, size in zip(offsets, block.shape, strict=True))
+        block.copy_(whole[part].float())
 
 
 def _init_normal(block: Tensor, std: float, key: int, shape: Sequence[int], offsets: Sequence[int]) -> None:

@@ -21,7 +21,15 @@ from moetrain.data import Batch
 from moetrain.models.decoder import Decoder
 from moetrain.moe.assign import ALL
 from moetrain.moe.routers import ROUTERS
-from moetrain.ops.init import Constant, EqualRows, Normal, Orthogonal, initializer_of, set_initializer
+from moetrain.ops.init import (
+    Constant,
+    EqualRows,
+    Normal,
+    Orthogonal,
+    Uniform,
+    initializer_of,
+    set_initializer,
+)
 from moetrain.ops.local_part import whole
 from moetrain.plugins import import_plugins
 from moetrain.train.assemble import Assembled, assemble
@@ -116,6 +124,8 @@ def enlarge_initializers(model: Decoder) -> None:
             set_initializer(
                 parameter, Constant(more * initializer.value) if initializer.value else Normal(more * 0.1)
             )
+        elif isinstance(initializer, Uniform):  # a range is meant as it is
+            continue
         else:
             _enlarge_values(parameter, more)
 

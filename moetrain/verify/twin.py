@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moetrain.models.attention import OWN_ATTENTION
+from moetrain.models.attention import SHIPPED
+from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.feed_forward import ALIKE
-from moetrain.models.options import AttentionBackend, ModelConfig
+from moetrain.models.options import AttentionBackend, ModelConfig, attention_kinds
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.slices import Slices
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
@@ -95,10 +96,11 @@ def _model(m: ModelConfig) -> ModelConfig:
 
     A plug-in's layers may go by their places, and all of them stay where they are; so do layers that differ.
     """
-    own = m.feed_forward in ALIKE and m.attention == OWN_ATTENTION
+    own = m.feed_forward in ALIKE and SHIPPED.issuperset(attention_kinds(m))
     alike = own and not (m.layer_experts or m.layer_widths)
     widths = tuple(3 * slices for slices in Slices.of(m.expert_widths).per_expert) if m.expert_widths else ()
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
+    least = max(dense + 2 * every, len(m.attention_pattern))
     kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
     kv_heads = min(kv, 2)
     length = m.rope_scaling.original_max_positions
@@ -106,12 +108,13 @@ def _model(m: ModelConfig) -> ModelConfig:
         m,
         vocab_size=VOCAB,
         d_model=13,
-        num_layers=min(m.num_layers, dense + 2 * every) if alike else m.num_layers,
+        num_layers=min(m.num_layers, least) if alike else m.num_layers,
         first_dense=dense,
         moe_every=every,
         num_heads=kv_heads * min(m.num_heads // kv, 3),
         num_kv_heads=kv_heads,
         head_dim=4,
+        gated_delta=_small_delta(m),
         attention_backend=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
         d_ff_expert=max(_small(m.layer_widths) or widths, default=7),
@@ -124,6 +127,16 @@ def _model(m: ModelConfig) -> ModelConfig:
         window_pattern=tuple(dict.fromkeys(m.window_pattern)),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
+
+
+def _small_delta(m: ModelConfig) -> GatedDeltaConfig:
+    """Of a model without such layers: as it is."""
+    delta = m.gated_delta
+    if "gated_delta" not in attention_kinds(m):
+        return delta
+    keys = min(delta.num_key_heads, 2)
+    values = keys * min(delta.num_value_heads // delta.num_key_heads, 2)
+    return replace(delta, num_key_heads=keys, num_value_heads=values, key_head_dim=3, value_head_dim=5)
 
 
 def _small(widths: tuple[int, ...]) -> tuple[int, ...]:

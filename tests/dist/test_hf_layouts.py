@@ -32,19 +32,30 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
-    "train.micro_batch_size=1",
+    "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
+MODELS = {
+    "mixtral": ["router=mixtral"],
+    "qwen3_next": [  # some of whose tensors are made of one of theirs
+        "router=qwen3", "model.attention_pattern=[gated_delta,grouped_query]", "model.attention_gate=true",
+        "model.zero_centered_norms=true", "model.qk_norm=head", "model.num_shared_experts=1",
+        "model.shared_gate=true", "model.gated_delta={num_key_heads: 2, num_value_heads: 4}",
+        "model.gated_delta.key_head_dim=5", "model.gated_delta.value_head_dim=3",
+    ],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=["mixtral", pytest.param("qwen3_next", marks=pytest.mark.real)])
+def folders(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, str]:
     """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
     made = tmp_path_factory.mktemp("folders")
     run, hf, converted = (made / name for name in ("run", "hf", "converted"))
     with tiny.alone():
-        assert tiny.train(corpus, run, *OPTIONS, "train.steps=1", "model.init_std=0.3") == 0
+        model = [*OPTIONS, *MODELS[request.param], "model.init_std=0.3"]
+        assert tiny.train(corpus, run, *model, "train.steps=1") == 0
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
     assert len(list(hf.glob("*.safetensors"))) > 2

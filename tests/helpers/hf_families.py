@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_hybrid import MODELS, slow_decay, wide
 from hf_weights import from_hf
 from torch import Tensor
 
@@ -58,13 +59,18 @@ class Family:
     expert_bias: bool = False
     rope: dict[str, Any] = field(default_factory=dict)  # transformers' rope_parameters
     seq: int = SEQ
+    config: str = ""  # of its class, where another name than the model's
 
     def their_model(self, dtype: torch.dtype) -> Any:
         """transformers' model with random weights, norms and biases included."""
+        with wide(self.name, dtype):
+            return self._their_model(dtype)
+
+    def _their_model(self, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         rope = {"rope_type": "default", "rope_theta": THETA, **self.rope}
         options = {"tie_word_embeddings": False, "initializer_range": 0.2, **SHAPE, **self.theirs}
-        config = getattr(transformers, f"{self.name}Config")(**options, rope_parameters=rope)
+        config = getattr(transformers, f"{self.config or self.name}Config")(**options, rope_parameters=rope)
         config._attn_implementation = config._experts_implementation = "eager"
         theirs = getattr(transformers, f"{self.name}ForCausalLM")(config).to(dtype)
         with torch.no_grad():
@@ -73,6 +79,7 @@ class Family:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
                 if name.endswith("proj_bias"):  # of experts; beyond the limit of a clamped activation, too
                     parameter.add_(16 * (torch.rand_like(parameter) - 0.5))
+            slow_decay(theirs)
             for buffer in _biases(theirs).values():  # so that they change choices
                 buffer.add_((torch.rand_like(buffer) - 0.5) * 0.4)
         return theirs
@@ -214,6 +221,7 @@ QWEN3 = Family(
     {"intermediate_size": 41, "rms_norm_eps": 1e-6},
     {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
 )
+HYBRID = {name: Family(**case) for name, case in MODELS.items()}
 GLM4_MOE = Family(
     "Glm4Moe",
     {
@@ -536,6 +544,7 @@ FAMILIES = {
     "qwen2": QWEN2,
     "qwen2_tied": QWEN2_TIED,
     "qwen3": QWEN3,
+    **HYBRID,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_groups": GLM4_MOE_GROUPS,
     "minimax_m2": MINIMAX_M2,

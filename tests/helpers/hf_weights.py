@@ -48,6 +48,19 @@ LATENT = {  # where keys and values are made of one vector
     "self_attn.kv_b_proj.weight": "attention.w_kv_UL",
     "self_attn.o_proj.weight": "attention.w_out_DO",
 }
+KEY_HEADS = 2  # of gated delta layers, which no shape of theirs tells
+DELTA = {
+    "linear_attn.conv1d.weight": "attention.conv.weight_C1W",
+    "linear_attn.A_log": "attention.decay.a_log_N",
+    "linear_attn.dt_bias": "attention.decay.b_dt_N",
+    "linear_attn.norm.weight": "attention.norm.weight_D",
+    "linear_attn.out_proj.weight": "attention.w_out_DY",
+    "linear_attn.in_proj_z.weight": "attention.w_gate_YD",
+    "linear_attn.in_proj_b.weight": "attention.w_beta_ND",
+    "linear_attn.in_proj_a.weight": "attention.w_dt_ND",
+}
+RENAMED |= DELTA
+FUSED = {f"linear_attn.in_proj_{parts}.weight" for parts in ("qkvz", "ba", "qkv")}
 STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _IN_TURN = {
     STACKED_UP: "w_gate_up_EDCF",
@@ -85,7 +98,33 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF
             parts["feed_forward.experts.w_down_EFD"] = down_EFD
         used += len(parts)
+        parts |= _hybrid(theirs)
+        used += len(FUSED & theirs.keys())
         ours |= {f"blocks.{layer}.{name}": t for name, t in parts.items()}
     if used != len(tensors):
         raise ValueError(f"{len(tensors) - used} of the {len(tensors)} tensors have no place in this model")
     return ours
+
+
+def _hybrid(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored in one matrix, of gated queries and of gated delta layers."""
+    parts: dict[str, Tensor] = {}
+    queries, out = (theirs.get(f"self_attn.{part}_proj.weight") for part in ("q", "o"))
+    if queries is not None and out is not None and queries.shape[0] == 2 * out.shape[1]:
+        width = len(theirs["self_attn.q_norm.weight"])
+        both = queries.unflatten(0, (-1, 2, width))
+        parts["attention.w_q_QD"], parts["attention.w_gate_QD"] = (both[:, i].flatten(0, 1) for i in (0, 1))
+    if "linear_attn.A_log" not in theirs:
+        return parts
+    values = theirs["linear_attn.out_proj.weight"].shape[1]
+    keys = (theirs["linear_attn.conv1d.weight"].shape[0] - values) // 2
+    if "linear_attn.in_proj_qkv.weight" in theirs:
+        split = theirs["linear_attn.in_proj_qkv.weight"].split([keys, keys, values])
+        return parts | {f"attention.w_{x}": w for x, w in zip(("q_XD", "k_XD", "v_YD"), split, strict=True)}
+    k, v = keys // KEY_HEADS, values // KEY_HEADS
+    by_head = theirs["linear_attn.in_proj_qkvz.weight"].unflatten(0, (KEY_HEADS, -1)).split([k, k, v, v], 1)
+    names = ("w_q_XD", "w_k_XD", "w_v_YD", "w_gate_YD")
+    parts |= {f"attention.{x}": w.flatten(0, 1) for x, w in zip(names, by_head, strict=True)}
+    small = theirs["linear_attn.in_proj_ba.weight"].unflatten(0, (KEY_HEADS, 2, -1))
+    parts["attention.w_beta_ND"], parts["attention.w_dt_ND"] = (small[:, i].flatten(0, 1) for i in (0, 1))
+    return parts

@@ -24,8 +24,14 @@ PUBLISHED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "olmoe_1b_7b": (6_919_161_856, "Olmoe", {"intermediate_size": 1024, "pad_token_id": None}),
     "mixtral_8x7b": (46_702_792_704, "Mixtral", {}),
     "qwen3_30b_a3b": (30_532_122_624, "Qwen3Moe", {"num_hidden_layers": 48, "head_dim": 128}),
+    "qwen3_next_80b_a3b": (79_674_391_296, "Qwen3Next", {}),
 }
-ACTIVE = {"olmoe_1b_7b": 1_282_017_280, "mixtral_8x7b": 12_879_925_248, "qwen3_30b_a3b": 3_353_032_704}
+ACTIVE = {
+    "olmoe_1b_7b": 1_282_017_280,
+    "mixtral_8x7b": 12_879_925_248,
+    "qwen3_30b_a3b": 3_353_032_704,
+    "qwen3_next_80b_a3b": 3_874_929_408,
+}
 
 
 def composed(*overrides: str) -> TrainConfig:

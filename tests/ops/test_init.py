@@ -20,6 +20,7 @@ from moetrain.ops.init import (
     EqualRows,
     Normal,
     Orthogonal,
+    Uniform,
     init_block,
     initializer_of,
     on_meta_device,
@@ -68,11 +69,24 @@ def test_the_distribution_is_normal_and_streams_are_apart():
         assert abs(torch.corrcoef(torch.stack([one[:-1], shifted]))[0, 1]) < 4 / math.sqrt(200_002)
 
 
+def test_uniform_values_and_their_logarithms():
+    plain, logs = torch.empty(5003), torch.empty(5003)
+    init_block(plain, Uniform(0.5, 3.0), 3, "w", (5003,), (0,))
+    init_block(logs, Uniform(0.5, 3.0, log=True), 3, "w", (5003,), (0,))
+    wanted = torch.tensor([0.5 + 2.5 * probability(3, "w", i) for i in range(5003)])
+    torch.testing.assert_close(plain, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logs, wanted.double().log().float(), rtol=1e-6, atol=1e-6)
+
+
 @given(st.data())
 def test_a_block_is_that_block_of_the_whole(data):
     shape = data.draw(st.lists(st.integers(1, 13), min_size=1, max_size=3))
     initializer = data.draw(
-        st.sampled_from([Normal(0.3), Constant(2.5)] + [Orthogonal(0.7), EqualRows(0.6)] * (len(shape) == 2))
+        st.sampled_from(
+            [Normal(0.3), Constant(2.5)]
+            + [Orthogonal(0.7), EqualRows(0.6)] * (len(shape) == 2)
+            + [Uniform(-0.3, 0.9), Uniform(0.2, 7.0, log=True)] * (len(shape) == 1)
+        )
     )
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     whole = torch.full(shape, torch.nan, dtype=dtype)

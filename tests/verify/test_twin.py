@@ -6,6 +6,7 @@ import pytest
 
 from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import smallest_world
+from moetrain.models.options import attention_kinds
 from moetrain.verify.certificate import proof_hash
 from moetrain.verify.twin import SEQ, twin_of
 
@@ -33,7 +34,7 @@ def test_a_large_layout_keeps_its_axes(world, overrides, layout):
     assert small.sequences % (2 * small.world) == 0
 
 
-@pytest.mark.parametrize("experiment", ["olmoe_1b_7b", "mixtral_8x7b", "qwen3_30b_a3b"])
+@pytest.mark.parametrize("experiment", ["olmoe_1b_7b", "mixtral_8x7b", "qwen3_30b_a3b", "qwen3_next_80b_a3b"])
 def test_published_shapes_keep_their_structure(experiment):
     cfg = compose_train([f"experiment={experiment}", "parallel.ep=2", "parallel.dp_replicate=4"])
     small = twin_of(cfg, 16, 8).cfg
@@ -43,6 +44,7 @@ def test_published_shapes_keep_their_structure(experiment):
     grouped = cfg.model.num_kv_heads not in (None, cfg.model.num_heads)
     assert (small.model.num_kv_heads < small.model.num_heads) == grouped
     assert small.model.d_model * small.model.num_layers < 100
+    assert attention_kinds(small.model) == attention_kinds(cfg.model)
 
 
 def test_what_a_published_model_adds_is_in_the_twin():

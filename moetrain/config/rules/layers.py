@@ -9,7 +9,7 @@ from moetrain.config.rules.balance import refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
 from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
-from moetrain.models.options import moe_layers
+from moetrain.models.options import attention_kinds, attention_of, moe_layers
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.moe import MoELayer
 from moetrain.moe.routers import Router, full_options
@@ -41,18 +41,25 @@ def attention_is_known(cfg: TrainConfig) -> None:
             f"model.attention={name} is not known{nearest(name, ATTENTIONS)}; a plugin's attention needs "
             "plugins=[package] on the command line, and a backend's name belongs in model.attention_backend"
         )
+    for name in cfg.model.attention_pattern:
+        if name not in ATTENTIONS:
+            raise UserError(
+                f"model.attention_pattern: {name} is not known{nearest(name, ATTENTIONS)}; a plugin's "
+                "attention needs plugins=[package] on the command line"
+            )
 
 
 def attention_accepts_its_options(cfg: TrainConfig) -> None:
     """What a plug-in's builder refuses of any layer; without memory."""
-    if cfg.model.attention == OWN_ATTENTION:
+    if attention_kinds(cfg.model) == [OWN_ATTENTION]:
         return
     for place in range(cfg.model.num_layers):
         try:
             with torch.device("meta"):
                 build_attention(cfg.model, place)
         except ValueError as e:
-            raise UserError(f"model.attention={cfg.model.attention}: layer {place}: {e}") from e
+            name = attention_of(cfg.model, place)
+            raise UserError(f"model.attention={name}: layer {place}: {e}") from e
 
 
 def layers_accept_their_options(cfg: TrainConfig) -> None:
@@ -112,6 +119,10 @@ def feed_forward_is_own(cfg: TrainConfig) -> None:
     ):
         if biased:
             raise UserError(f"{key}=true: upcycling fills matrices only; set {key}=false")
+    if (kinds := attention_kinds(cfg.model)) != [OWN_ATTENTION]:
+        raise UserError(
+            f"upcycling copies attentions of {OWN_ATTENTION} only, and the model's are {', '.join(kinds)}"
+        )
     if cfg.model.feed_forward != OWN:
         raise UserError(
             f"model.feed_forward={cfg.model.feed_forward}: upcycling makes model.feed_forward={OWN} only"

@@ -17,7 +17,9 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
     qwen3_moe,
+    qwen3_next,
 )
 from moetrain.models.hf.family import FAMILIES, Family, ModelSpec, families_for, family_of
 from moetrain.models.hf.fields import Fields

@@ -34,6 +34,7 @@ _NUMBERS = {  # by kind, what stands under the same name in both
 _OF_OTHERS = (
     *("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
     *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "finetuned", _ORIGINAL),
+    *("mrope_section", "mrope_interleaved"),  # which axis of an image turns which pair: in a text all agree
 )
 
 

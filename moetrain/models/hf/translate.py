@@ -28,7 +28,10 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 }
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 # what few families have words for, who name it as their own
-_OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
+_OTHERWISE = (
+    *("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
+    *("attention_pattern", "attention_gate", "zero_centered_norms"),
+)
 
 
 def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
@@ -36,7 +39,7 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
     """
-    if "window_pattern" not in own:
+    if not {"window_pattern", "attention_pattern"} & own.keys():
         layer_types(fields)  # those of all layers alike
     shared: dict[str, Any] = {
         "vocab_size": fields.integer("vocab_size"),
@@ -45,7 +48,7 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
         "num_heads": fields.integer("num_attention_heads"),
         "num_kv_heads": fields.integer_or_none("num_key_value_heads"),
         "head_dim": fields.integer_or_none("head_dim"),
-        "d_ff": fields.integer("intermediate_size"),
+        "d_ff": own["d_ff"] if "d_ff" in own else fields.integer("intermediate_size"),
         "norm_eps": fields.number("rms_norm_eps"),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
         "init_std": fields.number("initializer_range") if fields.has("initializer_range") else 0.02,

@@ -159,10 +159,14 @@ def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _is_matrix(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """A stack of biases or norms has two dimensions as well, so names and owners count."""
+    """A stack of biases or norms has two dimensions as well, so names and owners count.
+
+    A module's ``no_matrices`` says that its parameters are none, whatever their shapes.
+    """
     path, _, leaf = name.rpartition(".")
-    owner = type(model.get_submodule(path)).__name__
-    return parameter.ndim >= 2 and "bias" not in leaf and "Norm" not in owner
+    owner = model.get_submodule(path)
+    vectors = "bias" in leaf or "Norm" in type(owner).__name__ or getattr(owner, "no_matrices", False)
+    return parameter.ndim >= 2 and not vectors
 
 
 def _can_orthogonalize(parameter: nn.Parameter) -> bool:

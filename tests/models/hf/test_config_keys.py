@@ -19,7 +19,7 @@ CLASSES = {
     name: family.architecture.replace("ForCausalLM", "Config")
     for name, family in FAMILIES.items()
     if not family.code
-}
+} | {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}  # the plain name is that of the model with images
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
@@ -27,7 +27,8 @@ SIZES = {
 EXPERTS = {
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
     "shared_expert_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1,
-    "moe_num_experts": 4,
+    "moe_num_experts": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
 }  # fmt: skip
 
 _LATENT = {  # each head has keys of its own, and the width that turns is transformers' head_dim
@@ -83,10 +84,10 @@ def test_no_key_of_theirs_is_unknown(name: str) -> None:
 
 def _without_effect(name: str, key: str) -> bool:
     """A window's keys, where there is none, or where layer_types says which layers have it; groups of a
-    greedy choice, and layers of files alone."""
+    greedy choice, layers of files alone, and a width of none."""
     if key in ("n_group", "topk_group"):
         return name == "deepseek_v2"
-    if key == "num_nextn_predict_layers":
+    if key == "num_nextn_predict_layers" or (name, key) == ("qwen3_5_moe_text", "intermediate_size"):
         return True
     return name.startswith(("qwen", "dots1")) and key in ("sliding_window", "max_window_layers")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_hybrid import hybrids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,6 +33,7 @@ QK_NORM = {
     "minimax_m2": QKNorm.full,
     "dots1": QKNorm.head,
 }
+HYBRID = ("qwen3_next", "qwen3_5_moe_text")
 SIGMOID = ("dots1", "glm4_moe")
 AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
 SLIDING, FULL = LayerWindow
@@ -84,7 +86,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
         "tie_embeddings": draw(st.booleans()),
     }
-    experts = ExpertsConfig(activation=draw(st.sampled_from([Activation.swiglu, Activation.geglu])))
+    activations = [Activation.swiglu, *([] if name in HYBRID else [Activation.geglu])]
+    experts = ExpertsConfig(activation=draw(st.sampled_from(activations)))
     if name.startswith("deepseek"):
         return ModelSpec(*deepseek(draw, name, keys), experts)
     if name in DENSE:
@@ -93,10 +96,14 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     keys["d_ff_expert"] = keys["d_ff"] if name in AS_DENSE else draw(st.integers(1, 13))
     if name in SIGMOID:
         return draw(sigmoid_specs(name, keys, experts))
-    if name in ("qwen2_moe", "qwen3_moe", "ernie4_5_moe"):
+    if name in ("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "qwen3_next"):
         keys["moe_every"] = every = draw(st.integers(1, min(3, layers)))
         keys["first_dense"] = draw(st.integers(0, layers // every * every - 1))  # at least the last is MoE
-    if name == "qwen2_moe":
+    if name in HYBRID:
+        keys |= draw(hybrids(layers))
+    if name == "qwen3_5_moe_text":
+        keys["d_ff"] = keys["d_ff_expert"]
+    if name in ("qwen2_moe", *HYBRID):
         keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17)), "shared_gate": True}
     top_k = draw(st.integers(1, keys["num_experts"]))
     router = TopKOptions(
@@ -104,6 +111,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         score=Score.softmax,
         renormalize=name == "ernie4_5_moe" or (name != "mixtral" and draw(st.booleans())),
     )
+    if name == "qwen3_5_moe_text":
+        router = replace(router, renormalize=True)
     if name == "ernie4_5_moe":
         keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
     if name == "mixtral":
@@ -329,6 +338,16 @@ SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
         ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, eval_capacity_factor=1.5)), "eval_capacity"),
         ("deepseek_v3", ModelSpec(LATENT, replace(SIGMOID2, num_groups=3, top_groups=2)), "two experts"),
         ("kimi_k2", ModelSpec(LATENT, SIGMOID2), "it is written as deepseek_v3"),
+        ("qwen3_next", ModelSpec(BASE), "model.num_experts=0"),
+        ("qwen3_next", ModelSpec(MOE, TOP2), "model.num_shared_experts=0"),
+        ("qwen3_next", ModelSpec(SHARED, TOP2), "model.zero_centered_norms=False"),
+        ("qwen3_next", ModelSpec(replace(SHARED, zero_centered_norms=True), TOP2), "attention_gate=False"),
+        ("qwen3_next", ModelSpec(replace(SHARED, attention="latent"), TOP2), "not latent"),
+        ("qwen3_5_moe_text", ModelSpec(replace(SHARED, moe_every=2), TOP2), "model.moe_every=2"),
+        ("llama", ModelSpec(replace(BASE, attention_gate=True)), "model.attention_gate=True"),
+        ("llama", ModelSpec(replace(BASE, zero_centered_norms=True)), "model.zero_centered_norms=True"),
+        ("qwen3_moe", ModelSpec(replace(MOE, qk_norm=QKNorm.head, attention_pattern=("gated_delta",)), TOP2),
+         "model.attention_pattern=('gated_delta',)"),
     ],
 )  # fmt: skip
 def test_a_family_says_why_it_cannot(name: str, spec: ModelSpec, why: str) -> None:
