@@ -169,7 +169,7 @@ def test_a_task_of_ones_own_decides_the_loss(
     [
         (
             ["model.attention=narow"],
-            "=narow is not known; known: grouped_query, latent, narrow (did you mean",
+            "=narow is not known; known: gated_delta, grouped_query, latent, narrow (did you mean",
         ),
         (["model.attention=flex"], "a backend's name belongs in model.attention_backend"),
         (["model.head_dim=6"], "model.attention=narrow: layer 0: half of a head turns, and model.head_dim=6"),

@@ -45,6 +45,7 @@ def _read(fields: Fields) -> ModelSpec:
     biased = fields.flag("attention_bias")
     said = fields.values.get("rope_parameters") is not None or fields.values.get("rope_scaling")
     width = fields.integer("intermediate_size")
+    own: dict[str, Any] = {} if said else {"rope_scaling": _ROPE}
     model = read_decoder(
         fields,
         qkv_bias=biased,
@@ -53,7 +54,7 @@ def _read(fields: Fields) -> ModelSpec:
         num_experts=read_num_experts(fields, "num_local_experts", "num_experts"),
         d_ff_expert=width,
         **{"window_pattern": (), **read_windows(fields, _every_other)},
-        **({} if said else {"rope_scaling": _ROPE}),
+        **own,
     )
     top_k = fields.integer("num_experts_per_tok")
     router = TopKOptions(top_k=top_k, score=Score.softmax_after, logit_bias=True)
