@@ -32,19 +32,29 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
+    "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
     "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
+FAMILIES = {
+    "mixtral": ["router=mixtral"],
+    "gpt_oss": [
+        "router=gpt_oss", "experts=gpt_oss", "router.top_k=2", "model.qkv_bias=true", "model.out_bias=true",
+        "model.attention_sinks=true", "model.sliding_window=7", "model.window_pattern=[sliding,full]",
+    ],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=["mixtral", pytest.param("gpt_oss", marks=pytest.mark.real)])
+def folders(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
+    options = [*OPTIONS, *FAMILIES[request.param]]
     made = tmp_path_factory.mktemp("folders")
     run, hf, converted = (made / name for name in ("run", "hf", "converted"))
     with tiny.alone():
-        assert tiny.train(corpus, run, *OPTIONS, "train.steps=1", "model.init_std=0.3") == 0
+        assert tiny.train(corpus, run, *options, "train.steps=1", "model.init_std=0.3") == 0
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
     assert len(list(hf.glob("*.safetensors"))) > 2
