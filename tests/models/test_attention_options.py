@@ -111,7 +111,7 @@ def test_biases_and_sinks_begin_at_zero_and_do_not_decay() -> None:
         (["experts.bias=true", "experts.dropout=0.1"], "experts.bias=true is of experts without dropout"),
         (["experts=adapters", "experts.bias=true"], "experts.bias=true is of networks"),
         (
-            ["experts.bias=true", "model.num_experts=2", "model.expert_widths=[512,256]"],
+            ["experts.bias=true", "model.num_experts=2", "model.expert_widths=[256,128]"],
             "experts.bias=true is of experts of one width",
         ),
         (

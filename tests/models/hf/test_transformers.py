@@ -6,6 +6,7 @@ rounding only. Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
