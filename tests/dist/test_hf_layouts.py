@@ -35,8 +35,12 @@ OPTIONS = [
     "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
-MODELS = {
+FAMILIES = {
     "mixtral": ["router=mixtral"],
+    "gpt_oss": [
+        "router=gpt_oss", "experts=gpt_oss", "router.top_k=2", "model.qkv_bias=true", "model.out_bias=true",
+        "model.attention_sinks=true", "model.sliding_window=7", "model.window_pattern=[sliding,full]",
+    ],
     "qwen3_next": [  # some of whose tensors are made of one of theirs
         "router=qwen3", "model.attention_pattern=[gated_delta,grouped_query]", "model.attention_gate=true",
         "model.zero_centered_norms=true", "model.qk_norm=head", "model.num_shared_experts=1",
@@ -46,16 +50,19 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["mixtral", pytest.param("qwen3_next", marks=pytest.mark.real)])
+_SLOW = [pytest.param(name, marks=pytest.mark.real) for name in FAMILIES if name != "mixtral"]
+
+
+@pytest.fixture(scope="module", params=["mixtral", *_SLOW])
 def folders(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
+    options = [*OPTIONS, *FAMILIES[request.param]]
     made = tmp_path_factory.mktemp("folders")
     run, hf, converted = (made / name for name in ("run", "hf", "converted"))
     with tiny.alone():
-        model = [*OPTIONS, *MODELS[request.param], "model.init_std=0.3"]
-        assert tiny.train(corpus, run, *model, "train.steps=1") == 0
+        assert tiny.train(corpus, run, *options, "train.steps=1", "model.init_std=0.3") == 0
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
     assert len(list(hf.glob("*.safetensors"))) > 2

@@ -198,7 +198,11 @@ REFUSED = [
     ),
     ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
     ({"train.task": "next_tokn"}, "train.task=next_tokn is not known; known: next_token (did you"),
-    ({"model.attention": "auto"}, "model.attention=auto is not known; known: gated_delta, grouped_query", BACKEND),
+    (
+        {"model.attention": "auto"},
+        "model.attention=auto is not known; known: gated_delta, grouped_query",
+        BACKEND,
+    ),
     ({"model.feed_forward": "dense"}, "model.feed_forward=dense has no experts, but model.num_experts=12"),
     (
         {"model.feed_forward": "mo"},

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moetrain.config.hydra.compose import compose_train
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.train.options import TrainConfig
@@ -25,12 +25,14 @@ PUBLISHED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "mixtral_8x7b": (46_702_792_704, "Mixtral", {}),
     "qwen3_30b_a3b": (30_532_122_624, "Qwen3Moe", {"num_hidden_layers": 48, "head_dim": 128}),
     "qwen3_next_80b_a3b": (79_674_391_296, "Qwen3Next", {}),
+    "gpt_oss_20b": (20_914_757_184, "GptOss", {"num_hidden_layers": 24, "num_local_experts": 32}),
 }
-ACTIVE = {
+ACTIVE = {  # GPT-OSS's 3.6 B leave the embedding out
     "olmoe_1b_7b": 1_282_017_280,
     "mixtral_8x7b": 12_879_925_248,
     "qwen3_30b_a3b": 3_353_032_704,
     "qwen3_next_80b_a3b": 3_874_929_408,
+    "gpt_oss_20b": 3_608_307_264 + 201_088 * 2880,
 }
 
 
@@ -147,3 +149,20 @@ def test_plain_activations_have_two_matrices() -> None:
     assert flops_per_token(replace(TINY, vocab_size=VOCAB), TopKOptions(), 7) == flops_per_token(
         TINY, TopKOptions(), 7, VOCAB
     )
+
+
+def test_windows_of_some_layers_and_biases_in_the_operations() -> None:
+    """A layer's scores are those of its own window; biases are no products."""
+    router, plain = TopKOptions(top_k=2), ExpertsConfig(activation=Activation.swiglu_clamped)
+    full, sliding, mixed = (
+        flops_breakdown(replace(TINY, num_layers=3, **windows), router, 11, VOCAB, plain)
+        for windows in (
+            {},
+            {"sliding_window": 4},
+            {"sliding_window": 4, "window_pattern": (LayerWindow.sliding, LayerWindow.full)},
+        )
+    )
+    assert mixed.scores == pytest.approx((2 * sliding.scores + full.scores) / 3)
+    biased = replace(TINY, num_layers=3, qkv_bias=True, out_bias=True, attention_sinks=True)
+    found = flops_breakdown(biased, replace(router, logit_bias=True), 11, VOCAB, replace(plain, bias=True))
+    assert found == full

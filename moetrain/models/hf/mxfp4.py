@@ -2,8 +2,8 @@
 
 A number is a sign, two bits of exponent and one of mantissa; a scale is an exponent of two plus 127 (Open
 Compute Project 2023, "Microscaling Formats (MX)", v1.0). A byte holds two numbers, the first in its low half.
-Two tensors stand for one of experts' matrices, which is the transpose of theirs. It becomes bf16, whose eight
-bits of mantissa hold every product exactly.
+Two tensors stand for one of experts' matrices, which is the transpose of theirs. It becomes bf16, which holds
+every product exactly that it can hold at all, as transformers' own does.
 
 Shapes: E experts, A inputs, B outputs, G = A / 32 blocks, n bytes of a block.
 """

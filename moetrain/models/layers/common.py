@@ -20,10 +20,16 @@ def refuse_unread(cfg: ModelConfig, experts: ExpertsConfig) -> None:
         ("experts.max_rows_per_rank", experts.max_rows_per_rank, None),
     ):
         if value != unset:
-            shown, default = (getattr(v, "name", "null" if v is None else v) for v in (value, unset))
+            shown, default = _shown(value), _shown(unset)
             raise ValueError(
                 f"{key}={shown} is of dispatched experts, which it has none of: set {key}={default}"
             )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(getattr(value, "name", value))
 
 
 def plain_activation(experts: ExpertsConfig) -> str:

@@ -190,8 +190,9 @@ def _gradient_of_sinks(dy_BnQH: Tensor, y_BnQH: Tensor, joined_BQn: Tensor, sink
     """[Q]: as that of any score, weight times (dy value - dy y), with a value of zero."""
     wide = joined_BQn.dtype
     inner_BQn = torch.linalg.vecdot(dy_BnQH.to(wide), y_BnQH.to(wide)).transpose(1, 2)
-    grad_Q: Tensor = -((sinks_Q[:, None].to(wide) - joined_BQn).exp() * inner_BQn).sum((0, 2))
-    return grad_Q
+    weights_BQn: Tensor = (sinks_Q[:, None].to(wide) - joined_BQn).exp()
+    dsinks_Q: Tensor = (weights_BQn * inner_BQn).sum((0, 2)).neg()
+    return dsinks_Q
 
 
 def _repeated(x_BGmH: Tensor, repeats: int) -> Tensor:

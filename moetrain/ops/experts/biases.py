@@ -27,12 +27,12 @@ def gradient_of_biases(dy_RA: Tensor, like_EA: Tensor, experts_B: Tensor) -> Ten
     sums_BA = dy_RA.unflatten(0, (len(experts_B), -1)).sum(1, dtype=wide)
     sums_BA.masked_fill_((experts_B < 0)[:, None], 0)  # behind the last block anything may stand
     of_expert_EB = torch.arange(len(like_EA), device=experts_B.device)[:, None] == experts_B
-    sums_EA: Tensor = of_expert_EB.to(wide) @ sums_BA
-    return sums_EA.to(like_EA.dtype)
+    dbias_EA: Tensor = of_expert_EB.to(wide) @ sums_BA
+    return dbias_EA.to(like_EA.dtype)
 
 
 def times_biases(dy_RA: Tensor, bias_EA: Tensor, experts_B: Tensor, dtype: torch.dtype) -> Tensor:
     """[R] in ``dtype``: the inner product of each row and its bias."""
     bias_BA1 = bias_EA.to(dtype)[experts_B.clamp(min=0)][..., None]
-    products: Tensor = dy_RA.to(dtype).unflatten(0, (len(experts_B), -1)) @ bias_BA1
-    return products.flatten()
+    dots_Bn1: Tensor = dy_RA.to(dtype).unflatten(0, (len(experts_B), -1)) @ bias_BA1
+    return dots_Bn1.flatten()
