@@ -179,15 +179,16 @@ class Attention(AttentionLayer):
         self.lora_out = low_rank(cfg.d_model, queries, cfg.lora)
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
-            per_head = cfg.qk_norm is QKNorm.head
+            per_head = cfg.qk_norm is not QKNorm.full
             self.q_norm = RMSNorm(self.head_dim if per_head else queries, cfg.norm_eps)
             self.k_norm = RMSNorm(self.head_dim if per_head else keys, cfg.norm_eps)
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         q_BSQH, k_BSGH, v_BSGH = self._project(x_BSD)
-        q_BQSH = apply_rope(q_BSQH, rope, self.interleaved).transpose(1, 2)
-        k_BGKH = apply_rope(k_BSGH, rope, self.interleaved).transpose(1, 2)
-        v_BGKH = v_BSGH.transpose(1, 2)
+        q_BSQH, k_BSGH = (apply_rope(x, rope, self.interleaved) for x in (q_BSQH, k_BSGH))
+        if self.qk_norm is QKNorm.head_after_rope:
+            q_BSQH, k_BSGH = self.q_norm(q_BSQH), self.k_norm(k_BSGH)
+        q_BQSH, k_BGKH, v_BGKH = (x.transpose(1, 2) for x in (q_BSQH, k_BSGH, v_BSGH))
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)

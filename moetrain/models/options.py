@@ -15,10 +15,12 @@ _SIZE, _COUNT = at_least(1, _INT32), at_least(0, _INT32)
 
 
 class QKNorm(Enum):
-    """``head``: RMSNorm over each head (Qwen3); ``full``: over all heads at once (OLMoE)."""
+    """``head``: RMSNorm over each head (Qwen3); ``head_after_rope``: likewise, after the head has turned
+    (Hunyuan); ``full``: over all heads at once (OLMoE)."""
 
     none = "none"
     head = "head"
+    head_after_rope = "head_after_rope"
     full = "full"
 
 

@@ -348,6 +348,31 @@ ERNIE4_5_MOE_ALL = replace(  # every layer MoE, no shared experts, tied
         "tie_embeddings": True,
     },
 )
+HUNYUAN_V1_MOE = Family(
+    "HunYuanMoEV1",
+    {"intermediate_size": 23, "num_experts": 11, "moe_topk": 3, "attention_bias": True},
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "num_shared_experts": 1,
+        "norm_eps": 1e-5,
+        "qkv_bias": True,
+        "out_bias": True,
+        "qk_norm": QKNorm.head_after_rope,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=True),
+)
+HUNYUAN_V1_MOE_ALPHA = replace(
+    HUNYUAN_V1_MOE,
+    theirs={**HUNYUAN_V1_MOE.theirs, "attention_bias": False, "moe_topk": [3] * 3},
+    ours={
+        **HUNYUAN_V1_MOE.ours,
+        "qkv_bias": False,
+        "out_bias": False,
+        "rope_theta": THETA * 50.0 ** (14 / 12),
+    },
+    rope={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -411,5 +436,7 @@ FAMILIES = {
     "dots1": DOTS1,
     "dots1_window": DOTS1_WINDOW,
     "ernie4_5_moe": ERNIE4_5_MOE,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "hunyuan_v1_moe_alpha": HUNYUAN_V1_MOE_ALPHA,
     **SCALED,
 }

@@ -13,6 +13,12 @@ from torch import Tensor
 _PROJECTIONS = (("q", "Q"), ("k", "G"), ("v", "G"))
 RENAMED = {
     "self_attn.o_proj.weight": "attention.w_out_DQ",
+    "self_attn.query_layernorm.weight": "attention.q_norm.weight_D",
+    "self_attn.key_layernorm.weight": "attention.k_norm.weight_D",
+    "mlp.gate.wg.weight": "feed_forward.router.weight_ED",
+    "mlp.shared_mlp.gate_proj.weight": "feed_forward.shared.w_gate_FD",
+    "mlp.shared_mlp.up_proj.weight": "feed_forward.shared.w_up_FD",
+    "mlp.shared_mlp.down_proj.weight": "feed_forward.shared.w_down_DF",
     "self_attn.o_proj.bias": "attention.b_out_D",
     "self_attn.q_norm.weight": "attention.q_norm.weight_D",
     "self_attn.k_norm.weight": "attention.k_norm.weight_D",

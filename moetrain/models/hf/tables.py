@@ -15,7 +15,7 @@ from moetrain.models.options import ModelConfig, QKNorm, is_moe_layer
 
 @dataclass(frozen=True)
 class MoENames:
-    """What a family calls the parts of an MoE layer, within one layer."""
+    """What a family calls the parts of an MoE layer, and its norms of queries and keys, within one layer."""
 
     router: str = "mlp.gate.weight"
     gate: str = "mlp.experts.{}.gate_proj.weight"
@@ -23,6 +23,8 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
     bias: str | None = None  # of the choice, one number an expert; None: it has none
     bias_rows: int = 0  # dimensions of size 1 before the experts
     aliases: Mapping[str, str] = field(
@@ -40,14 +42,14 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
         table["head_VD"] = _whole("lm_head.weight", (vocab_size, cfg.d_model))
     for layer in range(cfg.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        parts = _attention(cfg) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _dense(cfg))
+        parts = _attention(cfg, names) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _dense(cfg))
         for name, tiled in parts.items():
             pieces = tuple(replace(piece, theirs=theirs + piece.theirs) for piece in tiled.pieces)
             table[ours + name] = replace(tiled, pieces=pieces)
     return table
 
 
-def _attention(cfg: ModelConfig) -> Table:
+def _attention(cfg: ModelConfig, names: MoENames) -> Table:
     heads, kv_heads, head_dim = head_shape(cfg)
     widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     table = {
@@ -64,10 +66,10 @@ def _attention(cfg: ModelConfig) -> Table:
         if cfg.qkv_bias:
             table[f"attention.b_{part}_{axis}"] = _whole(f"self_attn.{part}_proj.bias", (width,))
     if cfg.qk_norm is not QKNorm.none:
-        per_head = cfg.qk_norm is QKNorm.head
-        for part in ("q", "k"):
+        per_head = cfg.qk_norm is not QKNorm.full
+        for part, name in (("q", names.q_norm), ("k", names.k_norm)):
             width = head_dim if per_head else widths[part]
-            table[f"attention.{part}_norm.weight_D"] = _whole(f"self_attn.{part}_norm.weight", (width,))
+            table[f"attention.{part}_norm.weight_D"] = _whole(name, (width,))
     return table
 
 

@@ -32,12 +32,16 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 _OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
 
 
-def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
+def read_decoder(
+    fields: Fields, partial_rope: float | None = None, alpha_rope: bool = False, **own: Any
+) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds.
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
+    ``alpha_rope``: whether it knows a dynamic scaling by a fixed ``alpha``.
     """
     layer_types(fields)
+    rope = read_rope(fields, partial_rope, _head_dim(fields) if alpha_rope else None)
     cfg = ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
@@ -49,7 +53,7 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         init_std=fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
-        **{"num_experts": 0, **read_rope(fields, partial_rope), **own},
+        **{"num_experts": 0, **rope, **own},
     )
     try:
         check_ranges(cfg, "model")
@@ -57,6 +61,11 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
     except UserError as error:
         raise fields.refuse(str(error)) from None
     return cfg
+
+
+def _head_dim(fields: Fields) -> int:
+    width, heads = fields.integer_or_none("head_dim"), fields.integer("num_attention_heads")
+    return width if width is not None else fields.integer("hidden_size") // max(heads, 1)
 
 
 def read_experts(fields: Fields) -> ExpertsConfig:

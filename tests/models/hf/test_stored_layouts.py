@@ -64,7 +64,16 @@ def ids() -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
-    ["mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "glm4_moe", "minimax_m2", "ernie4_5_moe"],
+    [
+        "mixtral",
+        "qwen2_moe_mixed",
+        "qwen3_moe_mixed",
+        "olmoe",
+        "glm4_moe",
+        "minimax_m2",
+        "ernie4_5_moe",
+        "hunyuan_v1_moe",
+    ],
 )
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
     """The function of transformers' model, and the very tensors that the other layout gives."""

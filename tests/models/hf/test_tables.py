@@ -29,9 +29,10 @@ QK_NORM = {
     "olmoe": QKNorm.full,
     "minimax_m2": QKNorm.full,
     "dots1": QKNorm.head,
+    "hunyuan_v1_moe": QKNorm.head_after_rope,
 }
 SIGMOID = ("dots1", "glm4_moe")
-AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
+AS_DENSE = ("mixtral", "olmoe", "minimax_m2", "hunyuan_v1_moe")  # one key says both widths
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
 
 
@@ -96,8 +97,11 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     router = TopKOptions(
         top_k=top_k,
         score=Score.softmax,
-        renormalize=name == "ernie4_5_moe" or (name != "mixtral" and draw(st.booleans())),
+        renormalize=name in ("ernie4_5_moe", "hunyuan_v1_moe") or (name != "mixtral" and draw(st.booleans())),
     )
+    if name == "hunyuan_v1_moe":
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["num_shared_experts"] = 1
     if name == "ernie4_5_moe":
         keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
     if name == "mixtral":
@@ -203,6 +207,7 @@ SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
 SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+HUNYUAN = replace(MOE, num_shared_experts=1, qk_norm=QKNorm.head_after_rope)
 ERNIE = replace(MOE, rope_interleaved=True)
 PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
@@ -244,6 +249,13 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
         ("ernie4_5_moe", ModelSpec(replace(ERNIE, sliding_window=3), TOP2), "model.sliding_window=3"),
         ("ernie4_5_moe", ModelSpec(replace(SHARED, rope_interleaved=True), TOP2), "model.shared_gate=True"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, SIGMOID2), "router.score=sigmoid"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, qkv_bias=True), TOP2), "model.out_bias=False"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, num_shared_experts=2), TOP2), "d_ff_expert's width=2"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, qk_norm=QKNorm.head), TOP2), "model.qk_norm=head"),
         ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
         ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
         ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),
