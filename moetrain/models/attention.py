@@ -177,6 +177,9 @@ class Attention(AttentionLayer):
         self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_out = low_rank(cfg.d_model, queries, cfg.lora)
+        # what makes 1 / sqrt(head_dim), by which every backend multiplies, the model's own
+        scale = cfg.scales.attention
+        self.query_scale = 1.0 if scale is None else scale * self.head_dim**0.5
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
             per_head = cfg.qk_norm is not QKNorm.full
@@ -188,6 +191,8 @@ class Attention(AttentionLayer):
         q_BSQH, k_BSGH = (apply_rope(x, rope, self.interleaved) for x in (q_BSQH, k_BSGH))
         if self.qk_norm is QKNorm.head_after_rope:
             q_BSQH, k_BSGH = self.q_norm(q_BSQH), self.k_norm(k_BSGH)
+        if self.query_scale != 1:
+            q_BSQH = q_BSQH * self.query_scale
         q_BQSH, k_BGKH, v_BGKH = (x.transpose(1, 2) for x in (q_BSQH, k_BSGH, v_BSGH))
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)

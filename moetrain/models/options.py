@@ -7,6 +7,7 @@ from typing import Optional
 from moetrain.bounds import above, at_least, within
 from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
 from moetrain.ops.low_rank import LoRA
 
@@ -94,6 +95,7 @@ class ModelConfig:
     # of a head's elements, the first ones: those that positions turn (partial rope); an even number of them
     rope_fraction: float = field(default=1.0, metadata=within(0, 1, open_low=True))
     rope_interleaved: bool = False  # turned pairs are neighbours (ERNIE), not elements half a width apart
+    scales: ScalesConfig = field(default_factory=ScalesConfig)
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))

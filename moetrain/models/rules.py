@@ -70,6 +70,11 @@ def _check_own_attention(cfg: ModelConfig) -> None:
                 f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
                 f"model.attention={cfg.attention}: leave it out"
             )
+    if cfg.scales.attention is not None and cfg.attention not in _OF_ATTENTIONS["out_bias"]:
+        raise UserError(
+            f"model.scales.attention={cfg.scales.attention} would not reach model.attention={cfg.attention}: "
+            "leave it out"
+        )
 
 
 def _check_lora(cfg: ModelConfig) -> None:

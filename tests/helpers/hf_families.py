@@ -16,6 +16,7 @@ from torch import Tensor
 from moetrain.models import Decoder
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
@@ -373,6 +374,44 @@ HUNYUAN_V1_MOE_ALPHA = replace(
     },
     rope={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
 )
+GRANITEMOE = Family(
+    "GraniteMoe",
+    {
+        "hidden_size": 60,  # transformers divides it by the heads
+        "head_dim": 10,
+        "intermediate_size": 23,
+        "num_local_experts": 11,
+        "num_experts_per_tok": 3,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.7,
+    },
+    {
+        "d_model": 60,
+        "head_dim": 10,
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-6,
+        "qkv_bias": True,
+        "out_bias": True,
+        "scales": ScalesConfig(embedding=3.0, residual=0.4, attention=0.2, logits_divisor=0.7),
+    },
+    TopKOptions(top_k=3, score=Score.softmax_after),
+)
+GRANITEMOESHARED = replace(
+    GRANITEMOE,
+    name="GraniteMoeShared",
+    theirs={**GRANITEMOE.theirs, "attention_bias": False, "shared_intermediate_size": 19},
+    ours={
+        **GRANITEMOE.ours,
+        "qkv_bias": False,
+        "out_bias": False,
+        "num_shared_experts": 1,
+        "d_ff_shared": 19,
+    },
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -436,6 +475,8 @@ FAMILIES = {
     "dots1": DOTS1,
     "dots1_window": DOTS1_WINDOW,
     "ernie4_5_moe": ERNIE4_5_MOE,
+    "granitemoe": GRANITEMOE,
+    "granitemoeshared": GRANITEMOESHARED,
     "hunyuan_v1_moe": HUNYUAN_V1_MOE,
     "hunyuan_v1_moe_alpha": HUNYUAN_V1_MOE_ALPHA,
     **SCALED,

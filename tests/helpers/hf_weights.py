@@ -19,6 +19,8 @@ RENAMED = {
     "mlp.shared_mlp.gate_proj.weight": "feed_forward.shared.w_gate_FD",
     "mlp.shared_mlp.up_proj.weight": "feed_forward.shared.w_up_FD",
     "mlp.shared_mlp.down_proj.weight": "feed_forward.shared.w_down_DF",
+    "block_sparse_moe.router.weight": "feed_forward.router.weight_ED",
+    "shared_mlp.output_linear.weight": "feed_forward.shared.w_down_DF",
     "self_attn.o_proj.bias": "attention.b_out_D",
     "self_attn.q_norm.weight": "attention.q_norm.weight_D",
     "self_attn.k_norm.weight": "attention.k_norm.weight_D",
@@ -41,7 +43,8 @@ RENAMED = {
     "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
     "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
-STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+STACKED_UP, STACKED_DOWN = "experts.gate_up_proj", "experts.down_proj"
+SHARED_UP = "shared_mlp.input_linear.weight"
 OUTER = {
     "model.embed_tokens.weight": "embed_VD",
     "model.norm.weight": "norm.weight_D",
@@ -58,12 +61,18 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = f"model.layers.{layer}."
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         parts = {RENAMED[name]: t for name, t in theirs.items() if name in RENAMED}
-        if STACKED_UP in theirs:  # [E, 2F, D], the gate's rows first
-            up_EDCF = theirs[STACKED_UP].transpose(1, 2).unflatten(2, (2, -1))
-            down_EFD = theirs[STACKED_DOWN].transpose(1, 2)
-            parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF
-            parts["feed_forward.experts.w_down_EFD"] = down_EFD
         used += len(parts)
+        for block in ("mlp", "block_sparse_moe"):
+            if (up := f"{block}.{STACKED_UP}") in theirs:  # [E, 2F, D], the gate's rows first
+                up_EDCF = theirs[up].transpose(1, 2).unflatten(2, (2, -1))
+                down_EFD = theirs[f"{block}.{STACKED_DOWN}"].transpose(1, 2)
+                parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF
+                parts["feed_forward.experts.w_down_EFD"] = down_EFD
+                used += 2
+        if SHARED_UP in theirs:  # the gate's rows first
+            halves = theirs[SHARED_UP].chunk(2)
+            parts["feed_forward.shared.w_gate_FD"], parts["feed_forward.shared.w_up_FD"] = halves
+            used += 1
         ours |= {f"blocks.{layer}.{name}": t for name, t in parts.items()}
     if used != len(tensors):
         raise ValueError(f"{len(tensors) - used} of the {len(tensors)} tensors have no place in this model")

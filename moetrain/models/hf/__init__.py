@@ -4,6 +4,7 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     dots1,
     ernie4_5_moe,
     glm4_moe,
+    granitemoe,
     hunyuan_v1_moe,
     llama,
     minimax_m2,

@@ -16,6 +16,7 @@ from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import Score, TopKOptions
 
@@ -98,6 +99,8 @@ def write_decoder(
     for key in _OTHERWISE:
         if key not in own:
             require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
+    for key, value in vars(ScalesConfig()).items() if "scales" not in own else ():
+        require(f"model.scales.{key}", getattr(m.scales, key), value)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -243,7 +246,7 @@ def write_window(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_sparse_layers(fields: Fields) -> dict[str, int]:
+def read_sparse_layers(fields: Fields) -> dict[str, Any]:
     """``moe_every`` and ``first_dense`` of Qwen's ``decoder_sparse_step`` and ``mlp_only_layers``."""
     layers, step = fields.layers(), fields.integer("decoder_sparse_step")
     listed = fields.get("mlp_only_layers") if fields.has("mlp_only_layers") else None

@@ -243,6 +243,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "use_qk_norm": False, "num_experts": [4], "num_experts_per_tok": 3, "norm_type": "layer",
         },
     ),
+    "granitemoeshared": (
+        {"shared_intermediate_size": 0, "attention_multiplier": 1},
+        {"shared_intermediate_size": -1, "attention_multiplier": 0.0, "logits_scaling": None},
+    ),
     "ernie4_5_moe": (
         {
             "auto_map": {"AutoConfig": "x.Y"}, "moe_capacity": [4, 4], "moe_use_aux_free": True,
@@ -272,5 +276,5 @@ def test_keys_of_the_published_files(name: str) -> None:
     given = sizes_of(name)
     assert read(given | same) == read(given)
     for key, value in others.items():
-        with pytest.raises(UserError, match=f"{key}|rope_fraction"):
+        with pytest.raises(UserError, match=f"{key}|rope_fraction|model.scales"):
             read(given | {key: value})

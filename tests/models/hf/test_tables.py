@@ -18,6 +18,7 @@ from moetrain.models.hf.family import CannotExpressError
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
 from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -32,7 +33,14 @@ QK_NORM = {
     "hunyuan_v1_moe": QKNorm.head_after_rope,
 }
 SIGMOID = ("dots1", "glm4_moe")
-AS_DENSE = ("mixtral", "olmoe", "minimax_m2", "hunyuan_v1_moe")  # one key says both widths
+AS_DENSE = (
+    "mixtral",
+    "olmoe",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "granitemoe",
+    "granitemoeshared",
+)  # one key says both widths
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
 
 
@@ -104,7 +112,12 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         keys["num_shared_experts"] = 1
     if name == "ernie4_5_moe":
         keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
-    if name == "mixtral":
+    if name in ("granitemoe", "granitemoeshared"):
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["scales"] = ScalesConfig(*draw(st.sampled_from([(1.0, 0.3, 0.1, 2.0), (12.0, 1.0, 1.0, 1.0)])))
+    if name == "granitemoeshared" and draw(st.booleans()):
+        keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17))}
+    if name in ("mixtral", "granitemoe", "granitemoeshared"):
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
     if name == "minimax_m2":
         keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
@@ -256,6 +269,14 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, sliding_window=3), TOP2), "model.sliding_window=3"),
         ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, num_shared_experts=2), TOP2), "d_ff_expert's width=2"),
         ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, qk_norm=QKNorm.head), TOP2), "model.qk_norm=head"),
+        ("granitemoe", ModelSpec(MOE, SIGMOID2), "router.score=sigmoid"),
+        ("granitemoe", ModelSpec(MOE, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("granitemoe", ModelSpec(MOE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("granitemoe", ModelSpec(replace(MOE, qkv_bias=True), TOP2), "model.out_bias=False"),
+        ("granitemoe", ModelSpec(PLAIN_SHARED, TOP2), "model.num_shared_experts=1"),
+        ("granitemoeshared", ModelSpec(SHARED, TOP2), "model.shared_gate=True"),
+        ("granitemoeshared", ModelSpec(replace(MOE, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("mixtral", ModelSpec(replace(MOE, scales=ScalesConfig(residual=0.5)), TOP2), "scales.residual=0.5"),
         ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
         ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
         ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),

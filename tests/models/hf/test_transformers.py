@@ -22,8 +22,8 @@ from moetrain.models.rope_options import RopeKind, RopeScaling
 def assert_alike(theirs: Any, ours: Decoder, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
     """Logits of what ``mask`` [B, S] says is no padding, the loss, and the gradient of every parameter."""
     dtype = ours.embed_VD.dtype
-    rotates_in_fp32 = type(theirs).__name__.startswith("Ernie")  # and scores, whatever the model is in
-    wide = dtype is torch.float64 and not rotates_in_fp32
+    in_fp32 = type(theirs).__name__.startswith(("Ernie", "Granite"))  # more of them, whatever the model is in
+    wide = dtype is torch.float64 and not in_fp32
     close = {"rtol": 2e-6, "atol": 2e-6} if wide else {"rtol": 1e-5, "atol": 1e-5}
     reference = theirs(ids, attention_mask=mask, labels=labels, use_cache=False)
     hidden = ours(ids).hidden_BSD
