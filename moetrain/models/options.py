@@ -80,6 +80,7 @@ class ModelConfig:
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
+    mlp_bias: bool = False  # of dense layers' matrices (Llama); experts have none by it
     out_bias: bool = False  # of attention's output (GPT-OSS)
     # a learned logit of each head in the softmax of attention, of no key (GPT-OSS)
     attention_sinks: bool = False

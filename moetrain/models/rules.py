@@ -8,7 +8,7 @@ from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import LayerWindow, ModelConfig
+from moetrain.models.options import LayerWindow, ModelConfig, moe_layers
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
@@ -40,6 +40,8 @@ def check_model(cfg: ModelConfig) -> None:
     _check_layers(cfg)
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
+    if cfg.mlp_bias and len(moe_layers(cfg)) == cfg.num_layers:
+        raise UserError("model.mlp_bias=true is of dense layers, and all layers are MoE: set it to false")
     _check_rope(cfg)
     _check_windows(cfg)
     _check_own_attention(cfg)
@@ -81,6 +83,11 @@ def _check_lora(cfg: ModelConfig) -> None:
     if cfg.lora_rank is None and cfg.lora_alpha != ModelConfig.lora_alpha:
         raise UserError(
             f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
+        )
+    if cfg.lora_rank is not None and cfg.mlp_bias:
+        raise UserError(
+            f"model.lora_rank={cfg.lora_rank} does not go together with model.mlp_bias=true: set "
+            "model.lora_rank=null"
         )
     if cfg.lora_rank is not None and cfg.attention != "grouped_query":
         raise UserError(

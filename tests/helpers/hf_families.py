@@ -190,6 +190,11 @@ LLAMA = Family(  # transformers wants heads that divide the width
 LLAMA_TIED = Family(
     "Llama", {**LLAMA.theirs, "tie_word_embeddings": True}, {**LLAMA.ours, "tie_embeddings": True}
 )
+LLAMA_BIASED = replace(
+    LLAMA,
+    theirs={**LLAMA.theirs, "attention_bias": True, "mlp_bias": True},
+    ours={**LLAMA.ours, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+)
 MISTRAL = Family(
     "Mistral",
     {"intermediate_size": 41, "rms_norm_eps": 1e-5, "sliding_window": None},
@@ -464,6 +469,7 @@ FAMILIES = {
     "olmoe": OLMOE,
     "llama": LLAMA,
     "llama_tied": LLAMA_TIED,
+    "llama_biased": LLAMA_BIASED,
     "mistral": MISTRAL,
     "mistral_window": MISTRAL_WINDOW,
     "qwen2": QWEN2,

@@ -29,6 +29,8 @@ RENAMED = {
     **{f"self_attn.{part}_proj.weight": f"attention.w_{part}_{axis}D" for part, axis in _PROJECTIONS},
     **{f"self_attn.{part}_proj.bias": f"attention.b_{part}_{axis}" for part, axis in _PROJECTIONS},
     "mlp.gate.weight": "feed_forward.router.weight_ED",
+    **{f"mlp.{part}_proj.bias": f"feed_forward.b_{part}_F" for part in ("gate", "up")},
+    "mlp.down_proj.bias": "feed_forward.b_down_D",
     "mlp.gate_proj.weight": "feed_forward.w_gate_FD",
     "mlp.up_proj.weight": "feed_forward.w_up_FD",
     "mlp.down_proj.weight": "feed_forward.w_down_DF",

@@ -42,7 +42,7 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
         table["head_VD"] = _whole("lm_head.weight", (vocab_size, cfg.d_model))
     for layer in range(cfg.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        parts = _attention(cfg, names) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _dense(cfg))
+        parts = _attention(cfg, names) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _biased(cfg))
         for name, tiled in parts.items():
             pieces = tuple(replace(piece, theirs=theirs + piece.theirs) for piece in tiled.pieces)
             table[ours + name] = replace(tiled, pieces=pieces)
@@ -71,6 +71,16 @@ def _attention(cfg: ModelConfig, names: MoENames) -> Table:
             width = head_dim if per_head else widths[part]
             table[f"attention.{part}_norm.weight_D"] = _whole(name, (width,))
     return table
+
+
+def _biased(cfg: ModelConfig) -> Table:
+    """A dense layer with its biases, where it has some."""
+    sizes = {"gate": ("F", cfg.d_ff), "up": ("F", cfg.d_ff), "down": ("D", cfg.d_model)}
+    biases = {
+        f"feed_forward.b_{part}_{axis}": _whole(f"mlp.{part}_proj.bias", (size,))
+        for part, (axis, size) in sizes.items()
+    }
+    return _dense(cfg) | (biases if cfg.mlp_bias else {})
 
 
 def _dense(cfg: ModelConfig, ours: str = "feed_forward", theirs: str = "mlp", width: int = 0) -> Table:

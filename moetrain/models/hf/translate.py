@@ -30,7 +30,14 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 
 
 # what few families have words for, who name it as their own
-_OTHERWISE = ("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved")
+_OTHERWISE = (
+    "mlp_bias",
+    "out_bias",
+    "attention_sinks",
+    "window_pattern",
+    "rope_fraction",
+    "rope_interleaved",
+)
 
 
 def read_decoder(

@@ -90,6 +90,9 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         "tie_embeddings": draw(st.booleans()),
     }
     experts = ExpertsConfig(activation=draw(st.sampled_from([Activation.swiglu, Activation.geglu])))
+    if name == "llama":
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["mlp_bias"] = draw(st.booleans())
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
@@ -231,7 +234,9 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
     [
         ("llama", ModelSpec(MOE, TOP2), "model.num_experts=3"),
         ("llama", ModelSpec(replace(BASE, sliding_window=3)), "model.sliding_window=3"),
-        ("llama", ModelSpec(replace(BASE, qkv_bias=True)), "model.qkv_bias=True"),
+        ("llama", ModelSpec(replace(BASE, qkv_bias=True)), "model.out_bias=False"),
+        ("mistral", ModelSpec(replace(BASE, qkv_bias=True)), "model.qkv_bias=True"),
+        ("mistral", ModelSpec(replace(BASE, mlp_bias=True)), "model.mlp_bias=True"),
         ("llama", ModelSpec(replace(BASE, qk_norm=QKNorm.head)), "model.qk_norm=head"),
         ("llama", ModelSpec(BASE, experts=RELU2), "experts.activation=relu2"),
         ("mistral", ModelSpec(MOE, TOP2), "model.num_experts=3"),
