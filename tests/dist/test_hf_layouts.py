@@ -5,6 +5,7 @@ The ranks of one spawn go through all layouts of their number.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,39 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
-    "train.micro_batch_size=1",
+    "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
+FAMILIES = {
+    "mixtral": ["router=mixtral"],
+    "glm4_moe": [  # some layers dense, a bias of the choice
+        "router=sigmoid", "model.first_dense=1", "model.num_shared_experts=1", "model.qk_norm=head",
+        "model.rope_fraction=0.5", "model.qkv_bias=true",
+    ],
+    "granitemoeshared": [  # experts in stacks
+        "router=mixtral", "model.num_shared_experts=1", "model.d_ff_shared=24", "model.scales.residual=0.4",
+        "model.scales.attention=0.3",
+    ],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.real] * (name != "mixtral")) for name in FAMILIES],
+)
+def folders(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
+    options = [*OPTIONS, *FAMILIES[request.param]]
     made = tmp_path_factory.mktemp("folders")
     run, hf, converted = (made / name for name in ("run", "hf", "converted"))
     with tiny.alone():
-        assert tiny.train(corpus, run, *OPTIONS, "train.steps=1", "model.init_std=0.3") == 0
+        assert tiny.train(corpus, run, *options, "train.steps=1", "model.init_std=0.3") == 0
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
     assert len(list(hf.glob("*.safetensors"))) > 2
+    assert json.loads((hf / "config.json").read_text())["model_type"] == request.param
     return {path.name: str(path) for path in (hf, converted)}
 
 

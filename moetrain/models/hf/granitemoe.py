@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetrain.models.hf.family import Family, ModelSpec, register_family
+from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.hf.tables import MoENames, decoder_table
@@ -81,14 +81,15 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     require("router.jitter", check_router(spec).jitter, 0.0)
     top_k, renormalized = write_topk(spec)
     require("router.renormalize", renormalized, True)
+    if m.scales.attention is None:  # so that a model without scales goes out as another family's
+        raise CannotExpressError("model.scales.attention=null, and it states a number")
     as_dense = replace(spec, model=replace(m, d_ff=m.d_ff_expert))
     written = write_decoder(as_dense, qkv_bias=m.qkv_bias, own=("out_bias", "scales"))
-    scale = m.scales.attention
     return written | {
         "attention_bias": m.qkv_bias,
         "embedding_multiplier": m.scales.embedding,
         "residual_multiplier": m.scales.residual,
-        "attention_multiplier": written["head_dim"] ** -0.5 if scale is None else scale,
+        "attention_multiplier": m.scales.attention,
         "logits_scaling": m.scales.logits_divisor,
         "num_local_experts": m.num_experts,
         "num_experts_per_tok": top_k,

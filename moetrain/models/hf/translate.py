@@ -18,6 +18,7 @@ from moetrain.models.options import ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertsConfig
+from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
 
 SHARED = {  # what all of transformers' classes here take for a key that is absent
@@ -150,8 +151,9 @@ def check_router(spec: ModelSpec) -> TopKOptions:
     """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
     router = spec.router
     require("experts.kind", spec.experts.kind.name, "networks")
-    if type(router) is not TopKOptions:
-        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    if type(router) not in (TopKOptions, SigmoidOptions):
+        raise CannotExpressError(f"router={router.name} is not the top-k router")
+    assert isinstance(router, TopKOptions)
     require("router.eval_capacity_factor", router.eval_capacity_factor, None)
     require("router.permutation_steps", router.permutation_steps, None)
     return router

@@ -279,6 +279,7 @@ RELU2 = ExpertsConfig(activation=Activation.relu2)
         ("granitemoe", ModelSpec(MOE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
         ("granitemoe", ModelSpec(replace(MOE, qkv_bias=True), TOP2), "model.out_bias=False"),
         ("granitemoe", ModelSpec(PLAIN_SHARED, TOP2), "model.num_shared_experts=1"),
+        ("granitemoe", ModelSpec(MOE, TOP2), "model.scales.attention=null"),
         ("granitemoeshared", ModelSpec(SHARED, TOP2), "model.shared_gate=True"),
         ("granitemoeshared", ModelSpec(replace(MOE, sliding_window=3), TOP2), "model.sliding_window=3"),
         ("mixtral", ModelSpec(replace(MOE, scales=ScalesConfig(residual=0.5)), TOP2), "scales.residual=0.5"),
