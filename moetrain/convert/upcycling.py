@@ -32,6 +32,11 @@ def upcycle(cfg: UpcycleConfig, read: ReadTrained) -> int:
     for donor in donors:
         if donor.tokenizer.fingerprint != source.tokenizer.fingerprint:
             raise UserError(f"donors: {donor.path} has another tokenizer than {source.path}")
+    if source.spec.model.mlp_bias:
+        raise UserError(
+            f"{source.path}: model.mlp_bias=true: upcycling makes experts of its dense layers, and has no "
+            "biases for them"
+        )
     model = replace(cfg.model, vocab_size=source.spec.vocab_size)
     target = Target(model, cfg.router, cfg.experts)
     work = prepare_upcycling(source, target, cfg.method, cfg.train.seed, None, donors, source.spec.router)

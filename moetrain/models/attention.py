@@ -194,9 +194,12 @@ class Attention(AttentionLayer):
         self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
         self.lora_out = low_rank(cfg.d_model, queries, cfg.lora)
+        # what makes 1 / sqrt(head_dim), by which every backend multiplies, the model's own
+        scale = cfg.scales.attention
+        self.query_scale = 1.0 if scale is None else scale * self.head_dim**0.5
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
-            per_head = cfg.qk_norm is QKNorm.head
+            per_head = cfg.qk_norm is not QKNorm.full
             widths = (self.head_dim, self.head_dim) if per_head else (queries, keys)
             self.q_norm, self.k_norm = (
                 RMSNorm(width, cfg.norm_eps, cfg.zero_centered_norms) for width in widths
@@ -204,9 +207,12 @@ class Attention(AttentionLayer):
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         q_BSQH, k_BSGH, v_BSGH, *gate_BSQ = self._project(x_BSD)
-        q_BQSH = apply_rope(q_BSQH, rope, self.interleaved).transpose(1, 2)
-        k_BGKH = apply_rope(k_BSGH, rope, self.interleaved).transpose(1, 2)
-        v_BGKH = v_BSGH.transpose(1, 2)
+        q_BSQH, k_BSGH = (apply_rope(x, rope, self.interleaved) for x in (q_BSQH, k_BSGH))
+        if self.qk_norm is QKNorm.head_after_rope:
+            q_BSQH, k_BSGH = self.q_norm(q_BSQH), self.k_norm(k_BSGH)
+        if self.query_scale != 1:
+            q_BSQH = q_BSQH * self.query_scale
+        q_BQSH, k_BGKH, v_BGKH = (x.transpose(1, 2) for x in (q_BSQH, k_BSGH, v_BSGH))
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)

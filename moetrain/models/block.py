@@ -63,6 +63,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__()
+        self.residual_scale = cfg.scales.residual
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.attention = build_attention(cfg, layer)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
@@ -84,7 +85,8 @@ class Block(nn.Module):
         carried: Carried = Carried(),  # noqa: B008 - immutable
     ) -> BlockOutput:
         before_BSD = x_BSD
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
+        attended_BSD = self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
+        x_BSD = x_BSD + times(attended_BSD, self.residual_scale)
         if self.hands_on_attended:
             carried = carried._replace(attended_BSD=x_BSD)
         stream_BSD = self._read_at(x_BSD, carried)
@@ -115,7 +117,7 @@ class Block(nn.Module):
     def _add(
         self, x_BSD: Tensor, y_BSD: Tensor, record: RoutingRecord | None, carried: Carried
     ) -> BlockOutput:
-        return BlockOutput(x_BSD + y_BSD, record, carried)
+        return BlockOutput(x_BSD + times(y_BSD, self.residual_scale), record, carried)
 
 
 class ResidualBlock(Block):
@@ -202,6 +204,11 @@ class ShortcutBlock(Block):
         beside = moe.beside(started, self.feed_forward_norm(x_BSD))  # while results travel
         y_BSD, routing = moe.finish(started, done, beside)
         return BlockOutput(x_BSD + y_BSD, routing, carried)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself where the factor is 1."""
+    return x if factor == 1 else x * factor
 
 
 def _on_stream(ctx: RouterContext | None, stream_BSD: Tensor) -> RouterContext | None:

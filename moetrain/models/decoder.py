@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moetrain.bounds import check_ranges
 from moetrain.models.attention import AttentionLayer, plan_of
-from moetrain.models.block import Carried, build_block
+from moetrain.models.block import Carried, build_block, times
 from moetrain.models.cache import KVCache
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig, window_of
@@ -86,6 +86,8 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """Hidden states after the last norm, and what layers told of their routing.
 
+        They are divided by ``model.scales.logits_divisor``, and so is what any head makes of them.
+
         ``doc_ids_BS``: attention stays within tokens of one id; None is plainly causal. ``positions_BS``:
         None counts from 0, or from the end of ``cache``, which the new tokens then join. ``documents``: no
         row of ``doc_ids_BS`` holds more of them, and each is one run of tokens; None: not known.
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
         if ctx.doc_ids_T is None and doc_ids_BS is not None:
             ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
-        x_BSD = x_BSD.to(self.compute_dtype or x_BSD.dtype)
+        x_BSD = times(x_BSD.to(self.compute_dtype or x_BSD.dtype), self.cfg.scales.embedding)
         compute_dtype = x_BSD.dtype
         attentions = self.attentions()
         ropes = {
@@ -134,7 +136,8 @@ class Decoder(nn.Module):
             x_BSD, record, carried = block(x_BSD, rope, plan, layer_ctx, layer_cache, carried)
             if record is not None:
                 records[layer] = previous = record
-        return DecoderOutput(self.norm(x_BSD, compute_dtype), records)
+        hidden_BSD = self.norm(x_BSD, compute_dtype)
+        return DecoderOutput(times(hidden_BSD, 1 / self.cfg.scales.logits_divisor), records)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products."""

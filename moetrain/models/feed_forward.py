@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moetrain.models.biased_mlp import BiasedFeedForward
 from moetrain.models.options import ModelConfig, experts_of, width_of
 from moetrain.models.wiring_options import Wiring
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
@@ -88,6 +89,8 @@ class DenseFeedForward(MLP):
 
 @register_feed_forward("dense", on_meta=True, alike=True)
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
+    if cfg.mlp_bias:
+        return BiasedFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
     return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value, cfg.lora)
 
 

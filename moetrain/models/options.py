@@ -9,6 +9,7 @@ from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
 from moetrain.ops.low_rank import LoRA
 
@@ -18,10 +19,12 @@ LATENT = "latent"  # model.attention
 
 
 class QKNorm(Enum):
-    """``head``: RMSNorm over each head (Qwen3); ``full``: over all heads at once (OLMoE)."""
+    """``head``: RMSNorm over each head (Qwen3); ``head_after_rope``: likewise, after the head has turned
+    (Hunyuan); ``full``: over all heads at once (OLMoE)."""
 
     none = "none"
     head = "head"
+    head_after_rope = "head_after_rope"
     full = "full"
 
 
@@ -80,6 +83,7 @@ class ModelConfig:
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
+    mlp_bias: bool = False  # of dense layers' matrices (Llama); experts have none by it
     out_bias: bool = False  # of attention's output (GPT-OSS)
     # a learned logit of each head in the softmax of attention, of no key (GPT-OSS)
     attention_sinks: bool = False
@@ -101,6 +105,7 @@ class ModelConfig:
     rope_fraction: float = field(default=1.0, metadata=within(0, 1, open_low=True))
     rope_interleaved: bool = False  # turned pairs are neighbours (ERNIE), not elements half a width apart
     zero_centered_norms: bool = False  # norms multiply by 1 + weight, which starts at 0 (Gemma, Qwen3-Next)
+    scales: ScalesConfig = field(default_factory=ScalesConfig)
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))

@@ -10,7 +10,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention_rules import check_attention
 from moetrain.models.latent_rules import check_latent
 from moetrain.models.layer_options import READ_BY
-from moetrain.models.options import LATENT, LayerWindow, ModelConfig, attention_kinds
+from moetrain.models.options import LATENT, LayerWindow, ModelConfig, attention_kinds, moe_layers
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
@@ -44,6 +44,8 @@ def check_model(cfg: ModelConfig) -> None:
     _check_layers(cfg)
     if line := shared_refusal(cfg.num_shared_experts, cfg.d_ff_shared, cfg.shared_gate):
         raise UserError(line)
+    if cfg.mlp_bias and len(moe_layers(cfg)) == cfg.num_layers:
+        raise UserError("model.mlp_bias=true is of dense layers, and all layers are MoE: set it to false")
     check_attention(cfg)
     _check_rope(cfg)
     _check_windows(cfg)
@@ -75,12 +77,23 @@ def _check_own_attention(cfg: ModelConfig) -> None:
                 f"model.{name}={value} is read by model.attention={' or '.join(readers)}, not by "
                 f"model.attention={' or '.join(kinds)}: leave it out"
             )
+    others = [kind for kind in attention_kinds(cfg) if kind not in _OF_ATTENTIONS["out_bias"]]
+    if cfg.scales.attention is not None and others:
+        raise UserError(
+            f"model.scales.attention={cfg.scales.attention} would not reach "
+            f"model.attention={' or '.join(others)}: leave it out"
+        )
 
 
 def _check_lora(cfg: ModelConfig) -> None:
     if cfg.lora_rank is None and cfg.lora_alpha != ModelConfig.lora_alpha:
         raise UserError(
             f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
+        )
+    if cfg.lora_rank is not None and cfg.mlp_bias:
+        raise UserError(
+            f"model.lora_rank={cfg.lora_rank} does not go together with model.mlp_bias=true: set "
+            "model.lora_rank=null"
         )
     others = [kind for kind in attention_kinds(cfg) if kind not in (own := ("grouped_query", LATENT))]
     if cfg.lora_rank is not None and others:

@@ -29,6 +29,11 @@ def check_wiring(cfg: ModelConfig) -> None:
     _is_of_moe_layers(cfg)
     _check_shortcut(cfg)
     _check_momentum(cfg)
+    if cfg.scales.residual != 1 and cfg.wiring is not Wiring.plain:
+        raise UserError(
+            f"model.scales.residual={cfg.scales.residual} is of plain blocks, not of model.wiring="
+            f"{cfg.wiring.name}: set one of the two back"
+        )
 
 
 def beyond_families(cfg: ModelConfig) -> str | None:

@@ -5,6 +5,7 @@ The ranks of one spawn go through all layouts of their number.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ FAMILIES = {
         "model.shared_gate=true", "model.gated_delta={num_key_heads: 2, num_value_heads: 4}",
         "model.gated_delta.key_head_dim=5", "model.gated_delta.value_head_dim=3",
     ],
+    "glm4_moe": [  # some layers dense, a bias of the choice
+        "router=sigmoid", "model.first_dense=1", "model.num_shared_experts=1", "model.qk_norm=head",
+        "model.rope_fraction=0.5", "model.qkv_bias=true",
+    ],
+    "granitemoeshared": [  # experts in stacks
+        "router=mixtral", "model.num_shared_experts=1", "model.d_ff_shared=24", "model.scales.residual=0.4",
+        "model.scales.attention=0.3",
+    ],
 }  # fmt: skip
 
 
@@ -66,6 +75,7 @@ def folders(
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
     assert len(list(hf.glob("*.safetensors"))) > 2
+    assert json.loads((hf / "config.json").read_text())["model_type"] == request.param
     return {path.name: str(path) for path in (hf, converted)}
 
 

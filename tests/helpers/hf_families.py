@@ -18,6 +18,7 @@ from moetrain.models import Decoder
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
@@ -199,6 +200,11 @@ LLAMA = Family(  # transformers wants heads that divide the width
 )
 LLAMA_TIED = Family(
     "Llama", {**LLAMA.theirs, "tie_word_embeddings": True}, {**LLAMA.ours, "tie_embeddings": True}
+)
+LLAMA_BIASED = replace(
+    LLAMA,
+    theirs={**LLAMA.theirs, "attention_bias": True, "mlp_bias": True},
+    ours={**LLAMA.ours, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
 )
 MISTRAL = Family(
     "Mistral",
@@ -436,6 +442,69 @@ MOONLIGHT = replace(  # one group; values wider than queries, and halves that tu
     },
     router=TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, renormalize=False, top_groups=1),
 )
+HUNYUAN_V1_MOE = Family(
+    "HunYuanMoEV1",
+    {"intermediate_size": 23, "num_experts": 11, "moe_topk": 3, "attention_bias": True},
+    {
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "num_shared_experts": 1,
+        "norm_eps": 1e-5,
+        "qkv_bias": True,
+        "out_bias": True,
+        "qk_norm": QKNorm.head_after_rope,
+    },
+    TopKOptions(top_k=3, score=Score.softmax, renormalize=True),
+)
+HUNYUAN_V1_MOE_ALPHA = replace(
+    HUNYUAN_V1_MOE,
+    theirs={**HUNYUAN_V1_MOE.theirs, "attention_bias": False, "moe_topk": [3] * 3},
+    ours={
+        **HUNYUAN_V1_MOE.ours,
+        "qkv_bias": False,
+        "out_bias": False,
+        "rope_theta": THETA * 50.0 ** (14 / 12),
+    },
+    rope={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+)
+GRANITEMOE = Family(
+    "GraniteMoe",
+    {
+        "hidden_size": 60,  # transformers divides it by the heads
+        "head_dim": 10,
+        "intermediate_size": 23,
+        "num_local_experts": 11,
+        "num_experts_per_tok": 3,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.7,
+    },
+    {
+        "d_model": 60,
+        "head_dim": 10,
+        "num_experts": 11,
+        "d_ff_expert": 23,
+        "norm_eps": 1e-6,
+        "qkv_bias": True,
+        "out_bias": True,
+        "scales": ScalesConfig(embedding=3.0, residual=0.4, attention=0.2, logits_divisor=0.7),
+    },
+    TopKOptions(top_k=3, score=Score.softmax_after),
+)
+GRANITEMOESHARED = replace(
+    GRANITEMOE,
+    name="GraniteMoeShared",
+    theirs={**GRANITEMOE.theirs, "attention_bias": False, "shared_intermediate_size": 19},
+    ours={
+        **GRANITEMOE.ours,
+        "qkv_bias": False,
+        "out_bias": False,
+        "num_shared_experts": 1,
+        "d_ff_shared": 19,
+    },
+)
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -539,6 +608,7 @@ FAMILIES = {
     "olmoe": OLMOE,
     "llama": LLAMA,
     "llama_tied": LLAMA_TIED,
+    "llama_biased": LLAMA_BIASED,
     "mistral": MISTRAL,
     "mistral_window": MISTRAL_WINDOW,
     "qwen2": QWEN2,
@@ -557,5 +627,9 @@ FAMILIES = {
     "deepseek_v2_groups": DEEPSEEK_V2_GROUPS,
     "deepseek_v3": DEEPSEEK_V3,
     "moonlight": MOONLIGHT,
+    "granitemoe": GRANITEMOE,
+    "granitemoeshared": GRANITEMOESHARED,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "hunyuan_v1_moe_alpha": HUNYUAN_V1_MOE_ALPHA,
     **SCALED,
 }

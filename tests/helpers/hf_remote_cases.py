@@ -82,6 +82,7 @@ CASES = {
     "adapters": ModelSpec(MIXED, experts=ADAPTERS),
     "no_experts": ModelSpec(DENSE),
     "bias_head": ModelSpec(replace(DENSE, qkv_bias=True, qk_norm=QKNorm.head, num_kv_heads=None)),
+    "norm_after_rope": ModelSpec(replace(DENSE, qk_norm=QKNorm.head_after_rope)),
     "full_window": ModelSpec(replace(DENSE, qk_norm=QKNorm.full, sliding_window=4)),
     **{f"rope_{s.kind.name}": ModelSpec(replace(DENSE, rope_scaling=s)) for s in (LINEAR, LLAMA3, YARN)},
     **{f"act_{activation.name}": activated(activation) for activation in Activation},

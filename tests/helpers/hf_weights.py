@@ -13,6 +13,14 @@ from torch import Tensor
 _PROJECTIONS = (("q", "Q"), ("k", "G"), ("v", "G"))
 RENAMED = {
     "self_attn.o_proj.weight": "attention.w_out_DQ",
+    "self_attn.query_layernorm.weight": "attention.q_norm.weight_D",
+    "self_attn.key_layernorm.weight": "attention.k_norm.weight_D",
+    "mlp.gate.wg.weight": "feed_forward.router.weight_ED",
+    "mlp.shared_mlp.gate_proj.weight": "feed_forward.shared.w_gate_FD",
+    "mlp.shared_mlp.up_proj.weight": "feed_forward.shared.w_up_FD",
+    "mlp.shared_mlp.down_proj.weight": "feed_forward.shared.w_down_DF",
+    "block_sparse_moe.router.weight": "feed_forward.router.weight_ED",
+    "shared_mlp.output_linear.weight": "feed_forward.shared.w_down_DF",
     "self_attn.o_proj.bias": "attention.b_out_D",
     "self_attn.sinks": "attention.b_sink_N",
     "mlp.router.weight": "feed_forward.router.weight_ED",
@@ -24,6 +32,8 @@ RENAMED = {
     **{f"self_attn.{part}_proj.weight": f"attention.w_{part}_{axis}D" for part, axis in _PROJECTIONS},
     **{f"self_attn.{part}_proj.bias": f"attention.b_{part}_{axis}" for part, axis in _PROJECTIONS},
     "mlp.gate.weight": "feed_forward.router.weight_ED",
+    **{f"mlp.{part}_proj.bias": f"feed_forward.b_{part}_F" for part in ("gate", "up")},
+    "mlp.down_proj.bias": "feed_forward.b_down_D",
     "mlp.gate_proj.weight": "feed_forward.w_gate_FD",
     "mlp.up_proj.weight": "feed_forward.w_up_FD",
     "mlp.down_proj.weight": "feed_forward.w_down_DF",
@@ -61,12 +71,13 @@ DELTA = {
 }
 RENAMED |= DELTA
 FUSED = {f"linear_attn.in_proj_{parts}.weight" for parts in ("qkvz", "ba", "qkv")}
-STACKED_UP, STACKED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-_IN_TURN = {
-    STACKED_UP: "w_gate_up_EDCF",
-    f"{STACKED_UP}_bias": "bias_gate_up_ECF",
-    STACKED_DOWN: "w_down_EFD",
-    f"{STACKED_DOWN}_bias": "bias_down_ED",
+STACKED_UP, STACKED_DOWN = "experts.gate_up_proj", "experts.down_proj"
+SHARED_UP = "shared_mlp.input_linear.weight"
+_IN_TURN = {  # GPT-OSS's: [E, D, 2F], gate and up columns in turn
+    f"mlp.{STACKED_UP}": "w_gate_up_EDCF",
+    f"mlp.{STACKED_UP}_bias": "bias_gate_up_ECF",
+    f"mlp.{STACKED_DOWN}": "w_down_EFD",
+    f"mlp.{STACKED_DOWN}_bias": "bias_down_ED",
 }
 OUTER = {
     "model.embed_tokens.weight": "embed_VD",
@@ -85,19 +96,27 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         renamed = RENAMED | LATENT if "self_attn.kv_b_proj.weight" in theirs else RENAMED
         parts = {renamed[name]: t for name, t in theirs.items() if name in renamed}
-        if f"{STACKED_UP}_bias" in theirs:  # GPT-OSS's: [E, D, 2F], gate and up columns in turn
+        used += len(parts)
+        if f"mlp.{STACKED_UP}_bias" in theirs:
             for name, ours_name in _IN_TURN.items():
                 parts[f"feed_forward.experts.{ours_name}"] = (
                     theirs[name].unflatten(-1, (-1, 2)).transpose(-1, -2)
-                    if name.startswith(STACKED_UP)
+                    if STACKED_UP in name
                     else theirs[name]
                 )
-        elif STACKED_UP in theirs:  # [E, 2F, D], the gate's rows first
-            up_EDCF = theirs[STACKED_UP].transpose(1, 2).unflatten(2, (2, -1))
-            down_EFD = theirs[STACKED_DOWN].transpose(1, 2)
-            parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF
-            parts["feed_forward.experts.w_down_EFD"] = down_EFD
-        used += len(parts)
+            used += len(_IN_TURN)
+        else:
+            for block in ("mlp", "block_sparse_moe"):
+                if (up := f"{block}.{STACKED_UP}") in theirs:  # [E, 2F, D], the gate's rows first
+                    up_EDCF = theirs[up].transpose(1, 2).unflatten(2, (2, -1))
+                    down_EFD = theirs[f"{block}.{STACKED_DOWN}"].transpose(1, 2)
+                    parts["feed_forward.experts.w_gate_up_EDCF"] = up_EDCF
+                    parts["feed_forward.experts.w_down_EFD"] = down_EFD
+                    used += 2
+        if SHARED_UP in theirs:  # the gate's rows first
+            halves = theirs[SHARED_UP].chunk(2)
+            parts["feed_forward.shared.w_gate_FD"], parts["feed_forward.shared.w_up_FD"] = halves
+            used += 1
         parts |= _hybrid(theirs)
         used += len(FUSED & theirs.keys())
         ours |= {f"blocks.{layer}.{name}": t for name, t in parts.items()}

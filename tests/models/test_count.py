@@ -15,6 +15,7 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.train.options import TrainConfig
@@ -82,6 +83,7 @@ CASES = [
     {"first_dense": 1, "tie_embeddings": False},
     {"moe_every": 2, "num_shared_experts": 3, "shared_gate": True, "qk_norm": QKNorm.full, "num_kv_heads": 6},
     {"sliding_window": 4, "num_kv_heads": 1, "qkv_bias": True},
+    {"first_dense": 1, "out_bias": True, "mlp_bias": True, "scales": ScalesConfig(2.0, 0.5, 0.3, 0.7)},
 ]
 
 

@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, V vocabulary.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from model_cases import VOCAB, decoder, tokens
@@ -11,6 +13,7 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.models import Decoder, KVCache, generate
 from moetrain.models.generate import choose
+from moetrain.models.options import QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
 
 
@@ -25,9 +28,17 @@ def test_cached_pieces_equal_the_full_forward_pass(window: int | None, pieces: l
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).hidden_BSD, rtol=1e-11, atol=1e-11)
 
 
-def test_cached_pieces_with_biases_and_a_scaled_rope() -> None:
-    scaling = RopeScaling(RopeKind.yarn, factor=3.0, original_max_positions=5)
-    model, ids = decoder(qkv_bias=True, rope_scaling=scaling), tokens(3, 11)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True, "rope_scaling": RopeScaling(RopeKind.yarn, factor=3.0, original_max_positions=5)},
+        {"qk_norm": QKNorm.head_after_rope, "rope_interleaved": True, "out_bias": True},
+        {"head_dim": 12, "rope_fraction": 0.5, "first_dense": 1, "mlp_bias": True},
+    ],
+    ids=["scaled", "interleaved", "in part"],
+)
+def test_cached_pieces_however_a_head_turns(changes: dict[str, Any]) -> None:
+    model, ids = decoder(**changes), tokens(3, 11)
     cache = KVCache(3, 11)
     parts = [model(piece, cache=cache).hidden_BSD for piece in ids.split([4, 1, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).hidden_BSD, rtol=1e-11, atol=1e-11)

@@ -44,6 +44,8 @@ def by_loop(attention: Attention, x_BSD: Tensor, seen: Seen) -> Tensor:
         q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)
     table = rope_table(torch.arange(SEQ)[None], width, TINY.rope_theta, torch.float64)
     q, k = apply_rope(q, table), apply_rope(k, table)
+    if attention.qk_norm is QKNorm.head_after_rope:
+        q, k = rms(q, attention.q_norm.weight_D), rms(k, attention.k_norm.weight_D)
     y = torch.zeros_like(q)
     for b in range(BATCH):
         for i in range(SEQ):

@@ -108,6 +108,20 @@ def test_adapters_keep_the_function(sources: dict[str, dict[str, Path]], tmp_pat
     assert_kept(sources["qwen3"]["single"], target)
 
 
+def test_biases_of_attention_go_over_and_those_of_networks_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    biased = FAMILIES["llama_biased"]
+    source = write_theirs(biased.their_model(torch.float64), tmp_path / "biased")
+    said = ("model.mlp_bias=false", *EIGHT)
+    assert upcycle(source, tmp_path / "moe", *said) == 2
+    assert "upcycling makes experts of its dense layers, and has no biases" in capsys.readouterr().err
+    attention = replace(biased, theirs={**biased.theirs, "mlp_bias": False})
+    source = write_theirs(attention.their_model(torch.float64), tmp_path / "attention")
+    assert upcycle(source, tmp_path / "moe", *EIGHT) == 0
+    assert_kept(source, tmp_path / "moe")
+
+
 def test_the_seed_decides_all(sources: dict[str, dict[str, Path]], tmp_path: Path) -> None:
     def made(name: str, seed: int) -> dict[str, Tensor]:
         said = ("method=drop", f"train.seed={seed}", *EIGHT)

@@ -7,6 +7,8 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
+    granitemoe,
+    hunyuan_v1_moe,
     kimi_k2,
     llama,
     minimax_m2,

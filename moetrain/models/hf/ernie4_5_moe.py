@@ -57,7 +57,7 @@ def _top_k(fields: Fields) -> int:
     return read_num_experts(fields, "moe_k", "num_experts_per_tok")
 
 
-def _read_layers(fields: Fields) -> dict[str, int]:
+def _read_layers(fields: Fields) -> dict[str, Any]:
     """``moe_every`` and ``first_dense``; the last MoE layer may only be the last that these give."""
     layers, every = fields.layers(), fields.integer("moe_layer_interval")
     first, end = fields.integer("moe_layer_start_index"), "moe_layer_end_index"

@@ -18,14 +18,19 @@ from moetrain.models.hf.translate import (
 
 def _read(fields: Fields) -> ModelSpec:
     fields.without_effect("sliding_window", "use_sliding_window", "max_window_layers")  # not in this class
-    return ModelSpec(read_decoder(fields), experts=read_experts(fields))
+    biased = fields.flag("attention_bias")
+    model = read_decoder(fields, qkv_bias=biased, out_bias=biased, mlp_bias=fields.flag("mlp_bias"))
+    return ModelSpec(model, experts=read_experts(fields))
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     require_dense(spec)
-    require("model.sliding_window", spec.model.sliding_window, None)
-    return write_decoder(spec) | {"attention_bias": False, "mlp_bias": False}
+    m = spec.model
+    require("model.sliding_window", m.sliding_window, None)
+    require("model.out_bias", m.out_bias, m.qkv_bias)
+    written = write_decoder(spec, qkv_bias=m.qkv_bias, own=("out_bias", "mlp_bias"))
+    return written | {"attention_bias": m.qkv_bias, "mlp_bias": m.mlp_bias}
 
 
-_DEFAULTS = SHARED | {"max_position_embeddings": 2048}
+_DEFAULTS = SHARED | {"attention_bias": False, "max_position_embeddings": 2048, "mlp_bias": False}
 register_family(Family("llama", "LlamaForCausalLM", _read, _write, defaults=_DEFAULTS))

@@ -38,14 +38,21 @@ _OF_OTHERS = (
 )
 
 
-def read_rope(fields: Fields, partial: float | None = None, scores: bool = False) -> dict[str, Any]:
+def read_rope(
+    fields: Fields, partial: float | None = None, scores: bool = False, alpha_width: int | None = None
+) -> dict[str, Any]:
     """The keys of ModelConfig that say how positions rotate.
 
     ``partial``: the part of a head that turns where none is said; None: the family turns whole heads.
     ``scores``: whether ``mscale_all_dim`` scales the scores of attention, too.
+    ``alpha_width``: of a head, in a family that knows a dynamic scaling by a fixed ``alpha``; None: it does
+    not.
     """
     rope = _parameters(fields)
     name = rope.get("rope_type" if rope.has("rope_type") else "type")
+    stretch = 1.0
+    if alpha_width is not None and name == "dynamic" and _stated(rope, "alpha"):
+        name, stretch = "default", _stretch(rope, alpha_width)
     if not isinstance(name, str) or name not in _KINDS:
         raise rope.refuse(f"rope_type={quoted(name)} is not supported: {', '.join(_KINDS)} are")
     kind = _KINDS[name]
@@ -66,11 +73,26 @@ def read_rope(fields: Fields, partial: float | None = None, scores: bool = False
         if key not in numbers:
             raise rope.refuse(f"{key} is missing")
     theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta")
+    theta *= stretch
     scaling = RopeScaling(kind=kind, **numbers)
     _check(rope, theta, scaling)
     if unknown := sorted(rope.unused()):
         raise rope.refuse(f"{unknown[0]}={quoted(rope.values[unknown[0]])} is not known to change nothing")
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_fraction": fraction}
+
+
+def _stretch(rope: Fields, width: int) -> float:
+    """What a fixed ``alpha`` multiplies the base by ("NTK-aware" scaling; of Hunyuan)."""
+    alpha = rope.number("alpha")
+    if not alpha > 0 or width < 3:
+        raise rope.refuse(f"alpha={alpha} of heads of {width} elements: both must be more, than 0 and 2")
+    try:
+        stretch: float = alpha ** (width / (width - 2))
+    except OverflowError:
+        stretch = math.inf
+    if not math.isfinite(stretch):
+        raise rope.refuse(f"alpha={alpha} is too large")
+    return stretch
 
 
 def _fraction(fields: Fields, rope: Fields, partial: float | None) -> float:

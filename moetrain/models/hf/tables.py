@@ -16,7 +16,7 @@ from moetrain.models.options import LATENT, ModelConfig, QKNorm, is_moe_layer
 
 @dataclass(frozen=True)
 class MoENames:
-    """What a family calls the parts of an MoE layer, within one layer.
+    """What a family calls the parts of an MoE layer, and its norms of queries and keys, within one layer.
 
     ``stacked``: its files have all experts of a layer in one tensor, in a way of its own.
     """
@@ -27,6 +27,8 @@ class MoENames:
     down: str = "mlp.experts.{}.down_proj.weight"
     shared: str = "mlp.shared_expert"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
     bias: str | None = None  # of the choice, one number an expert; None: it has none
     bias_rows: int = 0  # dimensions of size 1 before the experts
     aliases: Mapping[str, str] = field(
@@ -45,22 +47,22 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
         table["head_VD"] = _whole("lm_head.weight", (vocab_size, cfg.d_model))
     for layer in range(cfg.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        parts = _attention(cfg) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _dense(cfg))
+        parts = _attention(cfg, names) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _biased(cfg))
         for name, tiled in parts.items():
             pieces = tuple(replace(piece, theirs=theirs + piece.theirs) for piece in tiled.pieces)
             table[ours + name] = replace(tiled, pieces=pieces)
     return table
 
 
-def _attention(cfg: ModelConfig) -> Table:
+def _attention(cfg: ModelConfig, names: MoENames) -> Table:
     table = {
         "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
         "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
     }
-    return table | (latent_table(cfg) if cfg.attention == LATENT else _grouped_query(cfg))
+    return table | (latent_table(cfg) if cfg.attention == LATENT else _grouped_query(cfg, names))
 
 
-def _grouped_query(cfg: ModelConfig) -> Table:
+def _grouped_query(cfg: ModelConfig, names: MoENames) -> Table:
     heads, kv_heads, head_dim = head_shape(cfg)
     widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     table = {"attention.w_out_DQ": _whole("self_attn.o_proj.weight", (cfg.d_model, widths["q"]))}
@@ -75,11 +77,21 @@ def _grouped_query(cfg: ModelConfig) -> Table:
         if cfg.qkv_bias:
             table[f"attention.b_{part}_{axis}"] = _whole(f"self_attn.{part}_proj.bias", (width,))
     if cfg.qk_norm is not QKNorm.none:
-        per_head = cfg.qk_norm is QKNorm.head
-        for part in ("q", "k"):
+        per_head = cfg.qk_norm is not QKNorm.full
+        for part, name in (("q", names.q_norm), ("k", names.k_norm)):
             width = head_dim if per_head else widths[part]
-            table[f"attention.{part}_norm.weight_D"] = _whole(f"self_attn.{part}_norm.weight", (width,))
+            table[f"attention.{part}_norm.weight_D"] = _whole(name, (width,))
     return table
+
+
+def _biased(cfg: ModelConfig) -> Table:
+    """A dense layer with its biases, where it has some."""
+    sizes = {"gate": ("F", cfg.d_ff), "up": ("F", cfg.d_ff), "down": ("D", cfg.d_model)}
+    biases = {
+        f"feed_forward.b_{part}_{axis}": _whole(f"mlp.{part}_proj.bias", (size,))
+        for part, (axis, size) in sizes.items()
+    }
+    return _dense(cfg) | (biases if cfg.mlp_bias else {})
 
 
 def _dense(cfg: ModelConfig, ours: str = "feed_forward", theirs: str = "mlp", width: int = 0) -> Table:

@@ -16,6 +16,7 @@ from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
 from moetrain.models.options import LATENT, ModelConfig, QKNorm
 from moetrain.models.rules import check_heads
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertsConfig
 from moetrain.moe.routers.sigmoid import SigmoidOptions
 from moetrain.moe.routers.topk import Score, TopKOptions
@@ -29,15 +30,18 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
 _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
 # what few families have words for, who name it as their own
 _OTHERWISE = (
-    *("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
+    *("mlp_bias", "out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
     *("attention_pattern", "attention_gate", "zero_centered_norms"),
 )
 
 
-def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) -> ModelConfig:
+def read_decoder(
+    fields: Fields, partial_rope: float | None = None, alpha_rope: bool = False, **own: Any
+) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds.
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
+    ``alpha_rope``: whether it knows a dynamic scaling by a fixed ``alpha``.
     """
     if not {"window_pattern", "attention_pattern"} & own.keys():
         layer_types(fields)  # those of all layers alike
@@ -54,14 +58,19 @@ def read_decoder(fields: Fields, partial_rope: float | None = None, **own: Any) 
         "init_std": fields.number("initializer_range") if fields.has("initializer_range") else 0.02,
         "num_experts": 0,
     }
-    rope = read_rope(fields, partial_rope, own.get("attention") == LATENT)
-    cfg = ModelConfig(**shared | rope | own)
+    latent, width = own.get("attention") == LATENT, _head_dim(fields) if alpha_rope else None
+    cfg = ModelConfig(**shared | read_rope(fields, partial_rope, latent, width) | own)
     try:
         check_ranges(cfg, "model")
         check_heads(cfg)
     except UserError as error:
         raise fields.refuse(str(error)) from None
     return cfg
+
+
+def _head_dim(fields: Fields) -> int:
+    width, heads = fields.integer_or_none("head_dim"), fields.integer("num_attention_heads")
+    return width if width is not None else fields.integer("hidden_size") // max(heads, 1)
 
 
 def read_experts(fields: Fields) -> ExpertsConfig:
@@ -96,6 +105,8 @@ def write_decoder(
         if key not in own:
             require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))
     require("experts.bias", spec.experts.bias, False)
+    for key, value in vars(ScalesConfig()).items() if "scales" not in own else ():
+        require(f"model.scales.{key}", getattr(m.scales, key), value)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)
@@ -139,8 +150,9 @@ def check_router(spec: ModelSpec) -> TopKOptions:
     """The options of a top-k router of networks, without a capacity. CannotExpressError for another."""
     router = spec.router
     require("experts.kind", spec.experts.kind.name, "networks")
-    if not isinstance(router, TopKOptions) or type(router) not in (TopKOptions, SigmoidOptions):
-        raise CannotExpressError(f"router={router.name} is not the softmax top-k router")
+    if type(router) not in (TopKOptions, SigmoidOptions):
+        raise CannotExpressError(f"router={router.name} is not the top-k router")
+    assert isinstance(router, TopKOptions)
     require("router.eval_capacity_factor", router.eval_capacity_factor, None)
     require("router.permutation_steps", router.permutation_steps, None)
     return router
@@ -242,7 +254,7 @@ def write_window(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_sparse_layers(fields: Fields) -> dict[str, int]:
+def read_sparse_layers(fields: Fields) -> dict[str, Any]:
     """``moe_every`` and ``first_dense`` of Qwen's ``decoder_sparse_step`` and ``mlp_only_layers``."""
     layers, step = fields.layers(), fields.integer("decoder_sparse_step")
     listed = fields.get("mlp_only_layers") if fields.has("mlp_only_layers") else None

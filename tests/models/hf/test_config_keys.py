@@ -180,6 +180,10 @@ TURNED = {
     "rotary_dim": {"rotary_dim": 4},
     "rotary_dim, part": {"rotary_dim": 4, "partial_rotary_factor": 0.5},
 }
+ALPHA: dict[str, dict[str, Any]] = {
+    "no alpha": {},
+    "alpha": {"rope_theta": 70.0, "rope_scaling": {"type": "dynamic", "alpha": 30.0, "factor": 1.0}},
+}
 WHOLE, PARTLY = ("deepseek_v3", "llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
 PART = "partial_rotary_factor"
 PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
@@ -197,7 +201,12 @@ PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
     ("name", "values"),
     [
         pytest.param(name, values, id=f"{what}-{name}")
-        for names, cases in ((WHOLE, ROPES), (PARTLY, PARTS), (("minimax_m2",), TURNED))
+        for names, cases in (
+            (WHOLE, ROPES),
+            (PARTLY, PARTS),
+            (("minimax_m2",), TURNED),
+            (("hunyuan_v1_moe",), ALPHA),
+        )
         for what, values in cases.items()
         for name in names
     ],
@@ -254,6 +263,21 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "head_dim": 0, "router_jitter_noise": 0.1,
         },
     ),
+    "hunyuan_v1_moe": (
+        {
+            "auto_map": {"AutoConfig": "x.Y"}, "moe_topk": [1, 1], "moe_intermediate_size": [48, 48],
+            "num_shared_expert": [1, 1], "use_qk_norm": True, "use_mixed_mlp_moe": True, "use_cla": False,
+            "cla_share_factor": 2, "norm_type": "rms", "moe_drop_tokens": False, "eod_token_id": 3,
+        },
+        {
+            "moe_topk": [1, 2], "moe_intermediate_size": [24, 48], "num_shared_expert": 2, "use_cla": True,
+            "use_qk_norm": False, "num_experts": [4], "num_experts_per_tok": 3, "norm_type": "layer",
+        },
+    ),
+    "granitemoeshared": (
+        {"shared_intermediate_size": 0, "attention_multiplier": 1},
+        {"shared_intermediate_size": -1, "attention_multiplier": 0.0, "logits_scaling": None},
+    ),
     "ernie4_5_moe": (
         {
             "auto_map": {"AutoConfig": "x.Y"}, "moe_capacity": [4, 4], "moe_use_aux_free": True,
@@ -307,5 +331,5 @@ def test_keys_of_the_published_files(name: str) -> None:
     given = sizes_of(name)
     assert read(given | same) == read(given)
     for key, value in others.items():
-        with pytest.raises(UserError, match=f"{key}|rope_fraction"):
+        with pytest.raises(UserError, match=f"{key}|rope_fraction|model.scales"):
             read(given | {key: value})

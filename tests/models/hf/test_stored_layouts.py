@@ -73,6 +73,8 @@ def ids() -> Tensor:
         "minimax_m2",
         "ernie4_5_moe",
         "qwen3_5_moe_text",
+        "hunyuan_v1_moe",
+        "granitemoeshared",
     ],
 )
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:

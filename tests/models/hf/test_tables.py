@@ -20,6 +20,7 @@ from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
@@ -32,10 +33,13 @@ QK_NORM = {
     "olmoe": QKNorm.full,
     "minimax_m2": QKNorm.full,
     "dots1": QKNorm.head,
+    "hunyuan_v1_moe": QKNorm.head_after_rope,
 }
 HYBRID = ("qwen3_next", "qwen3_5_moe_text")
 SIGMOID = ("dots1", "glm4_moe")
-AS_DENSE = ("mixtral", "olmoe", "minimax_m2")  # one key says both widths
+AS_DENSE = (  # one key says both widths
+    *("mixtral", "olmoe", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
+)
 SLIDING, FULL = LayerWindow
 PATTERNS = ((), (SLIDING, FULL), (FULL, SLIDING), (SLIDING, SLIDING, FULL), (FULL, SLIDING, SLIDING, FULL))
 WINDOWED = ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "dots1")
@@ -90,6 +94,9 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     experts = ExpertsConfig(activation=draw(st.sampled_from(activations)))
     if name.startswith("deepseek"):
         return ModelSpec(*deepseek(draw, name, keys), experts)
+    if name == "llama":
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["mlp_bias"] = draw(st.booleans())
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
@@ -109,13 +116,21 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     router = TopKOptions(
         top_k=top_k,
         score=Score.softmax,
-        renormalize=name == "ernie4_5_moe" or (name != "mixtral" and draw(st.booleans())),
+        renormalize=name in ("ernie4_5_moe", "hunyuan_v1_moe") or (name != "mixtral" and draw(st.booleans())),
     )
     if name == "qwen3_5_moe_text":
         router = replace(router, renormalize=True)
+    if name == "hunyuan_v1_moe":
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["num_shared_experts"] = 1
     if name == "ernie4_5_moe":
         keys |= {"num_shared_experts": draw(st.integers(0, 3)), "rope_interleaved": True}
-    if name == "mixtral":
+    if name in ("granitemoe", "granitemoeshared"):
+        keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
+        keys["scales"] = ScalesConfig(*draw(st.sampled_from([(1.0, 0.3, 0.1, 2.0), (12.0, 1.0, 1.0, 1.0)])))
+    if name == "granitemoeshared" and draw(st.booleans()):
+        keys |= {"num_shared_experts": 1, "d_ff_shared": draw(st.integers(1, 17))}
+    if name in ("mixtral", "granitemoe", "granitemoeshared"):
         router = TopKOptions(top_k=top_k, score=Score.softmax_after)
     if name == "minimax_m2":
         keys["rope_fraction"] = draw(st.sampled_from([0.5, 1.0])) if keys["head_dim"] % 4 == 0 else 1.0
@@ -258,6 +273,7 @@ SHARED = replace(MOE, num_shared_experts=1, d_ff_shared=3, shared_gate=True)
 NORMED = replace(MOE, qk_norm=QKNorm.full)
 TOP2 = TopKOptions(top_k=2)
 SIGMOID2 = TopKOptions(top_k=2, score=Score.sigmoid)
+HUNYUAN = replace(MOE, num_shared_experts=1, qk_norm=QKNorm.head_after_rope)
 ERNIE = replace(MOE, rope_interleaved=True)
 PLAIN_SHARED = replace(MOE, num_shared_experts=1)
 RELU2 = ExpertsConfig(activation=Activation.relu2)
@@ -270,7 +286,9 @@ SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
     [
         ("llama", ModelSpec(MOE, TOP2), "model.num_experts=3"),
         ("llama", ModelSpec(replace(BASE, sliding_window=3)), "model.sliding_window=3"),
-        ("llama", ModelSpec(replace(BASE, qkv_bias=True)), "model.qkv_bias=True"),
+        ("llama", ModelSpec(replace(BASE, qkv_bias=True)), "model.out_bias=False"),
+        ("mistral", ModelSpec(replace(BASE, qkv_bias=True)), "model.qkv_bias=True"),
+        ("mistral", ModelSpec(replace(BASE, mlp_bias=True)), "model.mlp_bias=True"),
         ("llama", ModelSpec(replace(BASE, qk_norm=QKNorm.head)), "model.qk_norm=head"),
         ("llama", ModelSpec(BASE, experts=RELU2), "experts.activation=relu2"),
         ("mistral", ModelSpec(MOE, TOP2), "model.num_experts=3"),
@@ -301,6 +319,22 @@ SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
         ("ernie4_5_moe", ModelSpec(ERNIE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
         ("ernie4_5_moe", ModelSpec(replace(ERNIE, sliding_window=3), TOP2), "model.sliding_window=3"),
         ("ernie4_5_moe", ModelSpec(replace(SHARED, rope_interleaved=True), TOP2), "model.shared_gate=True"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, SIGMOID2), "router.score=sigmoid"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("hunyuan_v1_moe", ModelSpec(HUNYUAN, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, qkv_bias=True), TOP2), "model.out_bias=False"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, num_shared_experts=2), TOP2), "d_ff_expert's width=2"),
+        ("hunyuan_v1_moe", ModelSpec(replace(HUNYUAN, qk_norm=QKNorm.head), TOP2), "model.qk_norm=head"),
+        ("granitemoe", ModelSpec(MOE, SIGMOID2), "router.score=sigmoid"),
+        ("granitemoe", ModelSpec(MOE, replace(TOP2, renormalize=False)), "router.renormalize=False"),
+        ("granitemoe", ModelSpec(MOE, replace(TOP2, jitter=0.1)), "router.jitter=0.1"),
+        ("granitemoe", ModelSpec(replace(MOE, qkv_bias=True), TOP2), "model.out_bias=False"),
+        ("granitemoe", ModelSpec(PLAIN_SHARED, TOP2), "model.num_shared_experts=1"),
+        ("granitemoe", ModelSpec(MOE, TOP2), "model.scales.attention=null"),
+        ("granitemoeshared", ModelSpec(SHARED, TOP2), "model.shared_gate=True"),
+        ("granitemoeshared", ModelSpec(replace(MOE, sliding_window=3), TOP2), "model.sliding_window=3"),
+        ("mixtral", ModelSpec(replace(MOE, scales=ScalesConfig(residual=0.5)), TOP2), "scales.residual=0.5"),
         ("dots1", ModelSpec(replace(PLAIN_SHARED, qkv_bias=True), SIGMOID2), "model.out_bias=False"),
         ("dots1", ModelSpec(PLAIN_SHARED, SIGMOID2), "model.qk_norm=none"),
         ("llama", ModelSpec(replace(BASE, out_bias=True)), "model.out_bias=True"),

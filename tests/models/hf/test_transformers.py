@@ -31,8 +31,8 @@ def assert_alike(
 ) -> None:
     """Logits of what ``mask`` [B, S] says is no padding, the loss, and the gradient of every parameter."""
     dtype = ours.embed_VD.dtype
-    rotates_in_fp32 = type(theirs).__name__.startswith("Ernie")  # and scores, whatever the model is in
-    wide = dtype is torch.float64 and not rotates_in_fp32
+    in_fp32 = type(theirs).__name__.startswith(("Ernie", "Granite"))  # more of them, whatever the model is in
+    wide = dtype is torch.float64 and not in_fp32
     close = {"rtol": fp64, "atol": fp64} if wide else {"rtol": 1e-5, "atol": 1e-5}
     reference = theirs(ids, attention_mask=mask, labels=labels, use_cache=False)
     hidden = ours(ids).hidden_BSD

@@ -79,6 +79,11 @@ def test_biases_do_not_decay_and_get_no_muon():
         groups = names(group_parameters(model, muon))
         assert {f"blocks.0.attention.b_{part}" for part in ("q_Q", "k_G", "v_G")} <= set(groups["no_decay"])
         assert "blocks.0.feed_forward.shared_gate_1D" in groups["decay"]
+    model = decoder(first_dense=1, out_bias=True, mlp_bias=True)
+    for muon in (False, True):
+        no_decay = set(names(group_parameters(model, muon))["no_decay"])
+        biases = ("attention.b_out_D", *(f"feed_forward.b_{p}" for p in ("gate_F", "up_F", "down_D")))
+        assert {f"blocks.0.{name}" for name in biases} <= no_decay
 
 
 def test_frozen_parameters_are_left_out_but_not_all_of_them():

@@ -153,7 +153,10 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        q, k = rotate(q, rope), rotate(k, rope)
+        if self.qk_norm == "head_after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         seen = self.seen(past, q.shape[2], k.shape[2], real_BK, x_BSD.device)
