@@ -75,11 +75,11 @@ def open_source(source: Source) -> Opened:
     """
     where = f"{source.path}: {CONFIG}"
     source = dequantised(source)
+    family, spec = _read(source)
     for name, info in source.tensors.items():
         if info.dtype not in DTYPES.values():
             kind = next(key for key, dtype in STORED.items() if dtype is info.dtype)
             raise UserError(f"{source.path}: {name} is {kind}; only {', '.join(DTYPES)} are read")
-    family, spec = _read(source)
     m = spec.model
     if 3 * m.num_layers * m.num_experts > MAX_TENSORS:
         raise UserError(
