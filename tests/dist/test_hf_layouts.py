@@ -5,6 +5,7 @@ The ranks of one spawn go through all layouts of their number.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,42 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "router=mixtral", "balance=none", "model.num_experts=8", "model.num_kv_heads=1",
-    "train.micro_batch_size=1",
-    f"train.global_batch_tokens={4 * tiny.SEQ}",
+    "model.num_experts=8", "train.micro_batch_size=1", f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
+MODELS = {
+    "mixtral": ["router=mixtral", "balance=none", "model.num_kv_heads=1"],
+    "deepseek_v3": [  # whose bias has moved
+        "router=deepseek_v3", "router.top_k=3", "router.num_groups=4", "router.top_groups=2",
+        "balance=aux_free", "model.attention=latent", "model.latent.q_lora_rank=7", "model.latent.kv_lora_rank=5",
+        "model.latent.qk_nope_head_dim=3", "model.latent.qk_rope_head_dim=4", "model.latent.v_head_dim=6",
+        "model.rope_interleaved=true", "model.num_shared_experts=1", "model.first_dense=1",
+    ],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.real] * (name != "mixtral")) for name in MODELS],
+)
+def folders(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same weights in Hugging Face's files, which are those of a run, and converted from these again."""
     made = tmp_path_factory.mktemp("folders")
     run, hf, converted = (made / name for name in ("run", "hf", "converted"))
     with tiny.alone():
-        assert tiny.train(corpus, run, *OPTIONS, "train.steps=1", "model.init_std=0.3") == 0
+        options = [*OPTIONS, *MODELS[request.param]]
+        assert tiny.train(corpus, run, *options, "train.steps=1", "model.init_std=0.3") == 0
         assert main(["export", f"checkpoint={run}", f"target={hf}", "max_shard_gb=8e-6"]) == 0
         assert main(["convert", f"source={hf}", f"target={converted}"]) == 0
+    assert json.loads((hf / "config.json").read_text())["model_type"] == request.param
     assert len(list(hf.glob("*.safetensors"))) > 2
     return {path.name: str(path) for path in (hf, converted)}
 
 
 def arguments(corpus: Path, start: str) -> list[str]:
     """Of a run that starts from ``start``, which alone says what the model is."""
-    given = tiny.command(corpus, Path("unused"), *OPTIONS)[1:]
+    given = tiny.command(corpus, Path("unused"), *OPTIONS, "balance=none")[1:]
     own = [a for a in given if not a.startswith(("run.dir", "model.", "router", "data.tokenizer"))]
     return [*own, f"init_from={start}"]
 
