@@ -39,9 +39,10 @@ MODELS = {
     "mixtral": ["router=mixtral", "balance=none", "model.num_kv_heads=1"],
     "deepseek_v3": [  # whose bias has moved
         "router=deepseek_v3", "router.top_k=3", "router.num_groups=4", "router.top_groups=2",
-        "balance=aux_free", "model.attention=latent", "model.latent.q_lora_rank=7", "model.latent.kv_lora_rank=5",
-        "model.latent.qk_nope_head_dim=3", "model.latent.qk_rope_head_dim=4", "model.latent.v_head_dim=6",
-        "model.rope_interleaved=true", "model.num_shared_experts=1", "model.first_dense=1",
+        "balance=aux_free", "model.attention=latent", "model.latent.q_lora_rank=7",
+        "model.latent.kv_lora_rank=5", "model.latent.qk_nope_head_dim=3", "model.latent.qk_rope_head_dim=4",
+        "model.latent.v_head_dim=6", "model.rope_interleaved=true", "model.num_shared_experts=1",
+        "model.first_dense=1",
     ],
 }  # fmt: skip
 
