@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moetrain.models.attention import SHIPPED
 from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.feed_forward import ALIKE
-from moetrain.models.options import AttentionBackend, ModelConfig, attention_kinds
+from moetrain.models.options import LATENT, AttentionBackend, ModelConfig, attention_kinds
 from moetrain.moe.options import RouterConfig
 from moetrain.moe.slices import Slices
 from moetrain.parallel.options import ExpertDispatch, ParallelConfig
@@ -101,8 +102,6 @@ def _model(m: ModelConfig) -> ModelConfig:
     widths = tuple(3 * slices for slices in Slices.of(m.expert_widths).per_expert) if m.expert_widths else ()
     every, dense = (min(m.moe_every, 2), min(m.first_dense, 1)) if alike else (m.moe_every, m.first_dense)
     least = max(dense + 2 * every, len(m.attention_pattern))
-    kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
-    kv_heads = min(kv, 2)
     length = m.rope_scaling.original_max_positions
     return replace(
         m,
@@ -111,9 +110,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         num_layers=min(m.num_layers, least) if alike else m.num_layers,
         first_dense=dense,
         moe_every=every,
-        num_heads=kv_heads * min(m.num_heads // kv, 3),
-        num_kv_heads=kv_heads,
-        head_dim=4,
+        **_heads(m),
         gated_delta=_small_delta(m),
         attention_backend=AttentionBackend.auto,  # the run's device may have what a CPU has not
         d_ff=11,
@@ -137,6 +134,24 @@ def _small_delta(m: ModelConfig) -> GatedDeltaConfig:
     keys = min(delta.num_key_heads, 2)
     values = keys * min(delta.num_value_heads // delta.num_key_heads, 2)
     return replace(delta, num_key_heads=keys, num_value_heads=values, key_head_dim=3, value_head_dim=5)
+
+
+def _heads(m: ModelConfig) -> dict[str, Any]:
+    """Few and narrow ones, grouped or made of a narrow vector as they were."""
+    if m.attention == LATENT:
+        wide = m.latent.v_head_dim > m.latent.qk_nope_head_dim + m.latent.qk_rope_head_dim
+        latent = replace(
+            m.latent,
+            q_lora_rank=None if m.latent.q_lora_rank is None else 5,
+            kv_lora_rank=6,
+            qk_nope_head_dim=3,
+            qk_rope_head_dim=4,
+            v_head_dim=9 if wide else 5,
+        )
+        return {"num_heads": min(m.num_heads, 3), "num_kv_heads": None, "latent": latent}
+    kv = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
+    kv_heads = min(kv, 2)
+    return {"num_heads": kv_heads * min(m.num_heads // kv, 3), "num_kv_heads": kv_heads, "head_dim": 4}
 
 
 def _small(widths: tuple[int, ...]) -> tuple[int, ...]:

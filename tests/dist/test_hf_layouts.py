@@ -33,28 +33,36 @@ FOUR = {
     "hsdp 2 x ep 2": ["parallel.dp_replicate=2", "parallel.ep=2"],
 }
 OPTIONS = [
-    "balance=none", "model.num_experts=8", "model.num_kv_heads=1", "train.micro_batch_size=1",
+    "balance=none", "model.num_experts=8", "train.micro_batch_size=1",
     f"train.global_batch_tokens={4 * tiny.SEQ}",
 ]  # fmt: skip
 FAMILIES = {
-    "mixtral": ["router=mixtral"],
+    "mixtral": ["router=mixtral", "model.num_kv_heads=1"],
     "gpt_oss": [
         "router=gpt_oss", "experts=gpt_oss", "router.top_k=2", "model.qkv_bias=true", "model.out_bias=true",
         "model.attention_sinks=true", "model.sliding_window=7", "model.window_pattern=[sliding,full]",
+        "model.num_kv_heads=1",
     ],
     "qwen3_next": [  # some of whose tensors are made of one of theirs
         "router=qwen3", "model.attention_pattern=[gated_delta,grouped_query]", "model.attention_gate=true",
         "model.zero_centered_norms=true", "model.qk_norm=head", "model.num_shared_experts=1",
         "model.shared_gate=true", "model.gated_delta={num_key_heads: 2, num_value_heads: 4}",
-        "model.gated_delta.key_head_dim=5", "model.gated_delta.value_head_dim=3",
+        "model.gated_delta.key_head_dim=5", "model.gated_delta.value_head_dim=3", "model.num_kv_heads=1",
     ],
     "glm4_moe": [  # some layers dense, a bias of the choice
         "router=sigmoid", "model.first_dense=1", "model.num_shared_experts=1", "model.qk_norm=head",
-        "model.rope_fraction=0.5", "model.qkv_bias=true",
+        "model.rope_fraction=0.5", "model.qkv_bias=true", "model.num_kv_heads=1",
     ],
     "granitemoeshared": [  # experts in stacks
         "router=mixtral", "model.num_shared_experts=1", "model.d_ff_shared=24", "model.scales.residual=0.4",
-        "model.scales.attention=0.3",
+        "model.scales.attention=0.3", "model.num_kv_heads=1",
+    ],
+    "deepseek_v3": [  # whose bias has moved
+        "router=deepseek_v3", "router.top_k=3", "router.num_groups=4", "router.top_groups=2",
+        "balance=aux_free", "model.attention=latent", "model.latent.q_lora_rank=7",
+        "model.latent.kv_lora_rank=5", "model.latent.qk_nope_head_dim=3", "model.latent.qk_rope_head_dim=4",
+        "model.latent.v_head_dim=6", "model.rope_interleaved=true", "model.num_shared_experts=1",
+        "model.first_dense=1",
     ],
 }  # fmt: skip
 
@@ -81,7 +89,7 @@ def folders(
 
 def arguments(corpus: Path, start: str) -> list[str]:
     """Of a run that starts from ``start``, which alone says what the model is."""
-    given = tiny.command(corpus, Path("unused"), *OPTIONS)[1:]
+    given = tiny.command(corpus, Path("unused"), *OPTIONS, "balance=none")[1:]
     own = [a for a in given if not a.startswith(("run.dir", "model.", "router", "data.tokenizer"))]
     return [*own, f"init_from={start}"]
 

@@ -37,6 +37,11 @@ FOUR = ["parallel.ep=4", "model.num_experts=8"]
 CASES = {
     "bf16, recompute": ["train.precision=bf16", "train.recompute=true"],
     "hsdp, fp32, muon": ["parallel.dp_replicate=2", "optim=muon"],
+    "latent attention": [
+        "model.attention=latent", "model.head_dim=null", "model.latent.q_lora_rank=7",
+        "model.latent.kv_lora_rank=5", "model.latent.qk_nope_head_dim=3", "model.latent.qk_rope_head_dim=4",
+        "model.latent.v_head_dim=9", "train.precision=bf16", "train.recompute=true",
+    ],
     "hierarchical, two nodes of one rank": [*HIERARCHICAL, "parallel.ranks_per_node=1"],
     "hierarchical, two nodes of two ranks": [*HIERARCHICAL, "parallel.ranks_per_node=2", *FOUR],
     "hierarchical, no node sums": [
@@ -45,7 +50,7 @@ CASES = {
         *FOUR,
         "parallel.node_sums=false",
     ],
-}
+}  # fmt: skip
 EVEN = [
     "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=8", "model.head_dim=4",
     "model.num_experts=8", "model.first_dense=0",

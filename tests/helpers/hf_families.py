@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from hf_deepseek import MODELS as DEEPSEEK_MODELS
 from hf_hybrid import MODELS, slow_decay, wide
 from hf_weights import from_hf
 from torch import Tensor
 
 from moetrain.models import Decoder
-from moetrain.models.latent_options import LatentConfig
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, Backend, ExpertsConfig
-from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
+from moetrain.moe.routers.topk import Score, TopKOptions
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: hf)")
 
@@ -366,82 +366,6 @@ ERNIE4_5_MOE_ALL = replace(  # every layer MoE, no shared experts, tied
         "tie_embeddings": True,
     },
 )
-LATENT_SIZES = {
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "rms_norm_eps": 1e-5,  # another than that of the latent vectors
-}
-DEEPSEEK = {
-    **LATENT_SIZES,
-    "hidden_size": 36,
-    "head_dim": 8,
-    "num_key_value_heads": 6,
-    "first_k_dense_replace": 1,
-    "intermediate_size": 41,
-    "moe_intermediate_size": 23,
-    "n_routed_experts": 12,
-    "num_experts_per_tok": 3,
-    "initializer_range": 0.1,  # their scores and rotations are fp32 even in an fp64 model
-}
-OUR_DEEPSEEK = {
-    "attention": "latent",
-    "d_model": 36,
-    "head_dim": None,
-    "num_kv_heads": None,
-    "first_dense": 1,
-    "d_ff": 41,
-    "d_ff_expert": 23,
-    "num_experts": 12,
-    "norm_eps": 1e-5,
-    "rope_interleaved": True,
-}
-LATENT = LatentConfig(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10)
-DEEPSEEK_V2 = Family(  # as V2-Lite: queries straight from the token, two shared experts
-    "DeepseekV2",
-    {**DEEPSEEK, "q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
-    {**OUR_DEEPSEEK, "latent": LATENT, "num_shared_experts": 2},
-    TopKOptions(top_k=3, renormalize=False, route_scale=1.5),
-)
-DEEPSEEK_V2_GROUPS = replace(  # as V2
-    DEEPSEEK_V2,
-    theirs={
-        **DEEPSEEK_V2.theirs,
-        "q_lora_rank": 17,
-        "topk_method": "group_limited_greedy",
-        "n_group": 4,
-        "topk_group": 2,
-    },
-    ours={**DEEPSEEK_V2.ours, "latent": replace(LATENT, q_lora_rank=17)},
-    router=replace(DEEPSEEK_V2.router, num_groups=4, top_groups=2, group_score=GroupScore.max),
-)
-DEEPSEEK_V3 = Family(
-    "DeepseekV3",
-    {**DEEPSEEK, "q_lora_rank": 17, "n_group": 4, "topk_group": 2, "n_shared_experts": 1},
-    {**OUR_DEEPSEEK, "latent": replace(LATENT, q_lora_rank=17), "num_shared_experts": 1},
-    TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, num_groups=4, top_groups=2),
-)
-MOONLIGHT = replace(  # one group; values wider than queries, and halves that turn, are no published model's
-    DEEPSEEK_V3,
-    theirs={
-        **DEEPSEEK_V3.theirs,
-        "q_lora_rank": None,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 2,
-        "v_head_dim": 16,
-        "rope_interleave": False,
-        "norm_topk_prob": False,
-    },
-    ours={
-        **DEEPSEEK_V3.ours,
-        "latent": replace(LATENT, v_head_dim=16),
-        "rope_interleaved": False,
-        "num_shared_experts": 2,
-    },
-    router=TopKOptions(top_k=3, score=Score.sigmoid, route_scale=2.5, renormalize=False, top_groups=1),
-)
 HUNYUAN_V1_MOE = Family(
     "HunYuanMoEV1",
     {"intermediate_size": 23, "num_experts": 11, "moe_topk": 3, "attention_bias": True},
@@ -505,6 +429,7 @@ GRANITEMOESHARED = replace(
         "d_ff_shared": 19,
     },
 )
+DEEPSEEK = {name: Family(*case) for name, case in DEEPSEEK_MODELS.items()}
 LONG, ORIGINAL = 41, 29  # positions of a scaled rope: more than it was made for
 
 
@@ -587,12 +512,12 @@ SCALED = {
         RopeScaling(RopeKind.yarn, 4.0, beta_fast=4.0, beta_slow=0.25, truncate=False, attention_factor=0.7),
     ),
     "deepseek_v2_yarn": scaled(
-        DEEPSEEK_V2_GROUPS,
+        DEEPSEEK["deepseek_v2_groups"],
         {"mscale": 0.707, "mscale_all_dim": 0.707},
         RopeScaling(RopeKind.yarn, 40.0, mscale=0.707, mscale_all_dim=0.707),
     ),
     "deepseek_v3_yarn": scaled(  # both betas as Kimi-K2 has them
-        DEEPSEEK_V3,
+        DEEPSEEK["deepseek_v3"],
         {"mscale": 1.0, "mscale_all_dim": 0.6, "beta_fast": 1.0, "beta_slow": 1.0},
         RopeScaling(RopeKind.yarn, 32.0, beta_fast=1.0, mscale=1.0, mscale_all_dim=0.6),
     ),
@@ -623,10 +548,7 @@ FAMILIES = {
     "ernie4_5_moe": ERNIE4_5_MOE,
     "gpt_oss": GPT_OSS,
     "gpt_oss_plain": GPT_OSS_PLAIN,
-    "deepseek_v2": DEEPSEEK_V2,
-    "deepseek_v2_groups": DEEPSEEK_V2_GROUPS,
-    "deepseek_v3": DEEPSEEK_V3,
-    "moonlight": MOONLIGHT,
+    **DEEPSEEK,
     "granitemoe": GRANITEMOE,
     "granitemoeshared": GRANITEMOESHARED,
     "hunyuan_v1_moe": HUNYUAN_V1_MOE,

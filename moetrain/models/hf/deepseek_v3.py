@@ -25,6 +25,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "rope_interleave": spec.model.rope_interleaved,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
+        FUTURE: 0,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ place of all ``rope_parameters``, and what neither of them says stands at the to
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moetrain.errors import quoted

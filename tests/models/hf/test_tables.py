@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_deepseek import specs as deepseek
 from hf_hybrid import hybrids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.expert_choice import ExpertChoiceOptions
-from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
+from moetrain.moe.routers.topk import Score, TopKOptions
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 WRITTEN = [name for name in FAMILIES if name != "kimi_k2"]  # which goes out as deepseek_v3
@@ -93,7 +94,7 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     activations = [Activation.swiglu, *([] if name in HYBRID else [Activation.geglu])]
     experts = ExpertsConfig(activation=draw(st.sampled_from(activations)))
     if name.startswith("deepseek"):
-        return ModelSpec(*deepseek(draw, name, keys), experts)
+        return ModelSpec(*draw(deepseek(name, keys)), experts)
     if name == "llama":
         keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
         keys["mlp_bias"] = draw(st.booleans())
@@ -144,38 +145,6 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         router = TopKOptions(top_k=top_k, score=Score.softmax_after, logit_bias=True)
         experts = ExpertsConfig(activation=Activation.swiglu_clamped, bias=True)
     return ModelSpec(ModelConfig(**keys), router, experts)
-
-
-def deepseek(draw: st.DrawFn, name: str, keys: dict[str, Any]) -> tuple[ModelConfig, TopKOptions]:
-    widths = {key: draw(st.integers(1, 9)) for key in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
-    widths |= {"q_lora_rank": draw(st.none() | st.integers(1, 7)), "qk_rope_head_dim": keys["head_dim"]}
-    groups, of_group = draw(st.integers(1, 3)), draw(st.integers(2, 4))
-    limit, second = draw(st.integers(1, groups)), name == "deepseek_v2"
-    model = ModelConfig(
-        **keys
-        | {
-            "attention": "latent",
-            "latent": LatentConfig(**widths),
-            "rope_interleaved": second or draw(st.booleans()),
-            "head_dim": None,
-            "num_kv_heads": None,
-            "num_experts": groups * of_group,
-            "d_ff_expert": draw(st.integers(1, 13)),
-            "num_shared_experts": draw(st.integers(1, 3)),
-            "first_dense": draw(st.integers(0, keys["num_layers"] - 1)),
-        }
-    )
-    options: dict[str, Any] = {
-        "top_k": draw(st.integers(1, limit * of_group)),
-        "route_scale": draw(st.sampled_from([1.0, 2.5])),
-    }
-    if second:
-        options |= {"renormalize": False, "group_score": GroupScore.max}
-    else:
-        options |= {"renormalize": draw(st.booleans()), "score": Score.sigmoid}
-    if not second or limit < groups:
-        options |= {"num_groups": groups, "top_groups": limit}
-    return model, TopKOptions(**options)
 
 
 def check_table(table: Table, ours: Mapping[str, Tensor]) -> None:
