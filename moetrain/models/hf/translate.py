@@ -31,7 +31,7 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 # what few families have words for, who name it as their own
 _OTHERWISE = (
     *("out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
-    *("attention_pattern", "attention_gate", "zero_centered_norms"),
+    *("attention", "attention_pattern", "attention_gate", "zero_centered_norms"),
 )
 
 
