@@ -29,7 +29,7 @@ _SIZES = {
     "value_head_dim": "linear_value_head_dim",
     "conv_width": "linear_conv_kernel_dim",
 }
-_OWN = ("rope_fraction", "attention_pattern", "attention_gate", "zero_centered_norms")
+_OWN = ("rope_fraction", "attention", "attention_pattern", "attention_gate", "zero_centered_norms")
 LEFT_OUT = ("mtp.",)  # a layer that predicts a further token
 _UNREAD = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 DEFAULTS = SHARED | {

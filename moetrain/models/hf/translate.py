@@ -10,7 +10,7 @@ from typing import Any
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError, quoted
-from moetrain.models.attention import OWN_ATTENTION, head_shape
+from moetrain.models.attention import head_shape
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.rope import THETA, read_rope, write_rope
@@ -31,7 +31,7 @@ _ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Act
 # what few families have words for, who name it as their own
 _OTHERWISE = (
     *("mlp_bias", "out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
-    *("attention_pattern", "attention_gate", "zero_centered_norms"),
+    *("attention", "attention_pattern", "attention_gate", "zero_centered_norms"),
 )
 
 
@@ -96,7 +96,6 @@ def write_decoder(
     Raises CannotExpressError where the model does otherwise.
     """
     m = spec.model
-    require("model.attention", m.attention, OWN_ATTENTION)
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)

@@ -348,6 +348,7 @@ SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
         ("qwen3_next", ModelSpec(replace(SHARED, attention="latent"), TOP2), "not latent"),
         ("qwen3_5_moe_text", ModelSpec(replace(SHARED, moe_every=2), TOP2), "model.moe_every=2"),
         ("llama", ModelSpec(replace(BASE, attention_gate=True)), "model.attention_gate=True"),
+        ("moetrain", ModelSpec(replace(BASE, attention="gated_delta")), "model.attention=gated_delta"),
         ("llama", ModelSpec(replace(BASE, zero_centered_norms=True)), "model.zero_centered_norms=True"),
         ("qwen3_moe", ModelSpec(replace(MOE, qk_norm=QKNorm.head, attention_pattern=("gated_delta",)), TOP2),
          "model.attention_pattern=('gated_delta',)"),
