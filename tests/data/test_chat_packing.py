@@ -131,7 +131,7 @@ def test_bytes_are_those_of_text_without_control_words(folder, tmp_path):
 
 def test_the_cache_is_made_once_and_anew_for_another_template(folder, tmp_path, monkeypatch):
     rows = [{"messages": row} for row in conversations(30, seed=7)]
-    cfg = chat_data(tmp_path, rows, folder)
+    cfg = chat_data(tmp_path, rows, folder, seq_len=256)
     first = prepare(cfg)
     other = tmp_path / "other.jinja"
     other.write_text(CHATML.replace("<|im_end|>\\n", "<|im_end|>"))

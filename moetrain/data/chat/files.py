@@ -47,13 +47,16 @@ class TemplateFiles:
 
     def save(self, folder: Path) -> None:
         """Write what transformers reads. Nothing where there is no template."""
-        if not self.templates:
-            return
+        self.save_templates(folder)
+        if self.templates:
+            (folder / _WORDS).write_text(json.dumps(self.words, indent=1) + "\n", encoding="utf-8")
+
+    def save_templates(self, folder: Path) -> None:
+        """Without the words, for a folder that has them."""
         for name, text in self.templates.items():
             file = folder / _JINJA if name == _DEFAULT else folder / _MORE / f"{name}.jinja"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8", newline="")
-        (folder / _WORDS).write_text(json.dumps(self.words, indent=1) + "\n", encoding="utf-8")
 
 
 def read_template_files(folder: Path) -> TemplateFiles:
