@@ -43,7 +43,8 @@ moetrain: train Mixture-of-Experts language models
   moetrain status runs/mine                                       where a run stands
 
 Also: moetrain router list | moetrain router check NAME
-      moetrain data fetch domains | moetrain doctor | moetrain --version | moetrain COMMAND --help
+      moetrain data fetch domains | moetrain data write python_questions FILE.jsonl
+      moetrain doctor | moetrain --version | moetrain COMMAND --help
 
 Exit codes: 0 done, 1 a failure, 2 a mistake in the command or its input, 3 a run folder in use, 75 asked to
 stop before the last step and saved: the same command goes on; 128 and more: ended by the signal less 128

@@ -16,6 +16,7 @@ from moetrain.convert.open_model import StoredModel, open_model
 from moetrain.convert.options import ExportConfig, StoredDtype
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
+from moetrain.data.chat.files import read_template_files
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.data.tokenizer_bytes import bytes_as_json
 from moetrain.errors import UserError
@@ -180,6 +181,13 @@ def _config_before(model: StoredModel) -> dict[str, Any]:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Ours, unless the model came with its own files; bytes in words that other tools know."""
+    """Ours, unless the model came with its own files; bytes in words that other tools know.
+
+    The chat template is the one that it was trained with.
+    """
+    files = tokenizer.template_files
     if not (folder / "tokenizer.json").is_file():
-        (bytes_as_json() if isinstance(tokenizer, ByteTokenizer) else tokenizer).save(folder)
+        own = bytes_as_json().with_templates(files) if isinstance(tokenizer, ByteTokenizer) else tokenizer
+        own.save(folder)
+    elif files.templates and files.templates != read_template_files(folder).templates:
+        files.save_templates(folder)

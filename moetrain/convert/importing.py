@@ -12,7 +12,7 @@ from torch import Tensor
 from moetrain.checkpoint.stream import large_then_small
 from moetrain.convert.model_folder import tensor_hash, write_model_folder
 from moetrain.convert.options import ConvertConfig
-from moetrain.convert.tokenizers import fitted, folder_tokenizer
+from moetrain.convert.tokenizers import fitted, folder_tokenizer, gguf_templates
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.data.tokenizer import JsonTokenizer
 from moetrain.errors import UserError
@@ -69,7 +69,8 @@ def _tokenizer(given: str | None, source: Source) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     if isinstance(source, GGUFFile):
-        return JsonTokenizer(*tokenizer_of(source.metadata, source.path))
+        own = JsonTokenizer(*tokenizer_of(source.metadata, source.path))
+        return own.with_templates(gguf_templates(source.metadata))
     return folder_tokenizer(source.path, "give a tokenizer with them, tokenizer=FILE (a tokenizer.json)")
 
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from moetrain.data import Tokenizer, load_tokenizer
+from moetrain.data.chat.files import TemplateFiles
 from moetrain.errors import UserError
 
 _FILE = "tokenizer.json"
+_GGUF_TEMPLATE = "tokenizer.chat_template"
+_GGUF_WORDS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",  # spelled so in the format
+}
 
 
 def folder_tokenizer(folder: Path, advice: str) -> Tokenizer:
@@ -48,3 +58,16 @@ def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
             return tokenizer
     fits = found.vocab_size <= vocab_size and beyond <= special and found.eos_id == tokenizer.eos_id
     return found if fits else tokenizer
+
+
+def gguf_templates(metadata: Mapping[str, object]) -> TemplateFiles:
+    """The chat template of a GGUF file and the words that it may ask for; none where the file has none."""
+    template, tokens = metadata.get(_GGUF_TEMPLATE), metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(template, str) or not isinstance(tokens, list):
+        return TemplateFiles()
+    words: dict[str, str] = {}
+    for name, key in _GGUF_WORDS.items():
+        place = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if type(place) is int and 0 <= place < len(tokens):
+            words[name] = str(tokens[place])
+    return TemplateFiles({"default": template}, words)

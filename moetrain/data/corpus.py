@@ -8,7 +8,9 @@ from pathlib import Path
 
 from moetrain.cache_folder import cache_root
 from moetrain.data.bpe import SAMPLE_BYTES
-from moetrain.data.cache import build_once
+from moetrain.data.cache import build_once, log
+from moetrain.data.chat.options import Overlong, TurnsData
+from moetrain.data.conversations import PackedConversations
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
 from moetrain.data.manifest import FORMAT, Manifest, TokenizerEntry, damaged
@@ -18,6 +20,7 @@ from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.rules import check_data
 from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
+from moetrain.data.sources.turns import TurnsSource, refuse_overlong
 from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 
@@ -50,12 +53,13 @@ def prepare(cfg: DataConfig, seed: int = 0) -> Corpus:
     check_data(cfg)
     root = cache_root(cfg.cache_dir)
     tokenizer = _given_tokenizer(cfg.tokenizer)
-    parts = build_parts(cfg, root)
+    parts = build_parts(cfg, root, tokenizer)
+    template_files = next((p.source.template_files for p in parts if isinstance(p.source, TurnsSource)), None)
     key = _key(cfg, parts, tokenizer)
     folder = root / "corpora" / f"{type(cfg).__name__.removesuffix('Data').lower()}-{key[:20]}"
 
     def build(temporary: Path) -> None:
-        write_corpus(temporary, cfg, parts, tokenizer, root)
+        write_corpus(temporary, cfg, parts, tokenizer, root, template_files)
         if _key(cfg, parts, tokenizer) != key:
             raise UserError(f"{', '.join(part.label for part in parts)}: changed while being read; run again")
 
@@ -87,7 +91,9 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
     wanted = {stream_name(index, side) for index in range(len(parts)) for side in ("train", "val")}
     if streams.keys() != wanted or manifest.domains is None or manifest.val_fraction != cfg.val_fraction:
         raise damaged(folder, "manifest.json describes another corpus")
-    fingerprint = digest_of(tokenizer.fingerprint, _hashes(manifest), cfg.seq_len)
+    overlong = cfg.overlong if isinstance(cfg, TurnsData) else None
+    cut = () if overlong is None else (overlong.value,)
+    fingerprint = digest_of(tokenizer.fingerprint, _hashes(manifest), cfg.seq_len, *cut)
 
     def split(side: str) -> PackedSplit:
         packing = Packing(
@@ -96,11 +102,19 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
             keep_documents=not cfg.cross_document_attention,
             reset_positions=cfg.reset_positions,
             pad_last=side == "val",
+            overlong=overlong or Overlong.truncate,
         )
         chosen = [streams[stream_name(index, side)] for index in range(len(parts))]
+        for part, stream in zip(parts, chosen, strict=True):
+            if overlong is Overlong.refuse:
+                refuse_overlong(part.source, stream, cfg.seq_len)
         return PackedSplit(chosen, packing, tokenizer.token_bytes(), digest_of(fingerprint, side))
 
-    train = split("train")
+    train, val = split("train"), split("val")
+    for side in (train, val):
+        for part, windows in zip(parts, side.parts, strict=True):
+            if isinstance(windows, PackedConversations):
+                _tell(part, windows, "train" if side is train else "held out")
     for part, length, tokens in zip(parts, train.part_lengths, train.part_tokens, strict=True):
         if not length:
             raise UserError(
@@ -110,7 +124,17 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
     order: Order = SampleOrder(len(train), seed)
     if len(parts) > 1:
         order = MixtureOrder(train.part_lengths, [part.weight for part in parts], seed)
-    return Corpus(tokenizer, train, split("val"), tuple(manifest.domains), fingerprint, order, folder)
+    return Corpus(tokenizer, train, val, tuple(manifest.domains), fingerprint, order, folder)
+
+
+def _tell(part: Part, windows: PackedConversations, side: str) -> None:
+    """Say how many tokens train. Raises UserError where none does."""
+    if not len(windows):
+        raise UserError(
+            f"{part.label}: no conversation is left on the {side} side ({windows.sums}): raise data.seq_len, "
+            "give more rows, or set data.overlong=truncate"
+        )
+    log.info("%s, %s: %s", part.label, side, windows.sums)
 
 
 def _hashes(manifest: Manifest) -> list[tuple[str, str]]:

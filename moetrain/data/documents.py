@@ -9,11 +9,32 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 REMEMBERED_BYTES = 2**26  # of a source's text, which preparing a corpus reads three times
+_SPAN_BYTES = 128  # of a pair of numbers
+
+
+Spans = tuple[tuple[int, int], ...]  # characters: from the first of each pair, up to the second
+
+
+class Marks(NamedTuple):
+    """What a text says about itself where it trains in part: the characters that do, and its control words.
+
+    ``key`` decides on which side it is, for all the texts of one row. ``file`` and ``row`` are where it came
+    from: a place among the source's files, and one among the file's rows.
+    """
+
+    trained: Spans
+    control: Spans
+    key: int
+    file: int
+    row: int
 
 
 class Document(NamedTuple):
+    """Without ``marks`` all of the text trains, and none of it is a control word."""
+
     text: str
     domain: str
+    marks: Marks | None = None
 
 
 class Source(Protocol):
@@ -52,6 +73,8 @@ class Remembered:
         kept, room = [], REMEMBERED_BYTES
         for document in self._source.documents():
             room -= sys.getsizeof(document.text)
+            if (marks := document.marks) is not None:
+                room -= _SPAN_BYTES * (len(marks.trained) + len(marks.control))
             if room >= 0:
                 kept.append(document)
             else:
@@ -63,11 +86,15 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a corpus. A mixture has several; ``name`` then replaces the source's domain labels."""
+    """One source of a corpus. A mixture has several; ``name`` then replaces the source's domain labels.
+
+    ``masked``: its documents have marks.
+    """
 
     source: Source
     name: str | None = None
     weight: float = 1.0
+    masked: bool = False
 
     @property
     def label(self) -> str:
@@ -75,7 +102,7 @@ class Part:
 
     def cleaned(self) -> Iterator[CleanDocument]:
         """The documents that hold something; lone surrogates, which have no UTF-8 form, become ``?``."""
-        for text, domain in self.source.documents():
+        for text, domain, marks in self.source.documents():
             if not text.strip():
                 continue
             try:
@@ -83,18 +110,25 @@ class Part:
             except UnicodeEncodeError:
                 raw = text.encode(errors="replace")
                 text = raw.decode()
-            yield CleanDocument(text, self.name or domain, raw)
+            yield CleanDocument(text, self.name or domain, raw, marks)
 
 
 class CleanDocument(NamedTuple):
     text: str
     domain: str
     raw: bytes  # the text in UTF-8
+    marks: Marks | None = None
 
     @property
     def key(self) -> int:
         """64 bits of the content, the same on every machine and for every seed."""
-        return content_key(self.raw)
+        return content_key(self.raw) if self.marks is None else self.marks.key
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the text in UTF-8, without control words: those cost bits and stand for no text."""
+        spans = () if self.marks is None else self.marks.control
+        return len(self.raw) - sum(len(self.text[start:stop].encode()) for start, stop in spans)
 
 
 def content_key(raw: bytes) -> int:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moetrain.data.bpe import cached_bpe
 from moetrain.data.cache import log
-from moetrain.data.documents import CleanDocument, Part, Remembered
+from moetrain.data.chat.files import TemplateFiles
+from moetrain.data.documents import CleanDocument, Part, Remembered, Spans
 from moetrain.data.heldout import Scan, scan
 from moetrain.data.manifest import write_manifest
 from moetrain.data.options import DataConfig
-from moetrain.data.shards import StreamWriter
+from moetrain.data.shards import Mask, StreamWriter
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 
@@ -26,9 +27,16 @@ _CHUNK_BYTES = 2**21  # text tokenised at a time: enough to keep the tokenizer's
 
 
 def write_corpus(
-    folder: Path, cfg: DataConfig, parts: Sequence[Part], tokenizer: Tokenizer | None, root: Path
+    folder: Path,
+    cfg: DataConfig,
+    parts: Sequence[Part],
+    tokenizer: Tokenizer | None,
+    root: Path,
+    template_files: TemplateFiles | None = None,
 ) -> None:
     """Fill ``folder`` with a store and its tokenizer; ``tokenizer`` None: train a BPE on the training side.
+
+    ``template_files``: those that the tokenizer goes on with, where they are not its own.
 
     Goes over the text two or three times, as a stream: a small one stays in memory and is read once. Raises
     UserError when a side would be empty.
@@ -38,6 +46,8 @@ def write_corpus(
     scanned = scan(parts, cfg.val_fraction)
     if tokenizer is None:
         tokenizer = cached_bpe(parts, scanned, cfg.tokenizer.vocab_size, root)
+    if template_files is not None:
+        tokenizer = tokenizer.with_templates(template_files)
     tokenizer.save(folder / "tokenizer")
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     streams: dict[str, dict[str, Any]] = {}
@@ -68,14 +78,15 @@ def _write_part(
 ) -> dict[str, dict[str, Any]]:
     """Tokenise one part into its two streams."""
     names = (stream_name(index, "train"), stream_name(index, "val"))
-    writers = [StreamWriter(folder, name, dtype) for name in names]
+    writers = [StreamWriter(folder, name, dtype, masked=part.masked) for name in names]
     domain_ids = {name: number for number, name in enumerate(scanned.domains)}
-    for document, tokens_N, counted in tokenised(part, tokenizer, loss):
+    for document, tokens_N, counted, mask in tokenised(part, tokenizer, loss):
         writers[scanned.held_out(document.key)].add(
             tokens_N,
-            num_bytes=len(document.raw),
+            num_bytes=document.num_bytes,
             counted_bytes=counted,
             domain=domain_ids[document.domain],
+            mask=mask,
         )
     return {name: writer.close() for name, writer in zip(names, writers, strict=True)}
 
@@ -104,24 +115,55 @@ class Loss:
             yield f"{share:.0%} of the tokens are {tokenizer.label}'s token for unknown text: it is lost"
 
 
-def tokenised(part: Part, tokenizer: Tokenizer, loss: Loss) -> Iterator[tuple[CleanDocument, Ints, int]]:
-    """(document, its tokens and eos, the bytes of text that the tokens' own lengths add up to).
+class Tokenised(NamedTuple):
+    """``counted``: the bytes of text that the tokens' own lengths add up to. ``mask`` None: all train."""
+
+    document: CleanDocument
+    tokens_N: Ints
+    counted: int
+    mask: Mask | None
+
+
+def tokenised(part: Part, tokenizer: Tokenizer, loss: Loss) -> Iterator[Tokenised]:
+    """The documents as tokens, those without marks with an eos.
 
     A document without a token is left out: its end would be learned from nothing. ``loss`` counts on.
     """
     token_bytes_V = tokenizer.token_bytes()
     for chunk in _chunks(part.cleaned()):
-        encoded = tokenizer.encode_batch([document.text for document in chunk])
-        for document, ids_N in zip(chunk, encoded, strict=True):
+        for document, (ids_N, mask) in zip(chunk, _encoded(chunk, tokenizer), strict=True):
             loss.documents += 1
-            loss.bytes += len(document.raw)
+            loss.bytes += document.num_bytes
             loss.tokens += len(ids_N)
             loss.empty += not len(ids_N)
             if tokenizer.unk_id is not None:
                 loss.unknown += int((ids_N == tokenizer.unk_id).sum())
             if not len(ids_N):
                 continue
-            yield document, np.append(ids_N, tokenizer.eos_id), int(token_bytes_V[ids_N].sum())
+            counted = int(token_bytes_V[ids_N].sum())
+            ended_N = np.append(ids_N, tokenizer.eos_id) if mask is None else ids_N
+            yield Tokenised(document, ended_N, counted, mask)
+
+
+def _encoded(chunk: Sequence[CleanDocument], tokenizer: Tokenizer) -> Iterator[tuple[Ints, Mask | None]]:
+    """A source marks all of its documents, or none."""
+    texts = [document.text for document in chunk]
+    marks = [document.marks for document in chunk if document.marks is not None]
+    if not marks:
+        yield from ((ids_N, None) for ids_N in tokenizer.encode_batch(texts))
+        return
+    for placed, each in zip(tokenizer.encode_marked(texts, [m.control for m in marks]), marks, strict=True):
+        trains_N = _trained(placed.starts_N, each.trained)
+        trains_N[:1] = False
+        yield placed.ids_N, Mask(trains_N, each.file, each.row)
+
+
+def _trained(starts_N: Ints, spans: Spans) -> npt.NDArray[np.bool_]:
+    """Whether each token begins within a span; one that begins before it belongs to what stands before."""
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
+    span_N = np.searchsorted(begins, starts_N, side="right") - 1
+    found: npt.NDArray[np.bool_] = (span_N >= 0) & (starts_N < ends[span_N])
+    return found
 
 
 def stream_name(part: int, side: str) -> str:

@@ -16,6 +16,8 @@ from moetrain.files import MB, parse_json, read_bytes
 
 FORMAT = 2  # 1 had special tokens that text had made, and documents without a token
 COLUMNS = {"ends": "<i8", "bytes": "<i8", "domains": "<u2"}
+# Of documents that train in part: how many tokens do, the place of the first, file and row in the source.
+MASK_COLUMNS = {"trained": "<i8", "firsts": "<i8", "files": "<u4", "rows": "<i8"}
 _NAME = "manifest.json"
 _LARGEST = 100 * MB  # a thousand shards of half a gigabyte take 0.3 MB
 
@@ -39,6 +41,11 @@ class StreamEntry:
     documents: Count
     bytes: Count
     counted_bytes: Count
+    masked: bool = False  # a byte for each token says whether it trains
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return COLUMNS | MASK_COLUMNS if self.masked else COLUMNS
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,10 @@ class Manifest:
 
 def shard_name(stream: str, index: int) -> str:
     return f"{stream}-tokens-{index:05d}.bin"
+
+
+def mask_name(stream: str, index: int) -> str:
+    return f"{stream}-masks-{index:05d}.bin"
 
 
 def column_name(stream: str, column: str) -> str:
@@ -110,13 +121,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _fault(name: str, entry: StreamEntry, dtype: str) -> str | None:
     """What does not agree in a stream's entry, in words."""
-    if len(entry.files) != entry.shards + len(COLUMNS):
-        return f"has {len(entry.files)} files, where {entry.shards} shards need {entry.shards + len(COLUMNS)}"
+    wanted = entry.shards * (2 if entry.masked else 1) + len(entry.columns)
+    if len(entry.files) != wanted:
+        return f"has {len(entry.files)} files, where {entry.shards} shards need {wanted}"
     sizes = {file.name: file.size for file in entry.files}
     shards = [shard_name(name, index) for index in range(entry.shards)]
-    columns = {column_name(name, column): np.dtype(kind).itemsize for column, kind in COLUMNS.items()}
-    if sizes.keys() != {*shards, *columns}:
-        return f"has files of other names ({', '.join(sorted(sizes.keys() - {*shards, *columns}))[:200]})"
+    masks = [mask_name(name, index) for index in range(entry.shards if entry.masked else 0)]
+    columns = {column_name(name, column): np.dtype(kind).itemsize for column, kind in entry.columns.items()}
+    if sizes.keys() != {*shards, *masks, *columns}:
+        others = sorted(sizes.keys() - {*shards, *masks, *columns})
+        return f"has files of other names ({', '.join(others)[:200]})"
     for column, width in columns.items():
         if sizes[column] != width * entry.documents:
             return (
@@ -128,6 +142,8 @@ def _fault(name: str, entry: StreamEntry, dtype: str) -> str | None:
     full = [sizes[shard] for shard in shards[:-1]]
     if full and (len(set(full)) > 1 or full[0] % width or not 0 < sizes[shards[-1]] <= full[0]):
         return "has shards of unequal sizes"
+    if any(sizes[mask] * width != sizes[shard] for mask, shard in zip(masks, shards, strict=False)):
+        return "has masks of other sizes than its shards"
     return None
 
 

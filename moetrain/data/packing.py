@@ -9,45 +9,21 @@ dropped for training and padded for held-out text (input eos, no labels, a docum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from moetrain.data.batch import IGNORE, Batch
+from moetrain.data.conversations import PackedConversations
 from moetrain.data.shards import TokenStream
+from moetrain.data.window import Ints, Packing, Rows, Windows, labelled
 
-Ints = npt.NDArray[np.int64]
-
-
-class Rows(NamedTuple):
-    """The arrays of a Batch; see there."""
-
-    input_ids_BS: Ints
-    labels_BS: Ints
-    doc_ids_BS: Ints
-    positions_BS: Ints
-    domain_ids_BS: Ints
-    token_domains_BS: Ints
-    byte_counts_BS: Ints
-    valid_BS: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a split is cut. ``keep_documents``: attention and prediction stay within a document."""
-
-    seq_len: int
-    eos_id: int
-    keep_documents: bool
-    reset_positions: bool
-    pad_last: bool
+__all__ = ["PackedSplit", "Packing", "Rows"]
 
 
 class PackedStream:
-    """Windows over one stream."""
+    """Windows over one stream of which all tokens train."""
 
     def __init__(self, stream: TokenStream, packing: Packing, token_bytes_V: Ints) -> None:
         self.stream = stream
@@ -73,18 +49,14 @@ class PackedStream:
         if self._packing.keep_documents:
             labels_BS[doc_BT[:, 1:] != doc_BT[:, :-1]] = IGNORE
         place_BS, doc_BS = place_BT[:, :-1], doc_BT[:, :-1]
-        no_label_BS = labels_BS == IGNORE
-        last = self.stream.num_documents - 1
-        domain_doc_BS = np.where(no_label_BS, doc_BS, doc_BT[:, 1:]).clip(max=last)
-        return Rows(
-            input_ids_BS=tokens_BT[:, :-1],
-            labels_BS=labels_BS,
-            doc_ids_BS=doc_BS,
-            positions_BS=self._positions(place_BS, doc_BS, start_B1),
-            domain_ids_BS=self.stream.domains_M[domain_doc_BS].astype(np.int64),
-            token_domains_BS=self.stream.domains_M[doc_BS.clip(max=last)].astype(np.int64),
-            byte_counts_BS=np.where(no_label_BS, 0, self._token_bytes_V[np.where(no_label_BS, 0, labels_BS)]),
-            valid_BS=place_BS < self.stream.num_tokens,
+        return labelled(
+            tokens_BT,
+            doc_BT,
+            labels_BS,
+            self._positions(place_BS, doc_BS, start_B1),
+            place_BS < self.stream.num_tokens,
+            self.stream.domains_M,
+            self._token_bytes_V,
         )
 
     def _positions(self, place_BS: Ints, doc_BS: Ints, start_B1: Ints) -> Ints:
@@ -93,6 +65,13 @@ class PackedStream:
             return place_BS - start_B1
         first_BS = np.where(doc_BS > 0, self.stream.ends_M[doc_BS - 1], 0)
         return place_BS - np.maximum(first_BS, start_B1)
+
+
+def windows_of(stream: TokenStream, packing: Packing, token_bytes_V: Ints) -> Windows:
+    """The sequences of a stream: where its documents train in part, each has a whole document or several."""
+    if stream.mask is not None:
+        return PackedConversations(stream, stream.mask, packing, token_bytes_V)
+    return PackedStream(stream, packing, token_bytes_V)
 
 
 class PackedSplit:
@@ -105,7 +84,7 @@ class PackedSplit:
     def __init__(
         self, streams: Sequence[TokenStream], packing: Packing, token_bytes_V: Ints, fingerprint: str
     ) -> None:
-        self._parts = [PackedStream(stream, packing, token_bytes_V) for stream in streams]
+        self._parts: list[Windows] = [windows_of(stream, packing, token_bytes_V) for stream in streams]
         self._ends = np.cumsum([len(part) for part in self._parts])
         self._packing = packing
         self.fingerprint = fingerprint
@@ -125,6 +104,10 @@ class PackedSplit:
     def part_lengths(self) -> list[int]:
         """Sequences of each part; they are numbered one part after the other."""
         return [len(part) for part in self._parts]
+
+    @property
+    def parts(self) -> Sequence[Windows]:
+        return self._parts
 
     @property
     def part_tokens(self) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 
 from moetrain.bounds import check_ranges
+from moetrain.data.chat.options import TurnsData
 from moetrain.data.options import (
     DataConfig,
     DomainsData,
@@ -12,6 +14,7 @@ from moetrain.data.options import (
     MixtureData,
     MixturePart,
     SourceKind,
+    TextFormat,
     TokenizerConfig,
     TokenizerKind,
 )
@@ -28,6 +31,8 @@ def check_data(cfg: DataConfig) -> None:
     _check_tokenizer(cfg.tokenizer)
     if isinstance(cfg, DomainsData):
         check_domains(cfg.domains)
+    if isinstance(cfg, TurnsData):
+        _check_turns(cfg)
     if isinstance(cfg, MixtureData):
         if not cfg.parts:
             raise UserError(
@@ -40,7 +45,7 @@ def check_data(cfg: DataConfig) -> None:
 
 def check_paths(cfg: DataConfig) -> None:
     """Raise UserError for a path of local text that names no file. It walks folders."""
-    if isinstance(cfg, LocalData):
+    if isinstance(cfg, (LocalData, TurnsData)):
         find_files(cfg.path)
     if isinstance(cfg, MixtureData):
         for name, part in cfg.parts.items():
@@ -63,6 +68,24 @@ def _check_tokenizer(t: TokenizerConfig) -> None:
         )
     if t.path is not None and not os.path.exists(os.path.expanduser(t.path)):
         raise UserError(f"data.tokenizer.path={t.path} does not exist: name a tokenizer.json or its folder")
+
+
+def _check_turns(cfg: TurnsData) -> None:
+    try:
+        date.fromisoformat(cfg.template_date)
+    except ValueError:
+        raise UserError(
+            f"data.template_date={cfg.template_date} is no date: write it as 2025-01-31"
+        ) from None
+    if cfg.format is TextFormat.text:
+        raise UserError(f"data.format=text: data={cfg.source} reads rows, jsonl or parquet")
+    taken = {"messages", "tools", "documents", "add_generation_prompt"} & cfg.template_args.keys()
+    if taken:
+        raise UserError(
+            f"data.template_args.{min(taken)} is what a template gets from each row: leave it out"
+        )
+    if cfg.chat_template is not None and not os.path.isfile(os.path.expanduser(cfg.chat_template)):
+        raise UserError(f"data.chat_template={cfg.chat_template} is no file: name a file of Jinja text")
 
 
 def _check_part(key: str, part: MixturePart) -> None:

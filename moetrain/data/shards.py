@@ -2,8 +2,10 @@
 
 A store is one folder. Each stream ``s`` in it is the files ``s-tokens-00000.bin``, ... (uint16 or uint32),
 ``s-ends.bin`` (int64: the stream position just after each document), ``s-bytes.bin`` (int64: bytes of text
-of each document) and ``s-domains.bin`` (uint16), all little-endian. ``manifest.json`` records every file's
-size, sha256 and the sha256 of a sample of it; the manifest carries its own digest.
+of each document) and ``s-domains.bin`` (uint16), all little-endian. Where documents train in part, a byte
+for each token in ``s-masks-00000.bin``, ... says whether it does, and further columns sum that up.
+``manifest.json`` records every file's size, sha256 and the sha256 of a sample of it; the manifest carries its
+own digest.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moetrain.data.manifest import (
     COLUMNS,
+    MASK_COLUMNS,
     FileEntry,
     Manifest,
     StreamEntry,
     column_name,
     damaged,
+    mask_name,
     read_manifest,
     shard_name,
 )
@@ -37,20 +41,52 @@ FULL_CHECK_BYTES = 10**9  # larger stores are checked by size and by a hash of t
 _BLOCK = 2**20
 
 
-class StreamWriter:
-    """Appends documents to one stream; holds no more than the document at hand in memory."""
+class Mask(NamedTuple):
+    """Which tokens of a document train; the file and the row that it came from.
 
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+    A document's first token never trains: nothing stands before it.
+    """
+
+    trains_N: npt.NDArray[np.bool_]
+    file: int
+    row: int
+
+    def columns(self) -> dict[str, int]:
+        places = np.flatnonzero(self.trains_N)
+        first = int(places[0]) if len(places) else len(self.trains_N)
+        return {"trained": len(places), "firsts": first, "files": self.file, "rows": self.row}
+
+
+class StreamWriter:
+    """Appends documents to one stream; holds no more than the document at hand in memory.
+
+    ``masked``: documents train in part, and each is added with its mask.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS, masked: bool = False
+    ) -> None:
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
-        self._columns = {column: self._open(column_name(name, column)) for column in COLUMNS}
+        self._masked = masked
+        names = COLUMNS | MASK_COLUMNS if masked else COLUMNS
+        self._columns = {column: self._open(column_name(name, column)) for column in names}
         self._shards: list[IO[bytes]] = []
+        self._masks: list[IO[bytes]] = []
         self.tokens = self.documents = self.bytes = self.counted_bytes = 0
 
     def _open(self, name: str) -> IO[bytes]:
         return (self._folder / name).open("wb")
 
-    def add(self, tokens_N: npt.NDArray[np.int64], num_bytes: int, counted_bytes: int, domain: int) -> None:
+    def add(
+        self,
+        tokens_N: npt.NDArray[np.int64],
+        num_bytes: int,
+        counted_bytes: int,
+        domain: int,
+        mask: Mask | None = None,
+    ) -> None:
         """``counted_bytes`` is what the tokens' own lengths add up to, where ``num_bytes`` is the truth."""
+        assert (mask is not None) == self._masked, "a masked stream has a mask for each document, others none"
         written = 0
         while written < len(tokens_N):
             room = -self.tokens % self._shard_tokens
@@ -59,30 +95,36 @@ class StreamWriter:
                 room = self._shard_tokens
             piece = tokens_N[written : written + room]
             self._shards[-1].write(piece.astype(self._dtype).tobytes())
+            if mask is not None:
+                self._masks[-1].write(mask.trains_N[written : written + room].astype(np.uint8).tobytes())
             written += len(piece)
             self.tokens += len(piece)
         self.documents += 1
         self.bytes += num_bytes
         self.counted_bytes += counted_bytes
-        for column, value in (("ends", self.tokens), ("bytes", num_bytes), ("domains", domain)):
-            self._columns[column].write(np.array(value, COLUMNS[column]).tobytes())
+        values = {"ends": self.tokens, "bytes": num_bytes, "domains": domain}
+        for column, value in (values | (mask.columns() if mask is not None else {})).items():
+            self._columns[column].write(np.array(value, (COLUMNS | MASK_COLUMNS)[column]).tobytes())
 
     def _next_shard(self) -> None:
-        if self._shards:
-            self._shards[-1].close()
-        self._shards.append(self._open(shard_name(self._name, len(self._shards))))
+        for handles, name in ((self._shards, shard_name), (self._masks, mask_name)):
+            if handles:
+                handles[-1].close()
+            if handles is self._shards or self._masked:
+                handles.append(self._open(name(self._name, len(handles))))
 
     def close(self) -> dict[str, Any]:
         """Flush to the disk and return the stream's entry in the manifest."""
-        handles = [*self._shards, *self._columns.values()]
+        handles = [*self._shards, *self._masks, *self._columns.values()]
         for handle in handles:
             if not handle.closed:
                 handle.flush()
                 os.fsync(handle.fileno())
                 handle.close()
         files = [describe_file(Path(handle.name)) for handle in handles]
-        counts = ("tokens", "documents", "bytes", "counted_bytes")
-        return {"shards": len(self._shards), "files": files} | {name: getattr(self, name) for name in counts}
+        counts = {name: getattr(self, name) for name in ("tokens", "documents", "bytes", "counted_bytes")}
+        entry = {"shards": len(self._shards), "files": files, **counts}
+        return entry | {"masked": True} if self._masked else entry
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -183,8 +225,26 @@ class Shard(Protocol):
 
 
 @dataclass(frozen=True)
+class StreamMask:
+    """Which tokens of a stream train, on disk until it is read.
+
+    Of each document: how many do, the place of the first of them in it (past its end where none does), and
+    the file and the row of the source that it came from.
+    """
+
+    shards: Sequence[Shard]
+    trained_M: npt.NDArray[np.int64]
+    firsts_M: npt.NDArray[np.int64]
+    files_M: npt.NDArray[np.uint32]
+    rows_M: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class TokenStream:
-    """A written stream. N tokens, one of ``ends_M`` per document; tokens stay on disk until they are read."""
+    """A written stream. N tokens, one of ``ends_M`` per document; tokens stay on disk until they are read.
+
+    ``mask`` None: all of them train.
+    """
 
     shards: Sequence[Shard]
     shard_tokens: int
@@ -193,6 +253,7 @@ class TokenStream:
     num_tokens: int
     num_bytes: int
     counted_bytes: int
+    mask: StreamMask | None = None
 
     @property
     def num_documents(self) -> int:
@@ -200,11 +261,21 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens ``start`` to ``stop`` - 1, across shards where need be; ``stop`` is cut to the stream."""
+        return self._read(self.shards, start, stop)
+
+    def read_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Whether each of the tokens trains that :meth:`read` gives."""
+        if self.mask is None:
+            return np.ones(max(0, min(stop, self.num_tokens) - start), bool)
+        trains_N: npt.NDArray[np.bool_] = self._read(self.mask.shards, start, stop) != 0
+        return trains_N
+
+    def _read(self, shards: Sequence[Shard], start: int, stop: int) -> npt.NDArray[np.int64]:
         stop = min(stop, self.num_tokens)
         pieces = []
         while start < stop:
             shard, offset = divmod(start, self.shard_tokens)
-            piece = self.shards[shard][offset : offset + stop - start]
+            piece = shards[shard][offset : offset + stop - start]
             pieces.append(piece.astype(np.int64))
             start += len(piece)
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
@@ -220,16 +291,16 @@ def open_store(folder: Path) -> tuple[Manifest, dict[str, TokenStream]]:
 
 def _open_stream(folder: Path, name: str, manifest: Manifest, full: bool) -> TokenStream:
     entry, files = manifest.streams[name], manifest.files()
-
-    def column(kind: str) -> npt.NDArray[Any]:
-        return StoredArray(folder, files[column_name(name, kind)], COLUMNS[kind], full)[:]
-
+    columns = {
+        kind: StoredArray(folder, files[column_name(name, kind)], dtype, full)[:]
+        for kind, dtype in entry.columns.items()
+    }
     shards = [
         StoredArray(folder, files[shard_name(name, index)], manifest.dtype, full)
         for index in range(entry.shards)
     ]
-    ends_M, bytes_M, domains_M = column("ends"), column("bytes"), column("domains")
-    if (fault := _fault(manifest, entry, ends_M, bytes_M, domains_M)) is not None:
+    fault = _fault(manifest, entry, columns["ends"], columns["bytes"], columns["domains"])
+    if fault is not None:
         raise damaged(folder, f"stream {name} {fault}")
     if full and manifest.tokenizer is not None:
         largest = max((int(shard[:].max()) for shard in shards), default=0)
@@ -238,12 +309,28 @@ def _open_stream(folder: Path, name: str, manifest: Manifest, full: bool) -> Tok
     return TokenStream(
         shards=shards,
         shard_tokens=len(shards[0]) if shards else 1,
-        ends_M=ends_M,
-        domains_M=domains_M,
+        ends_M=columns["ends"],
+        domains_M=columns["domains"],
         num_tokens=entry.tokens,
         num_bytes=entry.bytes,
         counted_bytes=entry.counted_bytes,
+        mask=_open_mask(folder, name, manifest, columns, full) if entry.masked else None,
     )
+
+
+def _open_mask(
+    folder: Path, name: str, manifest: Manifest, columns: dict[str, npt.NDArray[Any]], full: bool
+) -> StreamMask:
+    files = manifest.files()
+    masks = [
+        StoredArray(folder, files[mask_name(name, index)], "u1", full)
+        for index in range(manifest.streams[name].shards)
+    ]
+    lengths_M = np.diff(columns["ends"], prepend=0)
+    trained_M, firsts_M = columns["trained"], columns["firsts"]
+    if (trained_M < 0).any() or (trained_M + firsts_M > lengths_M).any() or (firsts_M < 0).any():
+        raise damaged(folder, f"stream {name} has documents in which more tokens train than there are")
+    return StreamMask(masks, trained_M, firsts_M, columns["files"], columns["rows"])
 
 
 def _fault(

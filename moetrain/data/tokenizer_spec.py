@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -111,6 +112,32 @@ def for_text(tokenizer: tokenizers.Tokenizer, spec: Spec, eos_token: str) -> tok
     return twin
 
 
+def for_control_words(
+    tokenizer: tokenizers.Tokenizer, spec: Spec, names: Set[str]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """A tokenizer of the same ids that knows the special words ``names`` by other names only; those names.
+
+    A text in which some of the words have these names gets control tokens there, and plain text where the
+    words stand as they are. Places of tokens in the text include the spaces that belong to them.
+    """
+    names_of = {name: secrets.token_hex(16) for name in names}
+    raw = json.loads(tokenizer.to_str())
+    _rename(raw["model"], spec.model, names_of)
+    for token in raw["added_tokens"]:
+        if token["content"] in names_of:
+            token |= {"content": names_of[token["content"]], "special": True, "normalized": False}
+    known = {token.content for token in spec.added_tokens or ()}
+    for name in sorted(names - known):  # of the model's own vocabulary
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        raw["added_tokens"].append(
+            {"id": spec.model.ids()[name], "content": names_of[name], "special": True, **flags}
+        )
+    raw["post_processor"] = None
+    twin = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    twin.encode_special_tokens = False
+    return twin, names_of
+
+
 def is_byte(token: str) -> bool:
     """Whether the token stands for one byte, in SentencePiece's spelling."""
     return re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) is not None
@@ -138,3 +165,15 @@ def _rename(raw: dict[str, Any], model: Model, names_of: dict[str, str]) -> None
     if model.merges:
         pairs = ((left, right, model.merged(left, right)) for left, right in model.pairs())
         raw["merges"] = [list(three[:2]) for three in pairs if not names_of.keys() & set(three)]
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """The library raises plain Exception, and its panics are not even that: the first line as a UserError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} ({reason[:300]})") from error

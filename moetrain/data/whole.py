@@ -45,13 +45,13 @@ def whole_files(
 
 def _stream(part: Part, domain: int, tokenizer: Tokenizer, loss: Loss) -> TokenStream:
     found = list(tokenised(part, tokenizer, loss))
-    tokens_N = np.concatenate([ids.astype(np.uint32) for _, ids, _ in found] or [np.zeros(0, np.uint32)])
+    tokens_N = np.concatenate([each.tokens_N.astype(np.uint32) for each in found] or [np.zeros(0, np.uint32)])
     return TokenStream(
         shards=[tokens_N],
         shard_tokens=max(1, len(tokens_N)),
-        ends_M=np.cumsum([len(ids) for _, ids, _ in found], dtype=np.int64),
+        ends_M=np.cumsum([len(each.tokens_N) for each in found], dtype=np.int64),
         domains_M=np.full(len(found), domain, np.uint16),
         num_tokens=len(tokens_N),
-        num_bytes=sum(len(document.raw) for document, _, _ in found),
-        counted_bytes=sum(counted for _, _, counted in found),
+        num_bytes=sum(len(each.document.raw) for each in found),
+        counted_bytes=sum(each.counted for each in found),
     )

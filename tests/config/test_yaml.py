@@ -39,6 +39,8 @@ NEEDS = {
     ("balance", "remoe"): ["router=relu"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "hub"): ["data.path=owner/name"],
+    ("data", "chat"): [f"data.path={CONFIG_DIR}/*.yaml"],
+    ("data", "prompt_completion"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "mixture"): ["data.parts.here.kind=stdlib", "data.parts.there.kind=domains"],
 }
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from moetrain.config.editable import editable
 from moetrain.convert.options import ConvertConfig, ExportConfig, UpcycleConfig
+from moetrain.data.chat.options import ChatData, PromptCompletionData
 from moetrain.data.options import DomainsData, HubData, LocalData, MixtureData, StdlibData
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
@@ -53,6 +54,8 @@ def variants() -> dict[str, dict[str, type]]:
             "hub": HubData,
             "mixture": MixtureData,
             "domains": DomainsData,
+            "chat": ChatData,
+            "prompt_completion": PromptCompletionData,
         },
         "optim": {"adamw": AdamWConfig, "muon": MuonConfig},
         "engine": {"native": EngineConfig, "deepspeed": DeepSpeedConfig},

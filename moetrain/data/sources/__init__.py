@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moetrain.data.chat.files import TemplateFiles
+from moetrain.data.chat.options import ChatData, PromptCompletionData, TurnsData
 from moetrain.data.documents import Part, Source
 from moetrain.data.options import (
     DataConfig,
@@ -19,20 +21,35 @@ from moetrain.data.sources.domains import DOMAINS, DomainsSource
 from moetrain.data.sources.hub import HubSource
 from moetrain.data.sources.local import LocalSource
 from moetrain.data.sources.stdlib import StdlibSource
+from moetrain.data.sources.turns import ChatSource, PromptCompletionSource
+from moetrain.data.tokenizer import OWN_WORDS, Tokenizer
 from moetrain.errors import UserError
 
 __all__ = ["build_parts"]
 
 
-def build_parts(cfg: DataConfig, root: Path) -> list[Part]:
+def build_parts(cfg: DataConfig, root: Path, tokenizer: Tokenizer | None = None) -> list[Part]:
     """The corpus's sources: one, or the parts of a mixture in the order of their names.
 
-    ``root`` is the cache folder; ``cfg`` has passed :func:`~moetrain.data.rules.check_data`. Raises UserError
+    ``root`` is the cache folder, ``tokenizer`` None where it has yet to be trained; ``cfg`` has passed
+    :func:`~moetrain.data.rules.check_data`. Raises UserError
     for paths that match nothing, unknown domains, and packages that are not there.
     """
     if isinstance(cfg, MixtureData):
         return [_mixture_part(name, cfg.parts[name], root) for name in sorted(cfg.parts)]
+    if isinstance(cfg, TurnsData):
+        return [Part(_turns(cfg, tokenizer), masked=True)]
     return [Part(_source(cfg, root))]
+
+
+def _turns(cfg: TurnsData, tokenizer: Tokenizer | None) -> Source:
+    words, files, label = OWN_WORDS, TemplateFiles(), "a tokenizer that is trained here"
+    if tokenizer is not None:
+        words, files, label = tokenizer.words, tokenizer.template_files, tokenizer.label
+    if isinstance(cfg, ChatData):
+        return ChatSource(cfg, words, files, label)
+    assert isinstance(cfg, PromptCompletionData)
+    return PromptCompletionSource(cfg, words, files, label)
 
 
 def _source(cfg: DataConfig, root: Path) -> Source:
@@ -45,7 +62,8 @@ def _source(cfg: DataConfig, root: Path) -> Source:
     if isinstance(cfg, DomainsData):
         return DomainsSource(root, cfg.domains)
     raise UserError(
-        f"data: {type(cfg).__name__} names no source; choose stdlib, local, hub, domains or mixture"
+        f"data: {type(cfg).__name__} names no source; choose stdlib, local, hub, domains, mixture, "
+        "chat or prompt_completion"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -22,10 +22,23 @@ _wide_decoder = json.JSONDecoder(parse_int=str)  # integers of more digits than 
 Row = dict[str, object]
 
 
+def refuse(error: UserError) -> None:
+    """What is done about a bad row where nothing else is wanted."""
+    raise error
+
+
 def json_rows(path: Path) -> Iterator[Row]:
     """Every row as it stands: no column is given one type. Raises UserError that names file and row.
 
     Blank lines and a byte-order mark are passed over. Dates stay text, and half a surrogate pair stays half.
+    """
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: Path, on_bad: Callable[[UserError], None] = refuse) -> Iterator[tuple[int, Row]]:
+    """(number, row). ``on_bad`` gets the error of a line that is no row, which is then passed over.
+
+    Where rows are no lines, the place after a bad one is unknown: its error is raised.
     """
     with opened(path) as (file, _, _):
         number = -1
@@ -33,19 +46,22 @@ def json_rows(path: Path) -> Iterator[Row]:
             if not line or line.isspace():
                 continue
             number += 1
-            text = _decoded(line, path, number, line_number)
             try:
+                text = _decoded(line, path, number, line_number)
                 if number == 0 and text.lstrip().startswith("["):
                     break
-                value = _decode(text)
+                row = _row(_decode(text), path, number)
+            except UserError as error:
+                on_bad(error)
             except (ValueError, RecursionError) as error:
                 if number == 0 and _unfinished(error, text):
                     break
-                raise _refused(path, number, f" (line {line_number})", error) from None
-            yield _row(value, path, number)
+                on_bad(_refused(path, number, f" (line {line_number})", error))
+            else:
+                yield number, row
         else:
             return
-        yield from _whole(text, file, path)
+        yield from enumerate(_whole(text, file, path))
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:

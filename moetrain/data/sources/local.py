@@ -65,10 +65,7 @@ class LocalSource:
                 yield from self._rows(file, format)
 
     def _format_of(self, file: Path) -> TextFormat:
-        if self.format is not TextFormat.auto:
-            return self.format
-        suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in SUFFIXES]
-        return _FORMATS.get(suffixes[-1], TextFormat.text) if suffixes else TextFormat.text
+        return format_of(file) if self.format is TextFormat.auto else self.format
 
     def _text_document(self, file: Path) -> Document:
         if self.domain_key is not None:
@@ -120,6 +117,12 @@ class LocalSource:
         if self.domain_key is None:
             return DOMAIN
         return str(row.get(self.domain_key)).encode(errors="replace").decode()
+
+
+def format_of(file: Path) -> TextFormat:
+    """By the suffix, before one of compression where there is one; text where it is not known."""
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in SUFFIXES]
+    return _FORMATS.get(suffixes[-1], TextFormat.text) if suffixes else TextFormat.text
 
 
 def _whole(file: Path) -> bytes:

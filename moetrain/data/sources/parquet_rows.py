@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moetrain.data.sources.json_rows import refuse
 from moetrain.errors import UserError
 from moetrain.files import open_regular
 
@@ -23,20 +24,40 @@ def parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
 
     Bytes are text in UTF-8: older writers do not mark text as such. Raises UserError that names the file.
     """
+    return (row for _, row in numbered_rows(path, columns))
+
+
+def numbered_rows(
+    path: Path,
+    columns: Mapping[str, str],
+    optional: Collection[str] = (),
+    on_bad: Callable[[UserError], None] = refuse,
+) -> Iterator[tuple[int, Row]]:
+    """(number, row). ``optional``: columns that are read where the file has them.
+
+    ``on_bad`` gets the error of a row whose text is not UTF-8, which is then passed over.
+    """
     number = 0
     with os.fdopen(open_regular(path), "rb") as raw:
         try:
             file = pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
             if not file.metadata.num_rows:
                 return
-            _check(path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(_BATCH, columns=list(columns)):
-                values = [batch.column(batch.schema.get_field_index(name)) for name in columns]
+            present = file.schema_arrow.names
+            names = [*columns, *(name for name in optional if name in present and name not in columns)]
+            _check(
+                path, present, {name: columns.get(name, "which is read where it is there") for name in names}
+            )
+            for batch in file.iter_batches(_BATCH, columns=names):
+                values = [batch.column(batch.schema.get_field_index(name)) for name in names]
                 for row in zip(*values, strict=True):
-                    yield {name: _plain(value) for name, value in zip(columns, row, strict=True)}
+                    try:
+                        plain = {name: _plain(value) for name, value in zip(names, row, strict=True)}
+                    except UnicodeDecodeError as error:
+                        on_bad(UserError(f"{path}, row {number}: not UTF-8 text ({error.reason})"))
+                    else:
+                        yield number, plain
                     number += 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, row {number}: not UTF-8 text ({error.reason})") from None
         except OSError as error:
             if error.errno:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -56,14 +56,14 @@ class StdlibSource:
             except (UnicodeDecodeError, OSError):
                 continue
         if self.docs:
-            for _, text in sorted(_topics().items()):
+            for _, text in sorted(topics().items()):
                 yield Document(text, DOCS)
 
 
-def _topics() -> dict[str, str]:
+def topics() -> dict[str, str]:
     """The texts behind ``help("FLOAT")`` and the like; some slim builds of Python leave them out."""
     try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        found: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         return {}
-    return topics
+    return found
