@@ -126,6 +126,7 @@ COMPETING = ["router.rate=1", "router.warmup_steps=0"]
 BY_OUTPUTS = {
     "competesmoe": ["router=competesmoe", *COMPETING, "router.most_layers=null"],
     "competesmoe_v1": ["router=competesmoe_v1", *COMPETING],
+    "thor": ["router=thor", "train.task=thor"],
 }
 
 
@@ -135,7 +136,7 @@ BY_OUTPUTS = {
 ])  # fmt: skip
 @pytest.mark.parametrize("router", BY_OUTPUTS)
 def test_choices_from_outputs_are_the_same_on_a_layout(router, layout):
-    """All experts answer, chosen ones send their directions too."""
+    """All experts answer, chosen ones send their directions too; two passes through every sharded block."""
     world, parallel = LAYOUTS[layout]
     twin = twin_of(compose_train([*BY_OUTPUTS[router], *parallel]), world, 8)
     twin = replace(twin, cfg=replace(twin.cfg, train=replace(twin.cfg.train, precision=Precision.fp64)))

@@ -35,6 +35,7 @@ from moetrain.moe.routers import sparsemixer as sparsemixer
 from moetrain.moe.routers import stable as stable
 from moetrain.moe.routers import switch as switch
 from moetrain.moe.routers import temperature as temperature
+from moetrain.moe.routers import thor as thor
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
 from moetrain.moe.routers import vq as vq

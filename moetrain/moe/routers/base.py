@@ -62,6 +62,7 @@ class Router(Asking, nn.Module):
     freezes = False  # whether ``frozen`` ever names a parameter
     has_penalty = False  # likewise penalty, what the router charges itself
     has_choices = False  # likewise choices_TE, choices with a gradient
+    task: str | None = None  # the train.task by which its paper trains it; None: any
     permutable = True  # whether its experts may be put in another order after it has chosen
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way

@@ -85,6 +85,12 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu"},
             [("switch", 0.025, "global_batch"), ("penalty", 0.05, "global_batch")],
         ),
+        (
+            "thor",
+            {"level": "step", "eval_level": "sequence", "consistency": 5.0},
+            {"activation": "relu"},
+            [],
+        ),
         ("comet", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         ("dselect_k", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         (
