@@ -37,6 +37,7 @@ NEEDS = {
     ("balance", "penalty"): ["router=dselect_k"],
     ("balance", "sam"): ["router=sam"],
     ("balance", "competesmoe"): ["router=competesmoe"],
+    ("balance", "s2moe"): ["model=s2moe"],
     ("balance", "competesmoe_v1"): ["router=competesmoe_v1"],
     ("balance", "remoe"): ["router=relu"],
     ("data", "local"): [f"data.path={CONFIG_DIR}/*.yaml"],
