@@ -22,7 +22,11 @@ from moetrain.config.rules.model import (
     routing_group_divides_micro_batch,
     vocabulary_is_large_enough,
 )
-from moetrain.config.rules.router import router_accepts_its_options, router_can_be_replayed
+from moetrain.config.rules.router import (
+    router_accepts_its_options,
+    router_can_be_replayed,
+    router_has_its_task,
+)
 from moetrain.config.rules.train import (
     attention_fits_device,
     ends_with_its_schedule,
@@ -71,7 +75,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     start_exists(cfg)
     check_compare(cfg.compare)
     looks_ahead = (router_is_causal(cfg), repair_looks_ahead(cfg), rounding_looks_ahead(cfg))
-    warnings = (*looks_ahead, ends_with_its_schedule(cfg))
+    warnings = (*looks_ahead, router_has_its_task(cfg), ends_with_its_schedule(cfg))
     return [text for text in warnings if text is not None]
 
 

@@ -17,7 +17,7 @@ from moetrain.models.attention import AttentionLayer, plan_of
 from moetrain.models.block import Carried, build_block, times
 from moetrain.models.cache import KVCache
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import ModelConfig, window_of
+from moetrain.models.options import ModelConfig, moe_layers, window_of
 from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rules import check_model
 from moetrain.models.wiring_rules import check_wiring
@@ -105,6 +105,7 @@ class Decoder(nn.Module):
             ctx = replace(ctx, token_ids_T=input_ids_BS.reshape(-1))
         if ctx.doc_ids_T is None and doc_ids_BS is not None:
             ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
+        ctx = replace(ctx, moe_layers=tuple(moe_layers(self.cfg)))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         x_BSD = times(x_BSD.to(self.compute_dtype or x_BSD.dtype), self.cfg.scales.embedding)
         compute_dtype = x_BSD.dtype

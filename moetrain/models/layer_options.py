@@ -59,5 +59,18 @@ class MergingConfig:
     token_reduction: Optional[int] = field(default=None, metadata=at_least(1))
 
 
+@dataclass(frozen=True)
+class S2MoEConfig:
+    """Of ``s2moe``."""
+
+    # of the contrast between tokens and their noisy copies
+    temperature: float = field(default=1.0, metadata=within(0, 100, open_low=True))
+
+
 # section of ``model`` -> the layers that read it
-READ_BY = {"product_keys": ("peer", "pkm"), "monet": ("monet",), "merging": ("smear", "meo")}
+READ_BY = {
+    "product_keys": ("peer", "pkm"),
+    "monet": ("monet",),
+    "merging": ("smear", "meo"),
+    "s2moe": ("s2moe",),
+}

@@ -42,6 +42,9 @@ class RouterContext:
     memory      what the layer keeps between such calls; None: the sequences are whole.
     stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
                 it (``Router.reads_stream``). None: the layer's input is all there is.
+    moe_layers  the places of the decoder's MoE layers; empty: not known.
+    responses_TE  what the layer's router asked of all experts (``Router.asks``), with a gradient, 0 for
+                padding. None: it asked nothing, or has no layer around it.
     """
 
     batch: int
@@ -60,6 +63,8 @@ class RouterContext:
     seen: int = 0
     memory: LayerMemory | None = None
     stream_BSD: Tensor | None = None
+    moe_layers: tuple[int, ...] = ()
+    responses_TE: Tensor | None = None
 
     @staticmethod
     def default(batch: int, seq: int, device: torch.device | str = "cpu") -> RouterContext:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe.dispatch.base import ExpertRows, Work
 from moetrain.moe.expert_dropout import ExpertDropout, expert_mlp_dropped
 from moetrain.moe.options import FirstWeights, Keep
+from moetrain.moe.questions import Read
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
@@ -59,17 +60,18 @@ class Experts(nn.Module):
         self.bias_down_ED = parameter((num_experts, d_model), zero) if bias else None
         self.keeps_own_init = first_weights is not FirstWeights.model
 
-    def forward(self, work: Work) -> list[Tensor]:
+    def forward(self, work: Work, read: Read | None = None) -> list[Tensor]:
         """Compute each chunk's rows times their routing weights, and pass them to ``work.done``.
 
         Returns the input of ``work.combine``, a tensor a chunk, in autocast's dtype if it is on. One call
-        computes all chunks, so that sharded weights are gathered once.
+        computes all chunks, so that sharded weights are gathered once. ``read``: what it makes of a row is
+        sent back in its place (``questions.py``).
         """
         ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         biases = self._biases(work.sizes)
         return [
-            work.done(self._compute(rows, up, down, first, of_chunk), chunk)
+            work.done(_read(self._compute(rows, up, down, first, of_chunk), rows, first, read), chunk)
             for chunk, (rows, up, down, first, of_chunk) in enumerate(
                 zip(work.arrivals(), ups, downs, firsts, biases, strict=True)
             )
@@ -128,6 +130,16 @@ class Experts(nn.Module):
             keep=self.keep is Keep.preactivation,
             biases=biases,
         )
+
+
+def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Tensor:
+    """What ``read`` makes of the rows of experts from number ``first`` on; None: the rows."""
+    if read is None:
+        return out_RD
+    segments = rows.rows.segments
+    place_R = torch.arange(out_RD.shape[0], device=out_RD.device)
+    expert_R = torch.bucketize(place_R, segments.aligned_E.cumsum(0), right=True)
+    return read(out_RD, first + expert_R.clamp(max=segments.num_experts - 1))
 
 
 def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from moetrain.moe.expert_dropout import ExpertDropout, with_keys
 from moetrain.moe.experts import Experts
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
+from moetrain.moe.questions import Question, Read, answers, every_pair, with_directions
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules import (
     bias_refusal,
     block_refusal,
     dropout_refusal,
+    outputs_refusal,
     shared_refusal,
     widths_refusal,
 )
@@ -42,15 +45,18 @@ class Started:
     """A pass through a layer whose rows travel, for the layer's next steps. It is used once.
 
     ``x_BSD`` and ``x_TD``: the experts' input. ``sent``: what is dispatched of the routing. ``work``: None
-    where the rows go in rounds, one after another.
+    where the rows go in rounds, one after another. ``read``: what experts send back in place of their rows,
+    for the router to judge; None: the rows alone.
     """
 
     x_BSD: Tensor
     x_TD: Tensor
+    ctx: RouterContext
     routing: Routing
     sent: Assignment
     work: Work | None
     starts: list[int]
+    read: Read | None
 
 
 class MoELayer(nn.Module):
@@ -102,6 +108,8 @@ class MoELayer(nn.Module):
         self.max_rows_per_rank = max_rows_per_rank
         said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
         self.router = build_router(router, d_model=d_model, num_experts=num_experts, **(said or {}))
+        if line := outputs_refusal(router, self.router.reads_outputs, expert_widths):
+            raise ValueError(line)
         self.slices = Slices.of(expert_widths) if expert_widths else None
         size = (num_experts, d_model, d_ff)
         if self.slices is not None:
@@ -157,6 +165,9 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
         seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
+        question = self.router.asks(ctx)
+        if question is not None:
+            ctx = replace(ctx, responses_TE=self._responses(x_TD, ctx, question))
         routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
@@ -170,7 +181,8 @@ class MoELayer(nn.Module):
             routing = replace(routing, width_E=widths_E)
         starts = self._round_starts(sent, batch * seq)
         work = None if len(starts) > 1 else self.dispatcher.dispatch(x_TD, sent)
-        return Started(x_BSD, x_TD, routing, sent, work, starts)
+        read = None if question is None or not question.directions else with_directions
+        return Started(x_BSD, x_TD, ctx, routing, sent, work, starts, read)
 
     def beside(self, started: Started, shared_BSD: Tensor) -> list[Tensor]:
         """What zero-computation experts, and shared experts of ``shared_BSD``, add to the experts' sum."""
@@ -181,27 +193,43 @@ class MoELayer(nn.Module):
     def compute(self, started: Started) -> list[Tensor]:
         """Wait for the rows, compute the experts, and send results back: :meth:`finish`'s second argument."""
         if started.work is not None:
-            done: list[Tensor] = self.experts(started.work)
+            done: list[Tensor] = self.experts(started.work, started.read)
             return done
-        return [in_rounds(started.x_TD, started.sent, started.starts, self._one_round)]
+        compute = partial(self._one_round, read=started.read)
+        return [in_rounds(started.x_TD, started.sent, started.starts, compute)]
 
     def finish(self, started: Started, done: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Routing]:
         """Wait for the results, and add what was computed ``beside``: (y [B, S, D], the Routing)."""
-        work = started.work
+        work, routing = started.work, started.routing
         y_TD = done[0] if work is None else self.dispatcher.combine(done, work)
-        y_BSD = y_TD.view_as(started.x_BSD)
+        if started.read is not None:
+            width = started.x_BSD.shape[-1]
+            y_TD, directions_TD, present_T1 = y_TD.split([width, width, 1], 1)
+            routing = self.router.judged(routing, directions_TD, present_T1.squeeze(1), started.ctx)
+        y_BSD = y_TD.reshape(started.x_BSD.shape)
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
-        return y_BSD, started.routing
+        return y_BSD, routing
 
     def read_by_router(self, x_BSD: Tensor, ctx: RouterContext | None) -> Tensor:
         """What the router reads where nothing else is said: the layer's input, or the residual stream."""
         stream_BSD = None if ctx is None or not self.router.reads_stream else ctx.stream_BSD
         return x_BSD if stream_BSD is None else stream_BSD
 
-    def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+    def _one_round(self, x_TD: Tensor, assignment: Assignment, read: Read | None = None) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)
-        return self.dispatcher.combine(self.experts(work), work)
+        return self.dispatcher.combine(self.experts(work, read), work)
+
+    def _responses(self, x_TD: Tensor, ctx: RouterContext, question: Question) -> Tensor:
+        """[T, E]: what all experts answer, in rounds that keep nothing but their input."""
+        x_TD = x_TD * self.router.input_scale if self.router.input_scale != 1 else x_TD
+        if self.experts.drops:
+            x_TD = with_keys(x_TD, ctx)
+        tokens, num_experts = x_TD.shape[0], self.experts.num_experts
+        pairs = every_pair(ctx, num_experts, torch.promote_types(x_TD.dtype, torch.float32))
+        starts = self._rounds(pairs, tokens, [self.max_rows_per_rank, question.rows_per_token * tokens])
+        compute = partial(self._one_round, read=answers(question.response, num_experts))
+        return in_rounds(x_TD, pairs, starts, compute)
 
     def _shared(self, x_BSD: Tensor) -> Tensor:
         assert self.shared is not None
@@ -216,7 +244,11 @@ class MoELayer(nn.Module):
         usual = None if torch.compiler.is_compiling() else self.router.usual_rows_per_token
         if usual is not None and self.slices is not None:
             usual *= self.slices.most
-        bounds = [self.max_rows_per_rank, None if usual is None else max(1.0, usual * tokens)]
+        usual_rows = None if usual is None else max(1.0, usual * tokens)
+        return self._rounds(assignment, tokens, [self.max_rows_per_rank, usual_rows])
+
+    def _rounds(self, assignment: Assignment, tokens: int, bounds: list[float | None]) -> list[int]:
+        """The same for the least of ``bounds`` that is one, alike in number on the ranks."""
         given = [bound for bound in bounds if bound is not None]
         if not given:
             return [0]

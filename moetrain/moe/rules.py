@@ -61,6 +61,16 @@ def widths_refusal(
     return None
 
 
+def outputs_refusal(router: str, reads_outputs: bool, widths: Sequence[int]) -> str | None:
+    """Why a router cannot ask for experts' outputs, of which no row may hold a part; None where it can."""
+    if not (reads_outputs and widths):
+        return None
+    return (
+        f"router={router} compares experts' whole outputs, and experts of different widths are computed in "
+        "slices: leave model.expert_widths out, or take another router"
+    )
+
+
 def shared_refusal(num_shared_experts: int, d_ff_shared: int | None, shared_gate: bool) -> str | None:
     """Why options of shared experts, without any, seem to have an effect; None where they fit."""
     for name, value, given in (

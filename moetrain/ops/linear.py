@@ -44,15 +44,16 @@ def linears(
 
 class _WideLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_nK, weight_NK)
-        return F.linear(x_nK.to(weight_NK.dtype), weight_NK)
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_NK)
+        return F.linear(x.to(weight_NK.dtype), weight_NK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_nN: Tensor) -> tuple[Tensor, Tensor]:
-        x_nK, weight_NK = ctx.saved_tensors
-        return (dy_nN @ weight_NK).to(x_nK.dtype), dy_nN.t() @ x_nK.to(weight_NK.dtype)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_NK = ctx.saved_tensors
+        dy_nN, x_nK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (dy @ weight_NK).to(x.dtype), dy_nN.t() @ x_nK.to(weight_NK.dtype)
 
 
 class _Linears(torch.autograd.Function):

@@ -125,6 +125,13 @@ class NextToken(Task):
 register_task("next_token")(NextToken)
 
 
+@register_task("thor")
+def _two_passes(model: Decoder) -> Task:
+    from moetrain.train.consistency import TwoPassTask  # which is a Task
+
+    return TwoPassTask(model)
+
+
 def batch_arguments(
     batch: Batch,
     seed: int,

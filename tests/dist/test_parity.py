@@ -122,6 +122,27 @@ def test_losses_of_choices_and_domains_are_the_same_on_a_layout(layout):
     assert_equal(prove(twin, 1e-9), 100)
 
 
+COMPETING = ["router.rate=1", "router.warmup_steps=0"]
+BY_OUTPUTS = {
+    "competesmoe": ["router=competesmoe", *COMPETING, "router.most_layers=null"],
+    "competesmoe_v1": ["router=competesmoe_v1", *COMPETING],
+    "thor": ["router=thor", "train.task=thor"],
+}
+
+
+@pytest.mark.parametrize("layout", [
+    pytest.param("ep 2", marks=pytest.mark.slow), pytest.param("hsdp 2 x ep 2", marks=pytest.mark.real),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_DISPATCHERS),
+])  # fmt: skip
+@pytest.mark.parametrize("router", BY_OUTPUTS)
+def test_choices_from_outputs_are_the_same_on_a_layout(router, layout):
+    """All experts answer, chosen ones send their directions too; two passes through every sharded block."""
+    world, parallel = LAYOUTS[layout]
+    twin = twin_of(compose_train([*BY_OUTPUTS[router], *parallel]), world, 8)
+    twin = replace(twin, cfg=replace(twin.cfg, train=replace(twin.cfg.train, precision=Precision.fp64)))
+    assert_equal(prove(twin, 1e-9), 100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", ROUTERS)

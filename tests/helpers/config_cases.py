@@ -197,7 +197,7 @@ REFUSED = [
         "controllers.chunk_sparsity.max_factor=2.0 is not used by balance.losses=['switch']",
     ),
     ({"balance.controllers": {"running_load": {}}}, "running_load.decay=0.9 is not used: no loss has"),
-    ({"train.task": "next_tokn"}, "train.task=next_tokn is not known; known: next_token (did you"),
+    ({"train.task": "next_tokn"}, "train.task=next_tokn is not known; known: next_token, thor (did you"),
     (
         {"model.attention": "auto"},
         "model.attention=auto is not known; known: gated_delta, grouped_query",

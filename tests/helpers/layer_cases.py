@@ -26,6 +26,7 @@ LAYERS: dict[str, tuple[dict[str, Any], Activation]] = {
 MERGING = MergingConfig(segment=4, expert_dropout=0.2, token_reduction=5)
 LAYERS["smear"] = ({"merging": MERGING}, Activation.swiglu)
 LAYERS["meo"] = ({"merging": MERGING}, Activation.gelu)
+LAYERS["s2moe"] = ({}, Activation.swiglu)
 # the same on the command line
 _FEW = ["model.num_experts=25", "model.product_keys.d_query=6", "model.product_keys.top_k=7"]
 COMMAND = {
@@ -34,6 +35,7 @@ COMMAND = {
     "moe_x": ["model=moe_x"],
     "smear": ["model=smear", "model.merging.segment=4"],
     "meo": ["model=meo", "model.merging.segment=4"],
+    "s2moe": ["model=s2moe"],
     "monet": ["model=monet", "model.num_experts=49", "model.monet.top_k=3", "model.monet.heads=3"],
 }
 

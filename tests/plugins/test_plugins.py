@@ -159,7 +159,7 @@ def test_a_task_of_ones_own_decides_the_loss(
     assert "train.task" in capsys.readouterr().err
     assert tiny.train(corpus, tmp_path / "none", "train.task=distilation") == 2
     said = capsys.readouterr().err
-    assert "train.task=distilation is not known; known: distillation, next_token (did" in said
+    assert "train.task=distilation is not known; known: distillation, next_token, thor (did" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "none").exists()
 

@@ -12,6 +12,8 @@ from moetrain.moe.balance.settings import BalanceConfig
 from moetrain.moe.routers import Router
 from moetrain.train.options import TrainConfig
 
+OWN = "moe"  # the layer whose router is what the config says; others are asked one by one (``layers.py``)
+
 
 def balance_is_accepted(cfg: TrainConfig) -> None:
     """Names, scopes and options, as each loss and controller has them."""
@@ -22,7 +24,8 @@ def balance_is_accepted(cfg: TrainConfig) -> None:
 
 
 def balance_fits_the_router(cfg: TrainConfig) -> None:
-    if cfg.model.num_experts and (cfg.balance.losses or cfg.balance.controllers):
+    m = cfg.model
+    if m.num_experts and m.feed_forward == OWN and (cfg.balance.losses or cfg.balance.controllers):
         router = built_router(cfg)
         refuse_losses(cfg.balance, router, "")
         refuse_controllers(cfg.balance, [router], "")

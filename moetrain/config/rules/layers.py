@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moetrain.config.rules.balance import refuse_controllers, refuse_losses
+from moetrain.config.rules.balance import OWN, refuse_controllers, refuse_losses
 from moetrain.errors import UserError
 from moetrain.models.attention import ATTENTIONS, OWN_ATTENTION, build_attention
 from moetrain.models.feed_forward import ALIKE, FEED_FORWARDS, WithoutDispatch, build_feed_forward
@@ -18,8 +18,6 @@ from moetrain.ops.rows import is_row_table
 from moetrain.parallel.rules import check_layer
 from moetrain.train.optim.options import Tables
 from moetrain.train.options import TrainConfig
-
-OWN = "moe"  # what other rules are written for
 
 
 def feed_forward_is_known(cfg: TrainConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moetrain.errors import UserError
-from moetrain.moe.routers import Router, build_router
+from moetrain.moe.routers import ROUTERS, Router, build_router
 from moetrain.train.options import TrainConfig
 from moetrain.train.routes import replay_refusal
 
@@ -24,6 +24,17 @@ def router_can_be_replayed(cfg: TrainConfig) -> None:
         raise UserError(f"replay.record={cfg.replay.record} is one run's, and compare.arms are several runs")
     if line := replay_refusal({0: built_router(cfg)} if cfg.model.num_experts else {}):
         raise UserError(line)
+
+
+def router_has_its_task(cfg: TrainConfig) -> str | None:
+    """A warning where the router's paper trains it by another task; None where it fits."""
+    task = ROUTERS[cfg.router.name].cls.task if cfg.model.num_experts else None
+    if task in (None, cfg.train.task):
+        return None
+    return (
+        f"router={cfg.router.name} is trained by train.task={task} in its paper: train.task={cfg.train.task} "
+        "leaves what that task adds out"
+    )
 
 
 def built_router(cfg: TrainConfig) -> Router:

@@ -4,3 +4,4 @@ from moetrain.models.layers import merging as merging
 from moetrain.models.layers import moe_x as moe_x
 from moetrain.models.layers import monet as monet
 from moetrain.models.layers import product_keys as product_keys
+from moetrain.models.layers import s2moe as s2moe

@@ -4,6 +4,7 @@ from moetrain.moe.routers import adaptive as adaptive
 from moetrain.moe.routers import base_layers as base_layers
 from moetrain.moe.routers import blockffn as blockffn
 from moetrain.moe.routers import comet as comet
+from moetrain.moe.routers import competesmoe as competesmoe
 from moetrain.moe.routers import cosine as cosine
 from moetrain.moe.routers import dense as dense
 from moetrain.moe.routers import domain as domain
@@ -34,6 +35,7 @@ from moetrain.moe.routers import sparsemixer as sparsemixer
 from moetrain.moe.routers import stable as stable
 from moetrain.moe.routers import switch as switch
 from moetrain.moe.routers import temperature as temperature
+from moetrain.moe.routers import thor as thor
 from moetrain.moe.routers import threshold as threshold
 from moetrain.moe.routers import topk as topk
 from moetrain.moe.routers import vq as vq

@@ -21,6 +21,7 @@ from moetrain.moe.load_bound import bound_load
 from moetrain.moe.local_experts import local_experts, local_refusal
 from moetrain.moe.options import DropOrder, Repair, Rounding, RouterConfig
 from moetrain.moe.permutation import Permutation, mix, rename
+from moetrain.moe.questions import Asking
 from moetrain.moe.repair import repair_overflow
 from moetrain.moe.routers.checks import check_capacity, check_permutation, check_scores
 from moetrain.moe.routing import Routing
@@ -31,7 +32,7 @@ from moetrain.ops.kernel_or_torch import AUTO
 from moetrain.ops.linear import wide_linear
 
 
-class Router(nn.Module):
+class Router(Asking, nn.Module):
     """Maps tokens to a Routing. A subclass defines ``route``; an order of experts that is searched for,
     capacity, repair or rounding change its result.
 
@@ -53,8 +54,7 @@ class Router(nn.Module):
     capacity_of_tokens = False  # whether a capacity factor multiplies a group's tokens, not its assignments
     causal = True  # in training, a token's routing is free of later tokens and of other sequences
     reads_bias = False  # whether bias_E takes part in the selection, for the controller bias
-    # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, whatever there is besides: what the
-    # controller quantile solves for
+    # a token takes its top_k best of scores_TE (in [0, 1]) plus bias_E, as the controller quantile needs
     takes_best = False
     replays = False  # whether it takes the experts of ctx.forced_TK where there are some: routing replay
     has_scores = True  # whether its Routings carry scores_TE, for balance losses, repair and metrics
@@ -62,6 +62,7 @@ class Router(nn.Module):
     freezes = False  # whether ``frozen`` ever names a parameter
     has_penalty = False  # likewise penalty, what the router charges itself
     has_choices = False  # likewise choices_TE, choices with a gradient
+    task: str | None = None  # the train.task by which its paper trains it; None: any
     permutable = True  # whether its experts may be put in another order after it has chosen
     backend = AUTO  # experts.backend of its layer: whether a kernel may choose
     eval_modes: tuple[str, ...] = ()  # ways to route in evaluation, the default first; empty: one way

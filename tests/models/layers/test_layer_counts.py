@@ -23,9 +23,12 @@ EXPERTS = {
     "peer": (2 * N * D, round(2 * N * D * 15 / 49)),
     "pkm": (N * D, round(N * D * 15 / 49)),
     "moe_x": (2 * E * D * F, 2 * 2 * D * F),
+    "s2moe": (3 * E * D * F, 2 * 3 * D * F),
     "smear": (3 * E * D * F, 3 * D * F),
     "meo": (2 * E * D * F, 2 * D * F),
 }
+# products of experts that pad their rows, and of what is not their router
+PADDED = {"moe_x": 2 * 2 * D * F, "s2moe": 2 * 3 * D * F + D}
 HALF, REST = 7 * 7, 7 * 6  # 7 parts of 13 hidden units: 7 of the first side and 6 of the second
 EXPERTS["monet"] = (2 * (HALF + REST) * D + 7 * D,) * 2
 
@@ -51,7 +54,7 @@ def test_operations_are_the_products_that_run(name: str) -> None:
     made = layer(name, **keys).eval()
     x = torch.randn(2, 12, D, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        if name == "moe_x":  # its experts pad their rows
+        if name in PADDED:
             made.router(x.flatten(0, 1), RouterContext.default(2, 12))
         else:
             made(x)
@@ -60,6 +63,5 @@ def test_operations_are_the_products_that_run(name: str) -> None:
     flops = flops_breakdown(cfg, RouterConfig(), 12, 11, ExpertsConfig(activation=activation))
     vectors = sum(p.numel() for n, p in made.named_parameters() if p.ndim == 1 and "router" in n)
     expected = flops.experts + flops.router + flops.dense - 2 * vectors
-    if name == "moe_x":
-        expected -= 2 * 2 * 2 * D * F
+    expected -= 2 * PADDED.get(name, 0)
     assert counter.get_total_flops() / 24 == pytest.approx(expected, rel=1e-3)

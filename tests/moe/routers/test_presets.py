@@ -70,6 +70,27 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             {"activation": "relu", "first_weights": "one_network"},
             [("entropy", 0.001, "global_batch")],
         ),
+        (
+            "competesmoe",
+            {"rate": 0.05, "most_layers": 3, "winners_coef": 0.1, "diversity_coef": 1.0},
+            {},
+            [
+                (name, coef, "global_batch")
+                for name, coef in (("gshard_first", 0.01), ("z", 0.001), ("penalty", 0.01))
+            ],
+        ),
+        (
+            "competesmoe_v1",
+            {"rate": 0.03},
+            {"activation": "relu"},
+            [("switch", 0.025, "global_batch"), ("penalty", 0.05, "global_batch")],
+        ),
+        (
+            "thor",
+            {"level": "step", "eval_level": "sequence", "consistency": 5.0},
+            {"activation": "relu"},
+            [],
+        ),
         ("comet", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         ("dselect_k", {"top_k": 2, "gamma": 1.0}, {}, [("penalty", 1.0, "global_batch")]),
         (
