@@ -59,5 +59,20 @@ class MergingConfig:
     token_reduction: Optional[int] = field(default=None, metadata=at_least(1))
 
 
+class BlockWeight(Enum):
+    """``one``: a chosen block counts as a part of one network does; ``score``: as ``router`` weighs it."""
+
+    one = "one"
+    score = "score"
+
+
+@dataclass(frozen=True)
+class AvgKConfig:
+    """Of ``avg_k``: the experts are blocks of hidden units, chosen by the means of their keys."""
+
+    weight: BlockWeight = BlockWeight.one
+
+
 # section of ``model`` -> the layers that read it
 READ_BY = {"product_keys": ("peer", "pkm"), "monet": ("monet",), "merging": ("smear", "meo")}
+READ_BY["avg_k"] = ("avg_k",)

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least
-from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig
+from moetrain.models.layer_options import AvgKConfig, MergingConfig, MonetConfig, ProductKeysConfig
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
 from moetrain.ops.low_rank import LoRA
@@ -69,6 +69,7 @@ class ModelConfig:
     product_keys: ProductKeysConfig = field(default_factory=ProductKeysConfig)  # feed_forward=peer, pkm
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
+    avg_k: AvgKConfig = field(default_factory=AvgKConfig)  # feed_forward=avg_k
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     qk_norm: QKNorm = QKNorm.none
     # in tokens, the query's own included

@@ -31,6 +31,8 @@ class Experts(nn.Module):
     is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them.
     """
 
+    forward_methods = ("mean_keys",)  # what else reads the weights, so that ranks gather them first
+
     def __init__(
         self,
         num_experts: int,
@@ -67,6 +69,14 @@ class Experts(nn.Module):
                 zip(work.arrivals(), ups, downs, firsts, strict=True)
             )
         ]
+
+    def mean_keys(self) -> Tensor:
+        """The mean over its hidden units of each expert's keys, [E, D] of those here, in fp32 at least.
+
+        A unit's key is its column of the first matrix, of a gated activation the gate's.
+        """
+        keys_EDF = local_part(self.w_gate_up_EDCF)[:, :, 0]
+        return keys_EDF.mean(-1, dtype=torch.promote_types(keys_EDF.dtype, torch.float32))
 
     @property
     def drops(self) -> bool:

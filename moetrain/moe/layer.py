@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"ctx is of {ctx.batch} x {ctx.seq} tokens, but x has {batch} x {seq}")
         x_TD = x_BSD.reshape(-1, width)
         seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
-        routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
+        routing: Routing = self.router(seen_BSD.reshape(-1, width), self.of_router(ctx))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
@@ -185,6 +185,10 @@ class MoELayer(nn.Module):
         """What the router reads where nothing else is said: the layer's input, or the residual stream."""
         stream_BSD = None if ctx is None or not self.router.reads_stream else ctx.stream_BSD
         return x_BSD if stream_BSD is None else stream_BSD
+
+    def of_router(self, ctx: RouterContext) -> RouterContext:
+        """The context of its router; a layer whose router goes by the experts' weights puts them there."""
+        return replace(ctx, stream_BSD=None)
 
     def _one_round(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)

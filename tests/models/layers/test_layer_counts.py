@@ -23,9 +23,11 @@ EXPERTS = {
     "peer": (2 * N * D, round(2 * N * D * 15 / 49)),
     "pkm": (N * D, round(N * D * 15 / 49)),
     "moe_x": (2 * E * D * F, 2 * 2 * D * F),
+    "avg_k": (2 * E * D * F, 2 * 2 * D * F),
     "smear": (3 * E * D * F, 3 * D * F),
     "meo": (2 * E * D * F, 2 * D * F),
 }
+ROUTED = ("moe_x", "avg_k")
 HALF, REST = 7 * 7, 7 * 6  # 7 parts of 13 hidden units: 7 of the first side and 6 of the second
 EXPERTS["monet"] = (2 * (HALF + REST) * D + 7 * D,) * 2
 
@@ -51,8 +53,9 @@ def test_operations_are_the_products_that_run(name: str) -> None:
     made = layer(name, **keys).eval()
     x = torch.randn(2, 12, D, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        if name == "moe_x":  # its experts pad their rows
-            made.router(x.flatten(0, 1), RouterContext.default(2, 12))
+        if name in ROUTED:  # whose experts pad their rows
+            ctx = made.of_router(RouterContext.default(2, 12))
+            made.router(x.flatten(0, 1), ctx)
         else:
             made(x)
     cfg = replace(TINY, feed_forward=name, num_layers=1, **keys)
@@ -60,6 +63,6 @@ def test_operations_are_the_products_that_run(name: str) -> None:
     flops = flops_breakdown(cfg, RouterConfig(), 12, 11, ExpertsConfig(activation=activation))
     vectors = sum(p.numel() for n, p in made.named_parameters() if p.ndim == 1 and "router" in n)
     expected = flops.experts + flops.router + flops.dense - 2 * vectors
-    if name == "moe_x":
+    if name in ROUTED:
         expected -= 2 * 2 * 2 * D * F
     assert counter.get_total_flops() / 24 == pytest.approx(expected, rel=1e-3)
