@@ -19,6 +19,7 @@ from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.table import NAMES, on_device
+from moetrain.ops.held import held_rows, hold
 from moetrain.ops.init import Normal, parameter
 from moetrain.ops.local_part import local_part
 from moetrain.ops.precision import product_dtype
@@ -28,7 +29,8 @@ class Experts(nn.Module):
     """E feed-forward networks of one width, computed together.
 
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
-    is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them.
+    is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them. The first
+    ``frozen`` of all are not trained (``ops/held.py``).
     """
 
     forward_methods = ("mean_keys",)  # what else reads the weights, so that ranks gather them first
@@ -43,6 +45,7 @@ class Experts(nn.Module):
         keep: Keep = Keep.preactivation,
         first_weights: FirstWeights = FirstWeights.model,
         dropout: ExpertDropout | None = None,
+        frozen: int = 0,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
@@ -53,6 +56,10 @@ class Experts(nn.Module):
         up, down = first_weights.stds(num_experts, d_model, d_ff)
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(up))
         self.w_down_EFD = parameter((num_experts, d_ff, d_model), Normal(down))
+        self.frozen = frozen
+        if frozen:
+            hold(self.w_gate_up_EDCF)
+            hold(self.w_down_EFD)
         self.keeps_own_init = first_weights is not FirstWeights.model
 
     def forward(self, work: Work) -> list[Tensor]:
@@ -61,7 +68,8 @@ class Experts(nn.Module):
         Returns the input of ``work.combine``, a tensor a chunk, in autocast's dtype if it is on. One call
         computes all chunks, so that sharded weights are gathered once.
         """
-        ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
+        held = self.frozen - self.first_expert
+        ups, downs = (_parts(w, work.sizes, held) for w in (self.w_gate_up_EDCF, self.w_down_EFD))
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         return [
             work.done(self._compute(rows, up, down, first), chunk)
@@ -75,7 +83,8 @@ class Experts(nn.Module):
 
         A unit's key is its column of the first matrix, of a gated activation the gate's.
         """
-        keys_EDF = local_part(self.w_gate_up_EDCF)[:, :, 0]
+        held = self.frozen - self.first_expert
+        keys_EDF = held_rows(local_part(self.w_gate_up_EDCF), held)[:, :, 0]
         return keys_EDF.mean(-1, dtype=torch.promote_types(keys_EDF.dtype, torch.float32))
 
     @property
@@ -117,6 +126,7 @@ class Experts(nn.Module):
         )
 
 
-def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+def _parts(weight: Tensor, sizes: list[int], held: int) -> tuple[Tensor, ...]:
     """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
-    return (local_part(weight),) if len(sizes) == 1 else local_part(weight).split(sizes)
+    local = held_rows(local_part(weight), held)
+    return (local,) if len(sizes) == 1 else local.split(sizes)

@@ -24,7 +24,13 @@ from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Routing
-from moetrain.moe.rules import block_refusal, dropout_refusal, shared_refusal, widths_refusal
+from moetrain.moe.rules import (
+    block_refusal,
+    dropout_refusal,
+    frozen_refusal,
+    shared_refusal,
+    widths_refusal,
+)
 from moetrain.moe.slices import Slices
 from moetrain.moe.zero_experts import ZeroExperts
 from moetrain.ops.init import Normal, parameter
@@ -55,7 +61,8 @@ class MoELayer(nn.Module):
     ``d_ff_shared``: hidden width of all shared experts together; None: ``d_ff`` each. ``shared_gate``: their
     output is multiplied by sigmoid(x @ gate), one number a token. ``expert_widths``: the hidden width of each
     expert, where they differ; ``d_ff`` is then that of a shared expert. ``dropout``, ``input_dropout``: in
-    training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
+    training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``). ``frozen``:
+    so many experts, the first ones, are not trained.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -78,6 +85,7 @@ class MoELayer(nn.Module):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         expert_widths: Sequence[int] = (),
+        frozen: int = 0,
     ) -> None:
         super().__init__()
         given = ExpertsConfig(
@@ -87,7 +95,8 @@ class MoELayer(nn.Module):
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
         widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        if line := range_refusal(given, "experts") or shared or widths or backends:
+        held = frozen_refusal(frozen, num_experts)
+        if line := range_refusal(given, "experts") or shared or widths or backends or held:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
         said = {"options": router_options} if isinstance(router_options, RouterConfig) else router_options
@@ -96,7 +105,8 @@ class MoELayer(nn.Module):
         size = (num_experts, d_model, d_ff)
         if self.slices is not None:
             size = (self.slices.total, d_model, self.slices.unit)
-        self.experts = Experts(*size, activation, backend, keep, first_weights, drop)
+            frozen = sum(self.slices.per_expert[:frozen])
+        self.experts = Experts(*size, activation, backend, keep, first_weights, drop, frozen)
         shared_width = num_shared_experts * d_ff if d_ff_shared is None else d_ff_shared
         self.shared = MLP(d_model, shared_width, activation) if num_shared_experts else None
         self.shared_gate_1D = parameter((1, d_model), Normal(d_model**-0.5)) if shared_gate else None

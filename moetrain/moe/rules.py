@@ -32,6 +32,13 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     )
 
 
+def frozen_refusal(frozen: int, num_experts: int) -> str | None:
+    """Why ``frozen`` experts of a layer cannot stay as they are; None where they can."""
+    if not 0 <= frozen <= num_experts:
+        return f"experts.frozen={frozen} must lie between 0 and the layer's {num_experts} experts"
+    return None
+
+
 def widths_refusal(
     widths: Sequence[int], num_experts: int, first_weights: FirstWeights, dropout: ExpertDropout
 ) -> str | None:

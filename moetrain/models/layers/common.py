@@ -16,6 +16,7 @@ def refuse_unread(cfg: ModelConfig, experts: ExpertsConfig) -> None:
         ("model.num_shared_experts", cfg.num_shared_experts, 0),
         ("experts.kind", experts.kind, ExpertKind.networks),
         ("experts.first_weights", experts.first_weights, FirstWeights.model),
+        ("experts.frozen", experts.frozen, 0),
         ("experts.max_rows_per_rank", experts.max_rows_per_rank, None),
     ):
         if value != unset:
