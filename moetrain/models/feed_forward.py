@@ -108,6 +108,7 @@ def layer_options(
         "keep": experts.keep,
         "dropout": experts.dropout,
         "input_dropout": experts.input_dropout,
+        "frozen": experts.frozen,
         "num_shared_experts": cfg.num_shared_experts,
         "d_ff_shared": cfg.shared_width if cfg.layer_widths and cfg.num_shared_experts else cfg.d_ff_shared,
         "shared_gate": cfg.shared_gate,

@@ -67,10 +67,25 @@ class S2MoEConfig:
     temperature: float = field(default=1.0, metadata=within(0, 100, open_low=True))
 
 
+class BlockWeight(Enum):
+    """``one``: a chosen block counts as a part of one network does; ``score``: as ``router`` weighs it."""
+
+    one = "one"
+    score = "score"
+
+
+@dataclass(frozen=True)
+class AvgKConfig:
+    """Of ``avg_k``: the experts are blocks of hidden units, chosen by the means of their keys."""
+
+    weight: BlockWeight = BlockWeight.one
+
+
 # section of ``model`` -> the layers that read it
 READ_BY = {
     "product_keys": ("peer", "pkm"),
     "monet": ("monet",),
     "merging": ("smear", "meo"),
     "s2moe": ("s2moe",),
+    "avg_k": ("avg_k",),
 }

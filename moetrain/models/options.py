@@ -7,7 +7,13 @@ from typing import Optional
 from moetrain.bounds import above, at_least, within
 from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.latent_options import LatentConfig
-from moetrain.models.layer_options import MergingConfig, MonetConfig, ProductKeysConfig, S2MoEConfig
+from moetrain.models.layer_options import (
+    AvgKConfig,
+    MergingConfig,
+    MonetConfig,
+    ProductKeysConfig,
+    S2MoEConfig,
+)
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
@@ -83,6 +89,7 @@ class ModelConfig:
     monet: MonetConfig = field(default_factory=MonetConfig)  # feed_forward=monet
     merging: MergingConfig = field(default_factory=MergingConfig)  # feed_forward=smear, meo
     s2moe: S2MoEConfig = field(default_factory=S2MoEConfig)  # feed_forward=s2moe
+    avg_k: AvgKConfig = field(default_factory=AvgKConfig)  # feed_forward=avg_k
     qkv_bias: bool = False  # of queries, keys and values (Qwen2)
     mlp_bias: bool = False  # of dense layers' matrices (Llama); experts have none by it
     out_bias: bool = False  # of attention's output (GPT-OSS)

@@ -199,7 +199,8 @@ def _check_sections(cfg: ModelConfig) -> None:
         for field in fields(options):
             value = getattr(options, field.name)
             if value != getattr(type(options)(), field.name):
+                shown = getattr(value, "name", value)
                 raise UserError(
-                    f"model.{section}.{field.name}={value} is not used by model.feed_forward="
+                    f"model.{section}.{field.name}={shown} is not used by model.feed_forward="
                     f"{cfg.feed_forward}: leave it out, or take {' or '.join(layers)}"
                 )

@@ -40,6 +40,7 @@ class RouterContext:
     domain_ids_T  int64, the index of each token's domain among the corpus's; None: not known.
     seen        tokens of each row that came in earlier calls, under generation with a cache.
     memory      what the layer keeps between such calls; None: the sequences are whole.
+    keys_ED     a vector of each expert, of the layers whose router goes by the experts' own weights.
     stream_BSD  the residual stream that the layer adds to, before its norm; for a layer whose router reads
                 it (``Router.reads_stream``). None: the layer's input is all there is.
     moe_layers  the places of the decoder's MoE layers; empty: not known.
@@ -62,6 +63,7 @@ class RouterContext:
     domain_ids_T: Tensor | None = None
     seen: int = 0
     memory: LayerMemory | None = None
+    keys_ED: Tensor | None = None
     stream_BSD: Tensor | None = None
     moe_layers: tuple[int, ...] = ()
     responses_TE: Tensor | None = None

@@ -21,6 +21,7 @@ from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
 from moetrain.ops.experts.table import NAMES, on_device
+from moetrain.ops.held import held_rows, hold
 from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.local_part import local_part
 from moetrain.ops.precision import product_dtype
@@ -31,8 +32,10 @@ class Experts(nn.Module):
 
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
     is a cut of both. ``bias``: both projections have one. ``first_expert`` is the number of the first one
-    here, where ranks share them.
+    here, where ranks share them. The first ``frozen`` of all are not trained (``ops/held.py``).
     """
+
+    forward_methods = ("mean_keys",)  # what else reads the weights, so that ranks gather them first
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Experts(nn.Module):
         first_weights: FirstWeights = FirstWeights.model,
         dropout: ExpertDropout | None = None,
         bias: bool = False,
+        frozen: int = 0,
     ) -> None:
         super().__init__()
         if backend not in NAMES:
@@ -58,6 +62,10 @@ class Experts(nn.Module):
         zero = Constant(0.0)
         self.bias_gate_up_ECF = parameter((num_experts, columns, d_ff), zero) if bias else None
         self.bias_down_ED = parameter((num_experts, d_model), zero) if bias else None
+        self.frozen = frozen
+        if frozen:
+            hold(self.w_gate_up_EDCF)
+            hold(self.w_down_EFD)
         self.keeps_own_init = first_weights is not FirstWeights.model
 
     def forward(self, work: Work, read: Read | None = None) -> list[Tensor]:
@@ -67,7 +75,8 @@ class Experts(nn.Module):
         computes all chunks, so that sharded weights are gathered once. ``read``: what it makes of a row is
         sent back in its place (``questions.py``).
         """
-        ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
+        held = self.frozen - self.first_expert
+        ups, downs = (_parts(w, work.sizes, held) for w in (self.w_gate_up_EDCF, self.w_down_EFD))
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         biases = self._biases(work.sizes)
         return [
@@ -76,6 +85,15 @@ class Experts(nn.Module):
                 zip(work.arrivals(), ups, downs, firsts, biases, strict=True)
             )
         ]
+
+    def mean_keys(self) -> Tensor:
+        """The mean over its hidden units of each expert's keys, [E, D] of those here, in fp32 at least.
+
+        A unit's key is its column of the first matrix, of a gated activation the gate's.
+        """
+        held = self.frozen - self.first_expert
+        keys_EDF = held_rows(local_part(self.w_gate_up_EDCF), held)[:, :, 0]
+        return keys_EDF.mean(-1, dtype=torch.promote_types(keys_EDF.dtype, torch.float32))
 
     @property
     def drops(self) -> bool:
@@ -95,7 +113,7 @@ class Experts(nn.Module):
         """Those of each chunk, [E, P] and [E, D]."""
         if self.bias_gate_up_ECF is None or self.bias_down_ED is None:
             return [None] * len(sizes)
-        ups, downs = _parts(self.bias_gate_up_ECF, sizes), _parts(self.bias_down_ED, sizes)
+        ups, downs = (_parts(b, sizes, held=0) for b in (self.bias_gate_up_ECF, self.bias_down_ED))
         return [(up_ECF.flatten(1), down_ED) for up_ECF, down_ED in zip(ups, downs, strict=True)]
 
     def _compute(
@@ -142,6 +160,7 @@ def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Te
     return read(out_RD, first + expert_R.clamp(max=segments.num_experts - 1))
 
 
-def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+def _parts(weight: Tensor, sizes: list[int], held: int) -> tuple[Tensor, ...]:
     """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
-    return (local_part(weight),) if len(sizes) == 1 else local_part(weight).split(sizes)
+    local = held_rows(local_part(weight), held)
+    return (local,) if len(sizes) == 1 else local.split(sizes)

@@ -30,6 +30,7 @@ from moetrain.moe.rules import (
     bias_refusal,
     block_refusal,
     dropout_refusal,
+    frozen_refusal,
     outputs_refusal,
     shared_refusal,
     widths_refusal,
@@ -69,7 +70,8 @@ class MoELayer(nn.Module):
     output is multiplied by sigmoid(x @ gate), one number a token. ``expert_widths``: the hidden width of each
     expert, where they differ; ``d_ff`` is then that of a shared expert. ``dropout``, ``input_dropout``: in
     training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
-    ``bias``: of both projections of each expert.
+    ``bias``: of both projections of each expert. ``frozen``: so many experts, the first ones, are not
+    trained.
     Raises ValueError for an unknown router, option, activation or backend.
     """
 
@@ -93,6 +95,7 @@ class MoELayer(nn.Module):
         input_dropout: float = 0.0,
         expert_widths: Sequence[int] = (),
         bias: bool = False,
+        frozen: int = 0,
     ) -> None:
         super().__init__()
         given = ExpertsConfig(
@@ -102,7 +105,7 @@ class MoELayer(nn.Module):
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
         widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        biases = bias_refusal(bias, drop, expert_widths)
+        biases = bias_refusal(bias, drop, expert_widths) or frozen_refusal(frozen, num_experts, bias)
         if line := range_refusal(given, "experts") or shared or widths or backends or biases:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
@@ -114,7 +117,8 @@ class MoELayer(nn.Module):
         size = (num_experts, d_model, d_ff)
         if self.slices is not None:
             size = (self.slices.total, d_model, self.slices.unit)
-        self.experts = Experts(*size, activation, backend, keep, first_weights, drop, bias)
+            frozen = sum(self.slices.per_expert[:frozen])
+        self.experts = Experts(*size, activation, backend, keep, first_weights, drop, bias, frozen)
         share = min(num_experts, self.router.top_k or num_experts) / num_experts
         names = ("bias_gate_up_ECF", "bias_down_ED") if bias else ()
         self.uses = {f"experts.{name}": Use(share, 0.0) for name in names}
@@ -168,7 +172,7 @@ class MoELayer(nn.Module):
         question = self.router.asks(ctx)
         if question is not None:
             ctx = replace(ctx, responses_TE=self._responses(x_TD, ctx, question))
-        routing: Routing = self.router(seen_BSD.reshape(-1, width), replace(ctx, stream_BSD=None))
+        routing: Routing = self.router(seen_BSD.reshape(-1, width), self.of_router(ctx))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
@@ -215,6 +219,10 @@ class MoELayer(nn.Module):
         """What the router reads where nothing else is said: the layer's input, or the residual stream."""
         stream_BSD = None if ctx is None or not self.router.reads_stream else ctx.stream_BSD
         return x_BSD if stream_BSD is None else stream_BSD
+
+    def of_router(self, ctx: RouterContext) -> RouterContext:
+        """The context of its router; a layer whose router goes by the experts' weights puts them there."""
+        return replace(ctx, stream_BSD=None)
 
     def _one_round(self, x_TD: Tensor, assignment: Assignment, read: Read | None = None) -> Tensor:
         work = self.dispatcher.dispatch(x_TD, assignment)

@@ -142,6 +142,8 @@ class ExpertsConfig:
     dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
     # and of what each of them reads (PESC's adapters)
     input_dropout: float = field(default=0.0, metadata=within(0, 1, open_high=True))
+    # the first so many experts of each layer stay as they are, as old ones beside new ones (growth)
+    frozen: int = field(default=0, metadata=at_least(0))
     # rows; null: 32 on a CPU; on a GPU 16 to 128, the least that holds an expert's mean rows
     block: Optional[int] = field(default=None, metadata=at_least(1, 2**20))
     # more at once are computed in rounds; null: no bound

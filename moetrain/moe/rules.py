@@ -41,6 +41,15 @@ def bias_refusal(bias: bool, dropout: ExpertDropout, widths: Sequence[int]) -> s
     return None
 
 
+def frozen_refusal(frozen: int, num_experts: int, bias: bool) -> str | None:
+    """Why ``frozen`` experts of a layer cannot stay as they are; None where they can."""
+    if not 0 <= frozen <= num_experts:
+        return f"experts.frozen={frozen} must lie between 0 and the layer's {num_experts} experts"
+    if frozen and bias:  # which no gradient holds
+        return f"experts.frozen={frozen} is of experts without biases: set experts.bias=false"
+    return None
+
+
 def widths_refusal(
     widths: Sequence[int], num_experts: int, first_weights: FirstWeights, dropout: ExpertDropout
 ) -> str | None:

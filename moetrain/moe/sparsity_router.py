@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.moe.experts import Experts
 from moetrain.moe.routers.topk import TopKOptions, TopKRouter
+from moetrain.ops.held import held_rows
 
 _LEAST = 1e-20  # of a variance: a token of zeros has logits of 0, and finite gradients
 
@@ -41,7 +42,8 @@ class SparsityRouter(TopKRouter):
                 "MoE-X routes by all experts' weights, and this rank holds some: set parallel.ep=1"
             )
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD, up_EDF = x_TD.to(wide), up_EDCF.squeeze(2).to(wide)
+        held_EDCF = held_rows(up_EDCF, self._experts[0].frozen)
+        x_TD, up_EDF = x_TD.to(wide), held_EDCF.squeeze(2).to(wide)
         variance_ED, mean_ED = torch.var_mean(up_EDF, dim=2, correction=0)
         spread_TE = F.linear(x_TD.square(), variance_ED).clamp(min=_LEAST)
         return -torch.erf(F.linear(x_TD, mean_ED) / (2 * spread_TE).sqrt())

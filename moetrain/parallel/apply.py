@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -194,6 +199,8 @@ def _shard(
     for module in spread:
         assert experts_mesh is not None
         fully_shard(module, mesh=experts_mesh, mp_policy=policy, shard_placement_fn=_placement(experts_mesh))
+        for name in getattr(module, "forward_methods", ()):
+            register_fsdp_forward_method(module, name)
     for module in routers:
         fully_shard(module, mesh=mesh, mp_policy=gathered_in(None), shard_placement_fn=_placement(mesh))
     for module in [*blocks, model]:

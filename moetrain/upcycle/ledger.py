@@ -12,12 +12,12 @@ from moetrain.upcycle.names import (
     GATE,
     LORA,
     OPTIM,
-    ROUTER,
     SHARED,
     SHARED_GATE,
     dense_names,
     owner,
     prefix,
+    router_rows,
 )
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.target import Target
@@ -43,7 +43,7 @@ def open_ledger(
     weights = {name for name in source if not name.startswith(OPTIM)}
     state = set(source) - weights
     _check_layers(weights, target, method)
-    read = {prefix(i) + name for i in target.layers for name in _read(method, target.gated)}
+    read = {prefix(i) + name for i in target.layers for name in _read(method, target.gated, weights, i)}
     made = {name for i in target.layers for name in _made(wanted, target, method, i)}
     passed = weights - read
     _refuse(passed - set(wanted), "has no place in the target model", "of the source's tensors")
@@ -58,11 +58,13 @@ def open_ledger(
     return Ledger(sorted(passed | {name for name in state if owner(name) in passed}), [], fresh)
 
 
-def _read(method: Method[MethodOptions], gated: bool) -> tuple[str, ...]:
+def _read(
+    method: Method[MethodOptions], gated: bool, weights: Collection[str], layer: int
+) -> tuple[str, ...]:
     """What upcycling takes out of the source, by name within a layer."""
     if method.keeps_dense:
         return ()
-    return (*EXPERTS, *ROUTER) if method.reads_moe else dense_names(gated)
+    return (*EXPERTS, *router_rows(weights, layer)) if method.reads_moe else dense_names(gated)
 
 
 def _made(wanted: Iterable[str], target: Target, method: Method[MethodOptions], layer: int) -> Iterable[str]:
@@ -72,7 +74,7 @@ def _made(wanted: Iterable[str], target: Target, method: Method[MethodOptions], 
         made += dense_names(target.gated, start + SHARED)
         made += [start + SHARED_GATE] if target.model.shared_gate else []
     if method.reads_moe:
-        return made + [start + name for name in ROUTER]
+        return made + [start + name for name in router_rows(wanted, layer)]
     return made + [name for name in wanted if name.startswith(start + "router.")]
 
 
@@ -100,7 +102,7 @@ def _check_layers(weights: set[str], target: Target, method: Method[MethodOption
                 f"{start + GATE} is {absent}in the source, but experts.activation={target.activation} is "
                 f"{kind}: set experts.activation to the source's"
             )
-        wanted = {start + n for n in _read(method, target.gated)}
+        wanted = {start + n for n in _read(method, target.gated, weights, layer)}
         _refuse(wanted - weights, "is not in the source", "of the tensors to read")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXPERTS = ("experts.w_gate_up_EDCF", "experts.w_down_EFD")
 SHARED = "shared."
 GATE = "w_gate_FD"
 SHARED_GATE = "shared_gate_1D"
-ROUTER = ("router.weight_ED", "router.bias_E")
 OPTIM = "optim."
 LORA = ".lora_"  # in the names of low-rank products' factors
 LORA_ZERO = ".b_NR"  # ends that of the factor that starts at zero
@@ -16,6 +17,13 @@ def dense_names(gated: bool, within: str = "") -> tuple[str, ...]:
     """The matrices of a dense network: gate where there is one, up, down; ``within``: the module's prefix."""
     leaves = (GATE, "w_up_FD", "w_down_DF") if gated else ("w_up_FD", "w_down_DF")
     return tuple(within + leaf for leaf in leaves)
+
+
+def router_rows(names: Iterable[str], layer: int) -> list[str]:
+    """Of a decoder's tensors, by name within the layer, those of its router with a row of each expert."""
+    start = prefix(layer) + "router."
+    inner = (name.removeprefix(start) for name in names if name.startswith(start))
+    return sorted(f"router.{name}" for name in inner if name.rpartition("_")[2].startswith("E"))
 
 
 def prefix(layer: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import UserError
-from moetrain.upcycle.names import EXPERTS, ROUTER, SHARED, dense_names, prefix
+from moetrain.upcycle.names import EXPERTS, SHARED, dense_names, prefix, router_rows
 from moetrain.upcycle.plan import Plan, clear_fresh, take_experts, take_shared
 from moetrain.upcycle.source import STEP, Source, optim_name
 
@@ -58,7 +58,8 @@ def layer_moments(
         if (dense := take_shared(networks, plan, POWER[key])) is not None:
             yield from zip((optim_name(name, key) for name in shared), dense.tensors, strict=True)
     if source.reads_moe:
-        yield from _copied_router(source, plan, start + ROUTER[0])
+        for name in router_rows(source.states[0], layer):
+            yield from _copied_rows(source, plan, start + name)
     else:
         yield from from_zero(source, fresh)
 
@@ -81,10 +82,10 @@ def _steps(
         yield from zip((optim_name(name, STEP) for name in shared), steps, strict=True)
 
 
-def _copied_router(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
+def _copied_rows(source: Source, plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
     for key in source.keys(name):
         old = source.one(optim_name(name, key))
-        yield optim_name(name, key), old if key == STEP else old[plan.source_E]
+        yield optim_name(name, key), old if key == STEP else plan.rows(old)
 
 
 def from_zero(

@@ -26,6 +26,7 @@ class Plan:
     router_group  neighbouring experts that share one new router row.
     towards_VD  directions of new router rows, for ``router_start=centroids``; None: not found yet.
     bias_scale    factor of a selection bias that is copied with its router row.
+    fresh_E       bool: experts whose router rows are drawn anew, where others are copied; None: none are.
     """
 
     source_E: Tensor
@@ -38,6 +39,14 @@ class Plan:
     router_group: int = 1
     towards_VD: Tensor | None = None
     bias_scale: float = 1.0
+    fresh_E: Tensor | None = None
+
+    def rows(self, old: Tensor, new: Tensor | None = None) -> Tensor:
+        """A router's rows of the experts, of the sources' ``old``; fresh ones are ``new``'s, or 0."""
+        taken = old[self.source_E]
+        if self.fresh_E is not None:
+            taken[self.fresh_E] = 0 if new is None else new[self.fresh_E].to(taken.dtype)
+        return taken
 
 
 def whole_networks(source_E: Tensor, d_ff: int) -> Plan:

@@ -43,7 +43,7 @@ def start_router(
 
     What else a router may hold starts as the router itself starts it.
     """
-    state = _own_start(target, dtype, seed, layer)
+    state = own_start(target, dtype, seed, layer)
     if "weight_ED" in state:
         rows_VD = _rows(options, target.model, plan, dtype, seed, layer, calibration)
         state["weight_ED"] = rows_VD.to(dtype).repeat_interleave(plan.router_group, 0)
@@ -62,7 +62,8 @@ def cluster_directions(
     return directions_VD
 
 
-def _own_start(target: Target, dtype: torch.dtype, seed: int, layer: int) -> dict[str, Tensor]:
+def own_start(target: Target, dtype: torch.dtype, seed: int, layer: int) -> dict[str, Tensor]:
+    """The router's tensors by name, as the router itself begins."""
     options, cfg = full_options(target.router), target.model
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(seed, layer, "router's own").initial_seed())

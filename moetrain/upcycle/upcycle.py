@@ -26,17 +26,17 @@ from moetrain.upcycle.names import (
     EXPERTS,
     LORA_ZERO,
     OPTIM,
-    ROUTER,
     SHARED,
     SHARED_GATE,
     dense_names,
     prefix,
+    router_rows,
 )
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.optimizer_state import from_zero, layer_moments
 from moetrain.upcycle.options import MethodOptions
 from moetrain.upcycle.plan import Plan, take_shared
-from moetrain.upcycle.router_start import check_start, start_router
+from moetrain.upcycle.router_start import check_start, own_start, start_router
 from moetrain.upcycle.source import Source, State, check_donors
 from moetrain.upcycle.target import Target
 
@@ -158,11 +158,19 @@ class Upcycling:
         self, plan: Plan, networks: Networks, layer: int, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
         if self.method.reads_moe:
-            weight, bias = (self.source.states[0][prefix(layer) + name][plan.source_E] for name in ROUTER)
-            return dict(zip(ROUTER, (weight, bias * plan.bias_scale), strict=True))
+            return self._copied_router(plan, networks, layer)
         dtype, options, job = networks.w_down_SFD.dtype, self.method.options, self.job
         start = start_router(options, job.target, plan, dtype, job.seed, layer, calibration)
         return {f"router.{name}": tensor for name, tensor in start.items()}
+
+    def _copied_router(self, plan: Plan, networks: Networks, layer: int) -> dict[str, Tensor]:
+        state, start = self.source.states[0], prefix(layer)
+        own = own_start(self.job.target, networks.w_down_SFD.dtype, self.job.seed, layer)
+        made = {}
+        for name in router_rows(state, layer):
+            made[name] = plan.rows(state[start + name], own.get(name.removeprefix("router.")))
+        made["router.bias_E"] = made["router.bias_E"] * plan.bias_scale
+        return made
 
     def _fitting(self, name: str, tensor: Tensor) -> Tensor:
         wanted = self.shapes.get(name)

@@ -51,9 +51,11 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     cfg = _prepare(twin, world)
     split = partial(_split, twin, rank, world)
     found = _gradients(build(cfg), twin, split)
-    other = replace(cfg, train=replace(cfg.train, recompute=not cfg.train.recompute))
+    recompute = not twin.cfg.train.recompute  # of the layout: the process alone never does by itself
+    other = replace(cfg, train=replace(cfg.train, recompute=recompute))
     again = _cases(twin)[0]
-    found[f"{again.name}, recompute {_on(other)}"] = _one_step(build(other), split(again.whole, 2))
+    name = f"{again.name}, recompute {'on' if recompute else 'off'}"
+    found[name] = _one_step(build(other), split(again.whole, 2))
     made = build(cfg)
     found[f"{STEPS} steps"] = _steps(made, twin, split, range(STEPS))
     tensors = state_tensors(made.engine, made.controllers)
@@ -192,10 +194,6 @@ def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[s
 
 def _later() -> range:
     return range(STEPS, STEPS + MORE_STEPS)
-
-
-def _on(cfg: TrainConfig) -> str:
-    return "on" if cfg.train.recompute else "off"
 
 
 def _figures(result: StepResult) -> dict[str, Tensor]:

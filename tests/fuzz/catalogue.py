@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fuzz import of_alarms, of_checkpoint, of_data, of_hf, of_run
+from fuzz import of_alarms, of_checkpoint, of_data, of_hf, of_routes, of_run
 from fuzz.known import DOCUMENTS, Document
 from fuzz.target import Target
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for module in (of_checkpoint, of_alarms, of_data, of_run, of_hf)
+    for module in (of_checkpoint, of_alarms, of_data, of_run, of_hf, of_routes)
     for target in module.TARGETS
 }
 

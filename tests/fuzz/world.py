@@ -21,6 +21,8 @@ import torch
 from fuzz.sign import signed_checkpoint
 from moetrain.checkpoint.read import CHECKPOINTS, step_folder
 from moetrain.cli import main
+from moetrain.moe import RouterContext, build_router
+from moetrain.train.routes import RouteWriter
 
 STEPS = 4
 RUN = [
@@ -32,6 +34,7 @@ RUN = [
     "train.eval_samples=2", "router=mixtral", "optim.lr=0.01",
 ]  # fmt: skip
 EXPERTS, LAYERS = 5, 2  # of RUN
+ROUTED = [[7, 2, 7, 41, 0], [3, 3, 19, 5, 1]]  # the tokens of a record of routes
 ALARMS = {  # as in the middle of a collapse of layer 1
     "places": {
         "collapse": {
@@ -78,6 +81,7 @@ def make_world(folder: Path) -> None:
         _split_blocks(last, Path("split"))
         _run("export", "checkpoint=run", "target=own", "family=moetrain")
         _run("export", "checkpoint=run", "target=mixtral", "family=mixtral", "max_shard_gb=0.00002")
+        _write_routes(Path("routes"))
         _write_gguf(Path("llama.gguf"))
         _run("convert", "source=llama.gguf", "target=converted")
         _run("export", "checkpoint=converted", "target=llama", "family=llama")
@@ -120,6 +124,20 @@ def _split_blocks(checkpoint: Path, target: Path) -> None:
                 entry["chunks"].append({"offsets": offsets, "sizes": list(block.shape), **place})
     (target / "metadata.json").write_text(json.dumps(document, sort_keys=True) + "\n")
     signed_checkpoint(target, names=["__0_0.distcp", "__1_0.distcp", "metadata.json", "extra.json"])
+
+
+def _write_routes(folder: Path) -> None:
+    """A record of two sequences, of which the second ends in padding."""
+    torch.manual_seed(0)
+    routers = {n: build_router("topk", d_model=4, num_experts=EXPERTS) for n in range(LAYERS)}
+    tokens_BS = torch.tensor(ROUTED)
+    valid_BS = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    ctx = RouterContext(2, 5, torch.arange(2), tokens_BS.view(-1), valid_BS.view(-1))
+    writer = RouteWriter(folder, routers)
+    writer.add(
+        ctx.sample_ids_B, tokens_BS, valid_BS, {n: r(torch.randn(10, 4), ctx) for n, r in routers.items()}
+    )
+    writer.flush("step_1")
 
 
 def _write_gguf(file: Path) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from moetrain.models import Decoder
 from moetrain.models.feed_forward import build_feed_forward
-from moetrain.models.layer_options import Decomposition, MergingConfig, MonetConfig, ProductKeysConfig
+from moetrain.models.layer_options import (
+    AvgKConfig,
+    BlockWeight,
+    Decomposition,
+    MergingConfig,
+    MonetConfig,
+    ProductKeysConfig,
+)
 from moetrain.moe.options import Activation, Backend, ExpertsConfig, RouterConfig
 
 LOOK_UP = ProductKeysConfig(heads=3, top_k=5, d_query=10)
@@ -25,6 +32,7 @@ LAYERS: dict[str, tuple[dict[str, Any], Activation]] = {
 }
 MERGING = MergingConfig(segment=4, expert_dropout=0.2, token_reduction=5)
 LAYERS["smear"] = ({"merging": MERGING}, Activation.swiglu)
+LAYERS["avg_k"] = ({"avg_k": AvgKConfig(BlockWeight.score)}, Activation.relu)
 LAYERS["meo"] = ({"merging": MERGING}, Activation.gelu)
 LAYERS["s2moe"] = ({}, Activation.swiglu)
 # the same on the command line
@@ -33,6 +41,7 @@ COMMAND = {
     "peer": ["model=peer", *_FEW],
     "pkm": ["model=pkm", "model.moe_every=2", *_FEW],
     "moe_x": ["model=moe_x"],
+    "avg_k": ["model=avg_k"],
     "smear": ["model=smear", "model.merging.segment=4"],
     "meo": ["model=meo", "model.merging.segment=4"],
     "s2moe": ["model=s2moe"],

@@ -124,6 +124,18 @@ def test_sinkhorn_marginals(scale, tolerance):
     assert residue.abs().max() < 1e-9
 
 
+def test_a_groups_plan_knows_no_other_group():
+    """An easy group beside one that takes many more iterations, at a tolerance that can be seen."""
+    generator = torch.Generator().manual_seed(4)
+    logits_GLE = torch.randn(3, 11, 5, generator=generator, dtype=torch.float64)
+    logits_GLE *= torch.tensor([0.5, 9.0, 2.0])[:, None, None]
+    valid_GL = torch.arange(11) < torch.tensor([11, 9, 4])[:, None]
+    together = sinkhorn_plan(logits_GLE, valid_GL, 0.05)
+    for g in range(3):
+        alone = sinkhorn_plan(logits_GLE[g : g + 1], valid_GL[g : g + 1], 0.05)[0]
+        torch.testing.assert_close(together[g], alone, rtol=0, atol=1e-12)
+
+
 def test_sinkhorn_says_where_it_does_not_converge():
     logits_GLE = torch.full((1, 4, 2), -1e4)
     logits_GLE[..., 0] = 0

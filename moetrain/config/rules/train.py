@@ -39,6 +39,11 @@ def start_exists(cfg: TrainConfig) -> None:
         raise UserError(f"resume={cfg.resume} does not exist: give auto, none, or the path of a checkpoint")
     if cfg.init_optimizer and cfg.init_from is None:
         raise UserError("init_optimizer=true needs init_from: the folder that holds the optimizer's state")
+    if cfg.init_optimizer and (cfg.experts.frozen or getattr(cfg.router, "held", 0)):
+        raise UserError(
+            "init_optimizer=true with experts.frozen or router.held: moments that are taken over would go on "
+            "moving what is to stay; leave init_optimizer out"
+        )
 
 
 def ends_with_its_schedule(cfg: TrainConfig) -> str | None:

@@ -1,5 +1,6 @@
 """Feed-forward layers without a dispatch of tokens; each file registers its own."""
 
+from moetrain.models.layers import avg_k as avg_k
 from moetrain.models.layers import merging as merging
 from moetrain.models.layers import moe_x as moe_x
 from moetrain.models.layers import monet as monet

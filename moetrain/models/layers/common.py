@@ -17,6 +17,7 @@ def refuse_unread(cfg: ModelConfig, experts: ExpertsConfig) -> None:
         ("experts.kind", experts.kind, ExpertKind.networks),
         ("experts.bias", experts.bias, False),
         ("experts.first_weights", experts.first_weights, FirstWeights.model),
+        ("experts.frozen", experts.frozen, 0),
         ("experts.max_rows_per_rank", experts.max_rows_per_rank, None),
     ):
         if value != unset:

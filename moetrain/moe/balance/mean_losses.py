@@ -1,4 +1,4 @@
-"""Balance losses that are functions F of a mean over tokens: importance, load, entropy, mutual information.
+"""Losses F of a mean over tokens: importance, load, entropy, concentration, mutual information.
 
 Shapes: T tokens, B sequences, E experts.
 
@@ -9,7 +9,7 @@ linearisation ``F'(M) . (sum of its v_t) / T`` (plus a constant for the value), 
 and its exact gradient. ``micro``: F of the micro-batch's mean.
 
 Sources: Shazeer et al. 2017 (importance, load: CV^2); Csordas et al. 2023 (entropy); Shen et al. 2023,
-ModuleFormer (mutual information).
+ModuleFormer (mutual information; concentration, which fine-tuning before pruning takes in its place).
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class _Moment:
         return (self.value(means) * tokens_B).sum() / seen.num_tokens
 
 
+def _entropy(m_XE: Tensor) -> Tensor:
+    return -_negative_entropy(m_XE)
+
+
 _SCORES = _Moment(_scores_BE, _negative_entropy)
 
 
@@ -114,6 +118,7 @@ _register(
     "load", _Moment(_choices_BE, _cv_squared), "0", "squared variation of the probabilities of being chosen"
 )
 _register("entropy", _SCORES, "-log E", "minus the entropy of the mean scores")
+_register("concentration", _Moment(_scores_BE, _entropy), "log E", "the entropy of the mean scores")
 _register("mi", _SCORES, "-log E", "minus the mutual information of tokens and experts", _mutual_information)
 
 

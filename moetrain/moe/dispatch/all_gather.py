@@ -61,6 +61,10 @@ class AllGatherDispatcher(RemoteDispatcher):
         super().__init__(exchange.over(company or exchange.group), placement, device, block)
         self.exchange = exchange
 
+    @property
+    def levels(self) -> tuple[Exchange, ...]:
+        return (self.exchange,)
+
     def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[_Everywhere, list[Plan]]:
         sent_Pe = self.placement.counts_Pe(by_slot)
         tokens_P1 = sent_Pe.new_full((self.exchange.size, 1), x_TD.shape[0])

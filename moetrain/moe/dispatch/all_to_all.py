@@ -83,6 +83,10 @@ class AllToAllDispatcher(RemoteDispatcher):
         super().__init__(exchange.over(company or exchange.group), placement, device, block)
         self.exchange, self.overlap = exchange, overlap
 
+    @property
+    def levels(self) -> tuple[Exchange, ...]:
+        return (self.exchange,)
+
     def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[_Direct, list[Plan]]:
         num_local = self.placement.per_rank
         received_Pe, *counts = self.exchange.counts(self.placement.counts_Pe(by_slot))

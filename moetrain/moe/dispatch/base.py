@@ -4,7 +4,7 @@
 the same for one process and for ranks. What a layer computes between dispatch and experts overlaps with rows
 that travel.
 
-Shapes: T tokens, D model, X source rows, R computed rows, block-aligned by expert.
+Shapes: T tokens, D model, X source rows, R computed rows, block-aligned by expert, E experts, e of this rank.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ class Dispatcher(ABC):
     def combine(self, done: Sequence[Tensor], work: Work) -> Tensor:
         """y [T, D]. ``done``: what the experts returned for ``work``, a tensor a chunk."""
         return work.combine(done)
+
+    @abstractmethod
+    def whole(self, rows_eD: Tensor) -> Tensor:
+        """[E, D], in the order of experts: what each rank has of its own ones, alike on all; differentiable.
+
+        Gradients of all ranks that have the experts in common are summed.
+        """
 
     @abstractmethod
     def agree(self, rounds: int) -> int:

@@ -67,6 +67,10 @@ class HierarchicalDispatcher(RemoteDispatcher):
         super().__init__(nodes.over(company), placement, device, block)
         self.nodes, self.node, self.node_sums = nodes, node, node_sums
 
+    @property
+    def levels(self) -> tuple[Exchange, ...]:
+        return self.node, self.nodes
+
     def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[Summed | Unsummed, list[Plan]]:
         here_PT = self._destinations(x_TD.shape[0], by_slot)
         counts = self._exchange_counts(here_PT, by_slot)

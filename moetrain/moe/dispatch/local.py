@@ -57,5 +57,8 @@ class LocalDispatcher(Dispatcher):
         plan = place(assignment, useful, x_TD.shape[0], block, self.backend)
         return LocalWork(x_TD, plan)
 
+    def whole(self, rows_eD: Tensor) -> Tensor:
+        return rows_eD
+
     def agree(self, rounds: int) -> int:
         return rounds

@@ -1,6 +1,7 @@
 """The base of dispatchers over ranks: rows in flight, chunks of experts, weights that are sent along.
 
-Shapes: T tokens, D model, n assignments of this rank's tokens, X source rows, R computed rows, block-aligned.
+Shapes: T tokens, D model, n assignments of this rank's tokens, X source rows, R computed rows, block-aligned,
+E experts, e of this rank.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moetrain.moe.dispatch.in_flight import (
 )
 from moetrain.moe.dispatch.placement import Placement
 from moetrain.moe.dispatch.plan import Plan, sum_by_source
+from moetrain.moe.dispatch.row_index import inverse
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class RemoteDispatcher(Dispatcher):
         super().__init__(block)
         self.company, self.placement, self.device = company, placement, device
 
+    @property
+    @abstractmethod
+    def levels(self) -> tuple[Exchange, ...]:
+        """Exchanges that together reach all ranks with experts: of neighbours in rank order first."""
+
     @abstractmethod
     def plan(self, x_TD: Tensor, by_slot: Assignment) -> tuple[Route, list[Plan]]:
         """The route of the rows, and a plan for each chunk; exchanges messages much smaller than rows.
@@ -79,6 +86,15 @@ class RemoteDispatcher(Dispatcher):
         route, plans = self.plan(x_TD, self.placement.by_slot(assignment))
         in_flight = InFlight(route)
         return RemoteWork(in_flight, dispatch_start(x_TD, in_flight), plans)
+
+    def whole(self, rows_eD: Tensor) -> Tensor:
+        rows_ED = rows_eD
+        for exchange in self.levels:
+            rows_ED = _Gathered.apply(rows_ED, exchange)  # type: ignore[no-untyped-call]
+        if self.placement.is_contiguous:
+            return rows_ED
+        slots_E = inverse(torch.tensor(self.placement.experts))
+        return rows_ED.index_select(0, slots_E.to(rows_ED.device))
 
     def agree(self, rounds: int) -> int:
         """As of Dispatcher: one small all-reduce and one wait. Only layers with a bound on rows call it."""
@@ -107,6 +123,20 @@ def with_gradient_to(
     """
     weights: Tensor = _Received.apply(weights_n, received_X, hops)  # type: ignore[no-untyped-call]
     return weights
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks of an exchange, in rank order; every rank has equally many."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_eD: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start_all_gather("experts' keys", rows_eD).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_ED: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.start_reduce_scatter("experts' keys' gradients", drows_ED).wait(), None
 
 
 class _Received(torch.autograd.Function):

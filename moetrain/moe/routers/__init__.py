@@ -19,8 +19,10 @@ from moetrain.moe.routers import gw as gw
 from moetrain.moe.routers import hashed as hashed
 from moetrain.moe.routers import hyper as hyper
 from moetrain.moe.routers import mask as mask
+from moetrain.moe.routers import module_former as module_former
 from moetrain.moe.routers import moec as moec
 from moetrain.moe.routers import moepp as moepp
+from moetrain.moe.routers import multi_hash as multi_hash
 from moetrain.moe.routers import noisy_topk as noisy_topk
 from moetrain.moe.routers import prototypes as prototypes
 from moetrain.moe.routers import random as random

@@ -130,13 +130,16 @@ class TopKRouter(LinearRouter):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             noise_TD = ctx.uniform(tuple(x_TD.shape), _JITTER_SALT).to(x_TD.dtype)
             x_TD = x_TD * (1 + self.options.jitter * (2 * noise_TD - 1))
-        logits_TE = self.logits(x_TD)
-        if self.logit_bias_E is not None:
-            logits_TE = logits_TE + self.logit_bias_E.to(logits_TE.dtype)
+        logits_TE = self.logits_in(x_TD, ctx)
         chosen = self.choose(logits_TE, ctx.forced_TK)
         return from_token_choice(
             chosen.ids_TK, chosen.weights_TK, ctx, self.num_experts, chosen.scores_TE, logits_TE
         )
+
+    def logits_in(self, x_TD: Tensor, ctx: RouterContext) -> Tensor:
+        """[T, E]."""
+        logits_TE = self.logits(x_TD)
+        return logits_TE if self.logit_bias_E is None else logits_TE + self.logit_bias_E.to(logits_TE.dtype)
 
     def products_per_token(self) -> int:
         biases = 0 if self.logit_bias_E is None else self.logit_bias_E.numel()

@@ -20,9 +20,10 @@ def sinkhorn_plan(
 ) -> Tensor:
     """log plan [G, L, E]: rows sum to 1 / tokens, columns to 1 / E; -inf for padding.
 
-    Iterates until every column's sum is within ``tolerance`` of 1 / E, relatively; rows are exact. -inf
-    logits are read as the lowest finite one, so that a plan exists. A group with NaN or +inf has no plan: its
-    tokens get NaN, the other groups are solved. Raises NotConvergedError at the limit.
+    A group iterates until every column's sum is within ``tolerance`` of 1 / E, relatively, whatever groups
+    are beside it; rows are exact. -inf logits are read as the lowest finite one, so that a plan exists. A
+    group with NaN or +inf has no plan: its tokens get NaN, the other groups are solved. Raises
+    NotConvergedError at the limit.
     """
     num_experts = logits_GLE.shape[-1]
     broken_GL = (logits_GLE.isnan() | logits_GLE.isposinf()).any(-1) & valid_GL
@@ -45,11 +46,13 @@ def sinkhorn_plan(
         f_GL = f_GL.where(valid_GL, float("-inf"))
         sums_GE = torch.logsumexp(log_k_GLE + f_GL[..., None].where(valid_GL[..., None], 0.0), 1)
         error_GE = (sums_GE + g_GE - log_column).where(used_G1, 0.0)
-        if float(error_GE.expm1().abs().max()) <= tolerance:
+        off_G1 = error_GE.expm1().abs().amax(-1, keepdim=True)
+        if float(off_G1.max()) <= tolerance:
             plan = log_k_GLE + f_GL[..., None].where(valid_GL[..., None], 0.0) + g_GE[:, None]
             return plan.to(logits_GLE.dtype).masked_fill(broken_GL[..., None], float("nan"))
-        g_GE = (log_column - sums_GE).where(used_G1, 0.0)
-    error = float(error_GE.expm1().abs().max())
+        # a group that is there waits for the others, or its plan would be another one beside other groups
+        g_GE = (log_column - sums_GE).where(used_G1 & ~(off_G1 <= tolerance), g_GE)
+    error = float(off_G1.max())
     raise NotConvergedError(
         f"Sinkhorn's column sums are still {error:.1e} off after {max_iterations} iterations, "
         f"tolerance {tolerance:.1e}: raise router.tolerance"

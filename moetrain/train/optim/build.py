@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from moetrain.errors import UserError
+from moetrain.ops.held import is_held
 from moetrain.ops.rows import is_row_table
 from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
 from moetrain.train.optim.options import MuonConfig, OptimConfig, Tables
@@ -26,7 +27,8 @@ def build_optimizer(
     """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
 
     Every group carries ``name`` (muon, decay, no_decay or tables) and ``peak_lr``; :func:`set_lr` follows the
-    schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not.
+    schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not,
+    nor does what holds some of its rows (``ops/held.py``), whatever Muon would take.
     Muon takes the matrices inside ``model.blocks`` except the routers' and tables whose rows are looked up;
     AdamW, with ``adamw_lr``, the rest. ``cfg.tables`` may give such tables one second moment a row.
     ``groups``: those of :func:`group_parameters`, where parameters have lost the shapes that decide them.
@@ -129,7 +131,7 @@ def group_parameters(model: nn.Module, muon: bool, tables: bool = False) -> dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if not _is_matrix(model, name, parameter):
+        if not _is_matrix(model, name, parameter) or is_held(parameter):
             kind = NO_DECAY
         elif is_row_table(parameter):
             kind = TABLES if tables else DECAY

@@ -4,6 +4,7 @@ from moetrain.upcycle.methods.adapters import AdaptersOptions
 from moetrain.upcycle.methods.copy import CopyOptions
 from moetrain.upcycle.methods.diversify import DiversifyOptions
 from moetrain.upcycle.methods.drop import DropOptions
+from moetrain.upcycle.methods.extend import ExtendOptions
 from moetrain.upcycle.methods.granular import GranularOptions, ScaleOn
 from moetrain.upcycle.methods.grow import GrowOptions
 from moetrain.upcycle.methods.join import JoinOptions, Rest
@@ -14,6 +15,7 @@ __all__ = [
     "CopyOptions",
     "DiversifyOptions",
     "DropOptions",
+    "ExtendOptions",
     "GranularOptions",
     "GrowOptions",
     "JoinOptions",

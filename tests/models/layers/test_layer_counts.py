@@ -24,11 +24,12 @@ EXPERTS = {
     "pkm": (N * D, round(N * D * 15 / 49)),
     "moe_x": (2 * E * D * F, 2 * 2 * D * F),
     "s2moe": (3 * E * D * F, 2 * 3 * D * F),
+    "avg_k": (2 * E * D * F, 2 * 2 * D * F),
     "smear": (3 * E * D * F, 3 * D * F),
     "meo": (2 * E * D * F, 2 * D * F),
 }
 # products of experts that pad their rows, and of what is not their router
-PADDED = {"moe_x": 2 * 2 * D * F, "s2moe": 2 * 3 * D * F + D}
+PADDED = {"moe_x": 2 * 2 * D * F, "avg_k": 2 * 2 * D * F, "s2moe": 2 * 3 * D * F + D}
 HALF, REST = 7 * 7, 7 * 6  # 7 parts of 13 hidden units: 7 of the first side and 6 of the second
 EXPERTS["monet"] = (2 * (HALF + REST) * D + 7 * D,) * 2
 
@@ -55,7 +56,8 @@ def test_operations_are_the_products_that_run(name: str) -> None:
     x = torch.randn(2, 12, D, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if name in PADDED:
-            made.router(x.flatten(0, 1), RouterContext.default(2, 12))
+            ctx = made.of_router(RouterContext.default(2, 12))
+            made.router(x.flatten(0, 1), ctx)
         else:
             made(x)
     cfg = replace(TINY, feed_forward=name, num_layers=1, **keys)

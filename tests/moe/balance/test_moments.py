@@ -20,7 +20,7 @@ from moetrain.moe.routers.noisy_topk import NoisyTopKOptions
 from moetrain.moe.routers.relu import ReLUOptions
 from moetrain.moe.routers.sparsemixer import SparseMixer2Options
 
-NAMES = ["entropy", "importance", "load", "mi"]
+NAMES = ["concentration", "importance", "load", "mi", pytest.param("entropy", marks=pytest.mark.real)]
 
 
 def routing_of(p_TE: torch.Tensor, batch: int = 1) -> Routing:
@@ -47,6 +47,7 @@ def test_values_where_they_are_known():
         routing = routing_of(p_TE)
         assert value("mi", routing) == pytest.approx(mi, abs=1e-9)
         assert value("entropy", routing) == pytest.approx(entropy, abs=1e-9)
+        assert value("concentration", routing) == pytest.approx(-entropy, abs=1e-9)
         assert value("importance", routing) == pytest.approx(importance, abs=1e-6)
     assert value("importance", routing_of(torch.ones(3, 1).double())) == 0.0
 

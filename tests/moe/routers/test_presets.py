@@ -55,6 +55,13 @@ FIRST = [("gshard_first", 0.01, "global_batch")]
             [("switch", 0.01, "global_batch"), ("penalty", 1.0, "global_batch")],
         ),
         ("similarity", {"top_k": 2, "temperature": None}, {}, [("switch", 0.01, "global_batch")]),
+        (
+            "module_former",
+            {"top_k": 2, "hidden": 256, "sampled": 0, "held": 0},
+            {"activation": "gelu"},
+            [("mi", 0.01, "global_batch")],
+        ),
+        ("multi_hash", {"top_k": None, "salt": 0}, {"activation": "relu"}, []),
         ("words", {"words": None}, {}, []),
         ("dynmoe", {"tau": 10.0, "learn_tau": True}, {}, [("penalty", 0.01, "global_batch")]),
         ("emo", {"min_pool": None}, {}, [("switch", 0.1, "global_batch"), ("z", 0.001, "global_batch")]),
