@@ -1,4 +1,4 @@
-"""Runs in which experts compete: resumed and recomputed bit for bit, over any micro-batches, and generating."""
+"""Runs in which experts compete: resumed and recomputed bit for bit, over any micro-batches; generation."""
 
 from __future__ import annotations
 
