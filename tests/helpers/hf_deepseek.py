@@ -16,7 +16,7 @@ _THEIRS = {
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
-    "rms_norm_eps": 1e-5,  # another than that of the latent vectors
+    "rms_norm_eps": 1e-3,  # another than that of the latent vectors
     "hidden_size": 36,
     "head_dim": 8,
     "num_key_value_heads": 6,
@@ -38,7 +38,7 @@ _OURS = {
     "d_ff": 41,
     "d_ff_expert": 23,
     "num_experts": 12,
-    "norm_eps": 1e-5,
+    "norm_eps": 1e-3,
     "rope_interleaved": True,
 }
 _V2 = {**_THEIRS, "n_shared_experts": 2, "routed_scaling_factor": 1.5}

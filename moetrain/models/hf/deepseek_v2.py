@@ -9,11 +9,12 @@ from moetrain.errors import quoted
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.latent import DEFAULTS, read_latent_decoder, write_latent_decoder
-from moetrain.models.hf.sigmoid_moe import NAMES, chosen, read_layers, write_layers
+from moetrain.models.hf.sigmoid_moe import chosen, read_layers, write_layers
+from moetrain.models.hf.tables import MoENames
 from moetrain.models.hf.translate import check_router, read_experts, require
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
 
-_NAMES = replace(NAMES, bias=None)
+_NAMES = MoENames(shared="mlp.shared_experts")
 _GREEDY, _LIMITED = "greedy", "group_limited_greedy"
 
 
