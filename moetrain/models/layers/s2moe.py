@@ -77,7 +77,7 @@ def with_noise(x_BSD: Tensor, ctx: RouterContext) -> Tensor:
     deviation_BS1 = torch.linalg.vector_norm(wide_BSD - mean_BS1, dim=-1, keepdim=True) / math.sqrt(width)
     draws = ctx.uniform((batch * seq, 2 * width), _SALT).to(wide_BSD.dtype).view(batch, seq, 2 * width)
     scaling_BSD, shift_BSD = (math.sqrt(2) * torch.erfinv(2 * draws - 1)).chunk(2, -1)
-    noisy_BSD = (1 + deviation_BS1 * scaling_BSD) * wide_BSD + mean_BS1 + deviation_BS1 * shift_BSD
+    noisy_BSD: Tensor = (1 + deviation_BS1 * scaling_BSD) * wide_BSD + mean_BS1 + deviation_BS1 * shift_BSD
     return noisy_BSD.to(x_BSD.dtype)
 
 
