@@ -24,6 +24,9 @@ NEEDS = {
     ("balance", "stable"): ["router=stable"],
     ("balance", "vq"): ["router=vq"],
     ("balance", "sam"): ["router=sam"],
+    ("balance", "competesmoe"): ["router=competesmoe"],
+    ("balance", "competesmoe_v1"): ["router=competesmoe_v1"],
+    ("balance", "s2moe"): ["model=s2moe"],
     ("balance", "remoe"): ["router=relu"],
 }  # fmt: skip
 # Elsewhere: routers (test_router_training.py); what is too large, needs a network, takes hours, or (wandb)

@@ -80,7 +80,7 @@ def test_the_loss_is_two_cross_entropies_and_their_distance():
 def test_a_step_trains_the_drawn_experts_and_no_others():
     task = task_with()
     ids_BS, labels_BS, ctx = batch()
-    drawn = set()
+    drawn, pairs = set(), 0
     for step in range(20):
         task.zero_grad()
         output = task(ids_BS, labels_BS, replace(ctx, step=step))
@@ -90,8 +90,10 @@ def test_a_step_trains_the_drawn_experts_and_no_others():
             moved_E = experts.w_down_EFD.grad.flatten(1).norm(dim=1) > 0
             assert torch.equal(moved_E, record.demand_E > 0)
             assert 1 <= int(moved_E.sum()) <= 2
+            pairs += int(moved_E.sum()) == 2
             drawn |= {(layer, e) for e in moved_E.nonzero().flatten().tolist()}
     assert len(drawn) > 2 * len(output.records)
+    assert pairs > 10 * len(output.records)  # each pass draws for itself
 
 
 def test_passes_by_the_same_experts_are_not_apart():

@@ -108,7 +108,7 @@ def test_a_token_of_equal_elements_has_a_copy_without_noise() -> None:
     assert torch.autograd.grad(noisy_BSD.sum(), x_BSD)[0].isfinite().all()
 
 
-def test_the_contrast_of_orthogonal_tokens_with_themselves_is_the_least() -> None:
+def test_the_contrast_of_orthogonal_tokens_is_the_least() -> None:
     """Cosines of 1 with its own copy and 0 with the others."""
     x_BSD = torch.eye(S, D, dtype=torch.float64).expand(B, S, D)
     least = math.log(math.exp(1 / TAU) + S - 1) - 1 / TAU

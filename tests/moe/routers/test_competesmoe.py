@@ -205,6 +205,20 @@ def test_the_schedule_begins_after_the_warm_up_and_has_no_state():
     assert competes(alone, 1.0, 1, 0)
 
 
+def test_a_competition_sees_the_dropout_that_its_winners_have():
+    """One number is asked of what is then computed: with one winner of one expert, its weight is 1."""
+    torch.manual_seed(7)
+    options = {"top_k": 1, "rate": 1.0}
+    layer = MoELayer(D, 64, 1, router=V1, router_options=options, backend="loop", dropout=0.5).double()
+    heard = []
+    layer.router.register_forward_hook(lambda router, given, out: heard.append(given[1].responses_TE))
+    y_BSD, _ = layer(normal(5, B, S, D), context())
+    torch.testing.assert_close(y_BSD.view(-1, D).norm(dim=1), heard[0][:, 0])
+    again_BSD, _ = layer.eval()(normal(5, B, S, D), context())
+    assert heard[1] is None
+    assert not torch.allclose(again_BSD, y_BSD)
+
+
 def test_experts_in_slices_are_refused():
     with pytest.raises(ValueError, match=r"router=competesmoe compares .*leave model\.expert_widths out"):
         MoELayer(D, 9, 2, router=V2, expert_widths=(3, 9))
