@@ -14,7 +14,6 @@ LAYOUTS = {"ep 2 x efsdp 2": (4, ["parallel.ep=2"]), "efsdp 2": (2, [])}
 @pytest.mark.real
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(layout: str) -> None:
-    """More ranks than the columns of a bias go round."""
     world, parallel = LAYOUTS[layout]
     overrides = [
         "experiment=gpt_oss_20b",
