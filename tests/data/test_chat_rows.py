@@ -248,7 +248,7 @@ def test_prompts_and_completions_of_text(folder, tmp_path):
             read(chat_data(tmp_path, [fault], folder, cls=PromptCompletionData), tmp_path)
 
 
-def test_prompts_and_completions_of_messages_train_the_completion(folder, tmp_path):
+def test_completions_of_messages_train(folder, tmp_path):
     more = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "x"}]
     rows = [{"prompt": [USER, ANSWER, *more[:1]], "completion": more[1:]}]
     (document,), _ = read(chat_data(tmp_path, rows, folder, cls=PromptCompletionData), tmp_path)
