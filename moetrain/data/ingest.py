@@ -17,7 +17,7 @@ from moetrain.data.documents import CleanDocument, Part, Remembered, Spans
 from moetrain.data.heldout import Scan, scan
 from moetrain.data.manifest import write_manifest
 from moetrain.data.options import DataConfig
-from moetrain.data.shards import Mask, StreamWriter
+from moetrain.data.stream_writer import Mask, StreamWriter
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import UserError
 

@@ -15,7 +15,8 @@ from moetrain.data import PackedSplit, Packing, TrainLoader, prepare, val_batche
 from moetrain.data.batch import IGNORE
 from moetrain.data.chat.options import Overlong, TrainOn
 from moetrain.data.manifest import write_manifest
-from moetrain.data.shards import Mask, StreamWriter, open_store
+from moetrain.data.shards import open_store
+from moetrain.data.stream_writer import Mask, StreamWriter
 from moetrain.errors import UserError
 
 PAD = 9
@@ -94,7 +95,7 @@ def test_a_split_of_nothing_that_trains_is_refused(folder, tmp_path):
         prepare(chat_data(tmp_path, rows, folder, seq_len=2))
 
 
-def test_what_is_longer_than_a_sequence_is_cut_dropped_or_refused_by_name(folder, tmp_path):
+def test_what_is_overlong_is_cut_dropped_or_refused(folder, tmp_path):
     long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " fox" * 90}]
     rows = [{"messages": row} for row in conversations(30, seed=4, longest=1)] + [{"messages": long}] * 2
     cfg = chat_data(tmp_path, rows, folder, seq_len=64)
@@ -129,7 +130,7 @@ def test_bytes_are_those_of_text_without_control_words(folder, tmp_path):
     assert batch.num_targets == len(text) > 0
 
 
-def test_the_cache_is_made_once_and_anew_for_another_template(folder, tmp_path, monkeypatch):
+def test_the_cache_is_made_once_for_a_template(folder, tmp_path, monkeypatch):
     rows = [{"messages": row} for row in conversations(30, seed=7)]
     cfg = chat_data(tmp_path, rows, folder, seq_len=256)
     first = prepare(cfg)
@@ -168,7 +169,7 @@ def test_a_damaged_mask_is_named(folder, tmp_path, file):
         prepare(cfg)
 
 
-def test_the_loss_of_packed_rows_is_transformers_loss_of_each_conversation(folder, tmp_path, monkeypatch):
+def test_the_loss_of_packed_rows_is_transformers_loss(folder, tmp_path, monkeypatch):
     hf_families = pytest.importorskip("hf_families")
     from moetrain.train.task import NextToken, batch_arguments
 

@@ -90,7 +90,7 @@ def test_a_broken_row_is_one_line_with_file_and_row(kind, folder, tmp_path):
     assert len(line) < 500
 
 
-def test_a_template_that_refuses_or_fails_is_told_by_its_words(strict, tmp_path):
+def test_what_a_template_refuses_is_told_by_its_words(strict, tmp_path):
     rows = [GOOD, {"messages": [USER, USER, ANSWER]}]
     with pytest.raises(
         UserError, match="row 1: the chat template refuses it: Roles must alternate user/assistant"
@@ -164,7 +164,7 @@ def test_content_is_text_or_parts_of_text(folder, tmp_path):
     assert first == second._replace(marks=second.marks._replace(row=0))
 
 
-def test_a_call_may_have_no_content_and_its_arguments_are_an_object():
+def test_a_call_may_have_no_content():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     given = conversation([USER, {"role": "assistant", "content": None, "tool_calls": [call]}], None)
     assert given.messages[1]["content"] == ""
@@ -248,7 +248,7 @@ def test_prompts_and_completions_of_text(folder, tmp_path):
             read(chat_data(tmp_path, [fault], folder, cls=PromptCompletionData), tmp_path)
 
 
-def test_prompts_and_completions_of_messages_train_the_completion(folder, tmp_path):
+def test_completions_of_messages_train(folder, tmp_path):
     more = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "x"}]
     rows = [{"prompt": [USER, ANSWER, *more[:1]], "completion": more[1:]}]
     (document,), _ = read(chat_data(tmp_path, rows, folder, cls=PromptCompletionData), tmp_path)

@@ -94,7 +94,7 @@ def test_generation_marks_are_transformers_mask(marked, tmp_path):
         assert shared.sum() <= len(messages) // 2
 
 
-def test_a_template_that_strips_earlier_thoughts_is_refused_and_told_what_to_do(qwen3, tmp_path):
+def test_a_template_that_strips_thoughts_is_refused(qwen3, tmp_path):
     thinking = [m | ({"reasoning": "why"} if m["role"] == "assistant" else {}) for m in ROUNDS]
     with pytest.raises(UserError) as caught:
         trained(tmp_path, qwen3, thinking)
@@ -149,7 +149,7 @@ def test_special_words_of_a_user_stay_text(folder, tmp_path, caplog):
     assert [int(token) for token in only.tokens_N if int(token) in special] == [tokenizer.eos_id]
 
 
-def test_special_words_by_choice_are_refused_or_what_transformers_makes_of_them(folder, tmp_path):
+def test_special_words_are_refused_or_control_by_choice(folder, tmp_path):
     messages = [{"role": "user", "content": INJECTED}, {"role": "assistant", "content": "x"}]
     rows = [{"messages": messages}]
     with pytest.raises(UserError, match=r"row 0: its text has the tokenizer's special word '<\|im_end\|>'"):
@@ -164,7 +164,7 @@ def template(text, **args):
     return ChatTemplate(text, "a template", {"eos_token": "</s>"}, args, date(2031, 2, 3))
 
 
-def test_helpers_are_those_of_transformers_and_the_same_every_day():
+def test_helpers_are_the_same_every_day():
     text = "{{ strftime_now('%d %b %Y') }}|{{ {'x': '<é>'} | tojson }}|{{ eos_token }}|"
     text += "{{ tools is none }}|{{ deep }}"
     assert template(text, deep=True).render(ROUNDS).text == '03 Feb 2031|{"x": "<é>"}|</s>|True|True'

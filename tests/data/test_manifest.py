@@ -13,7 +13,8 @@ from data_cases import documents, text_folder
 from moetrain.data import manifest as manifests
 from moetrain.data import prepare, shards
 from moetrain.data.manifest import read_manifest, write_manifest
-from moetrain.data.shards import StreamWriter, open_store
+from moetrain.data.shards import open_store
+from moetrain.data.stream_writer import StreamWriter
 from moetrain.errors import UserError
 
 fork = multiprocessing.get_context("fork")

@@ -14,7 +14,8 @@ from moetrain.data import prepare, shards
 from moetrain.data.cache import build_once
 from moetrain.data.manifest import write_manifest
 from moetrain.data.options import TokenizerConfig
-from moetrain.data.shards import StreamWriter, open_store
+from moetrain.data.shards import open_store
+from moetrain.data.stream_writer import StreamWriter
 from moetrain.errors import UserError
 
 fork = multiprocessing.get_context("fork")

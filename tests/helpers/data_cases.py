@@ -12,7 +12,8 @@ from moetrain.data.heldout import HeldOut
 from moetrain.data.manifest import write_manifest
 from moetrain.data.options import LocalData, TokenizerConfig, TokenizerKind
 from moetrain.data.packing import PackedSplit, Packing
-from moetrain.data.shards import StreamWriter, open_store
+from moetrain.data.shards import open_store
+from moetrain.data.stream_writer import StreamWriter
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
 EOS = 9
