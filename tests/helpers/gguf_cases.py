@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_families import transformers
+from hf_family import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_families import FAMILIES, Family, transformers
+from hf_families import FAMILIES
+from hf_family import Family, transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 from hf_cases import SHARD, write_theirs
-from hf_families import FAMILIES, VOCAB
+from hf_families import FAMILIES
+from hf_family import VOCAB
 from torch import Tensor
 
 from moetrain.cli import main

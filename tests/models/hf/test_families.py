@@ -25,7 +25,7 @@ from hf_cases import (
     load_theirs,
     write_theirs,
 )
-from hf_families import VOCAB
+from hf_family import VOCAB
 from torch import Tensor
 
 from moetrain.models import Decoder, cross_entropy_sum

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, convert, export, load_ours, load_theirs, refused, tensors_of, write_theirs
-from hf_families import Family, transformers
+from hf_family import Family, transformers
 from hf_weights import from_hf
 from safetensors.torch import save_file
 from torch import Tensor

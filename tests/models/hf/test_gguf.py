@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from gguf_cases import gguf, their_model, vocabulary, write_gguf
 from hf_cases import convert, export, load_ours, load_theirs, refused, tensors_of
-from hf_families import transformers
+from hf_family import transformers
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gguf_cases import HEAD_DIM, their_model, write_gguf
 from hf_cases import convert, load_ours, refused
-from hf_families import transformers
+from hf_family import transformers
 
 from moetrain.errors import UserError
 from moetrain.models.hf.gguf import GGUFFile

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, assert_same_tensors, convert, export, load_ours, tensors_of, write_theirs
-from hf_families import HYBRID, Family
+from hf_families import HYBRID
+from hf_family import Family
 from hf_hybrid import FULL, LINEAR, LINEAR_ALONE, wide
 from safetensors.torch import save_file
 

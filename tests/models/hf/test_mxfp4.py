@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import convert, export, load_ours, load_theirs, tensors_of, write_tokenizer
-from hf_families import GPT_OSS
+from hf_newer import GPT_OSS
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors

@@ -26,7 +26,7 @@ from hf_cases import (
     write_theirs,
     write_tokenizer,
 )
-from hf_families import VOCAB, transformers
+from hf_family import VOCAB, transformers
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_families import BATCH, FAMILIES, ORIGINAL, transformers
+from hf_families import FAMILIES
+from hf_family import BATCH, ORIGINAL, transformers
 from hf_hybrid import MODULES, wide
 from hf_weights import from_hf
 from torch import Tensor

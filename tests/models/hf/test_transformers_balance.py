@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from balance_cases import balance_loss
-from hf_families import BATCH, FAMILIES, SEQ, transformers
+from hf_families import FAMILIES
+from hf_family import BATCH, SEQ, transformers
 from torch import Tensor
 
 from moetrain.moe import RouterContext, Routing, build_router

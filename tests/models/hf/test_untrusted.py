@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, convert, export, refused, sources, write_theirs, write_tokenizer
-from hf_families import transformers
+from hf_family import transformers
 from hf_remote_cases import CASES as SPECS
 
 from moetrain.config.stored import read_spec
