@@ -50,9 +50,9 @@ class Moved:
 
 # The same rule as in a case of a neighbouring family.
 REPEATS = {
-    "dots1_window", "ernie4_5_moe_yarn", "glm4_moe_groups", "glm4_moe_yarn", "hunyuan_v1_moe_alpha",
-    "llama_llama3", "mixtral_window", "olmoe_tied", "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn",
-    "qwen3_moe_window", "qwen3_tied",
+    "dots1", "dots1_window", "ernie4_5_moe_yarn", "glm4_moe_groups", "glm4_moe_yarn", "granitemoe",
+    "hunyuan_v1_moe_alpha", "llama_biased", "llama_llama3", "mixtral_window", "olmoe_tied",
+    "qwen2_moe_mixed", "qwen2_tied", "qwen2_yarn", "qwen3_moe_window", "qwen3_tied",
 }  # fmt: skip
 assert set(CASES) >= REPEATS
 
