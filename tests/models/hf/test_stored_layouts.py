@@ -65,16 +65,8 @@ def ids() -> Tensor:
 @pytest.mark.parametrize(
     "name",
     [
-        "mixtral",
-        "qwen2_moe_mixed",
-        "qwen3_moe_mixed",
-        "olmoe",
-        "glm4_moe",
-        "minimax_m2",
-        "ernie4_5_moe",
-        "qwen3_5_moe_text",
-        "hunyuan_v1_moe",
-        "granitemoeshared",
+        *("mixtral", "qwen2_moe_mixed", "qwen3_moe_mixed", "olmoe", "qwen3_5_moe_text"),
+        *("minimax_m2", "ernie4_5_moe", "granitemoeshared"),  # with names of their own there
     ],
 )
 def test_stacked_experts_are_the_same_model(name: str, tmp_path: Path) -> None:
