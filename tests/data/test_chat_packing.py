@@ -170,16 +170,16 @@ def test_a_damaged_mask_is_named(folder, tmp_path, file):
 
 
 def test_the_loss_of_packed_rows_is_transformers_loss(folder, tmp_path, monkeypatch):
-    hf_families = pytest.importorskip("hf_families")
+    hf_family = pytest.importorskip("hf_family")
+    from hf_families import MIXTRAL
     from moetrain.train.task import NextToken, batch_arguments
 
     rows = [{"messages": row} for row in conversations(24, seed=9, longest=2)]
     cfg = chat_data(tmp_path, rows, folder, seq_len=128)
     corpus = prepare(cfg)
     vocab = corpus.tokenizer.vocab_size
-    monkeypatch.setattr(hf_families, "VOCAB", vocab)
-    family = hf_families.MIXTRAL
-    theirs, ours = replace(family, theirs={**family.theirs, "vocab_size": vocab}).build(torch.float64)
+    monkeypatch.setattr(hf_family, "VOCAB", vocab)
+    theirs, ours = replace(MIXTRAL, theirs={**MIXTRAL.theirs, "vocab_size": vocab}).build(torch.float64)
     task, found, labels = NextToken(ours).eval(), 0.0, 0
     with torch.no_grad():
         for split in (corpus.train, corpus.val):

@@ -109,7 +109,7 @@ def test_adapters_keep_the_function(sources: dict[str, dict[str, Path]], tmp_pat
     assert_kept(sources["qwen3"]["single"], target)
 
 
-def test_biases_of_attention_go_over_and_those_of_networks_cannot(
+def test_biases_of_attention_go_over_and_networks_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     biased = FAMILIES["llama_biased"]

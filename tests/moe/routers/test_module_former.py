@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_formula() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_what_is_drawn_is_drawn_by_probability_without_replacement() -> None:
+def test_draws_are_by_probability_without_replacement() -> None:
     """One token, many times: the best is always there, pairs of the rest as often as their chances say."""
     router, number = built(sampled=2), 4000
     x_1D = 2 * normal(3, 1, D)
@@ -97,7 +97,7 @@ def trained(router: Router, steps: int = 3) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in router.named_parameters()}
 
 
-def test_old_rows_and_the_network_stay_and_new_rows_are_penalised() -> None:
+def test_old_rows_and_the_network_stay_and_new_rows_pay() -> None:
     router = built(held=5)
     before = {name: p.detach().clone() for name, p in router.named_parameters()}
     penalty = router(normal(5, T, D), RouterContext.default(1, T)).penalty
