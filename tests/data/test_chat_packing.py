@@ -172,6 +172,7 @@ def test_a_damaged_mask_is_named(folder, tmp_path, file):
 def test_the_loss_of_packed_rows_is_transformers_loss(folder, tmp_path, monkeypatch):
     hf_family = pytest.importorskip("hf_family")
     from hf_families import MIXTRAL
+
     from moetrain.train.task import NextToken, batch_arguments
 
     rows = [{"messages": row} for row in conversations(24, seed=9, longest=2)]
