@@ -38,6 +38,21 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def belongs(file: Path) -> bool:
+    """A regular file that lies in its folder, or among the blobs of the same model in the hub's cache.
+
+    The cache keeps ``<model>/snapshots/<revision>/<file>`` as links to ``<model>/blobs/<hash>``.
+    """
+    try:
+        real, folder = file.resolve(strict=True), file.parent.resolve(strict=True)
+    except (OSError, RuntimeError):  # a link to nothing, or to itself
+        return False
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    return real.is_file() and any(real.is_relative_to(home) for home in homes)
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """A file's bytes. Raises UserError where it is missing, irregular or larger than ``limit`` bytes."""
     with os.fdopen(open_regular(path), "rb") as file:

@@ -216,7 +216,9 @@ def unknown_key(key: str, siblings: list[str], all_keys: Callable[[], list[str]]
         siblings = siblings + sorted({p.name for p in CONFIG_DIR.iterdir() if p.is_dir()} - set(siblings))
     close, owners = near_miss(last, siblings), _options_with(stem.rstrip("."), last)
     if owners:
-        hint = f" ({' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it)"
+        *others, final = owners
+        listed = f"{', '.join(others)} and {final} have" if others else f"{final} has"
+        hint = f" ({listed} it)"
     elif close:
         hint = f" (did you mean {stem}{close}?)"
     else:

@@ -14,7 +14,11 @@ BAD = [
     ("train model.d_modl=64", "model.d_modl=64", "did you mean model.d_model?", "num_layers"),
     ("train modle=tiny", "unknown key modle", "did you mean model?", "experiment"),
     ("train steps=10", "unknown key steps", "did you mean train.steps?"),
-    ("train data.path=/x", "unknown key data.path", "data=hub and data=local have it"),
+    (
+        "train data.path=/x",
+        "unknown key data.path",
+        "(data=chat, data=hub, data=local and data=prompt",
+    ),
     ("train data.parts.a.kind=local", "unknown key data.parts", "data=mixture has it"),
     ("train +model.extra=1", "unknown key model.extra", "d_model"),
     ("train router.capacity_facto=1.5", "did you mean router.capacity_factor?"),
@@ -131,7 +135,7 @@ def test_a_yaml_of_the_users_is_named_with_its_mistake(capsys, tmp_path, monkeyp
         "d_modl: 64": ["model/bad.yaml", "model.d_modl", "did you mean model.d_model?"],
         "d_model: wide": ["model/bad.yaml", "model.d_model", "a whole number"],
         "d_model: [1": ["bad.yaml", "line 1", "not YAML"],
-        "qk_norm: half": ["model/bad.yaml", "model.qk_norm", "none, head, full"],
+        "qk_norm: half": ["model/bad.yaml", "model.qk_norm", "none, head, head_after_rope, full"],
     }
     for text, fragments in cases.items():
         (tmp_path / "mine" / "model" / "bad.yaml").write_text(text)

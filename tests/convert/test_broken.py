@@ -161,7 +161,7 @@ CONVERT: dict[str, tuple[str, Edit, list[str]]] = {
     "heads that do not divide": ("single", config(num_key_value_heads=4), ["num_kv_heads=4", "num_heads=6"]),
     "more chosen experts than there are": ("single", config(num_experts_per_tok=9), ["top_k=9", "7"]),
     "no layer": ("single", config(num_hidden_layers=0), ["num_layers=0"]),
-    "biases of attention": ("tied", config(attention_bias=True), ["attention_bias=True is not supported"]),
+    "biases of attention": ("tied", config(attention_bias=True), ["self_attn.q_proj.bias is missing"]),
     "a tokenizer of more tokens": (
         "single",
         lambda folder: write_tokenizer(folder, 101),

@@ -262,7 +262,7 @@ def test_a_loss_that_one_layers_router_cannot_have() -> None:
         (
             ["model.feed_forward=unevn"],
             "model.feed_forward=unevn is not known; known: avg_k, dense, meo, moe, moe_x, monet, peer, pkm, "
-            "smear, uneven (did",
+            "s2moe, smear, uneven (did",
         ),
         (
             ["model.num_layers=2"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moetrain.errors import UserError
-from moetrain.files import MB, parse_json, read_bytes
+from moetrain.files import MB, belongs, parse_json, read_bytes
 
 _LARGEST = 10 * MB
 _DEFAULT, _TOOLS = "default", "tool_use"
@@ -63,17 +63,23 @@ def read_template_files(folder: Path) -> TemplateFiles:
     """What the folder has; a file of its own comes before one in a settings file."""
     templates: dict[str, str] = {}
     for name in (_CONFIG, "chat_template.json"):
-        if (folder / name).is_file():
+        if _is_there(folder / name):
             found = parse_json(read_bytes(folder / name, _LARGEST), _Template, f"cannot read {folder / name}")
             if isinstance(found.chat_template, str):
                 templates[_DEFAULT] = found.chat_template
             else:
                 templates |= {each.name: each.template for each in found.chat_template or ()}
     for file in sorted((folder / _MORE).glob("*.jinja")):
-        templates[file.stem] = read_template(file)
-    if (folder / _JINJA).is_file():
+        if _is_there(file):
+            templates[file.stem] = read_template(file)
+    if _is_there(folder / _JINJA):
         templates[_DEFAULT] = read_template(folder / _JINJA)
     return TemplateFiles(templates, _words(folder))
+
+
+def _is_there(file: Path) -> bool:
+    """Whether the folder has it. A link out of a folder is not followed: an export would publish its text."""
+    return file.is_file() and belongs(file)
 
 
 def read_template(file: Path) -> str:
@@ -88,7 +94,7 @@ def _words(folder: Path) -> dict[str, str]:
     """Every ``..._token`` of the two files: a text, or an object with its content."""
     words: dict[str, str] = {}
     for name in (_WORDS, _CONFIG):
-        if not (folder / name).is_file():
+        if not _is_there(folder / name):
             continue
         found = parse_json(
             read_bytes(folder / name, _LARGEST), dict[str, object], f"cannot read {folder / name}"

@@ -44,7 +44,7 @@ def carry_files(source: Path, target: Path, tokenizer: bool = True) -> None:
         return
     for names in (_MODEL, _TOKENIZER) if tokenizer else (_MODEL,):
         found = [source / name for name in names if os.path.lexists(source / name)]
-        left_out = [file for file in found if not _belongs(file)]
+        left_out = [file for file in found if not files.belongs(file)]
         if left_out:
             listed = ", ".join(file.name for file in left_out)
             tell(f"not copied from {source}: {listed} (links out of it, or no files)", sys.stderr)
@@ -54,21 +54,6 @@ def carry_files(source: Path, target: Path, tokenizer: bool = True) -> None:
             if file not in left_out:
                 target.mkdir(parents=True, exist_ok=True)
                 _copy(file, target / file.name)
-
-
-def _belongs(file: Path) -> bool:
-    """A regular file that lies in its folder, or among the blobs of the same model in the hub's cache.
-
-    The cache keeps ``<model>/snapshots/<revision>/<file>`` as links to ``<model>/blobs/<hash>``.
-    """
-    try:
-        real, folder = file.resolve(strict=True), file.parent.resolve(strict=True)
-    except (OSError, RuntimeError):  # a link to nothing, or to itself
-        return False
-    homes = [folder]
-    if folder.parent.name == "snapshots":
-        homes.append(folder.parent.parent / "blobs")
-    return real.is_file() and any(real.is_relative_to(home) for home in homes)
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -202,7 +202,7 @@ SCALED, EPS = TopKOptions(renormalize=False), LatentConfig(norm_eps=0.1)
         ("glm4_moe", ModelSpec(replace(PLAIN_SHARED, qk_norm=QKNorm.full), SIGMOID2), "qk_norm=full"),
         ("glm4_moe", ModelSpec(PLAIN_SHARED, TOP2), "router.score=softmax"),
         ("glm4_moe", ModelSpec(PLAIN_SHARED, replace(SIGMOID2, jitter=0.1)), "router.jitter=0.1"),
-        ("qwen3_moe", ModelSpec(replace(LATENT, num_shared_experts=0), TOP2), "model.attention=latent"),
+        ("llama", ModelSpec(replace(BASE, attention="latent")), "model.attention=latent"),
         ("deepseek_v2", ModelSpec(SHARED, TOP2), "model.attention=grouped_query"),
         ("deepseek_v2", ModelSpec(LATENT, TOP2), "router.renormalize=True"),
         ("deepseek_v2", ModelSpec(LATENT, SIGMOID2), "router.score=sigmoid"),
