@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from moetrain.ops.again import under
 
 
 def gathered_in(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
@@ -28,7 +31,7 @@ def rounded_to(dtype: torch.dtype, module: nn.Module, forward: Callable[..., Any
     """``forward`` with ``module``'s parameters, except those of routers, seen in ``dtype``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _rounded(module, dtype):
+        with under(partial(_rounded, module, dtype)):  # recomputation inside has to see the same
             return forward(*args, **kwargs)
 
     return run

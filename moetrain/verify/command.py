@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from moetrain.verify.twin import Twin, dp_shard, twin_of
 
 TOLERANCES = {Precision.fp64: 1e-9, Precision.fp32: 1e-5}  # by the twin's precision
 _SECONDS = 600.0
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 _TELLING = ("gradient", "weight", "bits", "norm", "loss", "state")  # nearest to a cause first
 _AFTER, _LATER = f"{STEPS} steps", f"{STEPS + MORE_STEPS} steps"
 
@@ -131,4 +133,6 @@ def _table(checks: list[Check]) -> Table:
 def _one_line(error: RankError | RanksTimeoutError) -> str:
     if isinstance(error, RanksTimeoutError):
         return str(error)
-    return f"rank {error.rank} failed with {error.text.strip().splitlines()[-1]}"
+    lines = error.text.strip().splitlines()  # a traceback, whose message may have several
+    told = next((line for line in reversed(lines) if _RAISED.match(line)), lines[-1])
+    return f"rank {error.rank} failed with {told}"

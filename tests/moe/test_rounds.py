@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moetrain.models import Decoder
+from moetrain.models.options import ModelConfig
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.dispatch.rounds import round_starts, split
+from moetrain.moe.options import ExpertsConfig
+from moetrain.moe.routers.topk import TopKOptions
+from moetrain.parallel.apply import parallelize
+from moetrain.parallel.mesh import Meshes
 
 D, E = 7, 5
 
@@ -138,3 +144,21 @@ def test_training_with_a_bound_is_the_same(corpus, tmp_path):
         assert tiny.train(corpus, run_dir, *options) == 0
         losses.append([row["train/loss"] for row in tiny.steps(run_dir)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_rounds_of_rounded_weights_are_computed_again_with_them(recompute):
+    """On one process a block's weights are bf16 while it runs alone, and a round is computed again later."""
+
+    def gradients(bound: int | None) -> list[Tensor]:
+        torch.manual_seed(3)
+        cfg = ModelConfig(d_model=12, num_layers=2, num_heads=2, num_experts=5, d_ff_expert=7)
+        model = Decoder(cfg, TopKOptions(), ExpertsConfig(max_rows_per_rank=bound), 11)
+        parallelize(model, Meshes(), recompute, compute_dtype=torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
+        loss = model(torch.randint(11, (2, 13))).hidden_BSD.float().square().sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    for found, expected in zip(gradients(9), gradients(None), strict=True):
+        assert found.dtype is torch.float32
+        assert (found - expected).norm() <= 2e-2 * expected.norm()

@@ -15,10 +15,10 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moetrain.moe.assign import count, stable_order
 from moetrain.moe.assignment import Assignment
+from moetrain.ops.again import computed_again
 from moetrain.ops.transfer import to_device
 
 
@@ -49,7 +49,7 @@ def in_rounds(
     for tokens, part in split(assignment, x_TD.shape[0], starts):
         x_tD = x_TD[tokens]
         if torch.is_grad_enabled():
-            parts.append(checkpoint(compute, x_tD, part, use_reentrant=False, preserve_rng_state=False))
+            parts.append(computed_again(compute, x_tD, part))
         else:
             parts.append(compute(x_tD, part))
     return torch.cat(parts)

@@ -24,6 +24,10 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.solvers import sinkhorn_plan
 from moetrain.moe.topk_ops import softmax, top_ids
 
+# of a share in the plan: what differs by less is alike, and the token's own scores decide. A group of one token
+# has an even plan, whose last bits no layout agrees on
+_STEPS = 2**20
+
 
 @dataclass(frozen=True)
 class SinkhornOptions(RouterConfig):
@@ -55,7 +59,8 @@ class SinkhornRouter(LinearRouter):
         if self.training:
             tolerance = self.options.tolerance  # type: ignore[attr-defined]
             groups = by_group(selection_TE, ctx, self.options.group)
-            selection_TE = groups.own(sinkhorn_plan(groups.values_GLC, groups.valid_GL, tolerance))
+            plan_TE = groups.own(sinkhorn_plan(groups.values_GLC, groups.valid_GL, tolerance))
+            selection_TE = torch.round(plan_TE.double() * _STEPS) + scores_TE.detach().double() / 2
         ids_TK = top_ids(selection_TE, self.top_k)
         weights_TE = torch.sigmoid(logits_TE) if self.top_k == 1 else scores_TE
         return from_token_choice(
