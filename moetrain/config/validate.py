@@ -26,6 +26,7 @@ from moetrain.config.rules.router import router_accepts_its_options, router_can_
 from moetrain.config.rules.train import (
     attention_fits_device,
     ends_with_its_schedule,
+    products_train_alone,
     recomputes_once,
     start_exists,
 )
@@ -71,7 +72,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     start_exists(cfg)
     check_compare(cfg.compare)
     looks_ahead = (router_is_causal(cfg), repair_looks_ahead(cfg), rounding_looks_ahead(cfg))
-    warnings = (*looks_ahead, ends_with_its_schedule(cfg))
+    warnings = (*looks_ahead, ends_with_its_schedule(cfg), products_train_alone(cfg))
     return [text for text in warnings if text is not None]
 
 

@@ -23,8 +23,7 @@ from moetrain.models.rope import Rope, apply_rope
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter, with_own_values
-from moetrain.ops.linear import linear, linears
-from moetrain.ops.low_rank import adapted, low_rank
+from moetrain.ops.low_rank import linear_beside, linears_beside
 from moetrain.ops.precision import product_dtype
 
 
@@ -148,6 +147,8 @@ def _case(
 class Attention(AttentionLayer):
     """Causal grouped-query self-attention. The normalisation of queries and keys follows ``cfg.qk_norm``."""
 
+    takes_low_rank = ("w_q_QD", "w_k_GD", "w_v_GD", "w_out_DQ")
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.heads = head_shape(cfg)
@@ -162,10 +163,6 @@ class Attention(AttentionLayer):
         self.b_k_G = parameter((keys,), zero) if biased else None
         self.b_v_G = parameter((keys,), zero) if biased else None
         self.w_out_DQ = parameter((cfg.d_model, queries), initializer)
-        self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
-        self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
-        self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
-        self.lora_out = low_rank(cfg.d_model, queries, cfg.lora)
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm is not QKNorm.none:
             per_head = cfg.qk_norm is QKNorm.head
@@ -179,12 +176,11 @@ class Attention(AttentionLayer):
         if cache is not None:
             k_BGKH, v_BGKH = cache.append(k_BGKH, v_BGKH)
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan).flatten(2)
-        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out))
+        return linear_beside(out_BSQ, self, "w_out_DQ")
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
-        matrices, biases = (self.w_q_QD, self.w_k_GD, self.w_v_GD), (self.b_q_Q, self.b_k_G, self.b_v_G)
-        added = (self.lora_q, self.lora_k, self.lora_v)
-        parts = linears(x_BSD, [*map(adapted, matrices, added)], biases)
+        biases = [self.b_q_Q, self.b_k_G, self.b_v_G]
+        parts = linears_beside(x_BSD, self, ["w_q_QD", "w_k_GD", "w_v_GD"], biases)
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]

@@ -8,6 +8,7 @@ from moetrain.arithmetic import divisor_near
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
 from moetrain.models.layer_options import READ_BY
+from moetrain.models.lora_options import split_target
 from moetrain.models.options import ModelConfig
 from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.moe.rules import shared_refusal
@@ -41,14 +42,20 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def _check_lora(cfg: ModelConfig) -> None:
-    if cfg.lora_rank is None and cfg.lora_alpha != ModelConfig.lora_alpha:
+    for target in cfg.lora.targets:
+        try:
+            split_target(target)
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {error}") from None
+    for field in fields(cfg.lora) if cfg.lora.rank is None else ():
+        value = getattr(cfg.lora, field.name)
+        if value != field.default:
+            raise UserError(f"model.lora.{field.name}={value} is not used without model.lora.rank: set both")
+    if cfg.lora.rank is not None and not cfg.lora.targets:
+        raise UserError(f"model.lora.rank={cfg.lora.rank}, but model.lora.targets names nothing to add to")
+    if cfg.lora.rank is not None and cfg.expert_widths:
         raise UserError(
-            f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
-        )
-    if cfg.lora_rank is not None and cfg.attention != "grouped_query":
-        raise UserError(
-            f"model.lora_rank={cfg.lora_rank} is of model.attention=grouped_query, and would not reach "
-            f"model.attention={cfg.attention}: set model.lora_rank=null"
+            f"model.lora.rank={cfg.lora.rank} is of experts of one width: leave model.expert_widths out"
         )
 
 

@@ -1,7 +1,7 @@
 """Stacked experts: one tensor a projection, the global expert dimension first.
 
 Shapes: E experts, D model, F hidden, R rows, C columns a hidden unit (2 for a gated
-activation: gate, up; 1 for a plain one).
+activation: gate, up; 1 for a plain one), K and N inner and outer width of a matrix, L rank of what is added.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,10 +19,14 @@ from moetrain.moe.options import FirstWeights, Keep
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Pair
 from moetrain.ops.experts.table import NAMES, on_device
 from moetrain.ops.init import Normal, parameter
 from moetrain.ops.local_part import local_part
+from moetrain.ops.low_rank import PREFIX, StackedLowRank
 from moetrain.ops.precision import product_dtype
+
+_RANK_UNIT = 8
 
 
 class Experts(nn.Module):
@@ -30,6 +35,8 @@ class Experts(nn.Module):
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
     is a cut of both. ``first_expert`` is the number of the first one here, where ranks share them.
     """
+
+    takes_low_rank = ("w_gate_up_EDCF", "w_down_EFD")
 
     def __init__(
         self,
@@ -60,13 +67,18 @@ class Experts(nn.Module):
         computes all chunks, so that sharded weights are gathered once.
         """
         ups, downs = _parts(self.w_gate_up_EDCF, work.sizes), _parts(self.w_down_EFD, work.sizes)
+        pairs = zip(*(_pairs(self._added(leaf), work.sizes) for leaf in self.takes_low_rank), strict=True)
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         return [
-            work.done(self._compute(rows, up, down, first), chunk)
-            for chunk, (rows, up, down, first) in enumerate(
-                zip(work.arrivals(), ups, downs, firsts, strict=True)
+            work.done(self._compute(rows, up, down, beside, first), chunk)
+            for chunk, (rows, up, down, beside, first) in enumerate(
+                zip(work.arrivals(), ups, downs, pairs, firsts, strict=True)
             )
         ]
+
+    def _added(self, leaf: str) -> StackedLowRank | None:
+        """The products beside the matrices ``leaf``; None: there are none."""
+        return self._modules.get(PREFIX + leaf)  # type: ignore[return-value]
 
     @property
     def drops(self) -> bool:
@@ -78,16 +90,24 @@ class Experts(nn.Module):
         if self.drops:
             return True
         keep = self.keep is Keep.preactivation
-        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep)
+        added = any(self._added(leaf) is not None for leaf in self.takes_low_rank)
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep, added)
         return not on_device(self.backend, case)
 
-    def _compute(self, rows: ExpertRows, w_gate_up_EDCF: Tensor, w_down_EFD: Tensor, first: int) -> Tensor:
+    def _compute(
+        self,
+        rows: ExpertRows,
+        w_gate_up_EDCF: Tensor,
+        w_down_EFD: Tensor,
+        beside: tuple[Pair | None, Pair | None],
+        first: int,
+    ) -> Tensor:
         x_XD = rows.source_XD
         if self.drops:
             experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
             backend = "loop" if self.backend == "loop" else "torch"
             arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
-            how = (self.dropout, product_dtype(x_XD), backend)
+            how = (self.dropout, product_dtype(x_XD), backend, *beside)
             if self.keep is Keep.preactivation:
                 return expert_mlp_dropped(*arguments, *how)
             out_RD: Tensor = checkpoint(
@@ -103,8 +123,20 @@ class Experts(nn.Module):
             self.activation,
             self.backend,
             product_dtype(x_XD),
-            keep=self.keep is Keep.preactivation,
+            self.keep is Keep.preactivation,
+            *beside,
         )
+
+
+def _pairs(added: StackedLowRank | None, sizes: list[int]) -> list[Pair | None]:
+    """The factors of each chunk's products."""
+    if added is None:
+        return [None] * len(sizes)
+    a_EKL, b_ELN = local_part(added.a_EKR), local_part(added.b_ERN).flatten(2) * added.factor
+    if a_EKL.device.type != "cpu":  # where grouped products want rows of whole 16 bytes
+        spare = -a_EKL.shape[2] % _RANK_UNIT
+        a_EKL, b_ELN = F.pad(a_EKL, (0, spare)), F.pad(b_ELN, (0, 0, 0, spare))
+    return [Pair(a, b) for a, b in zip(_parts(a_EKL, sizes), _parts(b_ELN, sizes), strict=True)]
 
 
 def _parts(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -25,10 +25,15 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     """Why ``backend`` cannot drop parts of what experts read or compute; None where it can."""
     if not dropout or backend in _DROPPING:
         return None
-    key, rate = ("dropout", dropout.hidden) if dropout.hidden else ("input_dropout", dropout.inputs)
+    rates = {
+        "experts.dropout": dropout.hidden,
+        "experts.input_dropout": dropout.inputs,
+        "model.lora.dropout": dropout.beside,
+    }
+    key = next(key for key, rate in rates.items() if rate)
     return (
-        f"experts.{key}={rate} is computed by torch's grouped products or the loop, not by "
-        f"experts.backend={backend}: set experts.backend=auto, or experts.{key}=0"
+        f"{key}={rates[key]} is computed by torch's grouped products or the loop, not by "
+        f"experts.backend={backend}: set experts.backend=auto, or {key}=0"
     )
 
 

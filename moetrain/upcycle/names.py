@@ -8,8 +8,6 @@ GATE = "w_gate_FD"
 SHARED_GATE = "shared_gate_1D"
 ROUTER = ("router.weight_ED", "router.bias_E")
 OPTIM = "optim."
-LORA = ".lora_"  # in the names of low-rank products' factors
-LORA_ZERO = ".b_NR"  # ends that of the factor that starts at zero
 
 
 def dense_names(gated: bool, within: str = "") -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def write_decoder(spec: ModelSpec, qk_norm: QKNorm = QKNorm.none, qkv_bias: bool
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
-    require("model.lora_rank", m.lora_rank, None)
+    require("model.lora.rank", m.lora.rank, None)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if spec.experts.activation not in activations:
         known = ", ".join(ours.name for ours in activations)

@@ -15,6 +15,7 @@ from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.cpu.product import outer, product
 from moetrain.ops.experts.case import TILE, Case
 from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.pairs import add_backward, add_product
 from moetrain.ops.experts.rows import Segments
 
 ON_DEVICE, WIDTH_UNIT = False, TILE
@@ -65,7 +66,9 @@ def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int)
 
 def _pre_activation(operands: Operands, expert: int, start: int, rows: int, width: int) -> Tensor:
     x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
-    return product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+    z_nP = product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
+    add_product(z_nP, x_nD, operands.up, expert)
+    return z_nP
 
 
 def _weighted(h_nF: Tensor, weights_n: Tensor) -> Tensor:
@@ -87,6 +90,7 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
         h_nF = activate(*gate_and_up(z_nP, activation), activation)
         h_nF = _weighted(h_nF, operands.weights_R[start:stop])
         product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+        add_product(out_RD[start:stop], h_nF, operands.down, e)
         if stop < end:
             out_RD[stop:end].zero_()
     return out_RD, kept
@@ -100,9 +104,12 @@ def backward(
     w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
     dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
     dweights_R = torch.zeros_like(weights_R)
-    dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
+    up, down, trained = operands.up, operands.down, operands.trained
+    dw_up_EDP, dw_down_EFD = (
+        torch.empty_like(w) if trained else w.new_empty(0) for w in (w_up_EDP, w_down_EFD)
+    )
     for e, rows in enumerate(operands.segments.on_host):
-        if not rows:
+        if not rows and trained:
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
@@ -113,13 +120,19 @@ def backward(
         gate_nF, up_nF = gate_and_up(z_nP, activation)
         h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
+        if down is not None:
+            add_backward(dh_nF, _weighted(h_nF.clone(), weights_n), dout_nD, down, e)
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
+        if trained:
+            outer(h_nF, dout_nD * weights_n.to(dtype)[:, None], dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
         dh_nF = _weighted(dh_nF, weights_n)
         dz_parts = gate_and_up(dz_nP, activation)
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
-        outer(_gather(source_XD, operands.ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
+        x_nD = _gather(source_XD, operands.ids_R, start, rows, width) if trained or up else source_XD[:0]
+        if trained:
+            outer(x_nD, dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
+        add_backward(dx_RD[start:stop], x_nD, dz_nP, up, e)
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD

@@ -21,6 +21,7 @@ TILE = 16  # the least width of a tile
 class Case:
     """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
     rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass.
+    ``added``: whether there are low-rank products beside the matrices.
     """
 
     device: torch.device
@@ -30,13 +31,16 @@ class Case:
     activation: str
     block: int = 32
     keep: bool = True
+    added: bool = False
 
     @staticmethod
-    def of(w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool) -> Case:
+    def of(
+        w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool, added: bool = False
+    ) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep, added)
 
     def small(self, unit: int) -> Case:
         """The same with small widths, which ``unit`` divides or not as it does these, and a usual block."""
