@@ -43,13 +43,13 @@ def model(
     return Decoder(cfg, TopKOptions(top_k=2), options, VOCAB).to(dtype)
 
 
-def drawn(decoder: Decoder) -> Decoder:
-    """With products that are not zero."""
+def drawn(decoder: Decoder, std: float = 1 / 3) -> Decoder:
+    """With products that are not zero, of factors with that standard deviation."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if is_factor(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
     return decoder
 
 
