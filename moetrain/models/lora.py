@@ -51,7 +51,8 @@ def add_low_rank(blocks: nn.ModuleList, cfg: LoraConfig) -> None:
             owner.dropout = replace(owner.dropout, beside=cfg.dropout)
             continue
         salt = zlib.crc32(name.partition(".")[2].partition(".")[2].encode())  # alike in all layers
-        added = LowRank(*matrix.shape, rank, cfg.factor(rank), cfg.dropout, salt)
+        rows, columns = matrix.shape
+        added = LowRank(rows, columns, rank, cfg.factor(rank), cfg.dropout, salt)
         owner.add_module(PREFIX + leaf, added)
         if leaf not in _taken(owner):
             sum_while_running(owner, leaf, added)

@@ -38,7 +38,8 @@ class MLP(nn.Module):
 def network(x: Tensor, owner: nn.Module, activation: str) -> Tensor:
     """The network whose matrices are ``owner``'s, with the products beside them."""
     if all(beside(owner, leaf) is None for leaf in MATRICES):
-        return dense_mlp(x, *(getattr(owner, leaf) for leaf in MATRICES), activation)
+        gate, up, down = (getattr(owner, leaf) for leaf in MATRICES)
+        return dense_mlp(x, gate, up, down, activation)
     leaves = list(MATRICES[:2] if is_gated(activation) else MATRICES[1:2])
-    *gate, up = linears_beside(x, owner, leaves)
-    return linear_beside(activate(gate[0] if gate else None, up, activation), owner, MATRICES[2])
+    *gated, z = linears_beside(x, owner, leaves)
+    return linear_beside(activate(gated[0] if gated else None, z, activation), owner, MATRICES[2])

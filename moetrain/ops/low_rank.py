@@ -92,7 +92,7 @@ def linear_beside(x: Tensor, owner: nn.Module, leaf: str, bias_N: Tensor | None 
 
 
 def linears_beside(
-    x: Tensor, owner: nn.Module, leaves: list[str], biases: list[Tensor | None] | None = None
+    x: Tensor, owner: nn.Module, leaves: Sequence[str], biases: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
     """:func:`linear_beside` of one input by several matrices."""
     products = linears(x, [getattr(owner, leaf) for leaf in leaves], biases)

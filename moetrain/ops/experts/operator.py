@@ -223,7 +223,7 @@ def _autograd_backward(ctx, dout_RD, unused):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors  # once: recomputed activations may be unpacked a single time
     tensors, kept = saved[:_TENSORS], list(saved[_TENSORS:])
     found = _backward(dout_RD.contiguous(), kept, *tensors, *ctx.static, ctx.trained)
-    return _by_argument(ctx, *found)
+    return _by_argument(ctx, *found)  # type: ignore[no-untyped-call]
 
 
 def _autograd_backward_added(ctx, dout_RD, unused):  # type: ignore[no-untyped-def]
@@ -232,7 +232,7 @@ def _autograd_backward_added(ctx, dout_RD, unused):  # type: ignore[no-untyped-d
     *found, dfactors = _backward_added(
         dout_RD.contiguous(), kept, factors, *tensors, *ctx.static, ctx.trained
     )
-    return dfactors, *_by_argument(ctx, *found)
+    return dfactors, *_by_argument(ctx, *found)  # type: ignore[no-untyped-call]
 
 
 def _by_argument(ctx, dsource, dweights, dw_up, dw_down):  # type: ignore[no-untyped-def]
