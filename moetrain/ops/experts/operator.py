@@ -81,12 +81,13 @@ def _of(
     arguments: Sequence[Any], up: Pair | None = None, down: Pair | None = None, trained: bool = True
 ) -> tuple[Operands, bool, Backend]:
     """The operands, whether pre-activations are kept, and the backend that the ``arguments`` are."""
-    source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, *biases = arguments[:_NAMED]
+    source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, bias_up_EP, bias_down_ED = arguments[:_NAMED]
     counts_E, useful, block, activation, keep, backend = arguments[_TENSORS - 1 : _ALL]
     segments = Segments(counts_E, block, useful)
     operands = Operands(
-        source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, segments, activation, *biases, up, down, trained
-    )
+        source_XD, ids_R, weights_R, w_up_EDP, w_down_EFD, segments, activation,
+        bias_up_EP, bias_down_ED, up, down, trained,
+    )  # fmt: skip
     return operands, keep, BACKENDS[backend]
 
 

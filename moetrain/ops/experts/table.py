@@ -81,8 +81,8 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    of_case = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block, case.keep)
-    of_case = (*of_case, case.bias, case.added)
+    shape = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block)
+    of_case = (*shape, case.keep, case.bias, case.added)
     chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
     return chosen
 
