@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rehearsal import Collectives, Rehearsal, Tracker, deal_in_turn, nbytes, tell_counts
+from rehearsal import AloneTracker, Collectives, Rehearsal, Tracker, deal_in_turn, nbytes, tell_counts
 from timing import machine, write_json
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.config.hydra.compose import compose_train
@@ -98,31 +99,32 @@ def measure(cfg: TrainConfig, world: int, fake: FakeTensorMode | None) -> dict[s
     after_forward: list[dict[str, int]] = []
     with fake or nullcontext():
         batch = micro_batch(cfg, world)
-        with Tracker(task, optimizer) as tracker, Collectives() as collectives:
+        tracked = Tracker if isinstance(task, FSDPModule) else AloneTracker
+        with tracked(task, optimizer) as tracker, Collectives() as collectives:
             hook = task.register_forward_hook(lambda *_: after_forward.append(snapshot(tracker, "current")))
             made.step.run(0, [batch])
         hook.remove()
         # Untracked: the tracker takes the global shapes that DTensor reasons about for memory.
         optimizer.step()
     parameters = dict(task.named_parameters())
-    state = [(name, value) for name, p in parameters.items() for value in optimizer.state[p].values()]
+    state = [(name, value) for name, p in parameters.items() for value in optimizer.state.get(p, {}).values()]
     return {
         "parameters": by_owner(parameters.items()),
         "gradients": by_owner((name, p.grad) for name, p in parameters.items()),
         "optimizer": by_owner(state),
         "activations": after_forward[0][ACTIVATIONS],
-        "gathered": max(snap[GATHERED] for snap in module_snapshots(tracker)),
+        "gathered": max((snap.get(GATHERED, 0) for snap in module_snapshots(tracker)), default=0),
         "peak": snapshot(tracker, "peak"),
         "collectives": {k: {"calls": n, "bytes": collectives.bytes[k]} for k, n in collectives.calls.items()},
     }
 
 
-def snapshot(tracker: FSDPMemTracker, kind: str) -> dict[str, int]:
+def snapshot(tracker: MemTracker, kind: str) -> dict[str, int]:
     """Bytes by the tracker's names."""
     return named(tracker.get_tracker_snapshot(kind)[torch.device("cpu")])
 
 
-def module_snapshots(tracker: FSDPMemTracker) -> Iterable[dict[str, int]]:
+def module_snapshots(tracker: MemTracker) -> Iterable[dict[str, int]]:
     """What the tracker saw before and after each FSDP module gathered, computed and gave back."""
     for stats in tracker.memory_tracking.values():
         for snaps in stats.snapshots.values():
@@ -135,8 +137,8 @@ def named(device_snapshot: dict[Any, int]) -> dict[str, int]:
 
 def rehearse(cfg: TrainConfig, world: int) -> dict[str, Any]:
     """:func:`measure` of rank 0 of ``world``, with nothing real. UserError where a step needs values."""
-    if world < 2:
-        raise UserError(f"--world={world} lays nothing out: give 2 ranks or more")
+    if world < 1:
+        raise UserError(f"--world={world} is no number of ranks: give 1 or more")
     validate(cfg, world)
     # Whether oneDNN's product may be used is found out with values, once a process.
     product(torch.ones(2048, 2), torch.ones(2, 1024))

@@ -7,13 +7,14 @@ L ranks of a node, C = 1 + e (distinct rows, assignments of each expert), W colu
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,9 +22,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moetrain.errors import UserError
 from moetrain.moe import MoELayer
+from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
 from moetrain.moe.dispatch.collectives import Exchange
 from moetrain.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moetrain.moe.dispatch.local import LocalDispatcher, LocalWork
 from moetrain.moe.routers.topk import TopKRouter
 from moetrain.moe.token_choice import Chosen, scores, weigh
 from moetrain.ops.local_part import local_part
@@ -70,10 +73,16 @@ def tell_counts(layer: MoELayer, tokens: int) -> None:
     elif isinstance(dispatcher, HierarchicalDispatcher):
         tables = _two_levels(dispatcher, tokens, router.top_k, router.num_experts)
         dispatcher.node = _told(dispatcher.node, tables)
+    elif isinstance(dispatcher, LocalDispatcher):
+        local, counts = dispatcher.dispatch, tuple(in_turn(tokens * router.top_k, router.num_experts))
+
+        def dispatch(x_TD: Tensor, assignment: Assignment) -> LocalWork:
+            return local(x_TD, replace(assignment, host_counts=counts))
+
+        dispatcher.dispatch = dispatch  # type: ignore[method-assign]
     else:
         raise UserError(
-            "parallel.ep=1 reads counts on the host, and so does parallel.dispatcher=all_gather: set "
-            "parallel.ep to 2 or more, and parallel.dispatcher to all_to_all or hierarchical"
+            "parallel.dispatcher=all_gather reads counts on the host: set it to all_to_all or hierarchical"
         )
 
 
@@ -137,6 +146,28 @@ class Collectives(TorchDispatchMode):
 
 class Tracker(FSDPMemTracker):
     """Without the peak of each module, which costs a look at all modules in every operation."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
+
+
+class AloneTracker(MemTracker):
+    """Of a model that is not sharded; likewise."""
+
+    def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self.track_external(task, optimizer)
+
+    def _track_module_params_and_buffers(
+        self, module: nn.Module, install_grad_hooks: bool = True
+    ) -> tuple[int, int]:
+        """Nothing while a block sees its parameters rounded: those that they are of are tracked already. No
+        hooks, which frozen ones cannot have: gradients count as activations."""
+        if not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters()):
+            return 0, 0
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()

@@ -92,9 +92,10 @@ def _runs_of(folder: Path, below: bool) -> list[Path]:
 
 def spec_overrides(spec: ModelSpec) -> list[str]:
     """Hydra overrides under which a config describes just ``spec``."""
+    no_products = () if spec.model.lora.rank is not None else ("lora",)  # then whoever trains says
     router = [f"router={spec.router.name}", *_values("router", spec.router, without=("name",))]
     return [
-        *_values("model", spec.model, without=("attention_backend",)),
+        *_values("model", spec.model, without=("attention_backend", *no_products)),
         *(router if spec.model.num_experts else []),
         f"experts.kind={spec.experts.kind.name}",
         f"experts.activation={spec.experts.activation.name}",

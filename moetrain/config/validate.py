@@ -30,6 +30,7 @@ from moetrain.config.rules.router import (
 from moetrain.config.rules.train import (
     attention_fits_device,
     ends_with_its_schedule,
+    products_train_alone,
     recomputes_once,
     start_exists,
 )
@@ -75,7 +76,8 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     start_exists(cfg)
     check_compare(cfg.compare)
     looks_ahead = (router_is_causal(cfg), repair_looks_ahead(cfg), rounding_looks_ahead(cfg))
-    warnings = (*looks_ahead, router_has_its_task(cfg), ends_with_its_schedule(cfg))
+    others = (router_has_its_task(cfg), ends_with_its_schedule(cfg), products_train_alone(cfg))
+    warnings = (*looks_ahead, *others)
     return [text for text in warnings if text is not None]
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from moetrain.convert.model_folder import new_folder
 from moetrain.convert.open_model import StoredModel, open_model
-from moetrain.convert.options import ExportConfig, StoredDtype
+from moetrain.convert.options import AdapterFormat, ExportConfig, StoredDtype
+from moetrain.convert.peft import export_adapters
+from moetrain.convert.products import merged, without_products
 from moetrain.convert.progress import progress
 from moetrain.data import Tokenizer
 from moetrain.data.chat.files import read_template_files
@@ -58,7 +60,12 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
             )
     if key := beyond_families(model.spec.model):
         raise UserError(f"{cfg.checkpoint}: {key}: no family has such blocks")
-    family = _family(cfg.family, model.spec, before.get("model_type"))
+    base = _without_products(cfg, model)
+    family = _family(cfg.family, base.spec, before.get("model_type"))
+    if cfg.adapters is AdapterFormat.peft:
+        export_adapters(model, base, family, Path(cfg.target).expanduser(), _DTYPES.get(cfg.dtype))
+        return 0
+    model = base
     pieces = _pieces(family, model)
     dtype, wide = _DTYPES.get(cfg.dtype), (*_FP32, *family.fp32)
     infos = {
@@ -83,6 +90,22 @@ def export(cfg: ExportConfig, read: ReadTrained) -> int:
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     tell(f"{len(infos)} tensors of {family.architecture} are in {target} ({total / 1e9:.2f} GB)")
     return 0
+
+
+def _without_products(cfg: ExportConfig, model: StoredModel) -> StoredModel:
+    """The model whose matrices are written: with its products added, or the one that they stand beside."""
+    rank, peft = model.spec.model.lora.rank, cfg.adapters is AdapterFormat.peft
+    if rank is None and (cfg.merge or peft):
+        asked = "merge=true" if cfg.merge else "adapters=peft"
+        raise UserError(f"{asked}, but {cfg.checkpoint} has no low-rank products: leave it out")
+    if cfg.merge and peft:
+        raise UserError("merge=true writes the whole model, adapters=peft its products: ask for one of them")
+    if rank is not None and not (cfg.merge or peft):
+        raise UserError(
+            f"{cfg.checkpoint} has low-rank products (model.lora.rank={rank}): set merge=true for the whole "
+            "model with them added, or adapters=peft for the products alone"
+        )
+    return merged(model) if cfg.merge else without_products(model)
 
 
 def _name(model: StoredModel) -> str:

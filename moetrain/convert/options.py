@@ -23,6 +23,13 @@ class StoredDtype(Enum):
     fp16 = "fp16"
 
 
+class AdapterFormat(Enum):
+    """Of low-rank products without their matrices. ``peft``: what the package peft loads."""
+
+    none = "none"
+    peft = "peft"
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """The root of ``moetrain convert``."""
@@ -42,6 +49,8 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.hf
     family: str = "auto"  # auto: one that expresses the model exactly
     dtype: StoredDtype = StoredDtype.keep
+    merge: bool = False  # write each matrix with its low-rank product added
+    adapters: AdapterFormat = AdapterFormat.none  # write the low-rank products alone
     max_shard_gb: float = field(default=5.0, metadata=above(0))  # of one safetensors file, in 1e9 bytes
     plugins: list[str] = field(default_factory=list)  # the packages of a run's own router or family
 

@@ -24,8 +24,7 @@ from moetrain.models.rope import Rope, apply_rope, rope_width
 from moetrain.models.rules import check_heads
 from moetrain.ops.attention import AUTO, Case, Plan, SeenKeys, attend, plan_attention, refusal
 from moetrain.ops.init import Constant, Normal, parameter, with_own_values
-from moetrain.ops.linear import linear, linears
-from moetrain.ops.low_rank import adapted, low_rank
+from moetrain.ops.low_rank import linear_beside, linears_beside
 from moetrain.ops.precision import product_dtype
 
 
@@ -171,6 +170,8 @@ def _case(
 class Attention(AttentionLayer):
     """Causal grouped-query self-attention. The normalisation of queries and keys follows ``cfg.qk_norm``."""
 
+    takes_low_rank = ("w_q_QD", "w_k_GD", "w_v_GD", "w_gate_QD", "w_out_DQ")
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.heads = head_shape(cfg)
@@ -190,10 +191,6 @@ class Attention(AttentionLayer):
         self.sinks = cfg.attention_sinks
         gated = cfg.attention_gate
         self.w_gate_QD = parameter((queries, cfg.d_model), initializer) if gated else None
-        self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
-        self.lora_k = low_rank(keys, cfg.d_model, cfg.lora)
-        self.lora_v = low_rank(keys, cfg.d_model, cfg.lora)
-        self.lora_out = low_rank(cfg.d_model, queries, cfg.lora)
         # what makes 1 / sqrt(head_dim), by which every backend multiplies, the model's own
         scale = cfg.scales.attention
         self.query_scale = 1.0 if scale is None else scale * self.head_dim**0.5
@@ -218,14 +215,15 @@ class Attention(AttentionLayer):
         out_BSQ = attend(q_BQSH, k_BGKH, v_BGKH, plan, self.b_sink_N).flatten(2)
         if gate_BSQ:
             out_BSQ = out_BSQ * gate_BSQ[0].sigmoid()
-        return linear(out_BSQ, adapted(self.w_out_DQ, self.lora_out), self.b_out_D)
+        return linear_beside(out_BSQ, self, "w_out_DQ", self.b_out_D)
 
     def _project(self, x_BSD: Tensor) -> list[Tensor]:
         """Queries, keys and values by heads, and the gate's logits where there is one."""
-        matrices, biases = (self.w_q_QD, self.w_k_GD, self.w_v_GD), (self.b_q_Q, self.b_k_G, self.b_v_G)
-        added = (self.lora_q, self.lora_k, self.lora_v)
-        gates = [] if self.w_gate_QD is None else [self.w_gate_QD]
-        parts = linears(x_BSD, [*map(adapted, matrices, added), *gates], [*biases, *[None for _ in gates]])
+        leaves: list[str] = ["w_q_QD", "w_k_GD", "w_v_GD"]
+        biases = [self.b_q_Q, self.b_k_G, self.b_v_G]
+        if self.w_gate_QD is not None:
+            leaves, biases = [*leaves, "w_gate_QD"], [*biases, None]
+        parts = linears_beside(x_BSD, self, leaves, biases)
         parts, gate = parts[:3], parts[3:]
         if self.qk_norm is QKNorm.full:
             parts[0], parts[1] = self.q_norm(parts[0]), self.k_norm(parts[1])

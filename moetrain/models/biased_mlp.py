@@ -11,7 +11,7 @@ from moetrain.moe import RouterContext, RoutingRecord
 from moetrain.moe.mlp import MLP
 from moetrain.ops.activations import activate, is_gated
 from moetrain.ops.init import Constant, parameter
-from moetrain.ops.linear import linear, linears
+from moetrain.ops.low_rank import linear_beside, linears_beside
 
 
 class BiasedFeedForward(MLP):
@@ -31,8 +31,8 @@ class BiasedFeedForward(MLP):
         self, x: Tensor, ctx: RouterContext | None = None
     ) -> tuple[Tensor, RoutingRecord | None]:
         if self.w_gate_FD is None:
-            hidden = activate(None, linear(x, self.w_up_FD, self.b_up_F), self.activation)
+            hidden = activate(None, linear_beside(x, self, "w_up_FD", self.b_up_F), self.activation)
         else:
-            gate, up = linears(x, [self.w_gate_FD, self.w_up_FD], [self.b_gate_F, self.b_up_F])
+            gate, up = linears_beside(x, self, ["w_gate_FD", "w_up_FD"], [self.b_gate_F, self.b_up_F])
             hidden = activate(gate, up, self.activation)
-        return linear(hidden, self.w_down_DF, self.b_down_D), None
+        return linear_beside(hidden, self, "w_down_DF", self.b_down_D), None

@@ -130,7 +130,7 @@ class ResidualBlock(Block):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__(cfg, router, experts, layer)
-        self.dense = MLP(cfg.d_model, cfg.d_ff, experts.activation.value, cfg.lora)
+        self.dense = MLP(cfg.d_model, cfg.d_ff, experts.activation.value)
         self.w_mix_2D = parameter((2, cfg.d_model), Normal(cfg.init_std))
         self.b_mix_2 = parameter((2,), Constant(0.0))
 

@@ -16,6 +16,7 @@ from moetrain.bounds import check_ranges
 from moetrain.models.attention import AttentionLayer, plan_of
 from moetrain.models.block import Carried, build_block, times
 from moetrain.models.cache import KVCache
+from moetrain.models.lora import add_low_rank, draw_by
 from moetrain.models.norm import RMSNorm
 from moetrain.models.options import ModelConfig, moe_layers, window_of
 from moetrain.models.rope import Rope, rope_table
@@ -69,6 +70,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.head_VD = None if cfg.tie_embeddings else parameter(shape, initializer)
         self.reset_parameters()
+        add_low_rank(self.blocks, cfg.lora)
 
     @property
     def head_weight(self) -> Tensor:
@@ -134,6 +136,8 @@ class Decoder(nn.Module):
             layer_ctx = ctx.at_layer(layer, previous)
             if layer_cache is not None:
                 layer_ctx = replace(layer_ctx, seen=cached, memory=layer_cache.memory)
+            if self.training and self.cfg.lora.dropout:
+                draw_by(block, layer_ctx.uniform)
             x_BSD, record, carried = block(x_BSD, rope, plan, layer_ctx, layer_cache, carried)
             if record is not None:
                 records[layer] = previous = record

@@ -91,7 +91,7 @@ class DenseFeedForward(MLP):
 def _dense(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
     if cfg.mlp_bias:
         return BiasedFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
-    return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value, cfg.lora)
+    return DenseFeedForward(cfg.d_model, cfg.d_ff, experts.activation.value)
 
 
 def layer_options(
@@ -138,7 +138,7 @@ def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: 
             )
         if cfg.expert_widths:
             raise ValueError("experts.kind=adapters have one width: leave model.expert_widths out")
-        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width_of(cfg, layer), lora=cfg.lora, **common)
+        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width_of(cfg, layer), **common)
     return MoELayer(
         d_ff=width_of(cfg, layer),
         first_weights=experts.first_weights,

@@ -24,7 +24,7 @@ from moetrain.models.rope import Rope
 from moetrain.ops.attention import Plan
 from moetrain.ops.delta_rule import chunked_delta_rule, recurrent_delta_rule, runs_of
 from moetrain.ops.init import Normal, Uniform, parameter
-from moetrain.ops.linear import linear, linears
+from moetrain.ops.low_rank import linear_beside, linears_beside
 
 _STATE, _INPUTS = "gated_delta.state", "gated_delta.inputs"  # in a cache's memory
 _EPS = 1e-6  # under the root of a query's and a key's length
@@ -79,6 +79,8 @@ class Decay(nn.Module):
 class GatedDelta(AttentionLayer):
     """The layer; its products run in x's dtype, the recurrence in fp32 at least."""
 
+    takes_low_rank = ("w_q_XD", "w_k_XD", "w_v_YD", "w_gate_YD", "w_beta_ND", "w_dt_ND", "w_out_DY")
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         options, normal = cfg.gated_delta, Normal(cfg.init_std)
@@ -101,10 +103,8 @@ class GatedDelta(AttentionLayer):
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
         docs_BS = None if plan.seen is None else plan.seen.doc_ids_BS
         runs_BS = None if docs_BS is None else runs_of(docs_BS)
-        *qkv, gate_BSY, beta_BSN, dt_BSN = linears(
-            x_BSD,
-            [self.w_q_XD, self.w_k_XD, self.w_v_YD, self.w_gate_YD, self.w_beta_ND, self.w_dt_ND],
-        )
+        *inner, out = self.takes_low_rank
+        *qkv, gate_BSY, beta_BSN, dt_BSN = linears_beside(x_BSD, self, inner)
         q_BSX, k_BSX, v_BSY = self._convolved(torch.cat(qkv, -1), runs_BS, cache)
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         q_BSNK, k_BSNK = self._unit(q_BSX.to(wide)), self._unit(k_BSX.to(wide))
@@ -118,7 +118,7 @@ class GatedDelta(AttentionLayer):
             rule = recurrent_delta_rule if x_BSD.shape[1] == 1 else chunked_delta_rule
             y_BSNV, cache.memory[_STATE] = rule(*inputs, *gates, runs_BS, cache.memory.get(_STATE))
         y_BSY = self.norm(y_BSNV, wide).flatten(2) * F.silu(gate_BSY.to(wide))
-        return linear(y_BSY.to(x_BSD.dtype), self.w_out_DY)
+        return linear_beside(y_BSY.to(x_BSD.dtype), self, out)
 
     def _convolved(
         self, x_BSC: Tensor, runs_BS: Tensor | None, cache: LayerCache | None

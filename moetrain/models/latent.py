@@ -23,8 +23,7 @@ from moetrain.models.rope import Rope, apply_rope
 from moetrain.models.rope_options import RopeScaling
 from moetrain.ops.attention import Plan, attend
 from moetrain.ops.init import Normal, parameter
-from moetrain.ops.linear import linear, linears
-from moetrain.ops.low_rank import adapted, low_rank
+from moetrain.ops.low_rank import linear_beside, linears_beside
 
 
 class LatentAttention(AttentionLayer):
@@ -34,6 +33,7 @@ class LatentAttention(AttentionLayer):
     """
 
     heads: Heads
+    takes_low_rank = ("w_q_QD", "w_q_RD", "w_q_QR", "w_kv_PD", "w_kv_UL", "w_out_DO")
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -49,28 +49,22 @@ class LatentAttention(AttentionLayer):
         rows, made = m.kv_lora_rank + self.rope_dim, heads * (self.still + self.value_dim)
         if m.q_lora_rank is None:
             self.w_q_QD = parameter((queries, cfg.d_model), initializer)
-            self.lora_q = low_rank(queries, cfg.d_model, cfg.lora)
             self.q_norm = None
         else:
             self.w_q_RD = parameter((m.q_lora_rank, cfg.d_model), initializer)
-            self.lora_q = low_rank(m.q_lora_rank, cfg.d_model, cfg.lora)
             self.q_norm = RMSNorm(m.q_lora_rank, m.norm_eps)
             self.w_q_QR = parameter((queries, m.q_lora_rank), initializer)
-            self.lora_q_up = low_rank(queries, m.q_lora_rank, cfg.lora)
         self.w_kv_PD = parameter((rows, cfg.d_model), initializer)
-        self.lora_kv = low_rank(rows, cfg.d_model, cfg.lora)
         self.kv_norm = RMSNorm(m.kv_lora_rank, m.norm_eps)
         self.w_kv_UL = parameter((made, m.kv_lora_rank), initializer)
-        self.lora_kv_up = low_rank(made, m.kv_lora_rank, cfg.lora)
         self.w_out_DO = parameter((cfg.d_model, heads * self.value_dim), initializer)
-        self.lora_out = low_rank(cfg.d_model, heads * self.value_dim, cfg.lora)
 
     def score_flops(self, keys: float) -> float:
         return 2 * self.heads.num_heads * (self.score_dim + self.value_dim) * keys
 
     def forward(self, x_BSD: Tensor, rope: Rope, plan: Plan, cache: LayerCache | None = None) -> Tensor:
-        first = self.w_q_QD if self.q_norm is None else self.w_q_RD
-        q, kv_BSP = linears(x_BSD, [adapted(first, self.lora_q), adapted(self.w_kv_PD, self.lora_kv)])
+        first = "w_q_QD" if self.q_norm is None else "w_q_RD"
+        q, kv_BSP = linears_beside(x_BSD, self, [first, "w_kv_PD"])
         q_BNSH = self._queries(q, rope)
         latent_BSL, turning_BSr = kv_BSP.split([self.latent_dim, self.rope_dim], -1)
         latent_BSL = self.kv_norm(latent_BSL)
@@ -80,12 +74,12 @@ class LatentAttention(AttentionLayer):
             latent_BSL, turned_BS1r = latent_B1KL[:, 0], turned_B1Kr.transpose(1, 2)
         k_BNKH, v_BNKH = self._keys_and_values(latent_BSL, turned_BS1r)
         out_BSNO = attend(q_BNSH, k_BNKH, v_BNKH, plan)[..., : self.value_dim]
-        return linear(out_BSNO.flatten(2), adapted(self.w_out_DO, self.lora_out))
+        return linear_beside(out_BSNO.flatten(2), self, "w_out_DO")
 
     def _queries(self, q: Tensor, rope: Rope) -> Tensor:
         """[B, N, S, H] of the token's first product."""
         if self.q_norm is not None:
-            q = linear(self.q_norm(q), adapted(self.w_q_QR, self.lora_q_up))
+            q = linear_beside(self.q_norm(q), self, "w_q_QR")
         q_BSNH = q.unflatten(-1, (self.heads.num_heads, -1))
         still, turning = q_BSNH.split([self.still, self.rope_dim], -1)
         q_BSNH = torch.cat([still, apply_rope(turning, rope, self.interleaved)], -1)
@@ -95,7 +89,7 @@ class LatentAttention(AttentionLayer):
 
     def _keys_and_values(self, latent_BKL: Tensor, turned_BK1r: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, K, H] each."""
-        made = linear(latent_BKL, adapted(self.w_kv_UL, self.lora_kv_up))
+        made = linear_beside(latent_BKL, self, "w_kv_UL")
         still, v_BKNO = made.unflatten(-1, (self.heads.num_heads, -1)).split([self.still, self.value_dim], -1)
         turned = turned_BK1r.to(still.dtype).expand(-1, -1, self.heads.num_heads, -1)
         k_BKNH = torch.cat([still, turned], -1)

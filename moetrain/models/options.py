@@ -14,10 +14,10 @@ from moetrain.models.layer_options import (
     ProductKeysConfig,
     S2MoEConfig,
 )
+from moetrain.models.lora_options import LoraConfig
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.models.wiring_options import MomentumConfig, RouterInput, ShortcutFrom, Wiring
-from moetrain.ops.low_rank import LoRA
 
 _INT32 = 2**31 - 1
 _SIZE, _COUNT = at_least(1, _INT32), at_least(0, _INT32)
@@ -117,14 +117,7 @@ class ModelConfig:
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))
-    # of low-rank products added to attention's matrices and to dense networks'; null: none
-    lora_rank: Optional[int] = field(default=None, metadata=_SIZE)
-    lora_alpha: float = field(default=16.0, metadata=above(0))  # over lora_rank: the products' factor
-
-    @property
-    def lora(self) -> Optional[LoRA]:
-        """What is added to the matrices; None: nothing."""
-        return None if self.lora_rank is None else LoRA(self.lora_rank, self.lora_alpha)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank products beside matrices
 
     @property
     def shared_width(self) -> int:

@@ -10,6 +10,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention_rules import check_attention
 from moetrain.models.latent_rules import check_latent
 from moetrain.models.layer_options import READ_BY
+from moetrain.models.lora_options import split_target
 from moetrain.models.options import LATENT, LayerWindow, ModelConfig, attention_kinds, moe_layers
 from moetrain.models.rope import rope_width
 from moetrain.models.rope_options import RopeKind, RopeScaling
@@ -86,25 +87,20 @@ def _check_own_attention(cfg: ModelConfig) -> None:
 
 
 def _check_lora(cfg: ModelConfig) -> None:
-    if cfg.lora_rank is None and cfg.lora_alpha != ModelConfig.lora_alpha:
+    for target in cfg.lora.targets:
+        try:
+            split_target(target)
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {error}") from None
+    for field in fields(cfg.lora) if cfg.lora.rank is None else ():
+        value = getattr(cfg.lora, field.name)
+        if value != field.default:
+            raise UserError(f"model.lora.{field.name}={value} is not used without model.lora.rank: set both")
+    if cfg.lora.rank is not None and not cfg.lora.targets:
+        raise UserError(f"model.lora.rank={cfg.lora.rank}, but model.lora.targets names nothing to add to")
+    if cfg.lora.rank is not None and cfg.expert_widths:
         raise UserError(
-            f"model.lora_alpha={cfg.lora_alpha} is over model.lora_rank, which is null: set both, or neither"
-        )
-    if cfg.lora_rank is not None and cfg.mlp_bias:
-        raise UserError(
-            f"model.lora_rank={cfg.lora_rank} does not go together with model.mlp_bias=true: set "
-            "model.lora_rank=null"
-        )
-    others = [kind for kind in attention_kinds(cfg) if kind not in (own := ("grouped_query", LATENT))]
-    if cfg.lora_rank is not None and others:
-        raise UserError(
-            f"model.lora_rank={cfg.lora_rank} is of model.attention={' or '.join(own)}, and would not reach "
-            f"model.attention={' or '.join(others)}: set model.lora_rank=null"
-        )
-    if cfg.lora_rank is not None and cfg.attention_gate:
-        raise UserError(
-            f"model.lora_rank={cfg.lora_rank} would not reach the matrix of model.attention_gate: "
-            "set model.lora_rank=null"
+            f"model.lora.rank={cfg.lora.rank} is of experts of one width: leave model.expert_widths out"
         )
 
 

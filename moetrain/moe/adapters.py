@@ -11,20 +11,20 @@ from torch import Tensor
 
 from moetrain.moe.context import RouterContext
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.mlp import MATRICES, network
 from moetrain.moe.routing import Routing
 from moetrain.ops.activations import is_gated
-from moetrain.ops.dense_mlp import dense_mlp
 from moetrain.ops.init import Normal, parameter
-from moetrain.ops.low_rank import LoRA, adapted, low_rank
 
 
 class AdapterLayer(MoELayer):
     """y = h + sum over a token's assignments of weight * A(h), with h = network(x), routed on x.
 
     The network runs once a token and its parameters are named as a dense layer's. A(h) = down(gelu(up(h))) is
-    of width ``d_adapter``. ``lora``: products that are added to the network's matrices.
-    Raises ValueError for shared experts: the network is shared already.
+    of width ``d_adapter``. Raises ValueError for shared experts: the network is shared already.
     """
+
+    takes_low_rank = MATRICES
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class AdapterLayer(MoELayer):
         d_adapter: int,
         num_experts: int,
         activation: str,
-        lora: LoRA | None = None,
         **layer: Any,
     ) -> None:
         if layer.get("num_shared_experts"):
@@ -44,9 +43,6 @@ class AdapterLayer(MoELayer):
         self.w_gate_FD = parameter(up_shape, initializer) if is_gated(activation) else None
         self.w_up_FD = parameter(up_shape, initializer)
         self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
-        self.lora_gate = low_rank(d_ff, d_model, None if self.w_gate_FD is None else lora)
-        self.lora_up = low_rank(d_ff, d_model, lora)
-        self.lora_down = low_rank(d_model, d_ff, lora)
 
     def forward(
         self,
@@ -55,9 +51,7 @@ class AdapterLayer(MoELayer):
         router_input: Tensor | None = None,
         shared_input: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        w_gate_FD = None if self.w_gate_FD is None else adapted(self.w_gate_FD, self.lora_gate)
-        w_up_FD, w_down_DF = adapted(self.w_up_FD, self.lora_up), adapted(self.w_down_DF, self.lora_down)
-        h_BSD = dense_mlp(x_BSD, w_gate_FD, w_up_FD, w_down_DF, self.activation)
+        h_BSD = network(x_BSD, self, self.activation)
         seen_BSD = self.read_by_router(x_BSD, ctx) if router_input is None else router_input
         y_BSD, routing = super().forward(h_BSD, ctx, seen_BSD, shared_input)
         return h_BSD + y_BSD.to(h_BSD.dtype), routing

@@ -5,6 +5,8 @@ that recomputation, micro-batches and layouts draw the same. Where a row is comp
 known: each token's row therefore carries a key of 32 bits, as bytes in four more columns, which every dtype
 of activations holds exactly. Experts cut them off again.
 
+Products beside the matrices read rows of which other elements are dropped.
+
 Sources: Fedus et al. 2021, arXiv:2101.03961 ("expert dropout"); Wu et al. 2024, arXiv:2401.02731 (adapters).
 
 Shapes: T tokens, X source rows, D model, R computed rows, E experts here, F hidden, n columns.
@@ -21,10 +23,12 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch.base import ExpertRows
 from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.counter import mix
+from moetrain.ops.experts.loop import with_product
+from moetrain.ops.experts.operands import Pair
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
 
-_SALT, _INPUT_SALT, _HIDDEN_SALT = 0xD209, 1, 2
+_SALT, _INPUT_SALT, _HIDDEN_SALT, _UP_SALT, _DOWN_SALT = 0xD209, 1, 2, 3, 4
 _BYTES = 4
 
 
@@ -34,9 +38,10 @@ class ExpertDropout:
 
     inputs: float = 0.0
     hidden: float = 0.0
+    beside: float = 0.0  # of what low-rank products beside the matrices read
 
     def __bool__(self) -> bool:
-        return bool(self.inputs or self.hidden)
+        return bool(self.inputs or self.hidden or self.beside)
 
 
 def with_keys(x_TD: Tensor, ctx: RouterContext) -> Tensor:
@@ -54,6 +59,8 @@ def expert_mlp_dropped(
     dropout: ExpertDropout,
     dtype: torch.dtype,
     backend: str,
+    up: Pair | None = None,
+    down: Pair | None = None,
 ) -> Tensor:
     """What ``moetrain.ops.expert_mlp`` computes, out [R, D], with ``dropout``; autograd keeps what it needs.
 
@@ -67,9 +74,15 @@ def expert_mlp_dropped(
     )
     x_RD = _dropped(gather_rows(source_XD.to(dtype), ids_R), row_R, _INPUT_SALT, dropout.inputs)
     z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), segments.aligned, backend)
+    if up is not None:
+        x_RD = _dropped(x_RD, row_R, _UP_SALT, dropout.beside)
+        z_RP = with_product(z_RP, x_RD, up, segments.aligned, backend)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     h_RF = _dropped(h_RF, row_R, _HIDDEN_SALT, dropout.hidden)
     out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), segments.aligned, backend)
+    if down is not None:
+        h_RF = _dropped(h_RF, row_R, _DOWN_SALT, dropout.beside)
+        out_RD = with_product(out_RD, h_RF, down, segments.aligned, backend)
     return (out_RD * rows.weights_R[:, None]).to(dtype)
 
 

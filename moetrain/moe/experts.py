@@ -1,7 +1,7 @@
 """Stacked experts: one tensor a projection, the global expert dimension first.
 
 Shapes: E experts, D model, F hidden, P = C F, R rows, C columns a hidden unit (2 for a gated
-activation: gate, up; 1 for a plain one).
+activation: gate, up; 1 for a plain one), K and N inner and outer width of a matrix, L rank of what is added.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,11 +21,15 @@ from moetrain.moe.questions import Read
 from moetrain.ops import expert_mlp
 from moetrain.ops.activations import is_gated
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Pair
 from moetrain.ops.experts.table import NAMES, on_device
 from moetrain.ops.held import held_rows, hold
 from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.local_part import local_part
+from moetrain.ops.low_rank import PREFIX, StackedLowRank
 from moetrain.ops.precision import product_dtype
+
+_RANK_UNIT = 8
 
 
 class Experts(nn.Module):
@@ -36,6 +41,7 @@ class Experts(nn.Module):
     """
 
     forward_methods = ("mean_keys",)  # what else reads the weights, so that ranks gather them first
+    takes_low_rank = ("w_gate_up_EDCF", "w_down_EFD")
 
     def __init__(
         self,
@@ -77,12 +83,13 @@ class Experts(nn.Module):
         """
         held = self.frozen - self.first_expert
         ups, downs = (_parts(w, work.sizes, held) for w in (self.w_gate_up_EDCF, self.w_down_EFD))
+        pairs = zip(*(_pairs(self.added(leaf), work.sizes) for leaf in self.takes_low_rank), strict=True)
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         biases = self._biases(work.sizes)
         return [
-            work.done(_read(self._compute(rows, up, down, first, of_chunk), rows, first, read), chunk)
-            for chunk, (rows, up, down, first, of_chunk) in enumerate(
-                zip(work.arrivals(), ups, downs, firsts, biases, strict=True)
+            work.done(_read(self._compute(rows, up, down, first, of_chunk, beside), rows, first, read), chunk)
+            for chunk, (rows, up, down, first, of_chunk, beside) in enumerate(
+                zip(work.arrivals(), ups, downs, firsts, biases, pairs, strict=True)
             )
         ]
 
@@ -93,7 +100,18 @@ class Experts(nn.Module):
         """
         held = self.frozen - self.first_expert
         keys_EDF = held_rows(local_part(self.w_gate_up_EDCF), held)[:, :, 0]
-        return keys_EDF.mean(-1, dtype=torch.promote_types(keys_EDF.dtype, torch.float32))
+        wide = torch.promote_types(keys_EDF.dtype, torch.float32)
+        means_ED = keys_EDF.mean(-1, dtype=wide)
+        added = self.added("w_gate_up_EDCF")
+        if added is None:
+            return means_ED
+        a_EDL, b_ELF = local_part(added.a_EKR).to(wide), local_part(added.b_ERN)[:, :, 0]
+        beside_ED: Tensor = (a_EDL @ b_ELF.mean(-1, keepdim=True, dtype=wide)).squeeze(-1) * added.factor
+        return means_ED + beside_ED
+
+    def added(self, leaf: str) -> StackedLowRank | None:
+        """The products beside the matrices ``leaf``; None: there are none."""
+        return self._modules.get(PREFIX + leaf)  # type: ignore[return-value]
 
     @property
     def drops(self) -> bool:
@@ -106,14 +124,15 @@ class Experts(nn.Module):
             return True
         keep = self.keep is Keep.preactivation
         bias = self.bias_down_ED is not None
-        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep, bias)
+        added = any(self.added(leaf) is not None for leaf in self.takes_low_rank)
+        case = Case.of(self.w_down_EFD, product_dtype(x_TD), self.activation, block, keep, bias, added)
         return not on_device(self.backend, case)
 
     def _biases(self, sizes: list[int]) -> Sequence[tuple[Tensor, Tensor] | None]:
         """Those of each chunk, [E, P] and [E, D]."""
         if self.bias_gate_up_ECF is None or self.bias_down_ED is None:
             return [None] * len(sizes)
-        ups, downs = (_parts(b, sizes, held=0) for b in (self.bias_gate_up_ECF, self.bias_down_ED))
+        ups, downs = (_parts(b, sizes) for b in (self.bias_gate_up_ECF, self.bias_down_ED))
         return [(up_ECF.flatten(1), down_ED) for up_ECF, down_ED in zip(ups, downs, strict=True)]
 
     def _compute(
@@ -123,13 +142,14 @@ class Experts(nn.Module):
         w_down_EFD: Tensor,
         first: int,
         biases: tuple[Tensor, Tensor] | None,
+        beside: tuple[Pair | None, Pair | None],
     ) -> Tensor:
         x_XD = rows.source_XD
         if self.drops:
             experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
             backend = "loop" if self.backend == "loop" else "torch"
             arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
-            how = (self.dropout, product_dtype(x_XD), backend)
+            how = (self.dropout, product_dtype(x_XD), backend, *beside)
             if self.keep is Keep.preactivation:
                 return expert_mlp_dropped(*arguments, *how)
             out_RD: Tensor = checkpoint(
@@ -145,8 +165,9 @@ class Experts(nn.Module):
             self.activation,
             self.backend,
             product_dtype(x_XD),
-            keep=self.keep is Keep.preactivation,
-            biases=biases,
+            self.keep is Keep.preactivation,
+            biases,
+            *beside,
         )
 
 
@@ -160,7 +181,18 @@ def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Te
     return read(out_RD, first + expert_R.clamp(max=segments.num_experts - 1))
 
 
-def _parts(weight: Tensor, sizes: list[int], held: int) -> tuple[Tensor, ...]:
+def _pairs(added: StackedLowRank | None, sizes: list[int]) -> list[Pair | None]:
+    """The factors of each chunk's products."""
+    if added is None:
+        return [None] * len(sizes)
+    a_EKL, b_ELN = local_part(added.a_EKR), local_part(added.b_ERN).flatten(2) * added.factor
+    if a_EKL.device.type != "cpu":  # where grouped products want rows of whole 16 bytes
+        spare = -a_EKL.shape[2] % _RANK_UNIT
+        a_EKL, b_ELN = F.pad(a_EKL, (0, spare)), F.pad(b_ELN, (0, 0, 0, spare))
+    return [Pair(a, b) for a, b in zip(_parts(a_EKL, sizes), _parts(b_ELN, sizes), strict=True)]
+
+
+def _parts(weight: Tensor, sizes: list[int], held: int = 0) -> tuple[Tensor, ...]:
     """By ``split``, whose gradient is put together once; slices would each make one of the whole size."""
     local = held_rows(local_part(weight), held)
     return (local,) if len(sizes) == 1 else local.split(sizes)

@@ -25,17 +25,27 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     """Why ``backend`` cannot drop parts of what experts read or compute; None where it can."""
     if not dropout or backend in _DROPPING:
         return None
-    key, rate = ("dropout", dropout.hidden) if dropout.hidden else ("input_dropout", dropout.inputs)
+    rates = _rates(dropout)
+    key = next(key for key, rate in rates.items() if rate)
     return (
-        f"experts.{key}={rate} is computed by torch's grouped products or the loop, not by "
-        f"experts.backend={backend}: set experts.backend=auto, or experts.{key}=0"
+        f"{key}={rates[key]} is computed by torch's grouped products or the loop, not by "
+        f"experts.backend={backend}: set experts.backend=auto, or {key}=0"
     )
+
+
+def _rates(dropout: ExpertDropout) -> dict[str, float]:
+    return {
+        "experts.dropout": dropout.hidden,
+        "experts.input_dropout": dropout.inputs,
+        "model.lora.dropout": dropout.beside,
+    }
 
 
 def bias_refusal(bias: bool, dropout: ExpertDropout, widths: Sequence[int]) -> str | None:
     """Why experts cannot have biases beside these; None where they can, and where they have none."""
     if bias and dropout:
-        return "experts.bias=true is of experts without dropout: set experts.dropout=0 and input_dropout=0"
+        keys = ", ".join(key for key, rate in _rates(dropout).items() if rate)
+        return f"experts.bias=true is of experts without dropout: set to 0 {keys}"
     if bias and widths:  # an expert's slices would each add its bias
         return "experts.bias=true is of experts of one width: leave model.expert_widths out"
     return None

@@ -44,6 +44,10 @@ class SparsityRouter(TopKRouter):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         held_EDCF = held_rows(up_EDCF, self._experts[0].frozen)
         x_TD, up_EDF = x_TD.to(wide), held_EDCF.squeeze(2).to(wide)
+        added = self._experts[0].added("w_gate_up_EDCF")
+        if added is not None:
+            a_EDR, b_ERF = added.a_EKR.to(wide), added.b_ERN.squeeze(2).to(wide)
+            up_EDF = torch.baddbmm(up_EDF, a_EDR, b_ERF, alpha=added.factor)
         variance_ED, mean_ED = torch.var_mean(up_EDF, dim=2, correction=0)
         spread_TE = F.linear(x_TD.square(), variance_ED).clamp(min=_LEAST)
         return -torch.erf(F.linear(x_TD, mean_ED) / (2 * spread_TE).sqrt())

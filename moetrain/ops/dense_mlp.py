@@ -44,17 +44,19 @@ class _DenseMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_nD: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_nD: Tensor) -> tuple[Tensor | None, ...]:
         x_nD, gate_nF, up_nF, w_gate_FD, w_up_FD, w_down_DF = ctx.saved_tensors
+        _, gate_wanted, up_wanted, down_wanted, _ = ctx.needs_input_grad
         dtype = x_nD.dtype
         h_nF, active_nF = activate_again(gate_nF, up_nF, ctx.activation)
-        dw_down_DF = (dy_nD.t() @ h_nF).to(w_down_DF.dtype)
+        dw_down_DF = (dy_nD.t() @ h_nF).to(w_down_DF.dtype) if down_wanted else None
         dgate_nF, dup_nF = None if gate_nF is None else torch.empty_like(gate_nF), torch.empty_like(up_nF)
         dh_nF = product(dy_nD, w_down_DF.to(dtype))
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, ctx.activation, dgate_nF, dup_nF)
-        dw_up_FD = (dup_nF.t() @ x_nD).to(w_up_FD.dtype)
+        dw_up_FD = (dup_nF.t() @ x_nD).to(w_up_FD.dtype) if up_wanted else None
         dx_nD = product(dup_nF, w_up_FD.to(dtype))
         if dgate_nF is None:
             return dx_nD, None, dw_up_FD, dw_down_DF, None
         dx_nD += product(dgate_nF, w_gate_FD.to(dtype))
-        return dx_nD, (dgate_nF.t() @ x_nD).to(w_gate_FD.dtype), dw_up_FD, dw_down_DF, None
+        dw_gate_FD = (dgate_nF.t() @ x_nD).to(w_gate_FD.dtype) if gate_wanted else None
+        return dx_nD, dw_gate_FD, dw_up_FD, dw_down_DF, None

@@ -122,7 +122,8 @@ def _spread_experts(model: nn.Module, meshes: Meshes, observer: Observer) -> lis
             placed = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
             fresh = nn.Parameter(placed, parameter.requires_grad)
             vars(fresh).update(vars(parameter))
-            setattr(layer.experts, name, fresh)
+            path, _, leaf = name.rpartition(".")
+            setattr(layer.experts.get_submodule(path), leaf, fresh)
         layer.experts.first_expert = here[0]
         exchange = Exchange(mesh.get_group(), layer_name, observer, calls)
         device = torch.device(mesh.device_type)  # the weights may lie on the meta device still

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.ops.init import init_block, initializer_of
+from moetrain.ops.init import Initializer, init_block, initializer_of
 
 
 def allocate(model: nn.Module, device: str) -> None:
@@ -32,8 +32,13 @@ def draw_parameters(named: Iterable[tuple[str, nn.Parameter]], seed: int) -> Non
     for name, parameter in named:
         initializer = initializer_of(parameter)
         if initializer is not None:
-            block, offsets = _block(parameter)
-            init_block(block, initializer, seed, name.removeprefix("model."), parameter.shape, offsets)
+            draw_tensor(parameter, initializer, seed, name)
+
+
+def draw_tensor(tensor: Tensor, initializer: Initializer, seed: int, name: str) -> None:
+    """Write the initial values of the tensor ``name``, of which this rank may have a part."""
+    block, offsets = _block(tensor)
+    init_block(block, initializer, seed, name.removeprefix("model."), tensor.shape, offsets)
 
 
 def _block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from moetrain.checkpoint.peers import Peers
-from moetrain.checkpoint.read import fill, fill_from, find_checkpoint
+from moetrain.checkpoint.read import fill, fill_from, find_checkpoint, read_metadata
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import fill_block
 from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
+from moetrain.ops.low_rank import factor_start, is_factor
+from moetrain.parallel.materialize import draw_tensor
 from moetrain.train.identity import require_same_files
 from moetrain.train.run_files import CONFIG, TOKENIZER, ReadConfig
 
@@ -37,9 +39,11 @@ def load_initial(
     optimizer: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     read: ReadConfig,
+    seed: int = 0,
 ) -> None:
     """Fill ``model`` (``model.<name>`` -> tensor), whatever dtype and layout its values are stored in.
 
+    Low-rank products, where ``path`` has none, start as they do in a new model of ``seed``.
     ``optimizer`` (``optim.<name>.<key>``) is filled as well; empty: its state starts anew. Collective.
     ``path`` is a run folder, one made by convert or upcycle, or a Hugging Face folder. Raises UserError where
     the model is another one, its files were changed since, or ``tokenizer`` is not the one that its embedding
@@ -50,6 +54,9 @@ def load_initial(
     if (path / CONFIG).is_file():
         checkpoint = find_checkpoint(path, peers)
         peers.from_first(lambda: require_same_files(checkpoint, read))
+        stored, complaint = read_metadata(checkpoint)
+        peers.raise_together(complaint)
+        model = _without_new(model, stored.state_dict_metadata, seed)
         fill(checkpoint, model, MODEL, peers, cast=True)
         if optimizer:
             fill(checkpoint, optimizer, OPTIM, peers, cast=True)
@@ -58,7 +65,16 @@ def load_initial(
         raise UserError(f"init_optimizer=true, but init_from={path} is a Hugging Face folder: it holds none")
     opened = peers.together(lambda: open_source(SafetensorsFolder(path)))
     reader = _PiecesReader(opened)
+    model = _without_new(model, (), seed)
     fill_from(reader, reader.read_metadata(), f"init_from={path}", model, MODEL, peers, cast=True)
+
+
+def _without_new(model: Mapping[str, Tensor], stored: Collection[str], seed: int) -> dict[str, Tensor]:
+    """What is to be loaded; low-rank factors are drawn here where nothing stored is one."""
+    fresh = {} if any(map(is_factor, stored)) else {n: t for n, t in model.items() if is_factor(n)}
+    for name, tensor in fresh.items():
+        draw_tensor(tensor, factor_start(name, tensor.shape), seed, name)
+    return {name: tensor for name, tensor in model.items() if name not in fresh}
 
 
 def carry_over(path: Path, run_dir: Path) -> None:

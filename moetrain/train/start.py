@@ -63,7 +63,7 @@ def start(
         path, engine = Path(cfg.init_from).expanduser(), state.engine
         model, optimizer = engine.model_tensors(), engine.optimizer_tensors() if cfg.init_optimizer else {}
         with patiently("loading the first weights"):
-            load_initial(path, model, optimizer, built.corpus.tokenizer, read)
+            load_initial(path, model, optimizer, built.corpus.tokenizer, read, cfg.train.seed)
         engine.take(model | optimizer)
     return built
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from moetrain.errors import UserError
+from moetrain.ops.low_rank import is_factor
 from moetrain.upcycle.method import Method
 from moetrain.upcycle.names import (
     EXPERTS,
     GATE,
-    LORA,
     OPTIM,
     SHARED,
     SHARED_GATE,
@@ -48,7 +48,7 @@ def open_ledger(
     passed = weights - read
     _refuse(passed - set(wanted), "has no place in the target model", "of the source's tensors")
     _refuse(passed & made, "is made by upcycling and in the source as well", "of the source's tensors")
-    fresh = frozenset(name for name in set(wanted) - passed if LORA in name)
+    fresh = frozenset(name for name in set(wanted) - passed if is_factor(name))
     _refuse(set(wanted) - passed - made - fresh, _unfilled(target), "of the target's tensors")
     if not options.carry_optimizer:
         return Ledger(sorted(passed), sorted(state), fresh)

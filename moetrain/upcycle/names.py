@@ -9,8 +9,6 @@ SHARED = "shared."
 GATE = "w_gate_FD"
 SHARED_GATE = "shared_gate_1D"
 OPTIM = "optim."
-LORA = ".lora_"  # in the names of low-rank products' factors
-LORA_ZERO = ".b_NR"  # ends that of the factor that starts at zero
 
 
 def dense_names(gated: bool, within: str = "") -> tuple[str, ...]:

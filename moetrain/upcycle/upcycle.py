@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
 from moetrain.moe.options import ExpertKind, RouterConfig
+from moetrain.ops.low_rank import starts_at_zero
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.ledger import Ledger, open_ledger
@@ -24,7 +25,6 @@ from moetrain.upcycle.method import Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
 from moetrain.upcycle.names import (
     EXPERTS,
-    LORA_ZERO,
     OPTIM,
     SHARED,
     SHARED_GATE,
@@ -121,7 +121,7 @@ class Upcycling:
         for name in names:
             shape = self.shapes[name]
             drawn = normal(shape, generator(self.job.seed, layer, name), dtype) * (3 * shape[1]) ** -0.5
-            made[name] = torch.zeros_like(drawn) if name.endswith(LORA_ZERO) else drawn
+            made[name] = torch.zeros_like(drawn) if starts_at_zero(name) else drawn
         named = [(name, tensor.to(dtype)) for name, tensor in made.items()]
         if not self.method.options.carry_optimizer:
             return named

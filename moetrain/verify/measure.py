@@ -31,6 +31,7 @@ from moetrain.ops.init import (
     set_initializer,
 )
 from moetrain.ops.local_part import whole
+from moetrain.ops.low_rank import is_factor
 from moetrain.plugins import import_plugins
 from moetrain.train.assemble import Assembled, assemble
 from moetrain.train.options import Precision, TrainConfig
@@ -114,9 +115,12 @@ def build(cfg: TrainConfig) -> Assembled:
 
 
 def enlarge_initializers(model: Decoder) -> None:
-    """Larger weights than a model begins with, and none zero, so that every path matters."""
-    for parameter in model.parameters():
-        more = 5.0 if parameter.ndim > 1 else 1.0
+    """Larger weights than a model begins with, and none zero, so that every path matters.
+
+    Factors of products stay as they are: two enlarged ones would outgrow the matrix.
+    """
+    for name, parameter in model.named_parameters():
+        more = 5.0 if parameter.ndim > 1 and not is_factor(name) else 1.0
         initializer = initializer_of(parameter)
         if isinstance(initializer, Orthogonal):
             set_initializer(parameter, Orthogonal(more * initializer.gain))

@@ -69,8 +69,34 @@ def test_a_local_repair_is_the_same_on_a_layout(layout):
 ])  # fmt: skip
 def test_dropout_in_experts_is_the_same_on_a_layout(layout):
     """Masks are a token's and an expert's own, wherever the row is computed; products beside matrices too."""
-    more = ("experts.dropout=0.4", "experts.input_dropout=0.1", "model.lora_rank=3")
+    more = ("experts.dropout=0.4", "experts.input_dropout=0.1", "model.lora.rank=3")
     assert_equal(checks("topk", layout, Precision.fp64, 1e-9, *more))
+
+
+PRODUCTS = (
+    "model.lora.rank=3",
+    "model.lora.targets=['*.attention.w_*','*.shared.w_*','*.experts.*=2','*.router.*=1']",
+    "optim.frozen=['*','!*.lora_*']",
+)
+DROPPED = (*PRODUCTS, "model.lora.targets=['*.attention.w_*','*.experts.*=2']", "model.lora.dropout=0.3")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("more", "layout"),
+    [
+        (PRODUCTS, "ep 2"),
+        (PRODUCTS, "dp 2"),
+        (DROPPED, "ep 2 x efsdp 2"),
+        pytest.param(PRODUCTS, "hsdp 2 x ep 2", marks=pytest.mark.slow),
+        pytest.param(PRODUCTS, "hierarchical, ep 4", marks=pytest.mark.slow),
+        pytest.param(PRODUCTS, "overlap 2, ep 2", marks=pytest.mark.slow),
+        pytest.param(DROPPED, "all_gather, ep 2 x efsdp 2", marks=pytest.mark.slow),
+    ],
+)
+def test_low_rank_products_are_the_same_on_a_layout(more, layout):
+    """Those of experts, of attention and of the router, beside matrices that stay."""
+    assert_equal(checks("topk", layout, Precision.fp64, 1e-9, *more), 100)
 
 
 @pytest.mark.real

@@ -123,7 +123,7 @@ def test_rows_are_dealt_in_turn():
     ("overrides", "message"),
     [
         (["router.capacity_factor=1.5"], "reads a value on the host"),
-        (["parallel.ep=1"], "parallel.ep=1 reads counts on the host"),
+        (["parallel.dispatcher=all_gather"], "parallel.dispatcher=all_gather reads counts"),
         (["router=relu"], "router=relu fixes no number of rows"),
         (["train.global_batch_tokens=88"], "or train.global_batch_tokens=44"),
         (["model.vocab_size=null"], "model.vocab_size=null"),

@@ -230,8 +230,6 @@ def test_operations_are_those_of_products_and_recurrence() -> None:
         ({**HYBRID, "gated_delta": GatedDeltaConfig(0, 6)}, "num_key_heads=0 must be 1 or more"),
         ({"attention": "gated_delta", "attention_gate": True}, "model.attention_gate=True is read by"),
         ({"attention": "gated_delta", "rope_fraction": 0.4}, "rope_fraction=0.4 is read by"),
-        ({**HYBRID, "lora_rank": 2}, "would not reach model.attention=gated_delta"),
-        ({"attention_gate": True, "lora_rank": 2}, "would not reach the matrix of model.attention_gate"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -21,6 +21,7 @@ from moetrain.models.cache import KVCache
 from moetrain.models.count import abstract_decoder, count_parameters, flops_breakdown
 from moetrain.models.latent import LatentAttention
 from moetrain.models.latent_options import LatentConfig
+from moetrain.models.lora_options import LoraConfig
 from moetrain.models.options import AttentionBackend, ModelConfig, QKNorm
 from moetrain.models.rope import rope_table
 from moetrain.models.rope_options import RopeKind, RopeScaling
@@ -151,7 +152,10 @@ def test_the_cache_keeps_the_latent_vector_alone(case: str) -> None:
 def test_low_rank_products_reach_every_matrix() -> None:
     """They start at zero, and a step moves each of them."""
     changes = {**PLAIN, **CASES["as V3"]}
-    plain, ours = decoder(**changes), decoder(**changes, lora_rank=2)
+    plain, ours = (
+        decoder(**changes),
+        decoder(**changes, lora=LoraConfig(rank=2, targets=("*.attention.w_*",))),
+    )
     ours.load_state_dict(plain.state_dict(), strict=False)
     ids = tokens(2, 9)
     assert torch.equal(ours(ids).hidden_BSD, plain(ids).hidden_BSD)

@@ -80,7 +80,7 @@ def test_the_network_runs_once_a_token_whatever_k(monkeypatch: pytest.MonkeyPatc
         seen.append(x.shape[:-1].numel())
         return plain(x, *weights)
 
-    monkeypatch.setattr("moetrain.moe.adapters.dense_mlp", counted)
+    monkeypatch.setattr("moetrain.moe.mlp.dense_mlp", counted)
     for top_k in (1, 5):
         adapter_layer(top_k=top_k)(inputs(7))
     assert seen == [33, 33]

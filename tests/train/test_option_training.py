@@ -18,7 +18,7 @@ OPTIONS = {
     "dirichlet of domains, stopped": ["router=topk", f"balance.losses=[{PRIOR}]"],
     "dropout between the layers": ["router=switch", "experts=switch_finetune"],
     "dynmoe for deepspeed": ["router=dynmoe_deepspeed", "router.interval=2"],
-    "adapters and products": ["experts=adapters", "model.lora_rank=2"],
+    "adapters and products": ["experts=adapters", "model.lora.rank=2"],
 }
 THREE = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_every=3"]
 

@@ -46,6 +46,16 @@ def start_exists(cfg: TrainConfig) -> None:
         )
 
 
+def products_train_alone(cfg: TrainConfig) -> str | None:
+    """A warning: matrices are trained together with the products beside them."""
+    if cfg.model.lora.rank is None or cfg.optim.frozen:
+        return None
+    return (
+        f"model.lora.rank={cfg.model.lora.rank}, but optim.frozen is empty: the matrices are trained with "
+        "the products beside them; optim.frozen=['*','!*.lora_*'] trains the products alone"
+    )
+
+
 def ends_with_its_schedule(cfg: TrainConfig) -> str | None:
     """A warning: the run is longer or shorter than its schedule."""
     steps, horizon = cfg.train.steps, cfg.schedule.horizon

@@ -99,7 +99,7 @@ def write_decoder(
     heads, kv_heads, width = head_shape(m)
     require("model.qk_norm", m.qk_norm.name, qk_norm.name)
     require("model.qkv_bias", m.qkv_bias, qkv_bias)
-    require("model.lora_rank", m.lora_rank, None)
+    require("model.lora.rank", m.lora.rank, None)
     for key in _OTHERWISE:
         if key not in own:
             require(f"model.{key}", getattr(m, key), getattr(ModelConfig, key))

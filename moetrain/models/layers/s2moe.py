@@ -25,6 +25,7 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.smooth_choice import valid_mean
 from moetrain.ops.init import Constant, Normal, parameter
 from moetrain.ops.linear import wide_linear
+from moetrain.ops.low_rank import beside
 
 _SALT = 0x52E0
 _CHUNK_ELEMENTS = 2**21  # similarities at a time
@@ -38,6 +39,8 @@ class S2MoE(MoELayer):
     penalty has besides the router's own the contrast of x and x': the mean over tokens of the cross entropy
     of a softmax over the sequence's x', by cosines over ``temperature``, at the token's own.
     """
+
+    takes_low_rank = ("w_mix_1D",)
 
     def __init__(self, temperature: float, **layer: Any) -> None:
         super().__init__(**layer)
@@ -63,7 +66,9 @@ class S2MoE(MoELayer):
             return y_BSD, replace(routing, penalty=penalty)
         noisy_BSD = with_noise(x_BSD, ctx)
         noisy_y_BSD, _ = super().forward(noisy_BSD, ctx)
-        logits_BS1 = wide_linear(x_BSD, self.w_mix_1D)
+        logits_BS1, added = wide_linear(x_BSD, self.w_mix_1D), beside(self, "w_mix_1D")
+        if added is not None:
+            logits_BS1 = logits_BS1 + added(x_BSD)
         g_BS1 = (logits_BS1 + self.b_mix_1.to(logits_BS1.dtype)).sigmoid().to(y_BSD.dtype)
         contrast = valid_mean(contrast_T(x_BSD, noisy_BSD, ctx, self.temperature), ctx)
         return g_BS1 * y_BSD + (1 - g_BS1) * noisy_y_BSD, replace(routing, penalty=penalty + contrast)

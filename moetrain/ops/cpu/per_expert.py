@@ -15,6 +15,7 @@ from moetrain.ops.activations import activate, activate_again, activate_backward
 from moetrain.ops.cpu.product import outer, product
 from moetrain.ops.experts.case import TILE, Case
 from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.pairs import add_backward, add_product
 from moetrain.ops.experts.rows import Segments
 
 ON_DEVICE, WIDTH_UNIT = False, TILE
@@ -68,6 +69,7 @@ def _pre_activation(operands: Operands, expert: int, start: int, rows: int, widt
     z_nP = product(x_nD, operands.w_up_EDP[expert].to(operands.dtype))
     if operands.bias_up_EP is not None:
         z_nP += operands.bias_up_EP[expert].to(operands.dtype)
+    add_product(z_nP, x_nD, operands.up, expert)
     return z_nP
 
 
@@ -93,6 +95,7 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
         if operands.bias_down_ED is not None:
             weights_n1 = operands.weights_R[start:stop, None].to(dtype)
             out_RD[start:stop].addcmul_(weights_n1, operands.bias_down_ED[e].to(dtype))
+        add_product(out_RD[start:stop], h_nF, operands.down, e)
         if stop < end:
             out_RD[stop:end].zero_()
     return out_RD, kept
@@ -104,10 +107,13 @@ def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None)
     w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
     dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
     dweights_R = torch.zeros_like(weights_R)
-    dw_up_EDP, dw_down_EFD = torch.empty_like(w_up_EDP), torch.empty_like(w_down_EFD)
-    dbiases = [torch.zeros_like(b) for b in (operands.bias_up_EP, operands.bias_down_ED) if b is not None]
+    up, down, trained = operands.up, operands.down, operands.trained
+    dw_up_EDP, dw_down_EFD = (
+        torch.empty_like(w) if trained else w.new_empty(0) for w in (w_up_EDP, w_down_EFD)
+    )
+    dbiases = [torch.zeros_like(b) for b in operands.biases] if trained else []
     for e, rows in enumerate(operands.segments.on_host):
-        if not rows:
+        if not rows and trained:
             dw_up_EDP[e].zero_()
             dw_down_EFD[e].zero_()
     w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
@@ -118,20 +124,25 @@ def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None)
         gate_nF, up_nF = gate_and_up(z_nP, activation)
         h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
         dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
+        if down is not None:
+            add_backward(dh_nF, _weighted(h_nF.clone(), weights_n), dout_nD, down, e)
         # sum of products without a rounded product: the weight's gradient stays at least fp32
         dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        scaled_nD = dout_nD * weights_n.to(dtype)[:, None]
-        outer(h_nF, scaled_nD, dw_down_EFD[e])
+        scaled_nD = dout_nD * weights_n.to(dtype)[:, None] if trained else dout_nD
+        if trained:
+            outer(h_nF, scaled_nD, dw_down_EFD[e])
         dz_nP = torch.empty_like(z_nP)
         dh_nF = _weighted(dh_nF, weights_n)
         dz_parts = gate_and_up(dz_nP, activation)
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
-        outer(_gather(source_XD, operands.ids_R, start, rows, width), dz_nP, dw_up_EDP[e])
+        x_nD = _gather(source_XD, operands.ids_R, start, rows, width) if trained or up else source_XD[:0]
+        if trained:
+            outer(x_nD, dz_nP, dw_up_EDP[e])
         product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
+        add_backward(dx_RD[start:stop], x_nD, dz_nP, up, e)
         if operands.bias_down_ED is not None:
-            dweights_R[start:stop] += dout_nD.to(weights_n.dtype) @ operands.bias_down_ED[e].to(
-                weights_n.dtype
-            )
-            for dbias_EA, dy_nA in zip(dbiases, (dz_nP, scaled_nD), strict=True):
-                dbias_EA[e] = dy_nA.sum(0, dtype=torch.promote_types(dtype, torch.float32))
+            bias_D = operands.bias_down_ED[e].to(weights_n.dtype)
+            dweights_R[start:stop] += dout_nD.to(weights_n.dtype) @ bias_D
+        for dbias_EA, dy_nA in zip(dbiases, (dz_nP, scaled_nD), strict=False):
+            dbias_EA[e] = dy_nA.sum(0, dtype=torch.promote_types(dtype, torch.float32))
     return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, *dbiases

@@ -21,7 +21,7 @@ TILE = 16  # the least width of a tile
 class Case:
     """``dtype``: of the products. ``d_model`` and ``d_ff``: widths of an expert. ``block``: what its rows are
     rounded up to a multiple of. ``keep``: whether pre-activations are kept for the backward pass. ``bias``:
-    whether both projections have one.
+    whether both projections have one. ``added``: whether there are low-rank products beside the matrices.
     """
 
     device: torch.device
@@ -32,15 +32,22 @@ class Case:
     block: int = 32
     keep: bool = True
     bias: bool = False
+    added: bool = False
 
     @staticmethod
     def of(
-        w_down_EFD: Tensor, dtype: torch.dtype, activation: str, block: int, keep: bool, bias: bool
+        w_down_EFD: Tensor,
+        dtype: torch.dtype,
+        activation: str,
+        block: int,
+        keep: bool,
+        bias: bool,
+        added: bool,
     ) -> Case:
         """Raises ValueError for an unknown activation."""
         is_gated(activation)
         _, d_ff, d_model = w_down_EFD.shape
-        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep, bias)
+        return Case(w_down_EFD.device, dtype, d_model, d_ff, activation, block, keep, bias, added)
 
     def small(self, unit: int) -> Case:
         """The same with small widths, which ``unit`` divides or not as it does these, and a usual block."""

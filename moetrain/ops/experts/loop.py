@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.ops.activations import activate, gate_and_up
-from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.operands import Operands, Pair
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
 
@@ -20,10 +20,10 @@ def compute(operands: Operands) -> Tensor:
     x_RD = gather_rows(operands.source_XD, operands.ids_R)
     aligned = operands.segments.aligned
     z_RP = grouped_mm(x_RD, operands.w_up_EDP.to(dtype), aligned, "loop")
-    z_RP = _biased(z_RP, operands.bias_up_EP, operands)
+    z_RP = with_product(_biased(z_RP, operands.bias_up_EP, operands), x_RD, operands.up, aligned)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     out_RD = grouped_mm(h_RF, operands.w_down_EFD.to(dtype), aligned, "loop")
-    out_RD = _biased(out_RD, operands.bias_down_ED, operands)
+    out_RD = with_product(_biased(out_RD, operands.bias_down_ED, operands), h_RF, operands.down, aligned)
     return (out_RD * operands.weights_R[:, None]).to(dtype)
 
 
@@ -39,3 +39,13 @@ def compute_keeping_inputs(operands: Operands) -> Tensor:
     """The same; the backward pass begins by computing it again."""
     out_RD: Tensor = checkpoint(compute, operands, use_reentrant=False, preserve_rng_state=False)
     return out_RD
+
+
+def with_product(
+    y_RN: Tensor, x_RK: Tensor, pair: Pair | None, aligned: list[int], backend: str = "loop"
+) -> Tensor:
+    """``y + x a b``; ``aligned``: the rows of each expert."""
+    if pair is None:
+        return y_RN
+    narrow_RL = grouped_mm(x_RK, pair.a_EKL.to(x_RK.dtype), aligned, backend)
+    return y_RN + grouped_mm(narrow_RL, pair.b_ELN.to(x_RK.dtype), aligned, backend)

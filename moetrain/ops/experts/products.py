@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.experts.biases import add_biases, gradient_of_biases, times_biases
-from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.operands import Operands, Pair
 from moetrain.ops.experts.triton_cases import block_experts_B
 from moetrain.ops.gather_sum import gather_rows
 
@@ -37,7 +37,7 @@ def forward(operands: Operands, keep: bool, products: Products) -> tuple[Tensor,
     out_RD = products.of_rows(h_RF, operands.w_down_EFD.to(dtype))
     if operands.bias_down_ED is not None:
         add_biases(out_RD, operands.bias_down_ED, _experts_B(operands), operands.weights_R)
-    return out_RD, [z_RP] if keep else []
+    return _with_product(out_RD, h_RF, operands.down, products), [z_RP] if keep else []
 
 
 def backward(
@@ -51,22 +51,30 @@ def backward(
     gate_RF, up_RF = gate_and_up(z_RP, activation)
     h_RF, active_RF = activate_again(gate_RF, up_RF, activation)
     dh_RF = products.of_rows(dout_RD, w_down_EFD.to(dtype).transpose(1, 2))
+    down, up, trained = operands.down, operands.up, operands.trained
+    if down is not None:
+        dh_RF = _backward_of_product(dh_RF, h_RF * scale_R1, dout_RD, down, products)
     dweights_R = torch.linalg.vecdot(dh_RF.to(weights_R.dtype), h_RF.to(weights_R.dtype))
-    scaled_RD = dout_RD * scale_R1
-    dw_down_EFD = products.of_weights(h_RF, scaled_RD).to(w_down_EFD.dtype)
+    dw_up_EDP, dw_down_EFD, dbiases = w_up_EDP.new_empty(0), w_down_EFD.new_empty(0), list[Tensor]()
+    if trained:
+        scaled_RD = dout_RD * scale_R1
+        dw_down_EFD = products.of_weights(h_RF, scaled_RD).to(w_down_EFD.dtype)
     dz_RP = torch.empty_like(z_RP)
     dh_RF = dh_RF.mul_(scale_R1)
     activate_backward(dh_RF, gate_RF, up_RF, active_RF, activation, *gate_and_up(dz_RP, activation))
-    x_RD = gather_rows(operands.source_XD, operands.ids_R)
-    dw_up_EDP = products.of_weights(x_RD, dz_RP).to(w_up_EDP.dtype)
+    x_RD = gather_rows(operands.source_XD, operands.ids_R) if trained or up else None
+    if trained and x_RD is not None:
+        dw_up_EDP = products.of_weights(x_RD, dz_RP).to(w_up_EDP.dtype)
     dx_RD = products.of_rows(dz_RP, w_up_EDP.to(dtype).transpose(1, 2))
-    if operands.bias_up_EP is None or operands.bias_down_ED is None:
-        return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD
-    experts_B = _experts_B(operands)
-    dweights_R += times_biases(dout_RD, operands.bias_down_ED, experts_B, weights_R.dtype)
-    dbias_up_EP = gradient_of_biases(dz_RP, operands.bias_up_EP, experts_B)
-    dbias_down_ED = gradient_of_biases(scaled_RD, operands.bias_down_ED, experts_B)
-    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, dbias_up_EP, dbias_down_ED
+    if up is not None and x_RD is not None:
+        dx_RD = _backward_of_product(dx_RD, x_RD, dz_RP, up, products)
+    if operands.bias_up_EP is not None and operands.bias_down_ED is not None:
+        experts_B = _experts_B(operands)
+        dweights_R += times_biases(dout_RD, operands.bias_down_ED, experts_B, weights_R.dtype)
+        if trained:
+            dbiases.append(gradient_of_biases(dz_RP, operands.bias_up_EP, experts_B))
+            dbiases.append(gradient_of_biases(scaled_RD, operands.bias_down_ED, experts_B))
+    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, *dbiases
 
 
 def _experts_B(operands: Operands) -> Tensor:
@@ -78,4 +86,24 @@ def _pre_activation(operands: Operands, products: Products) -> Tensor:
     z_RP = products.of_rows(x_RD, operands.w_up_EDP.to(operands.dtype))
     if operands.bias_up_EP is not None:
         add_biases(z_RP, operands.bias_up_EP, _experts_B(operands))
-    return z_RP
+    return _with_product(z_RP, x_RD, operands.up, products)
+
+
+def _with_product(y_RB: Tensor, x_RA: Tensor, pair: Pair | None, products: Products) -> Tensor:
+    """``y + x a b``; ``y`` is overwritten."""
+    if pair is None:
+        return y_RB
+    narrow_RL = products.of_rows(x_RA, pair.a_EKL.to(x_RA.dtype))
+    return y_RB.add_(products.of_rows(narrow_RL, pair.b_ELN.to(x_RA.dtype)))
+
+
+def _backward_of_product(
+    dx_RA: Tensor, x_RA: Tensor, dy_RB: Tensor, pair: Pair, products: Products
+) -> Tensor:
+    """``dx`` with what comes through the product, overwritten; the factors' gradients are filled."""
+    dtype, (da_EKL, db_ELN) = x_RA.dtype, pair.gradients
+    a_EAL, b_ELB = pair.a_EKL.to(dtype), pair.b_ELN.to(dtype)
+    dnarrow_RL = products.of_rows(dy_RB, b_ELB.transpose(1, 2))
+    da_EKL.copy_(products.of_weights(x_RA, dnarrow_RL))
+    db_ELN.copy_(products.of_weights(products.of_rows(x_RA, a_EAL), dy_RB))
+    return dx_RA.add_(products.of_rows(dnarrow_RL, a_EAL.transpose(1, 2)))

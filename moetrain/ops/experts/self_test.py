@@ -1,6 +1,7 @@
 """The self-test of an experts' backend on this device, once a process, against the loop in fp64.
 
-Shapes: X source rows, D model, R rows, E experts, F hidden, P = 2F (gated) or F.
+Shapes: X source rows, D model, R rows, E experts, F hidden, P = 2F (gated) or F, L rank of a product
+beside a matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from moetrain.ops import self_test
 from moetrain.ops.experts import loop
 from moetrain.ops.experts.case import Case
-from moetrain.ops.experts.operands import Operands
+from moetrain.ops.experts.operands import Operands, Pair
 from moetrain.ops.experts.rows import Segments
 
 # of the largest value; rows missing, twice, or of another expert change values by far more
@@ -26,9 +27,10 @@ _NAMES = (
     "gradient of the routing weights",
     "w_up gradient",
     "w_down gradient",
-    "gradient of the up biases",
-    "gradient of the down biases",
 )
+_BIASES = ("gradient of the up biases", "gradient of the down biases")
+_FACTORS = tuple(f"gradient of the {of} product's {which}" for of in ("up", "down") for which in "ab")
+_RANK = 8  # whole 16 bytes in every dtype, as grouped products want
 
 
 class Computes(Protocol):
@@ -55,7 +57,8 @@ def _failure(backend: Computes, case: Case) -> str | None:
         found = _by(backend, operands, dout_RD, case.keep)
     right = _by_the_loop(operands, dout_RD)
     least = 0.0 if case.device.type == "cpu" else _COARSEST
-    for name, ours, theirs in zip(_NAMES[: len(right)], found, right, strict=True):
+    names = (*_NAMES, *(_BIASES if case.bias else ()), *(_FACTORS if case.added else ()))
+    for name, ours, theirs in zip(names, found, right, strict=True):
         if line := self_test.off(name, ours, theirs, case.dtype, least):
             return line
     return None
@@ -66,6 +69,12 @@ def _inputs(case: Case) -> tuple[Operands, Tensor]:
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
+
+    def pair(inner: int, outer: int) -> Pair | None:
+        if not case.added:
+            return None
+        a_EKL, b_ELN = draw(len(counts), inner, _RANK) / inner**0.5, draw(len(counts), _RANK, outer)
+        return Pair(a_EKL, b_ELN / _RANK**0.5, torch.zeros_like(a_EKL), torch.zeros_like(b_ELN))
 
     counts = [case.block + 5, 0, 1, 2 * case.block + 6, 0]  # no row, one, more than one block, more than two
     num_source = max(counts) + 1
@@ -85,6 +94,8 @@ def _inputs(case: Case) -> tuple[Operands, Tensor]:
         activation=case.activation,
         bias_up_EP=draw(len(counts), case.columns) if case.bias else None,
         bias_down_ED=draw(len(counts), case.d_model) if case.bias else None,
+        up=pair(case.d_model, case.columns),
+        down=pair(case.d_ff, case.d_model),
     )
     return operands, draw(len(ids_R), case.d_model) * used_R[:, None].to(case.device)
 
@@ -92,7 +103,8 @@ def _inputs(case: Case) -> tuple[Operands, Tensor]:
 def _by(backend: Computes, operands: Operands, dout_RD: Tensor, keep: bool) -> list[Tensor]:
     out_RD, kept = backend.forward(operands, keep)
     dx_RD, *others = backend.backward(dout_RD, operands, kept if keep else None)
-    return [out_RD, _at_the_source(dx_RD, operands), *others]
+    factors = [gradient for pair in (operands.up, operands.down) if pair for gradient in pair.gradients]
+    return [out_RD, _at_the_source(dx_RD, operands), *others, *factors]
 
 
 def _at_the_source(dx_RD: Tensor, operands: Operands) -> Tensor:
@@ -104,11 +116,16 @@ def _at_the_source(dx_RD: Tensor, operands: Operands) -> Tensor:
 
 def _by_the_loop(operands: Operands, dout_RD: Tensor) -> list[Tensor]:
     tensors = operands.source_XD, operands.weights_R, operands.w_up_EDP, operands.w_down_EFD
-    biases = [t for t in (operands.bias_up_EP, operands.bias_down_ED) if t is not None]
-    leaves = [t.cpu().double().requires_grad_() for t in (*tensors, *biases)]
-    source, weights, up, down, *biases = leaves
+    pairs = [pair for pair in (operands.up, operands.down) if pair]
+    factors = [factor for pair in pairs for factor in (pair.a_EKL, pair.b_ELN)]
+    leaves = [t.cpu().double().requires_grad_() for t in (*tensors, *operands.biases, *factors)]
+    source, weights, w_up, w_down, *others = leaves
+    bias_up, bias_down = others[:2] if operands.biases else (None, None)
+    up, down = (Pair(*others[-4:-2]), Pair(*others[-2:])) if pairs else (None, None)
     ids_R, activation = operands.ids_R.cpu(), operands.activation
     segments = replace(operands.segments, counts_E=operands.segments.counts_E.cpu())
-    out_RD = loop.compute(Operands(source, ids_R, weights, up, down, segments, activation, *biases))
+    out_RD = loop.compute(
+        Operands(source, ids_R, weights, w_up, w_down, segments, activation, bias_up, bias_down, up, down)
+    )
     grads = torch.autograd.grad(out_RD, leaves, dout_RD.cpu().double())
     return [out_RD.detach(), *grads]

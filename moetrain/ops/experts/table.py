@@ -65,6 +65,7 @@ BACKENDS: dict[str, Backend] = {
     "scattermoe": scattermoe_grouped,
 }
 NAMES = (AUTO, LOOP, *BACKENDS)
+ADDING = ("torch", "cpu")  # those that compute low-rank products beside the matrices
 BY_NAME = ("triton_block_sparse", "megablocks", "scattermoe")  # never by AUTO; see their modules
 # Best first; LOOP is the last of each.
 _LADDER = ("triton", "torch", "cpu")
@@ -80,18 +81,8 @@ def choose(asked: str, case: Case) -> str:
     """
     if asked not in NAMES:
         raise ValueError(f"unknown experts backend {asked!r}; known: {', '.join(NAMES)}")
-    of_case = (
-        *(
-            case.device,
-            case.dtype,
-            case.d_model,
-            case.d_ff,
-            case.activation,
-            case.block,
-            case.keep,
-            case.bias,
-        ),
-    )
+    shape = (case.device, case.dtype, case.d_model, case.d_ff, case.activation, case.block)
+    of_case = (*shape, case.keep, case.bias, case.added)
     chosen: str = _choose(asked, torch.compiler.is_compiling(), *of_case)
     return chosen
 
@@ -113,6 +104,8 @@ def why_not(name: str, case: Case) -> str | None:
     """The reason why the backend ``name`` does not compute ``case``; None if it does."""
     if name == LOOP:
         return None
+    if case.added and name not in ADDING:
+        return "it has no low-rank products beside the matrices"
     return BACKENDS[name].refusal(case) or _self_test(name, case.small(BACKENDS[name].WIDTH_UNIT))
 
 

@@ -43,7 +43,8 @@ def present(model: nn.Module, ep: int) -> None:
             plain = nn.Parameter(parameter.to_local(), parameter.requires_grad)
             vars(plain).update(vars(parameter))
             plain.allreduce, plain.group_name = False, group_name(ep)  # type: ignore[attr-defined]
-            setattr(layer.experts, name, plain)
+            path, _, leaf = name.rpartition(".")
+            setattr(layer.experts.get_submodule(path), leaf, plain)
         if any(p.requires_grad for p in layer.experts.parameters()):  # it asks for a group to train
             layer.num_experts = layer.experts.num_experts  # type: ignore[assignment]
             layer.__class__ = _as_deepspeeds(type(layer))  # type: ignore[arg-type]  # mypy: not hashable

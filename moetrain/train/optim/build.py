@@ -100,17 +100,18 @@ def build_optimizer(
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Take the parameters whose names match a pattern (as a shell does) out of training.
 
-    Call it before ``parallelize``. Raises UserError for a pattern that matches none.
+    A pattern after ``!`` takes what it matches back; the later of two decides. Call it before
+    ``parallelize``. Raises UserError for a pattern that matches none.
     """
     named = dict(model.named_parameters())
     for pattern in patterns:
-        matching = fnmatch.filter(named, pattern)
+        matching = fnmatch.filter(named, pattern.removeprefix("!"))
         if not matching:
             raise UserError(
                 f"optim.frozen: {pattern} matches no parameter; they are named as {', '.join([*named][:4])}"
             )
         for name in matching:
-            named[name].requires_grad_(False)
+            named[name].requires_grad_(pattern.startswith("!"))
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

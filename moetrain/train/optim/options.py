@@ -27,7 +27,8 @@ class OptimConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=within(0, 1, open_high=True))
     eps: float = field(default=1e-8, metadata=above(0))
     clip_norm: Optional[float] = field(default=1.0, metadata=above(0))  # null: no clipping
-    frozen: list[str] = field(default_factory=list)  # parameters that stay as they are, as "blocks.0.*"
+    # parameters that stay as they are, as "blocks.0.*"; after "!": that are trained after all
+    frozen: list[str] = field(default_factory=list)
     tables: Tables = Tables.elementwise
 
 

@@ -1,7 +1,10 @@
-"""Biases of experts against a loop over rows in fp64, on every backend that takes them.
+"""Biases of experts, and low-rank products beside their matrices too, against a loop over rows in fp64, on
+every backend that takes them.
 
-Shapes: X source rows, D model, R rows, E experts, F hidden, P = 2F (gated) or F.
+Shapes: X source rows, D model, R rows, E experts, F hidden, P = 2F (gated) or F, L rank of a product.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +13,12 @@ from torch import Tensor
 from moetrain.ops.activations import activate, gate_and_up, is_gated
 from moetrain.ops.experts import Rows, expert_mlp
 from moetrain.ops.experts.case import Case
+from moetrain.ops.experts.operands import Pair
 from moetrain.ops.experts.rows import Segments
 from moetrain.ops.experts.table import BACKENDS, why_not
 
-COUNTS, SOURCES, D, F, BLOCK = [17, 0, 5, 1, 29], 31, 16, 12, 8
+COUNTS, SOURCES, D, F, L, BLOCK = [17, 0, 5, 1, 29], 31, 16, 12, 4, 8
+NAMES = ("source", "weights", "up", "down", "bias up", "bias down", "a up", "b up", "a down", "b down")
 CPU = torch.device("cpu")
 
 
@@ -28,7 +33,7 @@ def rows_of(counts: list[int]) -> Rows:
 
 
 def operands(rows: Rows, activation: str, dtype: torch.dtype) -> list[Tensor]:
-    """Source, weights, both matrices and both biases."""
+    """Source, weights, both matrices, both biases, and the factors of both products."""
     generator = torch.Generator().manual_seed(1)
     experts, columns = rows.segments.num_experts, F * (2 if is_gated(activation) else 1)
     shapes = [
@@ -38,6 +43,7 @@ def operands(rows: Rows, activation: str, dtype: torch.dtype) -> list[Tensor]:
         (experts, F, D),
         (experts, columns),
         (experts, D),
+        *((experts, D, L), (experts, L, columns), (experts, F, L), (experts, L, D)),
     ]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     made[1] = made[1].abs() * (rows.ids_R >= 0)
@@ -45,7 +51,9 @@ def operands(rows: Rows, activation: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def by_rows(rows: Rows, leaves: list[Tensor], activation: str) -> Tensor:
-    source, weights, up, down, bias_up, bias_down = leaves
+    source, weights, up, down, bias_up, bias_down, *factors = leaves
+    if factors:
+        up, down = up + factors[0] @ factors[1], down + factors[2] @ factors[3]
     out, start = [torch.zeros(D, dtype=torch.float64)] * len(rows.ids_R), 0
     for expert, count in enumerate(rows.segments.aligned):
         for row in range(start, start + count):
@@ -57,42 +65,52 @@ def by_rows(rows: Rows, leaves: list[Tensor], activation: str) -> Tensor:
     return torch.stack(out)
 
 
+def computed(rows: Rows, leaves: list[Tensor], activation: str, backend: str, keep: bool) -> Tensor:
+    source, weights, up, down, bias_up, bias_down, *factors = leaves
+    pairs = [Pair(*factors[at : at + 2]) for at in (0, 2)] if factors else []
+    biases = (bias_up, bias_down)
+    return expert_mlp(source, rows, weights, up, down, activation, backend, None, keep, biases, *pairs)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["all trained", "matrices and biases frozen"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "products"])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("activation", ["swiglu_clamped", "relu2"])
 @pytest.mark.parametrize("backend", ["cpu", "torch", "loop"])
-def test_output_and_every_gradient_are_the_formula(backend: str, activation: str, keep: bool) -> None:
+def test_output_and_every_gradient_are_the_formula(
+    backend: str, activation: str, keep: bool, added: bool, trained: bool
+) -> None:
     dtype, tolerance = (torch.float32, 2e-5) if backend == "torch" else (torch.float64, 1e-12)
-    rows = rows_of(COUNTS)
-    narrow = operands(rows, activation, dtype)
-    assert (backend == "loop") or why_not(
-        backend, Case(CPU, dtype, D, F, activation, BLOCK, keep, True)
-    ) is None
-    source, weights, up, down, *biases = narrow
-    out = expert_mlp(source, rows, weights, up, down, activation, backend, keep=keep, biases=tuple(biases))
+    rows, number = rows_of(COUNTS), 10 if added else 6
+    narrow = operands(rows, activation, dtype)[:number]
+    case = Case(CPU, dtype, D, F, activation, BLOCK, keep, True, added)
+    assert (backend == "loop") or why_not(backend, case) is None
+    wanted = [place for place in range(number) if trained or place not in range(2, 6)]
+    for place, leaf in enumerate(narrow):
+        leaf.requires_grad_(place in wanted)
+    out = computed(rows, narrow, activation, backend, keep)
     leaves = [tensor.detach().double().requires_grad_() for tensor in narrow]
     right = by_rows(rows, leaves, activation)
     dout = torch.randn(right.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     dout *= (rows.ids_R >= 0)[:, None]
-    grads = torch.autograd.grad(out, narrow, dout.to(dtype))
+    grads = torch.autograd.grad(out, [narrow[place] for place in wanted], dout.to(dtype))
+    theirs = torch.autograd.grad(right, [leaves[place] for place in wanted], dout)
     used = (rows.ids_R >= 0).double()
-    for name, ours, theirs in zip(
-        ("out", "source", "weights", "up", "down", "bias up", "bias down"),
-        (out, *grads),
-        (right, *torch.autograd.grad(right, leaves, dout)),
-        strict=True,
-    ):
+    names = ["out", *(NAMES[place] for place in wanted)]
+    for name, ours, exact in zip(names, (out, *grads), (right, *theirs), strict=True):
         found = ours.double() * used if name == "weights" else ours.double()
-        bound = tolerance * theirs.abs().max().item()
-        torch.testing.assert_close(found, theirs, rtol=0, atol=bound, msg=lambda m, name=name: f"{name}: {m}")
+        bound = tolerance * exact.abs().max().item()
+        torch.testing.assert_close(found, exact, rtol=0, atol=bound, msg=lambda m, name=name: f"{name}: {m}")
     for gradient in grads[2:]:
         assert not gradient[1].any()  # of the expert without rows
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "products"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_no_rows_at_all(backend: str) -> None:
+def test_no_rows_at_all(backend: str, added: bool) -> None:
     rows = rows_of([0, 0, 0])
-    leaves = operands(rows, "swiglu", torch.float32)
-    out = expert_mlp(leaves[0], rows, *leaves[1:4], "swiglu", backend, biases=(leaves[4], leaves[5]))
+    leaves = operands(rows, "swiglu", torch.float32)[: 10 if added else 6]
+    out = computed(rows, leaves, "swiglu", backend, keep=True)
     assert out.shape == (0, D)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves))
 
@@ -102,3 +120,6 @@ def test_kernels_that_add_none_refuse(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("moetrain.ops.experts.triton_cases.device_refusal", lambda device: None)
     case = Case(torch.device("cuda"), torch.bfloat16, 128, 128, "swiglu_clamped", 128, bias=True)
     assert BACKENDS[name].refusal(case) == "it adds no biases (experts.bias)"
+    beside = replace(case, bias=False, added=True)
+    assert why_not(name, beside) == "it has no low-rank products beside the matrices"
+    assert why_not(name, replace(beside, bias=True)) == "it has no low-rank products beside the matrices"

@@ -101,6 +101,19 @@ def test_right_backends_pass(dtype: torch.dtype, activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_biases_and_products_are_tested_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = replace(case(dtype), bias=True, added=True)
+    for asked in (replace(both, bias=False), both):
+        assert failure(per_expert, asked) is None
+        assert dtype is torch.float64 or failure(grouped, asked) is None
+    monkeypatch.setattr(per_expert, "add_backward", lambda *arguments: None)
+    assert "is off" in (failure(per_expert, both) or "nothing")
+    monkeypatch.undo()
+    monkeypatch.setattr("moetrain.ops.experts.pairs.fill_gradients", lambda *arguments: None)
+    assert "gradient of the up product's a is off" in (failure(per_expert, both) or "nothing")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cpu_takes_its_own_and_says_nothing(dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
     assert table.choose("auto", case(dtype)) == "cpu"
     assert not recwarn.list
