@@ -22,6 +22,7 @@ from moetrain.upcycle import METHODS
 GROUPS = group_options()
 OPTIONS = [(group, name) for group, names in GROUPS.items() for name in names]
 TRAINS = [(group, name) for group, name in OPTIONS if group != "method"]  # which is upcycle's
+TUNED = ("gpt_oss_20b", "qwen3_30b_a3b", "smollm2")  # experiments of conversations, which the user gives
 FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
 
 # What an option needs beside itself: experts enough for the published routers, a path for data of one's own.
@@ -44,6 +45,7 @@ NEEDS = {
     ("data", "hub"): ["data.path=owner/name"],
     ("data", "chat"): [f"data.path={CONFIG_DIR}/*.yaml"],
     ("data", "prompt_completion"): [f"data.path={CONFIG_DIR}/*.yaml"],
+    **{("experiment", f"sft_{name}"): [f"data.path={CONFIG_DIR}/*.yaml"] for name in TUNED},
     ("data", "mixture"): ["data.parts.here.kind=stdlib", "data.parts.there.kind=domains"],
 }
 

@@ -117,7 +117,7 @@ def test_a_model_starts_as_without(backend: Backend, dtype: torch.dtype) -> None
             assert 0.6 < float(a.detach().std() * (3 * columns) ** 0.5) < 1.4
 
 
-def test_every_used_expert_s_factors_have_a_gradient_and_no_frozen_weight() -> None:
+def test_used_experts_factors_have_gradients_frozen_weights_none() -> None:
     decoder = drawn(model())
     freeze(decoder, ALONE)
     result = decoder(tokens(1, 2))

@@ -24,8 +24,8 @@ from moetrain.moe.routing import Routing
 from moetrain.moe.solvers import sinkhorn_plan
 from moetrain.moe.topk_ops import softmax, top_ids
 
-# of a share in the plan: what differs by less is alike, and the token's own scores decide. A group of one token
-# has an even plan, whose last bits no layout agrees on
+# of a share in the plan: what differs by less is alike, and the token's own scores decide. A group of one
+# token has an even plan, whose last bits no layout agrees on
 _STEPS = 2**20
 
 
