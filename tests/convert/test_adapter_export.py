@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, convert, export, load_ours, load_theirs, refused, tensors_of, write_theirs
-from hf_families import BATCH, SEQ, VOCAB
+from hf_family import BATCH, SEQ, VOCAB
 from lora_cases import drawn, summed
 from torch import Tensor
 
