@@ -67,7 +67,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-_SLOW = [pytest.param(name, marks=pytest.mark.real) for name in FAMILIES if name != "mixtral"]
+_BY_HAND = ("glm4_moe", "granitemoeshared")
+_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow if name in _BY_HAND else pytest.mark.real)
+    for name in FAMILIES
+    if name != "mixtral"
+]
 
 
 @pytest.fixture(scope="module", params=["mixtral", *_SLOW])
