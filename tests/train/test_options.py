@@ -33,7 +33,8 @@ NEEDS = {
 # starts a process of its own.
 ELSEWHERE = {
     ("model", "small"), ("model", "mixtral_8x7b"), ("model", "olmoe_1b_7b"), ("model", "qwen3_30b_a3b"),
-    ("model", "qwen3_next_80b_a3b"),
+    ("model", "qwen3_next_80b_a3b"), ("model", "gpt_oss_20b"),
+    ("data", "chat"), ("data", "prompt_completion"),  # test_chat_training.py
     ("data", "stdlib"), ("data", "hub"), ("data", "domains"), ("tracker", "wandb"),
     *((group, name) for group in ("experiment", "method", "router") for name in group_options()[group]),
 }  # fmt: skip
