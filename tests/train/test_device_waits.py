@@ -33,7 +33,8 @@ MORE = {"base": 2, "gshard": 2, "emo": 2}
 OWN = {
     "dynmoe": 2,
     "dynmoe_deepspeed": 2,
-}  # waits a step besides: each layer's router looks whether experts come or go
+    "competesmoe_v1": 3,
+}  # waits a step besides: each layer's router looks whether experts come or go; all are asked in rounds
 
 
 @cache
