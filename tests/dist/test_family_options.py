@@ -25,7 +25,7 @@ LAYOUTS = {"ep 2": ["parallel.ep=2"], "efsdp 2": []}
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.real
+@pytest.mark.slow
 def test_options_of_families_over_two_ranks(name: str, layout: str) -> None:
     cfg = compose_train(["model.num_experts=8", *OPTIONS[name], *LAYOUTS[layout]])
     found = prove(twin_of(cfg, 2, 8), 1e-9)

@@ -60,7 +60,7 @@ assert set(CASES) >= REPEATS
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.real] * (name in REPEATS)) for name in CASES],
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATS)) for name in CASES],
 )
 def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Moved:
     folder = tmp_path_factory.mktemp(request.param)
