@@ -7,7 +7,7 @@ from dataclasses import fields
 from moetrain.arithmetic import divisor_near
 from moetrain.errors import UserError
 from moetrain.models.attention_options import READ_BY
-from moetrain.models.options import ModelConfig, attention_kinds
+from moetrain.models.options import LATENT, ModelConfig, attention_kinds
 
 
 def check_attention(cfg: ModelConfig) -> None:
@@ -21,7 +21,7 @@ def check_attention(cfg: ModelConfig) -> None:
             if value != field.default and reader not in kinds:
                 raise UserError(
                     f"model.{section}.{field.name}={value} is read by attention {reader}, and the layers' "
-                    f"are {', '.join(kinds)}: leave it out, or name {reader} in model.attention_pattern"
+                    f"are {', '.join(kinds)}: leave it out, or set model.attention={reader}"
                 )
     heads, keys = cfg.gated_delta.num_value_heads, cfg.gated_delta.num_key_heads
     if heads % keys:
@@ -38,6 +38,10 @@ def _check_pattern(cfg: ModelConfig) -> None:
         raise UserError(
             f"{shown} names every layer's attention, and so does model.attention={cfg.attention}: "
             "leave one of the two out"
+        )
+    if LATENT in pattern:  # whose heads are another model's: not proved beside others
+        raise UserError(
+            f"{shown}: {LATENT} is of all layers or of none; set model.attention={LATENT} instead"
         )
     if len(pattern) > cfg.num_layers:
         raise UserError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from moetrain.errors import UserError
-from moetrain.models.options import LATENT, ModelConfig, QKNorm, attention_kinds
+from moetrain.models.options import LATENT, ModelConfig, QKNorm
 
 
 def check_latent(cfg: ModelConfig) -> None:
     """UserError for heads that RoPE cannot turn, or a setting that latent attention does not read."""
-    if LATENT not in attention_kinds(cfg):
+    if cfg.attention != LATENT:
         return
     if cfg.latent.qk_rope_head_dim % 2:
         raise UserError(

@@ -30,6 +30,18 @@ class Combine:
     own_scores: bool = False
     num_groups: int = 1
 
+    @staticmethod
+    def of_softmax(top_k: int, num_experts: int, drops: bool, renormalized: bool = False) -> Combine:
+        """Of the k best by a softmax over all experts, weighed by it; ``renormalized``: to the sum 1."""
+        whole = renormalized or top_k == num_experts
+        return Combine(
+            top_k=top_k,
+            even_weight=1 / top_k if renormalized else 1 / num_experts,
+            total=1.0 if whole else None,
+            ties_whole=True,
+            drops=drops,
+        )
+
     def keeps_the_total(self) -> str | None:
         """None where every token's weights sum to ``total`` and arrive; else the reason why not."""
         if self.total is None:

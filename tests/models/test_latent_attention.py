@@ -187,6 +187,8 @@ def test_counts_by_hand() -> None:
         ({"latent": replace(SIZES, kv_lora_rank=0)}, "model.latent.kv_lora_rank=0 must be 1 or more"),
         ({"attention": "grouped_query", "latent": SIZES, "head_dim": 8},
          "model.latent.q_lora_rank=17 is read by"),
+        ({"attention": "grouped_query", "attention_pattern": ("latent", "grouped_query"), "head_dim": 8},
+         "latent is of all layers or of none; set model.attention=latent"),
         ({"num_kv_heads": 2}, "model.num_kv_heads=2 does not go with model.attention=latent"),
         ({"head_dim": 8}, "model.head_dim=8 does not go with"),
         ({"qkv_bias": True}, "model.qkv_bias=True does not go with"),

@@ -39,7 +39,7 @@ class CompetitionOptions(RouterConfig):
 
     def combine(self, num_experts: int) -> Combine:
         k = resolve_top_k(self.top_k, num_experts)
-        return Combine(top_k=k, even_weight=1 / k, total=1.0, ties_whole=True, drops=self.drops)
+        return Combine.of_softmax(k, num_experts, self.drops, renormalized=True)
 
 
 @dataclass(frozen=True)

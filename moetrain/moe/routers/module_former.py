@@ -43,15 +43,7 @@ class ModuleFormerOptions(RouterConfig):
     held: int = field(default=0, metadata=at_least(0))
 
     def combine(self, num_experts: int) -> Combine:
-        k = resolve_top_k(self.top_k, num_experts)
-        whole = k == num_experts
-        return Combine(
-            top_k=k,
-            even_weight=1 / num_experts,
-            total=1.0 if whole else None,
-            ties_whole=True,
-            drops=self.drops,
-        )
+        return Combine.of_softmax(resolve_top_k(self.top_k, num_experts), num_experts, self.drops)
 
 
 @register("module_former", ModuleFormerOptions, "Shen et al. 2023, arXiv:2306.04640", "k experts a token")

@@ -50,15 +50,7 @@ class SamOptions(RouterConfig):
         return max(fitting, default=1)
 
     def combine(self, num_experts: int) -> Combine:
-        k = resolve_top_k(self.top_k, num_experts)
-        whole = k == num_experts
-        return Combine(
-            top_k=k,
-            even_weight=1 / num_experts,
-            total=1.0 if whole else None,
-            ties_whole=True,
-            drops=self.drops,
-        )
+        return Combine.of_softmax(resolve_top_k(self.top_k, num_experts), num_experts, self.drops)
 
 
 @register("sam", SamOptions, "Jiang et al. 2021, arXiv:2110.07431", "k experts of one group of them")

@@ -60,11 +60,7 @@ class TemperatureOptions(RouterConfig):
 
     def combine(self, num_experts: int) -> Combine:
         k = resolve_top_k(self.top_k, num_experts)
-        even = 1 / k if self.renormalize else 1 / num_experts
-        whole = self.renormalize or k == num_experts
-        return Combine(
-            top_k=k, even_weight=even, total=1.0 if whole else None, ties_whole=True, drops=self.drops
-        )
+        return Combine.of_softmax(k, num_experts, self.drops, self.renormalize)
 
 
 @register("temperature", TemperatureOptions, "Nguyen et al. 2024, arXiv:2401.13875", "k experts a token")

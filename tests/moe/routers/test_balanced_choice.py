@@ -131,3 +131,14 @@ def test_sinkhorn_balances_what_top_k_does_not():
         balanced.assignment.weights_N,
         z_TE[balanced.assignment.token_ids_N, balanced.assignment.expert_ids_N()],
     )
+
+
+@given(SEEDS, st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_the_scores_of_a_group_of_one_token_decide(seed, top_k):
+    """Its plan is even but for the last bits, which differ from layout to layout."""
+    z_TE = normal(seed, 9, 6)
+    router = looking_at_logits("sinkhorn", 6, top_k=top_k, group="1")
+    ctx = RouterContext.default(9, 1)  # groups of one sequence, which is one token
+    best_TE = torch.zeros(9, 6, dtype=torch.bool).scatter(1, z_TE.topk(top_k).indices, True)
+    assert torch.equal(chosen(router(z_TE, ctx), 9), best_TE)
