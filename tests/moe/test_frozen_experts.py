@@ -93,3 +93,5 @@ def test_an_optimizer_that_decays_moves_no_bit(optim: OptimConfig) -> None:
 def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match=r"experts\.frozen=8 must lie between 0 and the layer's 7 experts"):
         MoELayer(D, F, E, frozen=8)
+    with pytest.raises(ValueError, match=r"experts\.frozen=2 is of experts without biases"):
+        MoELayer(D, F, E, frozen=2, bias=True)

@@ -109,7 +109,30 @@ def test_opcheck_of_the_operator(backend: str, biased: bool) -> None:
     out, z = torch.ops.moetrain.expert_mlp(*plain)
     backward = (torch.randn_like(out), z, *plain)
     checks = ("test_schema", "test_faketensor")  # it has no derivative of its own
-    torch.library.opcheck(torch.ops.moetrain.expert_mlp_backward.default, backward, test_utils=checks)
+    for trained in (True, False):
+        torch.library.opcheck(
+            torch.ops.moetrain.expert_mlp_backward.default, (*backward, trained), test_utils=checks
+        )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck_of_the_operator_with_products(backend: str) -> None:
+    rows = rows_of([5, 0, 3], 7, 4)
+    source, weights, up, down = operands(rows, 7, 8, 4, torch.float32)
+    factors = [torch.randn(3, *shape).requires_grad_() for shape in ((8, 4), (4, 8), (4, 4), (4, 8))]
+    indices = (None, None, rows.by_source_N, rows.ends_X, rows.segments.counts_E)
+    static = (list(rows.segments.on_host), rows.segments.block, "swiglu", True, backend)
+    forward = (factors, source, rows.ids_R, weights, up, down, *indices, *static)
+    torch.library.opcheck(torch.ops.moetrain.expert_mlp_added.default, forward)
+    plain = [t.detach() if isinstance(t, Tensor) else t for t in forward[1:]]
+    factors = [factor.detach() for factor in factors]
+    out, z = torch.ops.moetrain.expert_mlp_added(factors, *plain)
+    checks = ("test_schema", "test_faketensor")
+    for trained in (True, False):
+        backward = (torch.randn_like(out), z, factors, *plain, trained)
+        torch.library.opcheck(
+            torch.ops.moetrain.expert_mlp_added_backward.default, backward, test_utils=checks
+        )
 
 
 def fake_rows(counts: list[int], num_source: int, block: int) -> Rows:
