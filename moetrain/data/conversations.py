@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from moetrain.data.batch import IGNORE
-from moetrain.data.chat.options import Overlong
+from moetrain.data.chat.settings import Overlong
 from moetrain.data.shards import StreamMask, TokenStream
 from moetrain.data.window import Bools, Ints, Packing, Rows, labelled
 
