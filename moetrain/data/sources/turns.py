@@ -198,12 +198,17 @@ def common_templates(parts: Sequence[Part]) -> TemplateFiles | None:
 
     Warns where they have several.
     """
-    found = [p.source.template_files for p in parts if isinstance(p.source, TurnsSource) and p.source.renders]
-    if all(files == found[0] for files in found):
-        return found[0] if found else None
+    found = {
+        part.key: part.source.template_files
+        for part in parts
+        if isinstance(part.source, TurnsSource) and part.source.renders
+    }
+    first = next(iter(found.values()), None)
+    if all(files == first for files in found.values()):
+        return first
     log.warning(
         "%s: their chat templates differ: generate and exports get the tokenizer's own, if it has one",
-        ", ".join(part.key for part in parts if part.masked),
+        ", ".join(found),
     )
     return None
 
