@@ -98,7 +98,7 @@ def test_another_choice_for_a_part_is_refused(run, given, tmp_path, capsys):
     assert "trained on other data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("micro", [1, 8])
+@pytest.mark.parametrize("micro", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(run, given, tmp_path, micro):
     assert main(["train", f"run.dir={tmp_path}", *given, f"train.micro_batch_size={micro}"]) == 0
     assert_close(run, tmp_path)

@@ -15,7 +15,7 @@ LAYOUTS = {  # ranks, and what lays them out
     "zero_stage=1": (2, [DEEPSPEED, "engine.zero_stage=1", "parallel.ep=2"]),
     "hsdp": (4, ["parallel=hsdp", "parallel.ep=2"]),
 }
-MARKS = {"ep=2": pytest.mark.real, "zero_stage=3": pytest.mark.real}
+MARKS = {"zero_stage=3": pytest.mark.real}  # spread experts: test_chat_mixture_training.py
 
 
 @pytest.mark.parametrize("layout", [pytest.param(k, marks=MARKS.get(k, pytest.mark.slow)) for k in LAYOUTS])
