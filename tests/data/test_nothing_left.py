@@ -22,6 +22,7 @@ from moetrain.data import (
     whole_files,
 )
 from moetrain.data.options import LocalData, TokenizerConfig, TokenizerKind
+from moetrain.data.sources.local import LocalSource
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.engine import NativeEngine

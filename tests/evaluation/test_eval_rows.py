@@ -70,7 +70,7 @@ def assert_figures(found, expected):
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("train_on", [pytest.param("assistant", marks=pytest.mark.real), "last"])
 def test_files_and_domains_against_each_row_alone(place, tmp_path, train_on, capsys):
     options = [
         f"data.path={place}/in",
