@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from moetrain.cli import main
 from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
+from moetrain.data import load_tokenizer
 from moetrain.data.chat.options import ChatData, PromptCompletionData
 from moetrain.data.chat.settings import TrainOn
 
@@ -72,13 +73,8 @@ def assert_figures(found, expected):
 
 @pytest.mark.parametrize("train_on", [pytest.param("assistant", marks=pytest.mark.real), "last"])
 def test_files_and_domains_against_each_row_alone(place, tmp_path, train_on, capsys):
-    options = [
-        f"data.path={place}/in",
-        "data.kind=chat",
-        "data.domain_key=label",
-        f"data.train_on={train_on}",
-    ]
-    found = figures(place, *options, "batch_size=3")
+    rows = [f"data.path={place}/in", "data.kind=chat", "data.domain_key=label"]
+    found = figures(place, *rows, f"data.train_on={train_on}", "batch_size=3")
     by_file, by_domain = {}, {"a": [], "b": []}
     for name in ("one", "two"):
         rows = rows_of(place / "in" / f"{name}.jsonl")
@@ -108,6 +104,20 @@ def test_completions_against_each_row_alone(place, tmp_path):
     assert found["total"]["bytes"] == size  # the end of a text stands for no bytes
 
 
+@pytest.mark.real
+def test_domains_of_text(place, tmp_path):
+    texts = {"a": ["hello world", "x"], "b": [" fox the quick"]}
+    rows = [{"text": text, "label": label} for label, each in texts.items() for text in each]
+    jsonl(tmp_path / "text.jsonl", rows)
+    found = figures(place, f"data.path={tmp_path}/text.jsonl", "data.domain_key=label")
+    tokenizer = load_tokenizer(place / "tokenizer")
+    for label, each in texts.items():  # the first of a document is not scored, its end is
+        assert found["domains"][label]["tokens"] == sum(len(tokenizer.encode(text)) for text in each)
+    nats = [sums["loss"] * sums["tokens"] for sums in (*found["domains"].values(), found["total"])]
+    assert sum(nats[:2]) == pytest.approx(nats[2])
+
+
+@pytest.mark.real
 def test_a_row_that_cannot_be_used_is_one_line(place, tmp_path, capsys):
     jsonl(tmp_path / "bad.jsonl", [{"messages": []}])
     figures(place, f"data.path={tmp_path}/bad.jsonl", "data.kind=chat", code=2)
