@@ -26,7 +26,7 @@ def begun(corpus, trained, tmp_path_factory):
     return run
 
 
-def test_the_first_row_is_of_the_weights_that_the_run_begins_with(begun, trained):
+def test_the_first_row_is_of_the_weights_it_begins_with(begun, trained):
     rows = read_metrics(begun)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
     row = {key: value for key, value in rows[0].items() if key != "time"}

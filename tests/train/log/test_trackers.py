@@ -79,7 +79,7 @@ def test_tensorboard_has_a_step_once_after_a_rollback(tmp_path: Path) -> None:
     assert scalars["val/loss"] == [(2, 1.0)]
 
 
-def test_tensorboard_has_the_evaluation_before_the_first_step_once(tmp_path: Path) -> None:
+def test_tensorboard_has_the_first_evaluation_once(tmp_path: Path) -> None:
     """Of a run begun anew its own; a resumed one keeps it."""
     rows = [{"step": 0, "val/loss": 9.0}, *ROWS, {"step": 3, "val/loss": 3.0}]
     for loss in (9.0, 8.0):
