@@ -55,9 +55,9 @@ Metadata = Mapping[str, Range]  # of a dataclass field
 _ANY_FLOAT, _ANY_INT = Range(), Range(-_INT64, _INT64)
 
 
-def at_least(low: float, most: float | None = None) -> Metadata:
+def at_least(low: float, most: float | None = None, why: str = "") -> Metadata:
     """From ``low`` on, up to ``most`` where it is given."""
-    return {_KEY: Range(low, most)}
+    return {_KEY: Range(low, most, why=why)}
 
 
 def above(low: float, why: str = "") -> Metadata:

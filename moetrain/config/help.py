@@ -50,9 +50,11 @@ moetrain eval checkpoint=RUN 'data.path=/my/*.txt' [tasks=[...]] [json=FILE] [ke
 
 Scores whole files with the newest checkpoint of a run, or with a converted or Hugging Face folder: loss,
 perplexity and bits per byte of each file and of all. Every token that follows another of its document is
-scored once, in windows of data.seq_len tokens. tasks: those of lm-eval (pip install 'moetrain[eval]').
+scored once, in windows of data.seq_len tokens. data.kind=chat or prompt_completion: of rows as that data
+group reads them, the tokens that would train. tasks: those of lm-eval (pip install 'moetrain[eval]').
 
   moetrain eval checkpoint=runs/mine 'data.path=/my/**/*.txt' json=figures.json
+  moetrain eval checkpoint=runs/mine data.kind=chat data.path=rows.jsonl
   moetrain eval checkpoint=runs/mine 'tasks=[hellaswag,arc_easy]' limit=100
   moetrain eval checkpoint=runs/mine 'tasks=[my_task]' include_path=tasks
 

@@ -9,13 +9,14 @@ what then has no token that trains.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 import numpy as np
 
 from moetrain.data.batch import IGNORE
-from moetrain.data.chat.options import Overlong
+from moetrain.data.chat.settings import Overlong
 from moetrain.data.shards import StreamMask, TokenStream
 from moetrain.data.window import Bools, Ints, Packing, Rows, labelled
 
@@ -45,6 +46,11 @@ class Sums:
             "left out without a token that trains": self.untrained,
         }
         return "; ".join([words, *(f"{count:,} {what}" for what, count in left.items() if count)])
+
+
+def sum_of(streams: Sequence[Sums]) -> Sums:
+    """Those of several streams together."""
+    return Sums(*map(sum, zip(*map(astuple, streams), strict=True)))
 
 
 class PackedConversations:

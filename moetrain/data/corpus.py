@@ -9,7 +9,7 @@ from pathlib import Path
 from moetrain.cache_folder import cache_root
 from moetrain.data.bpe import SAMPLE_BYTES
 from moetrain.data.cache import build_once, log
-from moetrain.data.chat.options import Overlong, TurnsData
+from moetrain.data.chat.settings import Overlong
 from moetrain.data.conversations import PackedConversations
 from moetrain.data.documents import Part, digest_of
 from moetrain.data.ingest import stream_name, write_corpus
@@ -20,7 +20,7 @@ from moetrain.data.packing import PackedSplit, Packing
 from moetrain.data.rules import check_data
 from moetrain.data.shards import open_store
 from moetrain.data.sources import build_parts
-from moetrain.data.sources.turns import TurnsSource, refuse_overlong
+from moetrain.data.sources.turns import common_templates, refuse_overlong
 from moetrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moetrain.errors import UserError
 
@@ -54,7 +54,7 @@ def prepare(cfg: DataConfig, seed: int = 0) -> Corpus:
     root = cache_root(cfg.cache_dir)
     tokenizer = _given_tokenizer(cfg.tokenizer)
     parts = build_parts(cfg, root, tokenizer)
-    template_files = next((p.source.template_files for p in parts if isinstance(p.source, TurnsSource)), None)
+    template_files = common_templates(parts)
     key = _key(cfg, parts, tokenizer)
     folder = root / "corpora" / f"{type(cfg).__name__.removesuffix('Data').lower()}-{key[:20]}"
 
@@ -91,8 +91,8 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
     wanted = {stream_name(index, side) for index in range(len(parts)) for side in ("train", "val")}
     if streams.keys() != wanted or manifest.domains is None or manifest.val_fraction != cfg.val_fraction:
         raise damaged(folder, "manifest.json describes another corpus")
-    overlong = cfg.overlong if isinstance(cfg, TurnsData) else None
-    cut = () if overlong is None else (overlong.value,)
+    overlong = [part.overlong for part in parts]
+    cut = [each.value for each in overlong if each is not None]
     fingerprint = digest_of(tokenizer.fingerprint, _hashes(manifest), cfg.seq_len, *cut)
 
     def split(side: str) -> PackedSplit:
@@ -102,18 +102,17 @@ def _open(folder: Path, cfg: DataConfig, parts: Sequence[Part], seed: int) -> Co
             keep_documents=not cfg.cross_document_attention,
             reset_positions=cfg.reset_positions,
             pad_last=side == "val",
-            overlong=overlong or Overlong.truncate,
         )
         chosen = [streams[stream_name(index, side)] for index in range(len(parts))]
         for part, stream in zip(parts, chosen, strict=True):
-            if overlong is Overlong.refuse:
+            if part.overlong is Overlong.refuse:
                 refuse_overlong(part.source, stream, cfg.seq_len)
-        return PackedSplit(chosen, packing, tokenizer.token_bytes(), digest_of(fingerprint, side))
+        return PackedSplit(chosen, packing, tokenizer.token_bytes(), digest_of(fingerprint, side), overlong)
 
     train, val = split("train"), split("val")
     for side in (train, val):
         for part, windows in zip(parts, side.parts, strict=True):
-            if isinstance(windows, PackedConversations):
+            if isinstance(windows, PackedConversations) and windows.stream.num_documents:
                 _tell(part, windows, "train" if side is train else "held out")
     for part, length, tokens in zip(parts, train.part_lengths, train.part_tokens, strict=True):
         if not length:
@@ -132,7 +131,7 @@ def _tell(part: Part, windows: PackedConversations, side: str) -> None:
     if not len(windows):
         raise UserError(
             f"{part.label}: no conversation is left on the {side} side ({windows.sums}): raise data.seq_len, "
-            "give more rows, or set data.overlong=truncate"
+            f"give more rows, or set {part.key}.overlong=truncate"
         )
     log.info("%s, %s: %s", part.label, side, windows.sums)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from moetrain.data.chat.settings import Overlong
+
 REMEMBERED_BYTES = 2**26  # of a source's text, which preparing a corpus reads three times
 _SPAN_BYTES = 128  # of a pair of numbers
 
@@ -88,17 +90,30 @@ class Remembered:
 class Part:
     """One source of a corpus. A mixture has several; ``name`` then replaces the source's domain labels.
 
-    ``masked``: its documents have marks.
+    ``overlong``: what becomes of a document that is longer than a sequence, where documents have marks; None:
+    they have none, and all of the text trains.
     """
 
     source: Source
     name: str | None = None
     weight: float = 1.0
-    masked: bool = False
+    overlong: Overlong | None = None
+
+    @property
+    def key(self) -> str:
+        """Where its settings stand."""
+        return "data" if self.name is None else f"data.parts.{self.name}"
+
+    @property
+    def masked(self) -> bool:
+        """Whether its documents have marks."""
+        return self.overlong is not None
 
     @property
     def label(self) -> str:
-        return self.source.label if self.name is None else f"data.parts.{self.name} ({self.source.label})"
+        if self.source.label.startswith(f"{self.key}."):
+            return self.source.label
+        return f"{self.key} ({self.source.label})" if self.name is not None else self.source.label
 
     def cleaned(self) -> Iterator[CleanDocument]:
         """The documents that hold something; lone surrogates, which have no UTF-8 form, become ``?``."""

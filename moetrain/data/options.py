@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import above, at_least, within
+from moetrain.data.chat.settings import RowsSettings
 from moetrain.missing import MISSING
 
 
@@ -28,6 +29,8 @@ class SourceKind(Enum):
     local = "local"
     hub = "hub"
     domains = "domains"
+    chat = "chat"
+    prompt_completion = "prompt_completion"
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,18 @@ class DomainsData(DataConfig):
 
 
 @dataclass(frozen=True)
-class MixturePart:
+class PlainPart:
     kind: SourceKind = MISSING
     weight: float = field(default=1.0, metadata=above(0))
     path: Optional[str] = None
     format: TextFormat = TextFormat.auto
     text_key: str = "text"
     domains: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MixturePart(RowsSettings, PlainPart):
+    """The settings of rows are of the kinds ``chat`` and ``prompt_completion``."""
 
 
 @dataclass(frozen=True)

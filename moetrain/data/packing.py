@@ -9,12 +9,14 @@ dropped for training and padded for held-out text (input eos, no labels, a docum
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from moetrain.data.batch import IGNORE, Batch
+from moetrain.data.chat.settings import Overlong
 from moetrain.data.conversations import PackedConversations
 from moetrain.data.shards import TokenStream
 from moetrain.data.window import Ints, Packing, Rows, Windows, labelled
@@ -77,14 +79,23 @@ def windows_of(stream: TokenStream, packing: Packing, token_bytes_V: Ints) -> Wi
 class PackedSplit:
     """The sequences of one side of a corpus: its parts' windows, one part after the other.
 
+    ``overlong``: for each stream what becomes of documents that are too long, None: what ``packing`` says.
     ``num_bytes`` is the UTF-8 length of its documents. ``byte_scale`` times the tokens' own lengths gives
     bytes of text: exactly 1 for bytes and byte-level BPE, else this split's ratio of the two.
     """
 
     def __init__(
-        self, streams: Sequence[TokenStream], packing: Packing, token_bytes_V: Ints, fingerprint: str
+        self,
+        streams: Sequence[TokenStream],
+        packing: Packing,
+        token_bytes_V: Ints,
+        fingerprint: str,
+        overlong: Sequence[Overlong | None] | None = None,
     ) -> None:
-        self._parts: list[Windows] = [windows_of(stream, packing, token_bytes_V) for stream in streams]
+        self._parts: list[Windows] = [
+            windows_of(stream, packing if each is None else replace(packing, overlong=each), token_bytes_V)
+            for stream, each in zip(streams, overlong or [None] * len(streams), strict=True)
+        ]
         self._ends = np.cumsum([len(part) for part in self._parts])
         self._packing = packing
         self.fingerprint = fingerprint

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from datetime import date
 
 from moetrain.bounds import check_ranges
-from moetrain.data.chat.options import TurnsData
+from moetrain.data.chat.options import TURNS, TurnsData, names_of
+from moetrain.data.chat.settings import RowsSettings, TurnsSettings
 from moetrain.data.options import (
     DataConfig,
     DomainsData,
@@ -32,7 +34,7 @@ def check_data(cfg: DataConfig) -> None:
     if isinstance(cfg, DomainsData):
         check_domains(cfg.domains)
     if isinstance(cfg, TurnsData):
-        _check_turns(cfg)
+        check_rows(cfg, f"data={cfg.source}", cfg.format, "data")
     if isinstance(cfg, MixtureData):
         if not cfg.parts:
             raise UserError(
@@ -49,7 +51,7 @@ def check_paths(cfg: DataConfig) -> None:
         find_files(cfg.path)
     if isinstance(cfg, MixtureData):
         for name, part in cfg.parts.items():
-            if part.kind is SourceKind.local:
+            if part.kind is SourceKind.local or part.kind.value in TURNS:
                 find_files(str(part.path), f"data.parts.{name}.path")
 
 
@@ -70,31 +72,50 @@ def _check_tokenizer(t: TokenizerConfig) -> None:
         raise UserError(f"data.tokenizer.path={t.path} does not exist: name a tokenizer.json or its folder")
 
 
-def _check_turns(cfg: TurnsData) -> None:
+def check_rows(given: TurnsSettings, kind: str, format: TextFormat, key: str) -> None:
+    """Raise UserError for settings of rows that do not fit; ``key``: where they stand."""
     try:
-        date.fromisoformat(cfg.template_date)
+        date.fromisoformat(given.template_date)
     except ValueError:
         raise UserError(
-            f"data.template_date={cfg.template_date} is no date: write it as 2025-01-31"
+            f"{key}.template_date={given.template_date} is no date: write it as 2025-01-31"
         ) from None
-    if cfg.format is TextFormat.text:
-        raise UserError(f"data.format=text: data={cfg.source} reads rows, jsonl or parquet")
-    taken = {"messages", "tools", "documents", "add_generation_prompt"} & cfg.template_args.keys()
+    if format is TextFormat.text:
+        raise UserError(f"{key}.format=text: {kind} reads rows, jsonl or parquet")
+    taken = {"messages", "tools", "documents", "add_generation_prompt"} & given.template_args.keys()
     if taken:
         raise UserError(
-            f"data.template_args.{min(taken)} is what a template gets from each row: leave it out"
+            f"{key}.template_args.{min(taken)} is what a template gets from each row: leave it out"
         )
-    if cfg.chat_template is not None and not os.path.isfile(os.path.expanduser(cfg.chat_template)):
-        raise UserError(f"data.chat_template={cfg.chat_template} is no file: name a file of Jinja text")
+    if given.chat_template is not None and not os.path.isfile(os.path.expanduser(given.chat_template)):
+        raise UserError(f"{key}.chat_template={given.chat_template} is no file: name a file of Jinja text")
+
+
+def refuse_unread(given: RowsSettings, kind: str, key: str) -> None:
+    """Raise UserError for a setting of rows that ``key.kind`` does not read, which would seem to count."""
+    default = RowsSettings()
+    for each in fields(RowsSettings):
+        value = getattr(given, each.name)
+        if each.name not in names_of(kind) and value != getattr(default, each.name):
+            shown = getattr(value, "name", value)
+            raise UserError(f"{key}.{each.name}={shown} is not used by {key}.kind={kind}: leave it out")
 
 
 def _check_part(key: str, part: MixturePart) -> None:
-    needs_path = part.kind in (SourceKind.local, SourceKind.hub)
+    of_rows = part.kind.value in TURNS
+    needs_path = part.kind in (SourceKind.local, SourceKind.hub) or of_rows
     if needs_path and part.path is None:
         raise UserError(f"{key}.path is not set: {key}.kind={part.kind.name} needs one")
     if not needs_path and part.path is not None:
         raise UserError(f"{key}.path={part.path} is not used by {key}.kind={part.kind.name}: leave it out")
     if part.domains and part.kind is not SourceKind.domains:
         raise UserError(f"{key}.domains={part.domains} is used by {key}.kind=domains, not {part.kind.name}")
+    refuse_unread(part, part.kind.value, key)
+    if of_rows:
+        if part.text_key != MixturePart.text_key:
+            raise UserError(
+                f"{key}.text_key={part.text_key} is not used by {key}.kind={part.kind.name}: leave it out"
+            )
+        check_rows(part, f"{key}.kind={part.kind.name}", part.format, key)
     if part.domains:
         check_domains(part.domains, f"{key}.domains")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moetrain.data.batch import IGNORE
-from moetrain.data.chat.options import Overlong
+from moetrain.data.chat.settings import Overlong
 from moetrain.data.shards import TokenStream
 
 Ints = npt.NDArray[np.int64]

@@ -12,18 +12,15 @@ import torch
 from rich.table import Table
 
 from moetrain.convert.open_model import StoredModel, open_model
-from moetrain.data import Packing, val_batches, whole_files
 from moetrain.data.options import DataConfig
-from moetrain.data.sources.local import find_files
 from moetrain.errors import UserError
+from moetrain.evaluation.files import Scores, figures_of, read_otherwise, score_files
 from moetrain.evaluation.options import EvalConfig
 from moetrain.evaluation.rules import check_eval
 from moetrain.parallel.precision import round_for_inference
 from moetrain.terminal import console, show
-from moetrain.train.evaluate import evaluate
 from moetrain.train.log.metrics import EvalSums
 from moetrain.train.options import Precision
-from moetrain.train.replay import open_replay
 from moetrain.train.run import resolve_device
 from moetrain.train.run_files import ReadTrained
 from moetrain.train.task import NextToken
@@ -42,11 +39,15 @@ def eval_app(cfg: EvalConfig, read: ReadTrained) -> int:
         round_for_inference(model, torch.bfloat16)
     task = NextToken(model)
     figures: Figures = {"checkpoint": str(stored.path), "seq_len": data.seq_len}
-    tables = []
+    tables: list[Table] = []
+    notes: list[str] = []
     if cfg.data.path is not None:
-        total, of_files = _score_files(cfg, stored, task, data)
-        figures |= {"total": total, "files": of_files}
-        tables.append(_files_table(total, of_files))
+        scores = score_files(cfg, stored, task, data)
+        figures |= scores.figures()
+        tables += _score_tables(scores)
+        notes += read_otherwise(cfg.data, data)
+        if scores.conversations is not None:
+            notes.append(str(scores.conversations))
     if cfg.tasks:
         from moetrain.evaluation.harness import score_tasks
 
@@ -55,6 +56,8 @@ def eval_app(cfg: EvalConfig, read: ReadTrained) -> int:
     if cfg.json is not None:
         write_atomic(Path(cfg.json).expanduser(), json.dumps(_strict(figures), indent=1) + "\n")
     show(f"{stored.path}, windows of {data.seq_len} tokens")
+    for line in notes:
+        show(line)
     for table in tables:
         console().print(table)
     return 0
@@ -70,46 +73,22 @@ def _data_of(stored: StoredModel, seq_len: int | None) -> DataConfig:
     return DataConfig(seq_len=seq_len)
 
 
-def _score_files(
-    cfg: EvalConfig, stored: StoredModel, task: NextToken, data: DataConfig
-) -> tuple[Figures, dict[str, Figures]]:
-    """(all files, each file)."""
-    assert cfg.data.path is not None
-    packing = Packing(
-        seq_len=data.seq_len,
-        eos_id=stored.tokenizer.eos_id,
-        keep_documents=not data.cross_document_attention,
-        reset_positions=data.reset_positions,
-        pad_last=True,
-    )
-    files = find_files(cfg.data.path)
-    split = whole_files(files, cfg.data.format, cfg.data.text_key, stored.tokenizer, packing)
-    names = [str(file) for file in files]
-    batches = val_batches(split, cfg.batch_size)
-    replay = open_replay(cfg.replay, task.model.routers())
-    total, of_files = evaluate(task, batches, names, seed=0, byte_scale=split.byte_scale, replay=replay)
-    nothing = EvalSums(0.0, 0, 0)
-    return _figures(total), {name: _figures(of_files.get(name, nothing)) for name in names}
+def _score_tables(scores: Scores) -> list[Table]:
+    """By file, and by domain where there are such; the sums of all stand in the first."""
+    return [
+        _sums_table(head, list(rows.items()), scores.total if number == 0 else None)
+        for number, (head, rows) in enumerate((("file", scores.files), ("domain", scores.domains)))
+        if rows
+    ]
 
 
-def _figures(sums: EvalSums) -> Figures:
-    return {
-        "tokens": sums.tokens,
-        "bytes": sums.bytes,
-        "loss": sums.loss,
-        "perplexity": sums.perplexity,
-        "bits_per_byte": sums.bits_per_byte,
-    }
-
-
-def _files_table(total: Figures, of_files: dict[str, Figures]) -> Table:
+def _sums_table(head: str, rows: list[tuple[str, EvalSums]], total: EvalSums | None) -> Table:
     table = Table(box=None)
-    table.add_column("file", overflow="fold")
-    for head in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
-        table.add_column(head, justify="right")
-    rows = [*of_files.items(), ("all", total)] if len(of_files) > 1 else list(of_files.items())
-    for name, figures in rows:
-        table.add_row(name, *(_shown(value) for value in figures.values()))
+    table.add_column(head, overflow="fold")
+    for name in ("tokens", "bytes", "loss", "perplexity", "bits per byte"):
+        table.add_column(name, justify="right")
+    for name, sums in [*rows, ("all", total)] if total is not None and len(rows) > 1 else rows:
+        table.add_row(name, *(_shown(value) for value in figures_of(sums).values()))
     return table
 
 

@@ -1,23 +1,40 @@
 """The root of ``moetrain eval``."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Optional
 
 from moetrain.bounds import at_least
+from moetrain.data.chat.settings import RowsSettings
 from moetrain.data.options import TextFormat
 from moetrain.missing import MISSING
 from moetrain.train.options import Precision, ReplayConfig
 
 
+class TextKind(Enum):
+    """What files hold: text, or rows as ``data=chat`` and ``data=prompt_completion`` have them."""
+
+    text = "text"
+    chat = "chat"
+    prompt_completion = "prompt_completion"
+
+
 @dataclass(frozen=True)
-class EvalData:
+class WholeFilesData:
     """Whole files to score, and how long a window of text the model sees."""
 
     path: Optional[str] = None  # a file, a directory or a glob
+    kind: TextKind = TextKind.text
     format: TextFormat = TextFormat.auto
     text_key: str = "text"
+    domain_key: Optional[str] = None  # a column whose value labels the row, for figures by domain
     # tokens of a window, of tasks' too; null: data.seq_len of the run
     seq_len: Optional[int] = field(default=None, metadata=at_least(2, 2**31 - 1))
+
+
+@dataclass(frozen=True)
+class EvalData(RowsSettings, WholeFilesData):
+    """The settings of rows are of the kinds ``chat`` and ``prompt_completion``."""
 
 
 @dataclass(frozen=True)

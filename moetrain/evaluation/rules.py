@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from moetrain.bounds import check_ranges
+from moetrain.data.rules import check_rows, refuse_unread
 from moetrain.data.sources.paths import find_files
 from moetrain.errors import UserError
-from moetrain.evaluation.options import EvalConfig, EvalData
+from moetrain.evaluation.options import EvalConfig, EvalData, TextKind
 from moetrain.packages import is_installed
 from moetrain.train.replay import check_replay
 from moetrain.train.rules import check_device
@@ -20,6 +22,7 @@ def check_eval(cfg: EvalConfig) -> None:
     if cfg.data.path is None and not cfg.tasks:
         raise UserError("give text to score (data.path=FILES), tasks of lm-eval (tasks=[...]), or both")
     _check_used(cfg)
+    _check_rows(cfg.data)
     check_replay(cfg.replay)
     if cfg.data.path is not None:
         find_files(cfg.data.path)
@@ -42,11 +45,22 @@ def _check_used(cfg: EvalConfig) -> None:
         value = getattr(cfg.replay, name)
         if value is not None and cfg.data.path is None:
             raise UserError(f"replay.{name}={value} is of files, but data.path is not set: leave it out")
-    for name in ("format", "text_key"):
+    for name in (each.name for each in fields(EvalData) if each.name != "seq_len"):  # which tasks read too
         value, default = (getattr(data, name) for data in (cfg.data, EvalData()))
         if value != default and cfg.data.path is None:
             shown = getattr(value, "name", value)
             raise UserError(f"data.{name}={shown} is of files, but data.path is not set: leave it out")
+
+
+def _check_rows(data: EvalData) -> None:
+    refuse_unread(data, data.kind.value, "data")
+    if data.kind is TextKind.text:
+        return
+    if data.text_key != EvalData.text_key:
+        raise UserError(
+            f"data.text_key={data.text_key} is not used by data.kind={data.kind.name}: leave it out"
+        )
+    check_rows(data, f"data.kind={data.kind.name}", data.format, "data")
 
 
 def _check_tasks(cfg: EvalConfig) -> None:

@@ -80,7 +80,14 @@ RULES = (
         "judges the run in another way from here on",
     ),
     Rule(
-        ("train.steps", "train.eval_every", "train.sample_prompt", "train.sample_tokens", "checkpoint"),
+        (
+            "train.steps",
+            "train.eval_every",
+            "train.eval_first",
+            "train.sample_prompt",
+            "train.sample_tokens",
+            "checkpoint",
+        ),
         Change.free,
         "how far, and what is written on the way",
     ),

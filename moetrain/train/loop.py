@@ -82,13 +82,17 @@ class Loop:
         return finished
 
     def _catch_up(self) -> None:
-        """A run that was asked to stop when an evaluation was due saved without it; a finished one has it."""
+        """Evaluate where the run stands, if that is due and was not done.
+
+        It is due before the first step by ``train.eval_first``; and a run that was asked to stop when one was
+        due saved without it.
+        """
         state, metrics = self.state, self.services.run_dir.metrics.path
         last = last_row(metrics, "val/loss") if is_main() else None
         there = last is not None and last.get("step") == state.step
         if broadcast_object(there):
             self._evaluated = state.step
-        elif state.step and self._evaluation_is_due():
+        elif self._evaluation_is_due():
             self._evaluate()
 
     def _one_step(self) -> None:
@@ -156,7 +160,8 @@ class Loop:
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.cfg.eval_every
-        return every > 0 and step % every == 0 and step != self._evaluated
+        due = every > 0 and step % every == 0 if step else self.cfg.eval_first
+        return due and step != self._evaluated
 
     def _evaluate(self) -> None:
         self._evaluated = self.state.step

@@ -17,6 +17,7 @@ from moetrain.train.log.options import TrackerConfig
 from moetrain.train.optim.options import OptimConfig, ScheduleConfig
 
 _INT32 = 2**31 - 1
+_NO_STEPS = "train.eval_first=true evaluates before the first, moetrain eval without any"
 
 
 class Precision(Enum):
@@ -63,7 +64,7 @@ class LoopConfig:
     """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
 
     task: str = "next_token"  # what the loss is of; a plug-in may register another
-    steps: int = field(default=400, metadata=at_least(1))
+    steps: int = field(default=400, metadata=at_least(1, why=_NO_STEPS))
     seed: int = field(default=0, metadata=at_least(0))
     deterministic: bool = False
     # CPU threads per rank; null: OMP_NUM_THREADS, else cores / local ranks
@@ -76,6 +77,7 @@ class LoopConfig:
     recompute: bool = False
     compile: bool = False
     eval_every: int = field(default=100, metadata=at_least(0))  # steps; 0: only at the end
+    eval_first: bool = False  # before the first step, too
     # sequences; null: the whole held-out split
     eval_samples: Optional[int] = field(default=None, metadata=at_least(1))
     on_nonfinite: OnNonFinite = OnNonFinite.stop

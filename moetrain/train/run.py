@@ -96,7 +96,7 @@ def _train(
     beats.speed = lambda: state.meter.speed
     if resume_from is None and cfg.init_from is not None and is_main():
         carry_over(Path(cfg.init_from).expanduser(), run_dir.path)
-    run_dir.truncate_after(state.step)
+    run_dir.truncate_after(-1 if resume_from is None else state.step)  # row 0 may be of other weights
     run_dir.write_config(to_yaml(cfg))
     environment = run_dir.write_environment(cfg.train.seed, world())
     if is_main():

@@ -98,7 +98,7 @@ class RunDir:
         return []
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps: the run goes on after ``step`` steps."""
+        """Drop the rows of later steps: the run goes on after ``step`` steps; -1: it begins, without rows."""
         there = self.metrics.path.exists()
         last = self.metrics.truncate_after(step) or 0
         self.load.truncate_after(step)

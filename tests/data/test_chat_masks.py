@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 from chat_cases import LATER_TURNS, PIECES, TEMPLATES, chat_data, conversations, read, tokenizer_folder
 
-from moetrain.data.chat.options import TrainOn
+from moetrain.data.chat.settings import TrainOn
 
 NESTED = sorted(TEMPLATES.keys() - set(LATER_TURNS))
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from moetrain.data import PackedSplit, Packing, TrainLoader, prepare, val_batches
 from moetrain.data.batch import IGNORE
-from moetrain.data.chat.options import Overlong, TrainOn
+from moetrain.data.chat.settings import Overlong, TrainOn
 from moetrain.data.manifest import write_manifest
 from moetrain.data.shards import open_store
 from moetrain.data.stream_writer import Mask, StreamWriter

@@ -11,7 +11,8 @@ from chat_cases import CHATML, TEMPLATES, chat_data, read, tokenizer_folder
 
 from moetrain.data import prepare
 from moetrain.data.chat.messages import RowError, check_order, conversation
-from moetrain.data.chat.options import Broken, PromptCompletionData
+from moetrain.data.chat.options import PromptCompletionData
+from moetrain.data.chat.settings import Broken
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import UserError
 

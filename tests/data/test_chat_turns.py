@@ -9,7 +9,8 @@ from chat_cases import CHATML, TEMPLATES, chat_data, conversations, read, tokeni
 
 from moetrain.data.chat.files import read_template_files
 from moetrain.data.chat.messages import RowError
-from moetrain.data.chat.options import PromptCompletionData, SpecialWords, TrainOn
+from moetrain.data.chat.options import PromptCompletionData
+from moetrain.data.chat.settings import SpecialWords, TrainOn
 from moetrain.data.chat.template import ChatTemplate
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import UserError

@@ -11,8 +11,18 @@ from data_cases import with_key
 from invariance import batch, build, terms
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from moetrain.data import IGNORE, Packing, TrainLoader, load_tokenizer, prepare, val_batches, whole_files
-from moetrain.data.options import LocalData, TextFormat, TokenizerConfig, TokenizerKind
+from moetrain.data import (
+    IGNORE,
+    Packing,
+    Part,
+    TrainLoader,
+    load_tokenizer,
+    prepare,
+    val_batches,
+    whole_files,
+)
+from moetrain.data.options import LocalData, TokenizerConfig, TokenizerKind
+from moetrain.data.sources.local import LocalSource
 from moetrain.errors import TrainingError, UserError
 from moetrain.parallel.mesh import Meshes
 from moetrain.train.engine import NativeEngine
@@ -103,12 +113,13 @@ def test_files_to_score_that_come_to_nothing_are_told(corpus_of, tmp_path, caplo
     cfg = corpus_of(["zzz"], letters())
     packing = Packing(4, 8, keep_documents=True, reset_positions=True, pad_last=True)
     tokenizer = load_tokenizer(tmp_path)
-    files = [tmp_path / "rows.jsonl"]
+    parts = [Part(LocalSource(str(tmp_path / "rows.jsonl")))]
     with pytest.raises(UserError, match=r"none of the 1 files holds text: tokenizer .* no token of 1 of 1"):
-        whole_files(files, TextFormat.auto, "text", tokenizer, packing)
+        whole_files(parts, tokenizer, packing)
     (tmp_path / "more.jsonl").write_text('{"text": "abc"}\n')
     with caplog.at_level(logging.WARNING, "moetrain.data"):
-        split = whole_files([*files, tmp_path / "more.jsonl"], TextFormat.auto, "text", tokenizer, packing)
+        more = Part(LocalSource(str(tmp_path / "more.jsonl")))
+        split = whole_files([*parts, more], tokenizer, packing).split
     assert "no token of 1 of 2 documents" in caplog.text
     assert split.num_tokens == 4
     assert cfg.seq_len == split.seq_len

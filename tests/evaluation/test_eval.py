@@ -143,6 +143,17 @@ WRONG = [
     (["data.path=.", "data.source=local"], "unknown key data.source"),
     (["data.text_key=words"], "give text to score"),
     (["tasks=[x]", "data.text_key=words"], "data.text_key=words is of files"),
+    (["tasks=[x]", "data.kind=chat"], "data.kind=chat is of files"),
+    (["data.path=.", "data.train_on=last"], "data.train_on=last is not used by data.kind=text"),
+    (
+        ["data.path=.", "data.kind=chat", "data.prompt_key=p"],
+        "data.prompt_key=p is not used by",
+    ),
+    (["data.path=.", "data.kind=chat", "data.text_key=t"], "data.text_key=t is not used by data.kind=chat"),
+    (["data.path=.", "data.kind=chat", "data.template_date=now"], "data.template_date=now is no date"),
+    (["data.path=.", "data.kind=chat"], "no chat template"),
+    (["data.path=.", "data.kind=prompt_completion"], "blank.txt is plain text; rows of prompt_completion"),
+    (["data.path=.", "data.domain_key=label"], "data.domain_key=label: blank.txt is plain text"),
 ]
 
 

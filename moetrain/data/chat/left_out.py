@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from moetrain.data.chat.options import Broken
+from moetrain.data.chat.settings import Broken
 from moetrain.errors import UserError
 
 _NAMED = 20  # rows; the others are counted
@@ -12,10 +12,10 @@ log = logging.getLogger("moetrain.data")
 
 
 class LeftOut:
-    """Of one pass over a source. ``silent``: it was said in an earlier pass."""
+    """Of one pass over a source. ``silent``: it was said in an earlier pass. ``key``: where options stand."""
 
-    def __init__(self, label: str, policy: Broken, silent: bool) -> None:
-        self._label, self._policy, self._silent = label, policy, silent
+    def __init__(self, label: str, policy: Broken, silent: bool, key: str = "data") -> None:
+        self._label, self._policy, self._silent, self._key = label, policy, silent, key
         self._first: UserError | None = None
         self._special: tuple[str, str] | None = None
         self.used = self.left_out = self.with_words = 0
@@ -23,7 +23,7 @@ class LeftOut:
     def broken(self, error: UserError) -> None:
         """Count a row that cannot be used, or raise its error."""
         if self._policy is Broken.refuse:
-            raise UserError(f"{error}; data.on_broken=skip leaves such rows out") from None
+            raise UserError(f"{error}; {self._key}.on_broken=skip leaves such rows out") from None
         self._first = self._first or error
         self.left_out += 1
         if not self._silent and self.left_out <= _NAMED:
@@ -48,6 +48,6 @@ class LeftOut:
             word, where = self._special
             log.warning(
                 "%s: %d rows have the tokenizer's special words in their text, where they stay text; "
-                "the first: %r in %s (data.special_words)",
-                *(self._label, self.with_words, word, where),
+                "the first: %r in %s (%s.special_words)",
+                *(self._label, self.with_words, word, where, self._key),
             )

@@ -68,10 +68,10 @@ def conversation(messages: object, tools: object, system: object = None) -> Conv
     return Conversation(tuple(found), _tools(tools), tuple(trains))
 
 
-def check_order(roles: Sequence[str]) -> None:
+def check_order(roles: Sequence[str], key: str = "data") -> None:
     """Raise RowError unless a user's turn comes first, after a system's, and no role follows itself.
 
-    A tool's turns follow the assistant's, several of them if need be.
+    A tool's turns follow the assistant's, several of them if need be. ``key``: where the option stands.
     """
     before = ""
     for number, role in enumerate(roles):
@@ -85,7 +85,7 @@ def check_order(roles: Sequence[str]) -> None:
         elif before == role:
             wrong = f"follows another {role}'s"
         if wrong:
-            raise RowError(f"message {number} ({role}) {wrong}; data.check_order=false takes any order")
+            raise RowError(f"message {number} ({role}) {wrong}; {key}.check_order=false takes any order")
         before = role
 
 

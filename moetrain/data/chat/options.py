@@ -1,78 +1,48 @@
 """The settings of ``data=chat`` and ``data=prompt_completion``."""
 
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Optional
+from dataclasses import dataclass, fields
+from typing import Optional
 
-from moetrain.bounds import at_least
+from moetrain.data.chat.settings import ChatSettings, PairSettings, RowsSettings, TurnsSettings
 from moetrain.data.options import DataConfig, TextFormat
 from moetrain.missing import MISSING
 
 
-class TrainOn(Enum):
-    """``each``: a document for every turn that trains, which ends with it; ``last``: the last turn alone."""
-
-    assistant = "assistant"
-    last = "last"
-    each = "each"
-    all = "all"
-
-
-class Broken(Enum):
-    """What becomes of a row that cannot be used."""
-
-    refuse = "refuse"
-    skip = "skip"
-
-
-class Overlong(Enum):
-    """What becomes of a conversation that is longer than a sequence. ``truncate``: its end is left out."""
-
-    truncate = "truncate"
-    drop = "drop"
-    refuse = "refuse"
-
-
-class SpecialWords(Enum):
-    """What the tokenizer's special words are in the text of a message."""
-
-    text = "text"
-    refuse = "refuse"
-    control = "control"
-
-
 @dataclass(frozen=True)
-class TurnsData(DataConfig):
-    """What conversations and prompts share. ``template_date`` is what a template gets for today."""
+class TurnsData(TurnsSettings, DataConfig):
+    """What conversations and prompts share."""
 
     path: str = MISSING  # a file, a directory or a glob, of JSON lines or Parquet
     format: TextFormat = TextFormat.auto
     domain_key: Optional[str] = None
-    chat_template: Optional[str] = None  # a file; null: the tokenizer's own
-    template_args: dict[str, Any] = field(default_factory=dict)  # as {enable_thinking: false}
-    template_date: str = "2025-01-01"
-    on_broken: Broken = Broken.refuse
-    overlong: Overlong = Overlong.truncate
-    special_words: SpecialWords = SpecialWords.text
-    check_order: bool = True
-    max_row_chars: int = field(default=500_000, metadata=at_least(1, 2**28))
 
 
 @dataclass(frozen=True)
-class ChatData(TurnsData):
-    """Rows of messages. ``messages_key`` null: ``messages``, or else ``conversations``."""
+class ChatData(ChatSettings, TurnsData):
+    """Rows of messages."""
 
     source: str = "chat"
-    messages_key: Optional[str] = None
-    tools_key: str = "tools"
-    train_on: TrainOn = TrainOn.assistant
 
 
 @dataclass(frozen=True)
-class PromptCompletionData(TurnsData):
+class PromptCompletionData(PairSettings, TurnsData):
     """Rows of two columns, texts or lists of messages; the completion trains."""
 
     source: str = "prompt_completion"
-    prompt_key: str = "prompt"
-    completion_key: str = "completion"
-    tools_key: str = "tools"
+
+
+TURNS: dict[str, type[TurnsData]] = {"chat": ChatData, "prompt_completion": PromptCompletionData}
+
+
+def names_of(kind: str) -> set[str]:
+    """The settings that rows of a kind have; none where it is no kind of rows."""
+    known = {each.name for each in fields(TURNS[kind])} if kind in TURNS else set()
+    return known & {each.name for each in fields(RowsSettings)}
+
+
+def turns_data(
+    kind: str, given: RowsSettings, path: str, format: TextFormat, domain_key: str | None = None
+) -> TurnsData:
+    """The rows of ``path`` as ``data=kind`` has them, all else at its default."""
+    settings = {name: getattr(given, name) for name in names_of(kind)}
+    return TURNS[kind](path=path, format=format, domain_key=domain_key, **settings)

@@ -36,10 +36,21 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """One template. ``words``: ``bos_token`` and the like; ``args``: further names, of the user."""
+    """One template. ``words``: ``bos_token`` and the like; ``args``: further names, of the user.
 
-    def __init__(self, text: str, label: str, words: Mapping[str, str], args: Mapping[str, Any], today: date):
-        self.label = label
+    ``key``: where the options stand that messages name.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        label: str,
+        words: Mapping[str, str],
+        args: Mapping[str, Any],
+        today: date,
+        key: str = "data",
+    ) -> None:
+        self.label, self.key = label, key
         self._environment = _environment(today)
         self._given = {**words, **args}
         try:

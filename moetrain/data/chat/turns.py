@@ -10,14 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moetrain.data.chat.messages import Conversation, Message, RowError, called
-from moetrain.data.chat.options import TrainOn
+from moetrain.data.chat.settings import TrainOn
 from moetrain.data.chat.template import ChatTemplate, Rendered
 from moetrain.data.chat.words import Span
 from moetrain.errors import UserError, quoted
-
-_EITHER = (
-    "set data.train_on=last or each, or give a template with {% generation %} marks (data.chat_template)"
-)
 
 
 class Example(NamedTuple):
@@ -33,7 +29,7 @@ def examples(given: Conversation, template: ChatTemplate, train_on: TrainOn) -> 
     Raises RowError where the row is at fault, and UserError where the template writes a turn in another way
     once others follow: no row with several turns could then be used.
     """
-    chosen = _chosen(given, train_on)
+    chosen = _chosen(given, train_on, template.key)
     if train_on is TrainOn.each:
         for number in chosen:
             part = given.messages[: number + 1]
@@ -45,11 +41,11 @@ def examples(given: Conversation, template: ChatTemplate, train_on: TrainOn) -> 
         yield _example(given.messages, given.tools, template, chosen)
 
 
-def _chosen(given: Conversation, train_on: TrainOn) -> list[int]:
+def _chosen(given: Conversation, train_on: TrainOn, key: str) -> list[int]:
     """The numbers of the messages that train: a message's own word, or else the setting."""
     if train_on is TrainOn.all:
         if any(wish is not None for wish in given.trains):
-            raise RowError("a message says whether it trains, and data.train_on=all trains all of the text")
+            raise RowError(f"a message says whether it trains, and {key}.train_on=all trains all of the text")
         return list(range(len(given.messages)))
     answers = [number for number, role in enumerate(given.roles) if role == "assistant"]
     if train_on is TrainOn.last:
@@ -123,14 +119,19 @@ def _added(
         what = "the beginning of an answer (add_generation_prompt)" if answers else "the messages before it"
         raise UserError(
             f"{template.label} does not write message {number} after {what}: {_parting(before, upto)}; give "
-            "a template with {% generation %} marks (data.chat_template), or data.template_args that fit"
+            f"{_marked_template(template)}, or {template.key}.template_args that fit"
         )
     if not full.startswith(upto):
         raise UserError(
             f"{template.label} writes message {number}, or one before it, in another way once others follow: "
-            f"{_parting(upto, full)}; {_EITHER}"
+            f"{_parting(upto, full)}; set {template.key}.train_on=last or each, or give "
+            f"{_marked_template(template)}"
         )
     return len(before), len(upto)
+
+
+def _marked_template(template: ChatTemplate) -> str:
+    return "a template with {% generation %} marks " + f"({template.key}.chat_template)"
 
 
 def _parting(first: str, second: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from moetrain.data.chat.files import TemplateFiles
-from moetrain.data.chat.options import ChatData, PromptCompletionData, TurnsData
+from moetrain.data.chat.options import TURNS, ChatData, PromptCompletionData, TurnsData, turns_data
 from moetrain.data.documents import Part, Source
 from moetrain.data.options import (
     DataConfig,
@@ -17,15 +18,17 @@ from moetrain.data.options import (
     SourceKind,
     StdlibData,
 )
+from moetrain.data.sources.chat import ChatSource
 from moetrain.data.sources.domains import DOMAINS, DomainsSource
 from moetrain.data.sources.hub import HubSource
 from moetrain.data.sources.local import LocalSource
+from moetrain.data.sources.prompt_completion import PromptCompletionSource
 from moetrain.data.sources.stdlib import StdlibSource
-from moetrain.data.sources.turns import ChatSource, PromptCompletionSource
+from moetrain.data.sources.turns import TurnsSource
 from moetrain.data.tokenizer import OWN_WORDS, Tokenizer
 from moetrain.errors import UserError
 
-__all__ = ["build_parts"]
+__all__ = ["build_parts", "turns_source"]
 
 
 def build_parts(cfg: DataConfig, root: Path, tokenizer: Tokenizer | None = None) -> list[Part]:
@@ -36,20 +39,21 @@ def build_parts(cfg: DataConfig, root: Path, tokenizer: Tokenizer | None = None)
     for paths that match nothing, unknown domains, and packages that are not there.
     """
     if isinstance(cfg, MixtureData):
-        return [_mixture_part(name, cfg.parts[name], root) for name in sorted(cfg.parts)]
+        return [_mixture_part(name, cfg.parts[name], root, tokenizer) for name in sorted(cfg.parts)]
     if isinstance(cfg, TurnsData):
-        return [Part(_turns(cfg, tokenizer), masked=True)]
+        return [Part(turns_source(cfg, tokenizer), overlong=cfg.overlong)]
     return [Part(_source(cfg, root))]
 
 
-def _turns(cfg: TurnsData, tokenizer: Tokenizer | None) -> Source:
+def turns_source(cfg: TurnsData, tokenizer: Tokenizer | None, key: str = "data") -> TurnsSource[Any]:
+    """Rows that train in part, as ``tokenizer`` writes them; ``key``: where the settings of ``cfg`` stand."""
     words, files, label = OWN_WORDS, TemplateFiles(), "a tokenizer that is trained here"
     if tokenizer is not None:
         words, files, label = tokenizer.words, tokenizer.template_files, tokenizer.label
     if isinstance(cfg, ChatData):
-        return ChatSource(cfg, words, files, label)
+        return ChatSource(cfg, words, files, label, key)
     assert isinstance(cfg, PromptCompletionData)
-    return PromptCompletionSource(cfg, words, files, label)
+    return PromptCompletionSource(cfg, words, files, label, key)
 
 
 def _source(cfg: DataConfig, root: Path) -> Source:
@@ -67,7 +71,11 @@ def _source(cfg: DataConfig, root: Path) -> Source:
     )
 
 
-def _mixture_part(name: str, part: MixturePart, root: Path) -> Part:
+def _mixture_part(name: str, part: MixturePart, root: Path, tokenizer: Tokenizer | None) -> Part:
+    if part.kind.value in TURNS:
+        cfg = turns_data(part.kind.value, part, str(part.path), part.format)
+        source = turns_source(cfg, tokenizer, f"data.parts.{name}")
+        return Part(source, name, part.weight, part.overlong)
     return Part(_part_source(part, root), name, part.weight)
 
 

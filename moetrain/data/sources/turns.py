@@ -1,10 +1,11 @@
-"""Sources ``chat`` and ``prompt_completion``: rows of JSON lines or Parquet whose text trains in part."""
+"""What sources of rows share whose text trains in part: ``chat`` and ``prompt_completion``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -13,12 +14,13 @@ import numpy as np
 
 from moetrain.data.chat.files import TemplateFiles, read_template
 from moetrain.data.chat.left_out import LeftOut
-from moetrain.data.chat.messages import Conversation, RowError, check_order, conversation
-from moetrain.data.chat.options import ChatData, PromptCompletionData, SpecialWords, TrainOn, TurnsData
+from moetrain.data.chat.messages import RowError
+from moetrain.data.chat.options import TurnsData
+from moetrain.data.chat.settings import SpecialWords
 from moetrain.data.chat.template import ChatTemplate
-from moetrain.data.chat.turns import Example, examples
+from moetrain.data.chat.turns import Example
 from moetrain.data.chat.words import Hider, Words, texts_of
-from moetrain.data.documents import Document, Marks, Source, content_key, digest_of
+from moetrain.data.documents import Document, Marks, Part, Source, content_key, digest_of
 from moetrain.data.options import TextFormat
 from moetrain.data.shards import TokenStream
 from moetrain.data.sources import json_rows, parquet_rows
@@ -30,10 +32,9 @@ DOMAIN = "chat"
 _VERSION = 1  # of how rows become text
 _ELSEWHERE = ("seq_len", "tokenizer", "val_fraction", "cross_document_attention", "reset_positions")
 _NOT_TEXT = (*_ELSEWHERE, "cache_dir", "path", "overlong", "chat_template")
-_SYSTEM = "system"  # a column of ShareGPT's rows
-_MESSAGES = ("messages", "conversations")
 
 Row = dict[str, object]
+log = logging.getLogger("moetrain.data")
 
 
 class _Content(Protocol):
@@ -49,27 +50,39 @@ C = TypeVar("C", bound=_Content)
 class TurnsSource(Generic[C]):
     """What both sources share. ``files``: the tokenizer's templates; ``tokenizer`` names it in messages.
 
+    ``key``: where the settings of ``cfg`` stand, for messages: ``data``, or a part of a mixture.
+
     Raises UserError where a template is missing or no Jinja, for a path that matches nothing, and, unless
     they are skipped, for the first row that cannot be used.
     """
 
-    def __init__(self, cfg: TurnsData, words: Words, files: TemplateFiles, tokenizer: str) -> None:
+    def __init__(
+        self, cfg: TurnsData, words: Words, files: TemplateFiles, tokenizer: str, key: str = "data"
+    ) -> None:
         if cfg.chat_template is not None:
             text = read_template(Path(cfg.chat_template).expanduser())
             files = TemplateFiles({"default": text}, files.words)
         self.template_files = files
-        self._turns, self._words, self._tokenizer = cfg, words, tokenizer
+        self._turns, self._words, self._tokenizer, self.key = cfg, words, tokenizer, key
         self._hider = Hider(words.special)
         self._templates: dict[str, ChatTemplate] = {}
         self._told = False  # documents are read several times
-        self.files = find_files(cfg.path)
+        self.files = find_files(cfg.path, f"{key}.path")
+
+    @property
+    def renders(self) -> bool:
+        """Whether its rows go through the chat template, as far as can be told before they are read."""
+        return self._turns.chat_template is not None
 
     @property
     def label(self) -> str:
-        return f"data.path={self._turns.path}"
+        return f"{self.key}.path={self._turns.path}"
 
     def fingerprint(self) -> str:
-        listing = [(str(file.absolute()), identity(file)) for file in find_files(self._turns.path)]
+        listing = [
+            (str(file.absolute()), identity(file))
+            for file in find_files(self._turns.path, f"{self.key}.path")
+        ]
         settings = {name: repr(value) for name, value in asdict(self._turns).items() if name not in _NOT_TEXT}
         files = self.template_files
         templates, words = sorted(files.templates.items()), sorted(files.words.items())
@@ -77,7 +90,7 @@ class TurnsSource(Generic[C]):
         return digest_of("turns", _VERSION, sorted(settings.items()), templates, words, special, listing)
 
     def documents(self) -> Iterator[Document]:
-        left_out = LeftOut(self.label, self._turns.on_broken, silent=self._told)
+        left_out = LeftOut(self.label, self._turns.on_broken, self._told, self.key)
         for index, file in enumerate(self.files):
             for number, row in self._rows(file, left_out):
                 where = f"{file}, row {number}"
@@ -99,14 +112,14 @@ class TurnsSource(Generic[C]):
         format = format_of(file) if self._turns.format is TextFormat.auto else self._turns.format
         if format is TextFormat.text:
             raise UserError(
-                f"{file} is plain text; data={self._turns.source} reads .jsonl, .json and .parquet, or what "
-                "data.format says"
+                f"{file} is plain text; rows of {self._turns.source} are read from .jsonl, .json and "
+                f".parquet, or what {self.key}.format says"
             )
         if format is TextFormat.jsonl:
             return json_rows.numbered_rows(file, left_out.broken)
         needed, optional = self._columns()
         if self._turns.domain_key is not None:
-            needed = needed | {self._turns.domain_key: "data.domain_key"}
+            needed = needed | {self._turns.domain_key: f"{self.key}.domain_key"}
         rows = parquet_rows.numbered_rows(file, needed, optional, left_out.broken)
         return ((number, {name: _without_nulls(each) for name, each in row.items()}) for number, row in rows)
 
@@ -131,20 +144,22 @@ class TurnsSource(Generic[C]):
         if key is None:
             return DOMAIN
         if key not in row:
-            raise RowError(f"it has no {key!r} (data.domain_key); it has: {parquet_rows.listed(list(row))}")
+            raise RowError(
+                f"it has no {key!r} ({self.key}.domain_key); it has: {parquet_rows.listed(list(row))}"
+            )
         return str(row[key]).encode(errors="replace").decode()
 
     def _special_words(self, content: C) -> str | None:
         """The first special word of the text that is to stay text. Raises RowError for what is too long."""
         size, most = sum(map(len, texts_of(content.plain))), self._turns.max_row_chars
         if size > most:
-            raise RowError(f"it has {size:,} characters, more than data.max_row_chars={most:,}")
+            raise RowError(f"it has {size:,} characters, more than {self.key}.max_row_chars={most:,}")
         found = self._hider.found(content.plain)
         if not found or self._turns.special_words is SpecialWords.control:
             return None
         if self._turns.special_words is SpecialWords.refuse:
             raise RowError(
-                f"its text has the tokenizer's special word {found[0]!r} (data.special_words=refuse)"
+                f"its text has the tokenizer's special word {found[0]!r} ({self.key}.special_words=refuse)"
             )
         return found[0]
 
@@ -154,13 +169,14 @@ class TurnsSource(Generic[C]):
         if text is None:
             raise UserError(
                 f"{self._tokenizer} has no chat template (chat_template.jinja, or chat_template in its "
-                "tokenizer_config.json): give the file of one, data.chat_template=FILE"
+                f"tokenizer_config.json): give the file of one, {self.key}.chat_template=FILE"
             )
         if text not in self._templates:
             label = self._turns.chat_template or f"the chat template of {self._tokenizer}"
             today = date.fromisoformat(self._turns.template_date)
             words = {"eos_token": self._words.eos} | self.template_files.words
-            self._templates[text] = ChatTemplate(text, label, words, self._turns.template_args, today)
+            args = self._turns.template_args
+            self._templates[text] = ChatTemplate(text, label, words, args, today, self.key)
         return self._templates[text]
 
     def _columns(self) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -177,101 +193,24 @@ class TurnsSource(Generic[C]):
         raise NotImplementedError
 
 
-class ChatSource(TurnsSource[Conversation]):
-    """Rows of messages; each is one document, or one for every turn that trains."""
+def common_templates(parts: Sequence[Part]) -> TemplateFiles | None:
+    """The chat template that the run goes on with: the one of all its conversations; None: the tokenizer's.
 
-    def __init__(self, cfg: ChatData, words: Words, files: TemplateFiles, tokenizer: str) -> None:
-        super().__init__(cfg, words, files, tokenizer)
-        self.cfg = cfg
-        self.template()
-
-    def _columns(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        key = self.cfg.messages_key
-        needed = {} if key is None else {key: "data.messages_key"}
-        return needed, (*(_MESSAGES if key is None else ()), self.cfg.tools_key, _SYSTEM)
-
-    def _content(self, row: Row) -> Conversation:
-        key = self.cfg.messages_key or next((name for name in _MESSAGES if name in row), None)
-        if key is None or key not in row:
-            wanted = " or ".join(map(repr, _MESSAGES)) if key is None else repr(key)
-            raise RowError(
-                f"it has no {wanted} (data.messages_key); it has: {parquet_rows.listed(list(row))}"
-            )
-        found = conversation(row[key], row.get(self.cfg.tools_key), row.get(_SYSTEM))
-        if self.cfg.check_order:
-            check_order(found.roles)
-        return found
-
-    def _replaced(self, content: Conversation, plain: object) -> Conversation:
-        return content.with_plain(plain)
-
-    def _examples(self, content: Conversation) -> Iterator[Example]:
-        return examples(content, self.template(content.tools is not None), self.cfg.train_on)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    prompt: str
-    completion: str
-
-    @property
-    def plain(self) -> list[object]:
-        return [self.prompt, self.completion]
-
-
-class PromptCompletionSource(TurnsSource["Conversation | _Pair"]):
-    """Two columns: texts, which are put together as they are and end with the tokenizer's word for it.
-
-    Or lists of messages, of which the completion's answers train.
+    Warns where they have several.
     """
-
-    def __init__(self, cfg: PromptCompletionData, words: Words, files: TemplateFiles, tokenizer: str) -> None:
-        super().__init__(cfg, words, files, tokenizer)
-        self.cfg = cfg
-
-    def _columns(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        keys = {self.cfg.prompt_key: "data.prompt_key", self.cfg.completion_key: "data.completion_key"}
-        return keys, (self.cfg.tools_key,)
-
-    def _content(self, row: Row) -> Conversation | _Pair:
-        prompt, completion = (self._value(row, key) for key in self._columns()[0].items())
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if not completion:
-                raise RowError(f"its {self.cfg.completion_key!r} is empty")
-            return _Pair(prompt, completion)
-        if not isinstance(prompt, list) or not isinstance(completion, list):
-            kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
-            raise RowError(f"its prompt and completion are {kinds}; both are text, or both lists of messages")
-        first, second = conversation(prompt, row.get(self.cfg.tools_key)), conversation(completion, None)
-        if self.cfg.check_order:
-            check_order(first.roles + second.roles)
-        wishes = [
-            role == "assistant" if wish is None else wish
-            for role, wish in zip(second.roles, second.trains, strict=True)
-        ]
-        trains = (*(wish or False for wish in first.trains), *wishes)
-        return Conversation(first.messages + second.messages, first.tools, trains)
-
-    def _value(self, row: Row, key: tuple[str, str]) -> object:
-        name, option = key
-        if name not in row:
-            raise RowError(f"it has no {name!r} ({option}); it has: {parquet_rows.listed(list(row))}")
-        if row[name] is None:
-            raise RowError(f"its {name!r} is null")
-        return row[name]
-
-    def _replaced(self, content: Conversation | _Pair, plain: object) -> Conversation | _Pair:
-        if isinstance(content, Conversation):
-            return content.with_plain(plain)
-        assert isinstance(plain, list)
-        return _Pair(*plain)
-
-    def _examples(self, content: Conversation | _Pair) -> Iterator[Example]:
-        if isinstance(content, Conversation):
-            return examples(content, self.template(content.tools is not None), TrainOn.assistant)
-        before = (self._words.bos or "") + content.prompt
-        text = before + content.completion + self._words.eos
-        return iter([Example(text, ((len(before), len(text)),))])
+    found = {
+        part.key: part.source.template_files
+        for part in parts
+        if isinstance(part.source, TurnsSource) and part.source.renders
+    }
+    first = next(iter(found.values()), None)
+    if all(files == first for files in found.values()):
+        return first
+    log.warning(
+        "%s: their chat templates differ: generate and exports get the tokenizer's own, if it has one",
+        ", ".join(found),
+    )
+    return None
 
 
 def refuse_overlong(source: Source, stream: TokenStream, seq_len: int) -> None:
@@ -283,7 +222,7 @@ def refuse_overlong(source: Source, stream: TokenStream, seq_len: int) -> None:
         raise UserError(
             f"{file}, row {row}: it has {lengths_M[long[0]]:,} tokens; {len(long):,} of {len(lengths_M):,} "
             f"conversations have more than data.seq_len={seq_len:,} and a last label, the longest "
-            f"{lengths_M.max():,}: raise data.seq_len, or set data.overlong=truncate or drop"
+            f"{lengths_M.max():,}: raise data.seq_len, or set {source.key}.overlong=truncate or drop"
         )
 
 

@@ -24,14 +24,14 @@ class TensorboardTracker:
     def __init__(self, cfg: TrackerConfig) -> None:
         need("tensorboard")
         self._writer: Any = None
-        self._last = {"train": 0, "val": 0}
+        self._last = {"train": 0, "val": -1}  # an evaluation before the first step is of step 0
 
     def start(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run_dir / "tensorboard"
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+            self._writer = SummaryWriter(str(folder), purge_step=step and step + 1)
         except OSError as error:
             raise UserError(f"tracker=tensorboard cannot write to {folder}: {error}") from None
         text = json.dumps(config, indent=2, default=str)

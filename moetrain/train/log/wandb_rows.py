@@ -24,6 +24,7 @@ from moetrain.files import read_json
 LOGGED_FILE = "wandb_logged.json"
 _WIDTH = 256  # bytes of the file; always as many, so that one write replaces it
 _Step = Annotated[int, Field(ge=0, lt=2**63)]
+_Evaluated = Annotated[int, Field(ge=-1, lt=2**63)]
 # What does not change the rows of a step.
 _ELSEWHERE = (
     "run",
@@ -33,12 +34,20 @@ _ELSEWHERE = (
     "checkpoint",
     "parallel",
     "plugins",
-    "init_from",
     "counts",
     "environment",
     "alarms",
 )
-_LOOP = ("steps", "threads", "eval_every", "eval_samples", "sample_prompt", "sample_tokens", "on_nonfinite")
+_LOOP = (
+    "steps",
+    "threads",
+    "eval_every",
+    "eval_first",
+    "eval_samples",
+    "sample_prompt",
+    "sample_tokens",
+    "on_nonfinite",
+)
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -48,12 +57,15 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Logged:
-    """The last steps of which the run ``id`` has the row of training (``train``) and evaluation (``val``)."""
+    """The last steps of which the run ``id`` has the row of training (``train``) and evaluation (``val``).
+
+    An evaluation before the first step is of step 0, so that ``val`` is -1 where there was none.
+    """
 
     id: str = Field(max_length=64)
     config: str = Field(max_length=64)
     train: _Step = 0
-    val: _Step = 0
+    val: _Evaluated = -1
 
 
 class LoggedRows:
@@ -67,7 +79,8 @@ class LoggedRows:
 
     def diverge(self, step: int) -> bool:
         """Whether the run has rows after ``step`` that will be computed again with other values."""
-        return self.now.train > step and self.now.config != self._config
+        again = self.now.train > step or step == 0 == self.now.val
+        return again and self.now.config != self._config
 
     def begin(self, run_id: str) -> None:
         """Set the run that gets all further rows: the one that was read, or a new one."""

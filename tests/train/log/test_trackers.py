@@ -79,6 +79,15 @@ def test_tensorboard_has_a_step_once_after_a_rollback(tmp_path: Path) -> None:
     assert scalars["val/loss"] == [(2, 1.0)]
 
 
+def test_tensorboard_has_the_first_evaluation_once(tmp_path: Path) -> None:
+    """Of a run begun anew its own; a resumed one keeps it."""
+    rows = [{"step": 0, "val/loss": 9.0}, *ROWS, {"step": 3, "val/loss": 3.0}]
+    for loss in (9.0, 8.0):
+        use(build_tracker(TensorboardTracker()), tmp_path, [{"step": 0, "val/loss": loss}, *rows[1:]])
+    use(build_tracker(TensorboardTracker()), tmp_path, rows[3:], step=2)
+    assert read_events(tmp_path / "tensorboard")["val/loss"] == [(0, 8.0), (3, 3.0)]
+
+
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     use(build_tracker(TensorboardTracker(), rank=1), tmp_path, ROWS)
     assert list(tmp_path.iterdir()) == []
