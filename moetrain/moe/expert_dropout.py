@@ -28,7 +28,8 @@ from moetrain.ops.experts.operands import Pair
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
 
-_SALT, _INPUT_SALT, _HIDDEN_SALT, _UP_SALT, _DOWN_SALT = 0xD209, 1, 2, 3, 4
+_SALT, _INPUT_SALT, _HIDDEN_SALT = 0xD209, 1, 2
+UP_SALT, DOWN_SALT, GATE_SALT = 3, 4, 5  # of what products beside the matrices read
 _BYTES = 4
 
 
@@ -68,33 +69,38 @@ def expert_mlp_dropped(
     ``backend``: of the grouped products.
     """
     segments, ids_R = rows.rows.segments, rows.rows.ids_R
-    source_XD, bytes_XB = rows.source_XD.split([rows.source_XD.shape[1] - _BYTES, _BYTES], 1)
-    row_R = _row_keys(
-        bytes_XB.detach(), ids_R, experts_E.repeat_interleave(segments.aligned_E, output_size=len(ids_R))
-    )
-    x_RD = _dropped(gather_rows(source_XD.to(dtype), ids_R), row_R, _INPUT_SALT, dropout.inputs)
+    source_XD, row_R = without_keys(rows, experts_E)
+    x_RD = dropped(gather_rows(source_XD.to(dtype), ids_R), row_R, _INPUT_SALT, dropout.inputs)
     z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), segments.aligned, backend)
     if up is not None:
-        x_RD = _dropped(x_RD, row_R, _UP_SALT, dropout.beside)
+        x_RD = dropped(x_RD, row_R, UP_SALT, dropout.beside)
         z_RP = with_product(z_RP, x_RD, up, segments.aligned, backend)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
-    h_RF = _dropped(h_RF, row_R, _HIDDEN_SALT, dropout.hidden)
+    h_RF = dropped(h_RF, row_R, _HIDDEN_SALT, dropout.hidden)
     out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), segments.aligned, backend)
     if down is not None:
-        h_RF = _dropped(h_RF, row_R, _DOWN_SALT, dropout.beside)
+        h_RF = dropped(h_RF, row_R, DOWN_SALT, dropout.beside)
         out_RD = with_product(out_RD, h_RF, down, segments.aligned, backend)
     return (out_RD * rows.weights_R[:, None]).to(dtype)
 
 
+def without_keys(rows: ExpertRows, experts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """(:func:`with_keys`'s input [X, D], int64 [R]: a key of each (token, expert)); padding has any."""
+    segments, ids_R = rows.rows.segments, rows.rows.ids_R
+    source_XD, bytes_XB = rows.source_XD.split([rows.source_XD.shape[1] - _BYTES, _BYTES], 1)
+    expert_R = experts_E.repeat_interleave(segments.aligned_E, output_size=len(ids_R))
+    return source_XD, _row_keys(bytes_XB.detach(), ids_R, expert_R)
+
+
 def _row_keys(bytes_XB: Tensor, ids_R: Tensor, expert_R: Tensor) -> Tensor:
-    """int64 [R]: a key of each (token, expert); padding has any."""
     place_B = 256 ** torch.arange(_BYTES, device=ids_R.device)
     key_X = (bytes_XB.to(torch.int64) * place_B).sum(1)
     key_R = gather_rows(key_X[:, None], ids_R).squeeze(1)
     return mix(mix(key_R) + expert_R)
 
 
-def _dropped(values_Rn: Tensor, row_R: Tensor, salt: int, rate: float) -> Tensor:
+def dropped(values_Rn: Tensor, row_R: Tensor, salt: int, rate: float) -> Tensor:
+    """``values`` with a share ``rate`` of them dropped, by keys of rows, as they are where it is 0."""
     if not rate:
         return values_Rn
     columns_n = torch.arange(values_Rn.shape[1], device=row_R.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moetrain.moe.expert_dropout import ExpertDropout
-from moetrain.moe.options import FirstWeights
+from moetrain.moe.options import ExpertsConfig, FirstWeights
 from moetrain.ops.experts.megablocks_products import BLOCK
 
 _DROPPING = ("auto", "torch", "loop")
@@ -48,6 +48,22 @@ def bias_refusal(bias: bool, dropout: ExpertDropout, widths: Sequence[int]) -> s
         return f"experts.bias=true is of experts without dropout: set to 0 {keys}"
     if bias and widths:  # an expert's slices would each add its bias
         return "experts.bias=true is of experts of one width: leave model.expert_widths out"
+    return None
+
+
+def low_rank_refusal(experts: ExpertsConfig) -> str | None:
+    """Why products of one network's experts cannot have these settings; None where they can."""
+    if experts.backend.value not in _DROPPING:
+        return (
+            "experts.kind=low_rank is computed by torch's grouped products or the loop, not by "
+            f"experts.backend={experts.backend.name}: set experts.backend=auto"
+        )
+    for key in ("dropout", "input_dropout", "frozen"):
+        if value := getattr(experts, key):
+            return (
+                f"experts.{key}={value} is of experts with matrices of their own, not of "
+                f"experts.kind=low_rank: set it to 0 (model.lora.dropout is of what products read)"
+            )
     return None
 
 
