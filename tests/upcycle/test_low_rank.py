@@ -27,7 +27,6 @@ OPTIONS = {
 @pytest.mark.parametrize("kind", list(ExpertKind), ids=lambda kind: kind.name)
 def test_products_are_drawn_and_the_function_is_kept(kind: ExpertKind) -> None:
     """PESC's adapters, MixLoRA's products around one network, and copies of it with a product each."""
-    copies = kind is ExpertKind.networks
     around = replace(LORA, targets=("*.attention.w_*", "*.feed_forward.w_*=2"))
     of_copies = replace(LORA, targets=("*.attention.w_*", "*.experts.w_*=2"))
     lora = {ExpertKind.adapters: LORA, ExpertKind.low_rank: around, ExpertKind.networks: of_copies}[kind]
