@@ -21,7 +21,7 @@ from moetrain.moe import MoELayer
 from moetrain.moe.experts import Experts, ExpertsModule
 from moetrain.moe.low_rank_experts import LowRankLayer
 from moetrain.moe.mlp import MATRICES
-from moetrain.moe.rules import bias_refusal, dropout_refusal
+from moetrain.moe.rules import dropout_refusal
 from moetrain.ops.held import is_held
 from moetrain.ops.low_rank import PREFIX, Draw, LowRank, StackedLowRank, sum_while_running
 
@@ -109,9 +109,7 @@ def _taken(owner: nn.Module) -> tuple[str, ...]:
 def _refusal(owner: nn.Module, leaf: str, ndim: int, cfg: LoraConfig) -> str | None:
     """Why ``owner``'s matrix can have no product, as what follows its name; None where it can."""
     if isinstance(owner, Experts):
-        dropout = replace(owner.dropout, beside=cfg.dropout)
-        biased = owner.bias_down_ED is not None
-        line = dropout_refusal(owner.backend, dropout) or bias_refusal(biased, dropout, ())
+        line = dropout_refusal(owner.backend, replace(owner.dropout, beside=cfg.dropout))
         return None if line is None else f"has a product whose input is dropped: {line}"
     if ndim > 2:
         return (

@@ -23,7 +23,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch.base import ExpertRows
 from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.counter import mix
-from moetrain.ops.experts.loop import with_product
+from moetrain.ops.experts.loop import with_bias, with_product
 from moetrain.ops.experts.operands import Pair
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
@@ -60,24 +60,27 @@ def expert_mlp_dropped(
     dropout: ExpertDropout,
     dtype: torch.dtype,
     backend: str,
+    biases: tuple[Tensor, Tensor] | None = None,
     up: Pair | None = None,
     down: Pair | None = None,
 ) -> Tensor:
     """What ``moetrain.ops.expert_mlp`` computes, out [R, D], with ``dropout``; autograd keeps what it needs.
 
     ``rows.source_XD`` is :func:`with_keys`'s. ``experts_E``: each expert's number in the layer, int64.
-    ``backend``: of the grouped products.
+    ``backend``: of the grouped products. ``biases``: of both, [E, P] and [E, D], which are never dropped.
     """
     segments, ids_R = rows.rows.segments, rows.rows.ids_R
     source_XD, row_R = without_keys(rows, experts_E)
     x_RD = dropped(gather_rows(source_XD.to(dtype), ids_R), row_R, _INPUT_SALT, dropout.inputs)
-    z_RP = grouped_mm(x_RD, w_up_EDP.to(dtype), segments.aligned, backend)
+    bias_up_EP, bias_down_ED = biases or (None, None)
+    z_RP = with_bias(grouped_mm(x_RD, w_up_EDP.to(dtype), segments.aligned, backend), bias_up_EP, segments)
     if up is not None:
         x_RD = dropped(x_RD, row_R, UP_SALT, dropout.beside)
         z_RP = with_product(z_RP, x_RD, up, segments.aligned, backend)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     h_RF = dropped(h_RF, row_R, _HIDDEN_SALT, dropout.hidden)
     out_RD = grouped_mm(h_RF, w_down_EFD.to(dtype), segments.aligned, backend)
+    out_RD = with_bias(out_RD, bias_down_ED, segments)
     if down is not None:
         h_RF = dropped(h_RF, row_R, DOWN_SALT, dropout.beside)
         out_RD = with_product(out_RD, h_RF, down, segments.aligned, backend)

@@ -168,7 +168,7 @@ class Experts(ExpertsModule):
             experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
             backend = "loop" if self.backend == "loop" else "torch"
             arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
-            how = (self.dropout, product_dtype(x_XD), backend, *beside)
+            how = (self.dropout, product_dtype(x_XD), backend, biases, *beside)
             if self.keep is Keep.preactivation:
                 return expert_mlp_dropped(*arguments, *how)
             out_RD: Tensor = checkpoint(

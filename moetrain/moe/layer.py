@@ -108,7 +108,7 @@ class MoELayer(nn.Module):
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
         widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        biases = bias_refusal(bias, drop, expert_widths) or frozen_refusal(frozen, num_experts, bias)
+        biases = bias_refusal(bias, expert_widths) or frozen_refusal(frozen, num_experts, bias)
         if line := range_refusal(given, "experts") or shared or widths or backends or biases:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank

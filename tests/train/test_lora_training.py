@@ -98,7 +98,7 @@ AROUND = {
 @pytest.mark.real
 @pytest.mark.parametrize("method", AROUND)
 def test_from_a_dense_run_to_experts_around_its_networks(method: str, corpus: Path, tmp_path: Path) -> None:
-    """PESC's and MixLoRA's: what experts add, the router, norms and products move, all else stays to the bit."""
+    """PESC's and MixLoRA's: what experts add, router, norms and products move, all else stays to the bit."""
     dense, moe, run = (tmp_path / name for name in ("dense", "moe", "run"))
     assert tiny.train(corpus, dense, "model.num_experts=0", "balance=none", "train.steps=2") == 0
     targets = "model.lora.targets=['*.attention.w_*','*.feed_forward.w_*']"
