@@ -76,8 +76,8 @@ def _experiment_keys(name: str, config_dir: str | None) -> set[str]:
     files = [
         file for folder in folders if name and (file := folder / "experiment" / f"{name}.yaml").is_file()
     ]
-    parts = (OmegaConf.load(file).get("model") for file in files)
-    return {f"model.{key}" for part in parts if isinstance(part, DictConfig) for key in part}
+    parts = [OmegaConf.select(OmegaConf.load(file), "model") for file in files]
+    return {f"model.{key!s}" for part in parts if isinstance(part, DictConfig) for key in part}
 
 
 def _begun_run(

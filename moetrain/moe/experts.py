@@ -163,18 +163,9 @@ class Experts(ExpertsModule):
         biases: tuple[Tensor, Tensor] | None,
         beside: tuple[Pair | None, Pair | None],
     ) -> Tensor:
-        x_XD = rows.source_XD
         if self.drops:
-            experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
-            backend = "loop" if self.backend == "loop" else "torch"
-            arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
-            how = (self.dropout, product_dtype(x_XD), backend, biases, *beside)
-            if self.keep is Keep.preactivation:
-                return expert_mlp_dropped(*arguments, *how)
-            out_RD: Tensor = checkpoint(
-                expert_mlp_dropped, *arguments, *how, use_reentrant=False, preserve_rng_state=False
-            )
-            return out_RD
+            return self._compute_dropped(rows, w_gate_up_EDCF.flatten(2), w_down_EFD, first, biases, beside)
+        x_XD = rows.source_XD
         return expert_mlp(
             x_XD,
             rows.rows,
@@ -188,6 +179,30 @@ class Experts(ExpertsModule):
             biases,
             *beside,
         )
+
+    def _compute_dropped(
+        self,
+        rows: ExpertRows,
+        w_up_EDP: Tensor,
+        w_down_EFD: Tensor,
+        first: int,
+        biases: tuple[Tensor, Tensor] | None,
+        beside: tuple[Pair | None, Pair | None],
+    ) -> Tensor:
+        experts_E = torch.arange(first, first + len(w_down_EFD), device=rows.source_XD.device)
+        activation, dropout, dtype = self.activation, self.dropout, product_dtype(rows.source_XD)
+        backend = "loop" if self.backend == "loop" else "torch"
+
+        def compute() -> Tensor:
+            matrices = (w_up_EDP, w_down_EFD)
+            return expert_mlp_dropped(
+                rows, experts_E, *matrices, activation, dropout, dtype, backend, biases, *beside
+            )
+
+        if self.keep is Keep.preactivation:
+            return compute()
+        out_RD: Tensor = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
+        return out_RD
 
 
 def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetrain.models import Decoder
 from moetrain.models.lora_options import LoraConfig
-from moetrain.moe.options import Backend, ExpertKind, ExpertsConfig
+from moetrain.moe.options import Backend, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.ops.low_rank import is_factor
 
@@ -33,6 +33,7 @@ def model(
     kind: ExpertKind = ExpertKind.networks,
     dtype: torch.dtype = torch.float64,
     experts: dict[str, Any] | None = None,
+    router: RouterConfig | None = None,
     **changes: Any,
 ) -> Decoder:
     """Seeded; the second of three layers is MoE, with a shared expert where it may be."""
@@ -40,7 +41,7 @@ def model(
     shared = int(kind is ExpertKind.networks)
     cfg = replace(TINY, **{"moe_every": 2, "num_shared_experts": shared, "lora": lora, **changes})
     options = ExpertsConfig(backend=backend, kind=kind, **(experts or {}))
-    return Decoder(cfg, TopKOptions(top_k=2), options, VOCAB).to(dtype)
+    return Decoder(cfg, router or TopKOptions(top_k=2), options, VOCAB).to(dtype)
 
 
 def drawn(decoder: Decoder, std: float = 1 / 3) -> Decoder:

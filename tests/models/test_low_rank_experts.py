@@ -18,6 +18,7 @@ from moetrain.models.count import count_parameters
 from moetrain.models.lora_options import LoraConfig
 from moetrain.models.wiring_options import Wiring
 from moetrain.moe.options import Activation, Backend, ExpertKind, FirstWeights, Keep
+from moetrain.moe.routers.moepp import MoEPPOptions
 from moetrain.ops import linear
 from moetrain.ops.low_rank import starts_at_zero
 from moetrain.train.optim.build import freeze
@@ -54,15 +55,19 @@ def out(decoder: Any, ids_BS: Tensor, tensors: dict[str, Tensor] | None = None) 
         (LORA, {"experts": {"activation": Activation.swiglu_clamped}}, (3, 7)),
         (replace(LORA, targets=("*.feed_forward.w_down_DF",)), {}, (3, 7)),
         (replace(LORA, targets=("*.feed_forward.w_gate_FD", "*.router.*=1")), {}, (3, 7)),
+        (LORA, {"num_shared_experts": 1}, (3, 7)),
+        (LORA, {"router": MoEPPOptions(top_k=2)}, (3, 7)),
     ],
-    ids=["all", "loop, empty experts", "inputs kept", "rounds", "plain", "clamped", "down", "gate, router"],
-)
+    ids=["all", "loop, empty experts", "inputs kept", "rounds", "plain", "clamped", "down", "gate, router",
+         "beside shared", "beside zero"],
+)  # fmt: skip
 def test_output_and_gradients_are_those_of_explicit_networks(
     lora: LoraConfig, how: dict[str, Any], shape: tuple[int, int]
 ) -> None:
     ours, ids_BS = drawn(of_kind(lora, **how)), tokens(*shape)
     activation = how.get("experts", {}).get("activation", Activation.swiglu)
-    plain = networks(backend=Backend.loop, experts={"activation": activation})
+    alike = {key: how[key] for key in ("num_shared_experts", "router") if key in how}
+    plain = networks(backend=Backend.loop, experts={"activation": activation}, **alike)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in ours.named_parameters()}
     tensors = explicit(ours, leaves)
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in plain.named_parameters()}
