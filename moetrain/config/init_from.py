@@ -12,6 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from moetrain.config.hydra.store import CONFIG_DIR
 from moetrain.convert.options import UpcycleConfig
 from moetrain.flat import keys_of
 from moetrain.train.changes import same_path
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
     from moetrain.models.hf.family import ModelSpec
 
 _DESCRIBED = ("init_from", "model", "router", "experts")  # what a model's description decides
+# of a dense source nothing but that it has none, so that an experiment says it in upcycling
+_OF_EXPERTS = {
+    f"model.{key}"
+    for key in (
+        *("num_experts", "d_ff_expert", "layer_experts", "layer_widths", "expert_widths"),
+        *("num_shared_experts", "d_ff_shared", "shared_gate", "moe_every", "first_dense"),
+    )
+}
 _KEY: dict[type, str] = {TrainConfig: "init_from", VerifyConfig: "init_from", UpcycleConfig: "source"}
 
 
@@ -48,13 +59,25 @@ def source_overrides(
     spec = read_spec(path, str(key))
     found = spec_overrides(spec)
     if root is UpcycleConfig and not spec.model.num_experts:
+        said = _experiment_keys(given.get("experiment", ""), config_dir) & _OF_EXPERTS
         found.append(f"model.d_ff_expert={spec.model.d_ff}")  # what whole networks as experts need
+        found = [line for line in found if line.partition("=")[0] not in {*said, "experts.kind"}]
     if not any(key.startswith("data.tokenizer") for key in given):
         tokenizer = path / TOKENIZER if (path / CONFIG).is_file() else path
         found += ["data.tokenizer.kind=file", f"data.tokenizer.path={_spelled(str(tokenizer.absolute()))}"]
     groups = [group for group in ("model", "router", "experts") if group in given]
     chosen = tuple(f"{group}{mark}" for group in groups for mark in ".=")
     return [override for override in found if not override.startswith(chosen)]
+
+
+def _experiment_keys(name: str, config_dir: str | None) -> set[str]:
+    """The dotted keys of ``model`` that the experiment ``name`` sets itself; none where there is no such."""
+    folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir is not None else [])]
+    files = [
+        file for folder in folders if name and (file := folder / "experiment" / f"{name}.yaml").is_file()
+    ]
+    parts = [OmegaConf.select(OmegaConf.load(file), "model") for file in files]
+    return {f"model.{key!s}" for part in parts if isinstance(part, DictConfig) for key in part}
 
 
 def _begun_run(

@@ -30,6 +30,7 @@ from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
 from moetrain.models.options import attention_kinds
 from moetrain.models.wiring_rules import beyond_families
+from moetrain.moe.options import ExpertKind
 from moetrain.terminal import tell
 from moetrain.train.run_files import ReadTrained
 
@@ -104,6 +105,11 @@ def _without_products(cfg: ExportConfig, model: StoredModel) -> StoredModel:
         raise UserError(
             f"{cfg.checkpoint} has low-rank products (model.lora.rank={rank}): set merge=true for the whole "
             "model with them added, or adapters=peft for the products alone"
+        )
+    if peft and model.spec.experts.kind is ExpertKind.low_rank:
+        raise UserError(
+            f"{cfg.checkpoint}: experts.kind=low_rank: peft has no experts of products around one network; "
+            "merge=true writes the whole model, each expert with a network of its own"
         )
     return merged(model) if cfg.merge else without_products(model)
 

@@ -18,9 +18,11 @@ from moetrain.models.options import ModelConfig, experts_of, width_of
 from moetrain.models.wiring_options import Wiring
 from moetrain.moe import MoELayer, RouterContext, RoutingRecord
 from moetrain.moe.adapters import AdapterLayer
+from moetrain.moe.low_rank_experts import LowRankLayer
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertKind, ExpertsConfig, FirstWeights, RouterConfig
 from moetrain.moe.routers import full_options
+from moetrain.moe.rules import low_rank_refusal
 from moetrain.ops.init import with_own_values
 
 Builder = Callable[[ModelConfig, RouterConfig, ExpertsConfig, int], nn.Module]  # the last: its layer's place
@@ -120,28 +122,36 @@ def layer_options(
 
 @register_feed_forward("moe", on_meta=True, alike=True)
 def _moe(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> nn.Module:
-    common = layer_options(cfg, router, experts, layer)
+    common, width = layer_options(cfg, router, experts, layer), width_of(cfg, layer)
+    if experts.kind is ExpertKind.networks:
+        first = experts.first_weights
+        return MoELayer(d_ff=width, first_weights=first, expert_widths=cfg.expert_widths, **common)
+    if line := _kind_refusal(cfg, experts):
+        raise ValueError(line)
     if experts.kind is ExpertKind.adapters:
-        if experts.first_weights is not FirstWeights.model:
-            raise ValueError(
-                f"experts.first_weights={experts.first_weights.name} is of networks, not of "
-                "experts.kind=adapters: set experts.first_weights=model"
-            )
-        if cfg.wiring is not Wiring.plain:
-            raise ValueError(
-                f"experts.kind=adapters has its network in the layer, which model.wiring={cfg.wiring.name} "
-                "takes apart: set model.wiring=plain"
-            )
-        if experts.bias:
-            raise ValueError(
-                "experts.bias=true is of networks, not of experts.kind=adapters: set it to false"
-            )
-        if cfg.expert_widths:
-            raise ValueError("experts.kind=adapters have one width: leave model.expert_widths out")
-        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width_of(cfg, layer), **common)
-    return MoELayer(
-        d_ff=width_of(cfg, layer),
-        first_weights=experts.first_weights,
-        expert_widths=cfg.expert_widths,
-        **common,
-    )
+        return AdapterLayer(d_ff=cfg.d_ff, d_adapter=width, **common)
+    return LowRankLayer(d_ff=width, **common)
+
+
+def _kind_refusal(cfg: ModelConfig, experts: ExpertsConfig) -> str | None:
+    """Why experts around one network cannot have these settings; None where they can."""
+    kind = f"experts.kind={experts.kind.name}"
+    if experts.first_weights is not FirstWeights.model:
+        return (
+            f"experts.first_weights={experts.first_weights.name} is of networks, not of {kind}: "
+            "set experts.first_weights=model"
+        )
+    if cfg.wiring is not Wiring.plain:
+        return (
+            f"{kind} has its network in the layer, which model.wiring={cfg.wiring.name} takes apart: "
+            "set model.wiring=plain"
+        )
+    if experts.bias:
+        return f"experts.bias=true is of networks, not of {kind}: set it to false"
+    if cfg.expert_widths:
+        return f"{kind} have one width: leave model.expert_widths out"
+    if experts.kind is not ExpertKind.low_rank:
+        return None
+    if cfg.lora.rank is None:
+        return f"{kind} are one network with products of their own: set model.lora.rank"
+    return low_rank_refusal(experts)

@@ -18,8 +18,10 @@ from torch import nn
 from moetrain.errors import UserError
 from moetrain.models.lora_options import LoraConfig, split_target
 from moetrain.moe import MoELayer
-from moetrain.moe.experts import Experts
-from moetrain.moe.rules import bias_refusal, dropout_refusal
+from moetrain.moe.experts import Experts, ExpertsModule
+from moetrain.moe.low_rank_experts import LowRankLayer
+from moetrain.moe.mlp import MATRICES
+from moetrain.moe.rules import dropout_refusal
 from moetrain.ops.held import is_held
 from moetrain.ops.low_rank import PREFIX, Draw, LowRank, StackedLowRank, sum_while_running
 
@@ -46,11 +48,11 @@ def add_low_rank(blocks: nn.ModuleList, cfg: LoraConfig) -> None:
             )
         if line := _refusal(owner, leaf, matrix.ndim, cfg):
             raise UserError(f"{KEY}.targets: {name} {line}")
-        if isinstance(owner, Experts):
-            _, columns, *inner = matrix.shape
-            stacked = StackedLowRank(len(matrix), columns, tuple(inner), rank, cfg.factor(rank))
-            owner.add_module(PREFIX + leaf, stacked)
-            owner.dropout = replace(owner.dropout, beside=cfg.dropout)
+        if (of := _of_experts(owner, leaf, matrix)) is not None:
+            experts, columns, inner = of
+            stacked = StackedLowRank(experts.num_experts, columns, inner, rank, cfg.factor(rank))
+            experts.add_module(PREFIX + leaf, stacked)
+            experts.dropout = replace(experts.dropout, beside=cfg.dropout)
             continue
         salt = zlib.crc32(name.partition(".")[2].partition(".")[2].encode())  # alike in all layers
         rows, columns = matrix.shape
@@ -58,6 +60,12 @@ def add_low_rank(blocks: nn.ModuleList, cfg: LoraConfig) -> None:
         owner.add_module(PREFIX + leaf, added)
         if leaf not in _taken(owner):
             sum_while_running(owner, leaf, added)
+    for name, layer in blocks.named_modules():
+        if isinstance(layer, LowRankLayer) and not any(map(layer.experts.added, MATRICES)):
+            raise UserError(
+                f"{KEY}.targets: none matches a matrix of blocks.{name}, whose experts would all be alike "
+                "(experts.kind=low_rank): add '*.feed_forward.w_*'"
+            )
 
 
 def draw_by(block: nn.Module, draw: Draw) -> None:
@@ -79,6 +87,20 @@ def _matrices(blocks: nn.ModuleList) -> dict[str, tuple[nn.Module, str, nn.Param
     return found
 
 
+def _of_experts(
+    owner: nn.Module, leaf: str, matrix: nn.Parameter
+) -> tuple[ExpertsModule, int, tuple[int, ...]] | None:
+    """Where each expert has a product of its own beside ``matrix``: who holds them, and the matrix's
+    inner and outer dimensions."""
+    if isinstance(owner, Experts):
+        _, columns, *inner = matrix.shape
+        return owner, columns, tuple(inner)
+    if isinstance(owner, LowRankLayer) and leaf in MATRICES:
+        rows, columns = matrix.shape
+        return owner.experts, columns, (rows,)
+    return None
+
+
 def _taken(owner: nn.Module) -> tuple[str, ...]:
     taken: tuple[str, ...] = getattr(owner, "takes_low_rank", ())
     return taken
@@ -87,9 +109,7 @@ def _taken(owner: nn.Module) -> tuple[str, ...]:
 def _refusal(owner: nn.Module, leaf: str, ndim: int, cfg: LoraConfig) -> str | None:
     """Why ``owner``'s matrix can have no product, as what follows its name; None where it can."""
     if isinstance(owner, Experts):
-        dropout = replace(owner.dropout, beside=cfg.dropout)
-        biased = owner.bias_down_ED is not None
-        line = dropout_refusal(owner.backend, dropout) or bias_refusal(biased, dropout, ())
+        line = dropout_refusal(owner.backend, replace(owner.dropout, beside=cfg.dropout))
         return None if line is None else f"has a product whose input is dropped: {line}"
     if ndim > 2:
         return (

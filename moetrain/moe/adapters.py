@@ -1,6 +1,6 @@
 """Adapters as experts around one shared network (PESC; Wu et al. 2024, arXiv:2401.02731).
 
-Shapes: B batch, S sequence, D model, F hidden units of the network.
+Shapes: B batch, S sequence, D model.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.moe.context import RouterContext
-from moetrain.moe.layer import MoELayer
-from moetrain.moe.mlp import MATRICES, network
+from moetrain.moe.mlp import network
 from moetrain.moe.routing import Routing
-from moetrain.ops.activations import is_gated
-from moetrain.ops.init import Normal, parameter
+from moetrain.moe.shared_network import SharedNetworkLayer
 
 
-class AdapterLayer(MoELayer):
+class AdapterLayer(SharedNetworkLayer):
     """y = h + sum over a token's assignments of weight * A(h), with h = network(x), routed on x.
 
-    The network runs once a token and its parameters are named as a dense layer's. A(h) = down(gelu(up(h))) is
-    of width ``d_adapter``. Raises ValueError for shared experts: the network is shared already.
+    The network runs once a token. A(h) = down(gelu(up(h))) is of width ``d_adapter``. Raises ValueError for
+    shared experts: the network is shared already.
     """
-
-    takes_low_rank = MATRICES
 
     def __init__(
         self,
@@ -38,11 +34,7 @@ class AdapterLayer(MoELayer):
         if layer.get("num_shared_experts"):
             raise ValueError("adapters share the dense network: set model.num_shared_experts=0")
         super().__init__(d_model, d_adapter, num_experts, activation="gelu", **layer)
-        self.activation = activation
-        up_shape, initializer = (d_ff, d_model), Normal(d_model**-0.5)
-        self.w_gate_FD = parameter(up_shape, initializer) if is_gated(activation) else None
-        self.w_up_FD = parameter(up_shape, initializer)
-        self.w_down_DF = parameter((d_model, d_ff), Normal(d_ff**-0.5))
+        self.make_network(d_model, d_ff, activation)
 
     def forward(
         self,

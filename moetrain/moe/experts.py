@@ -32,12 +32,50 @@ from moetrain.ops.precision import product_dtype
 _RANK_UNIT = 8
 
 
-class Experts(nn.Module):
+class ExpertsModule(nn.Module):
+    """What holds a layer's experts. Ranks share them by the first dimension of each of its parameters.
+
+    ``first_expert``: the number of the first one here. ``dropout``: of what experts read and compute.
+    """
+
+    takes_low_rank: tuple[str, ...] = ()
+
+    def __init__(self, num_experts: int, activation: str, backend: str, keep: Keep) -> None:
+        super().__init__()
+        if backend not in NAMES:
+            raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
+        self.dropout, self.first_expert = ExpertDropout(), 0
+        self.num_experts, self.activation, self.backend, self.keep = num_experts, activation, backend, keep
+
+    def forward(self, work: Work, read: Read | None = None) -> list[Tensor]:
+        """Compute each chunk's rows times their routing weights, and pass them to ``work.done``.
+
+        Returns the input of ``work.combine``, a tensor a chunk, in autocast's dtype if it is on. One call
+        computes all chunks, so that sharded weights are gathered once. ``read``: what it makes of a row is
+        sent back in its place (``questions.py``).
+        """
+        raise NotImplementedError
+
+    def needs_counts(self, x_TD: Tensor, block: int) -> bool:
+        """Whether what computes ``x_TD`` in blocks of rows needs each expert's number of rows on the host."""
+        raise NotImplementedError
+
+    def added(self, leaf: str) -> StackedLowRank | None:
+        """The products beside the matrices ``leaf``; None: there are none."""
+        return self._modules.get(PREFIX + leaf)  # type: ignore[return-value]
+
+    @property
+    def drops(self) -> bool:
+        """Whether it wants rows with keys (``expert_dropout.py``)."""
+        return self.training and bool(self.dropout)
+
+
+class Experts(ExpertsModule):
     """E feed-forward networks of one width, computed together.
 
     ``w_gate_up_EDCF`` holds gate and up side by side, so that one product reads the rows once and a cut of F
-    is a cut of both. ``bias``: both projections have one. ``first_expert`` is the number of the first one
-    here, where ranks share them. The first ``frozen`` of all are not trained (``ops/held.py``).
+    is a cut of both. ``bias``: both projections have one. The first ``frozen`` of all are not trained
+    (``ops/held.py``).
     """
 
     forward_methods = ("mean_keys",)  # what else reads the weights, so that ranks gather them first
@@ -56,11 +94,8 @@ class Experts(nn.Module):
         bias: bool = False,
         frozen: int = 0,
     ) -> None:
-        super().__init__()
-        if backend not in NAMES:
-            raise ValueError(f"unknown experts backend {backend!r}; known: {', '.join(NAMES)}")
-        self.dropout, self.first_expert = dropout or ExpertDropout(), 0
-        self.num_experts, self.activation, self.backend, self.keep = num_experts, activation, backend, keep
+        super().__init__(num_experts, activation, backend, keep)
+        self.dropout = dropout or ExpertDropout()
         columns = 2 if is_gated(activation) else 1
         up, down = first_weights.stds(num_experts, d_model, d_ff)
         self.w_gate_up_EDCF = parameter((num_experts, d_model, columns, d_ff), Normal(up))
@@ -75,15 +110,9 @@ class Experts(nn.Module):
         self.keeps_own_init = first_weights is not FirstWeights.model
 
     def forward(self, work: Work, read: Read | None = None) -> list[Tensor]:
-        """Compute each chunk's rows times their routing weights, and pass them to ``work.done``.
-
-        Returns the input of ``work.combine``, a tensor a chunk, in autocast's dtype if it is on. One call
-        computes all chunks, so that sharded weights are gathered once. ``read``: what it makes of a row is
-        sent back in its place (``questions.py``).
-        """
         held = self.frozen - self.first_expert
         ups, downs = (_parts(w, work.sizes, held) for w in (self.w_gate_up_EDCF, self.w_down_EFD))
-        pairs = zip(*(_pairs(self.added(leaf), work.sizes) for leaf in self.takes_low_rank), strict=True)
+        pairs = zip(*(pairs_of(self.added(leaf), work.sizes) for leaf in self.takes_low_rank), strict=True)
         firsts = accumulate(work.sizes[:-1], initial=self.first_expert)
         biases = self._biases(work.sizes)
         return [
@@ -109,17 +138,7 @@ class Experts(nn.Module):
         beside_ED: Tensor = (a_EDL @ b_ELF.mean(-1, keepdim=True, dtype=wide)).squeeze(-1) * added.factor
         return means_ED + beside_ED
 
-    def added(self, leaf: str) -> StackedLowRank | None:
-        """The products beside the matrices ``leaf``; None: there are none."""
-        return self._modules.get(PREFIX + leaf)  # type: ignore[return-value]
-
-    @property
-    def drops(self) -> bool:
-        """Whether it wants rows with keys (``expert_dropout.py``)."""
-        return self.training and bool(self.dropout)
-
     def needs_counts(self, x_TD: Tensor, block: int) -> bool:
-        """Whether what computes ``x_TD`` in blocks of rows needs each expert's number of rows on the host."""
         if self.drops:
             return True
         keep = self.keep is Keep.preactivation
@@ -144,18 +163,9 @@ class Experts(nn.Module):
         biases: tuple[Tensor, Tensor] | None,
         beside: tuple[Pair | None, Pair | None],
     ) -> Tensor:
-        x_XD = rows.source_XD
         if self.drops:
-            experts_E = torch.arange(first, first + len(w_down_EFD), device=x_XD.device)
-            backend = "loop" if self.backend == "loop" else "torch"
-            arguments = (rows, experts_E, w_gate_up_EDCF.flatten(2), w_down_EFD, self.activation)
-            how = (self.dropout, product_dtype(x_XD), backend, *beside)
-            if self.keep is Keep.preactivation:
-                return expert_mlp_dropped(*arguments, *how)
-            out_RD: Tensor = checkpoint(
-                expert_mlp_dropped, *arguments, *how, use_reentrant=False, preserve_rng_state=False
-            )
-            return out_RD
+            return self._compute_dropped(rows, w_gate_up_EDCF.flatten(2), w_down_EFD, first, biases, beside)
+        x_XD = rows.source_XD
         return expert_mlp(
             x_XD,
             rows.rows,
@@ -170,6 +180,30 @@ class Experts(nn.Module):
             *beside,
         )
 
+    def _compute_dropped(
+        self,
+        rows: ExpertRows,
+        w_up_EDP: Tensor,
+        w_down_EFD: Tensor,
+        first: int,
+        biases: tuple[Tensor, Tensor] | None,
+        beside: tuple[Pair | None, Pair | None],
+    ) -> Tensor:
+        experts_E = torch.arange(first, first + len(w_down_EFD), device=rows.source_XD.device)
+        activation, dropout, dtype = self.activation, self.dropout, product_dtype(rows.source_XD)
+        backend = "loop" if self.backend == "loop" else "torch"
+
+        def compute() -> Tensor:
+            matrices = (w_up_EDP, w_down_EFD)
+            return expert_mlp_dropped(
+                rows, experts_E, *matrices, activation, dropout, dtype, backend, biases, *beside
+            )
+
+        if self.keep is Keep.preactivation:
+            return compute()
+        out_RD: Tensor = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
+        return out_RD
+
 
 def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Tensor:
     """What ``read`` makes of the rows of experts from number ``first`` on; None: the rows."""
@@ -181,7 +215,7 @@ def _read(out_RD: Tensor, rows: ExpertRows, first: int, read: Read | None) -> Te
     return read(out_RD, first + expert_R.clamp(max=segments.num_experts - 1))
 
 
-def _pairs(added: StackedLowRank | None, sizes: list[int]) -> list[Pair | None]:
+def pairs_of(added: StackedLowRank | None, sizes: list[int]) -> list[Pair | None]:
     """The factors of each chunk's products."""
     if added is None:
         return [None] * len(sizes)

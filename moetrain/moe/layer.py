@@ -20,7 +20,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import Dispatcher, LocalDispatcher, Work
 from moetrain.moe.dispatch.rounds import in_rounds, round_starts
 from moetrain.moe.expert_dropout import ExpertDropout, with_keys
-from moetrain.moe.experts import Experts
+from moetrain.moe.experts import Experts, ExpertsModule
 from moetrain.moe.mlp import MLP
 from moetrain.moe.options import ExpertsConfig, FirstWeights, Keep, RouterConfig
 from moetrain.moe.questions import Question, Read, answers, every_pair, with_directions
@@ -71,9 +71,11 @@ class MoELayer(nn.Module):
     expert, where they differ; ``d_ff`` is then that of a shared expert. ``dropout``, ``input_dropout``: in
     training, of the experts' hidden units and of what each of them reads (``expert_dropout.py``).
     ``bias``: of both projections of each expert. ``frozen``: so many experts, the first ones, are not
-    trained.
+    trained. ``experts``: what stands in the place of such networks; None: they are made.
     Raises ValueError for an unknown router, option, activation or backend.
     """
+
+    experts: ExpertsModule
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class MoELayer(nn.Module):
         expert_widths: Sequence[int] = (),
         bias: bool = False,
         frozen: int = 0,
+        experts: ExpertsModule | None = None,
     ) -> None:
         super().__init__()
         given = ExpertsConfig(
@@ -105,7 +108,7 @@ class MoELayer(nn.Module):
         shared = shared_refusal(num_shared_experts, d_ff_shared, shared_gate)
         widths = widths_refusal(expert_widths, num_experts, first_weights, drop)
         backends = block_refusal(backend, block) or dropout_refusal(backend, drop)
-        biases = bias_refusal(bias, drop, expert_widths) or frozen_refusal(frozen, num_experts, bias)
+        biases = bias_refusal(bias, expert_widths) or frozen_refusal(frozen, num_experts, bias)
         if line := range_refusal(given, "experts") or shared or widths or backends or biases:
             raise ValueError(line)
         self.max_rows_per_rank = max_rows_per_rank
@@ -118,7 +121,9 @@ class MoELayer(nn.Module):
         if self.slices is not None:
             size = (self.slices.total, d_model, self.slices.unit)
             frozen = sum(self.slices.per_expert[:frozen])
-        self.experts = Experts(*size, activation, backend, keep, first_weights, drop, bias, frozen)
+        if experts is None:
+            experts = Experts(*size, activation, backend, keep, first_weights, drop, bias, frozen)
+        self.experts = experts
         share = min(num_experts, self.router.top_k or num_experts) / num_experts
         names = ("bias_gate_up_ECF", "bias_down_ED") if bias else ()
         self.uses = {f"experts.{name}": Use(share, 0.0) for name in names}
@@ -172,7 +177,7 @@ class MoELayer(nn.Module):
         question = self.router.asks(ctx)
         if question is not None:
             ctx = replace(ctx, responses_TE=self._responses(x_TD, ctx, question))
-        routing: Routing = self.router(seen_BSD.reshape(-1, width), self.of_router(ctx))
+        routing: Routing = self.router(seen_BSD.flatten(0, 1), self.of_router(ctx))
         if self.router.input_scale != 1:
             x_BSD = x_BSD * self.router.input_scale
             x_TD = x_BSD.reshape(-1, width)
@@ -210,7 +215,7 @@ class MoELayer(nn.Module):
             width = started.x_BSD.shape[-1]
             y_TD, directions_TD, present_T1 = y_TD.split([width, width, 1], 1)
             routing = self.router.judged(routing, directions_TD, present_T1.squeeze(1), started.ctx)
-        y_BSD = y_TD.reshape(started.x_BSD.shape)
+        y_BSD = y_TD.reshape(*started.x_BSD.shape[:2], y_TD.shape[1])
         for other_BSD in beside:
             y_BSD = y_BSD + other_BSD.to(y_BSD.dtype)
         return y_BSD, routing

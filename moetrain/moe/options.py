@@ -26,10 +26,13 @@ class Activation(Enum):
 
 class ExpertKind(Enum):
     """``networks``: each expert is a feed-forward network. ``adapters``: each is a bottleneck of width
-    ``model.d_ff_expert`` on the output of one shared network of width ``model.d_ff``."""
+    ``model.d_ff_expert`` on the output of one shared network of width ``model.d_ff``. ``low_rank``: each is
+    one shared network of width ``model.d_ff_expert``, and low-rank products of its own (``model.lora``)
+    beside the network's matrices."""
 
     networks = "networks"
     adapters = "adapters"
+    low_rank = "low_rank"
 
 
 class FirstWeights(Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moetrain.moe.expert_dropout import ExpertDropout
-from moetrain.moe.options import FirstWeights
+from moetrain.moe.options import ExpertsConfig, FirstWeights
 from moetrain.ops.experts.megablocks_products import BLOCK
 
 _DROPPING = ("auto", "torch", "loop")
@@ -25,7 +25,11 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     """Why ``backend`` cannot drop parts of what experts read or compute; None where it can."""
     if not dropout or backend in _DROPPING:
         return None
-    rates = _rates(dropout)
+    rates = {
+        "experts.dropout": dropout.hidden,
+        "experts.input_dropout": dropout.inputs,
+        "model.lora.dropout": dropout.beside,
+    }
     key = next(key for key, rate in rates.items() if rate)
     return (
         f"{key}={rates[key]} is computed by torch's grouped products or the loop, not by "
@@ -33,21 +37,26 @@ def dropout_refusal(backend: str, dropout: ExpertDropout) -> str | None:
     )
 
 
-def _rates(dropout: ExpertDropout) -> dict[str, float]:
-    return {
-        "experts.dropout": dropout.hidden,
-        "experts.input_dropout": dropout.inputs,
-        "model.lora.dropout": dropout.beside,
-    }
-
-
-def bias_refusal(bias: bool, dropout: ExpertDropout, widths: Sequence[int]) -> str | None:
+def bias_refusal(bias: bool, widths: Sequence[int]) -> str | None:
     """Why experts cannot have biases beside these; None where they can, and where they have none."""
-    if bias and dropout:
-        keys = ", ".join(key for key, rate in _rates(dropout).items() if rate)
-        return f"experts.bias=true is of experts without dropout: set to 0 {keys}"
     if bias and widths:  # an expert's slices would each add its bias
         return "experts.bias=true is of experts of one width: leave model.expert_widths out"
+    return None
+
+
+def low_rank_refusal(experts: ExpertsConfig) -> str | None:
+    """Why products of one network's experts cannot have these settings; None where they can."""
+    if experts.backend.value not in _DROPPING:
+        return (
+            "experts.kind=low_rank is computed by torch's grouped products or the loop, not by "
+            f"experts.backend={experts.backend.name}: set experts.backend=auto"
+        )
+    for key in ("dropout", "input_dropout", "frozen"):
+        if value := getattr(experts, key):
+            return (
+                f"experts.{key}={value} is of experts with matrices of their own, not of "
+                f"experts.kind=low_rank: set it to 0 (model.lora.dropout is of what products read)"
+            )
     return None
 
 

@@ -69,7 +69,7 @@ def _read(
 
 def _made(wanted: Iterable[str], target: Target, method: Method[MethodOptions], layer: int) -> Iterable[str]:
     start = prefix(layer)
-    made = [start + name for name in EXPERTS]
+    made = [start + name for name in method.made]
     if method.fills_shared and target.model.num_shared_experts:
         made += dense_names(target.gated, start + SHARED)
         made += [start + SHARED_GATE] if target.model.shared_gate else []

@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 
 from moetrain.bounds import check_ranges
 from moetrain.errors import UserError
-from moetrain.moe.options import RouterConfig
+from moetrain.moe.options import ExpertKind, RouterConfig
 from moetrain.upcycle.calibration import LayerCalibration
+from moetrain.upcycle.names import EXPERTS
 from moetrain.upcycle.networks import Networks
 from moetrain.upcycle.options import MethodOptions, RouterStart
 from moetrain.upcycle.plan import Plan, take_experts
@@ -42,7 +43,7 @@ class Method(Generic[Options]):
 
     reads_moe = False  # whether the source's layers are MoE already
     fills_shared = False  # whether it makes the target's shared experts
-    keeps_dense = False  # whether the dense network stays as it is, beside new experts
+    makes = ExpertKind.networks  # what experts are; of the other kinds the dense network stays as it is
     takes_donors = False  # whether it reads several models
 
     def __init__(self, options: Options) -> None:
@@ -51,11 +52,21 @@ class Method(Generic[Options]):
     def check(self, job: Job) -> None:
         """UserError where sizes or options do not fit; before any layer is read."""
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the dense network stays as it is, beside what experts are."""
+        return self.makes is not ExpertKind.networks
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The names within a layer of the experts that it makes."""
+        return () if self.makes is ExpertKind.low_rank else EXPERTS
+
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         raise NotImplementedError
 
     def experts(self, networks: Networks, plan: Plan, job: Job, layer: int) -> Networks:
-        """The experts of one layer."""
+        """The experts of one layer; not asked for where they are products (:meth:`made`)."""
         experts = take_experts(networks, plan)
         self.redraw(experts, plan, job, layer)
         return experts

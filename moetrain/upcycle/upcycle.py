@@ -16,15 +16,14 @@ from torch import Tensor
 
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder
-from moetrain.moe.options import ExpertKind, RouterConfig
+from moetrain.moe.options import RouterConfig
 from moetrain.ops.low_rank import starts_at_zero
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.ledger import Ledger, open_ledger
-from moetrain.upcycle.method import Job, Method, Promise, build_method
+from moetrain.upcycle.method import METHODS, Job, Method, Promise, build_method
 from moetrain.upcycle.methods import JoinOptions, Rest
 from moetrain.upcycle.names import (
-    EXPERTS,
     OPTIM,
     SHARED,
     SHARED_GATE,
@@ -149,7 +148,7 @@ class Upcycling:
             if name in self.parameters and (".router." in name or name.endswith(SHARED_GATE))
         }
         if self.method.keeps_dense:
-            experts = {prefix(layer) + name: new[name].shape for name in EXPERTS}
+            experts = {prefix(layer) + name: new[name].shape for name in self.method.made}
             dense = prefix(layer) + self.source.names[-1]
             return [*named, *from_zero(self.source, fresh), *from_zero(self.source, experts, dense)]
         return named + list(layer_moments(self.source, plan, layer, fresh))
@@ -183,8 +182,10 @@ def upcycle_layer(
     networks: Networks, method: Method[MethodOptions], plan: Plan, job: Job, layer: int
 ) -> dict[str, Tensor]:
     """The experts of one layer, and its shared one if the plan has it, by name within the layer."""
-    experts = method.experts(networks, plan, job, layer)
-    made = dict(zip(EXPERTS, (experts.w_gate_up_SDCF, experts.w_down_SFD), strict=True))
+    made: dict[str, Tensor] = {}
+    if method.made:
+        experts = method.experts(networks, plan, job, layer)
+        made = dict(zip(method.made, (experts.w_gate_up_SDCF, experts.w_down_SFD), strict=True))
     if (shared := take_shared(networks, plan)) is not None:
         made |= zip(dense_names(job.target.gated, SHARED), shared.tensors, strict=True)
         if job.target.model.shared_gate:
@@ -209,11 +210,12 @@ def prepare(
     method = build_method(options)
     if donors and not method.takes_donors:
         raise UserError(f"method={options.name} reads one model, not {len(donors) + 1}")
-    kind = ExpertKind.adapters if method.keeps_dense else ExpertKind.networks
-    if target.experts.kind is not kind:
+    kind, asked = method.makes, target.experts.kind
+    if asked is not kind:
+        others = [name for name, spec in METHODS.items() if spec.cls.makes is asked]
         raise UserError(
-            f"method={options.name} makes experts.kind={kind.name}, not {target.experts.kind.name}: "
-            f"set experts.kind={kind.name}"
+            f"method={options.name} makes experts.kind={kind.name}, not {asked.name}: "
+            f"set experts.kind={kind.name}, or take method={' or '.join(others)}"
         )
     states = [state, *donors]
     check_donors(states, options.carry_optimizer)

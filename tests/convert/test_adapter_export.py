@@ -24,6 +24,7 @@ from moetrain.convert.open_model import open_model
 from moetrain.models import Decoder
 from moetrain.models.hf.source import TensorInfo
 from moetrain.models.lora_options import LoraConfig
+from moetrain.moe.options import ExpertKind
 
 ALONE = ["*", "!*.lora_*"]
 TARGETS = (
@@ -42,17 +43,25 @@ CASE = {
 }
 
 
-def tuned(name: str, folder: Path, lora: LoraConfig, frozen: list[str] = ALONE) -> tuple[Path, Path, Decoder]:
-    """(their folder, a model folder with products beside its matrices, the latter's decoder in fp32)."""
+def tuned(
+    name: str, folder: Path, lora: LoraConfig, frozen: list[str] = ALONE, num_experts: int | None = None
+) -> tuple[Path, Path, Decoder]:
+    """(their folder, a model folder with products beside its matrices, the latter's decoder in fp32).
+
+    ``num_experts``: of a dense model, whose experts are then products around its networks.
+    """
     theirs = write_theirs(CASES[name].their_model(torch.float32), folder / "theirs")
     base = open_model(convert(theirs, folder / "base"), trained_config)
-    cfg = replace(base.spec.model, lora=lora)
+    cfg, experts = replace(base.spec.model, lora=lora), base.spec.experts
+    if num_experts is not None:
+        cfg = replace(cfg, num_experts=num_experts, d_ff_expert=cfg.d_ff)
+        experts = replace(experts, kind=ExpertKind.low_rank)
     torch.manual_seed(3)
-    decoder = drawn(Decoder(cfg, base.spec.router, base.spec.experts, base.spec.vocab_size), std=0.15)
+    decoder = drawn(Decoder(cfg, base.spec.router, experts, base.spec.vocab_size), std=0.15)
     decoder.load_state_dict({name: base[name] for name in base.weights}, strict=False)
     optim = replace(compose_train([]).optim, frozen=frozen)
     assert base.trained is not None
-    trained = replace(base.trained, model=cfg, optim=optim)
+    trained = replace(base.trained, model=cfg, optim=optim, experts=experts)
     state = decoder.state_dict()
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
     target = folder / "tuned"
@@ -92,6 +101,21 @@ def test_both_exports_compute_what_adapters_do(name: str, tmp_path: Path) -> Non
     taken = {n for n, _ in loaded.named_parameters() if ".lora_" in n}
     assert len(taken) == len(tensors_of(adapters)), "peft has made no adapter that the file does not fill"
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.real)])
+def test_experts_around_one_network_leave_with_one_each(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Mixtral, or Qwen3-MoE, of transformers."""
+    lora = replace(LORA, targets=("*.attention.w_*", "*.feed_forward.w_up_FD=2", "*.feed_forward.w_down_DF"))
+    _, target, decoder = tuned(name, tmp_path, lora, num_experts=5)
+    merged = load_theirs(export(target, tmp_path / "merged", "merge=true"))
+    torch.testing.assert_close(logits(merged), our_logits(decoder), rtol=1e-5, atol=1e-5)
+    where = (f"checkpoint={target}", f"target={tmp_path / 'out'}")
+    line = refused(capsys, "export", *where, "adapters=peft")
+    assert "peft has no experts of products around one network; merge=true writes the whole model" in line
+    assert "(model.lora.rank=3): set merge=true" in refused(capsys, "export", *where)
 
 
 @pytest.mark.real

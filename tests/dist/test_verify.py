@@ -63,6 +63,17 @@ def test_deepspeed_is_proved_in_the_precision_it_computes_in(stage, precision, s
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_deepspeed_trains_products_of_spread_experts(stage, said):
+    pytest.importorskip("deepspeed")
+    targets = "model.lora.targets=['*.attention.w_*','*.experts.*=2','*.router.*=1']"
+    lora = ["model.lora.rank=3", targets, "optim.frozen=['*','!*.lora_*']"]
+    eps = "optim.eps=1e-6"  # AdamW's steps by gradients near its usual one are rounding, in fp32
+    code, text = said("verify", *SMALL, "engine=deepspeed", f"engine.zero_stage={stage}", *lora, eps)
+    assert code == 0, text
+
+
+@pytest.mark.real
 def test_bf16_is_compared_too(said):
     code, text = said("verify", *SMALL, "train.precision=bf16")
     assert code == 0, text

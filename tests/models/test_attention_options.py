@@ -108,7 +108,6 @@ def test_biases_and_sinks_begin_at_zero_and_do_not_decay() -> None:
             ["model.window_pattern=[full,full,full,full,sliding]", "model.sliding_window=3"],
             "names 5 layers, but model.num_layers=4",
         ),
-        (["experts.bias=true", "experts.dropout=0.1"], "experts.bias=true is of experts without dropout"),
         (["experts=adapters", "experts.bias=true"], "experts.bias=true is of networks"),
         (
             ["experts.bias=true", "model.num_experts=2", "model.expert_widths=[256,128]"],

@@ -234,7 +234,5 @@ def test_layers_whose_matrix_takes_no_product_say_so() -> None:
         model(replace(ALL, targets=("*.shared_gate_1D",)), shared_gate=True)
     with pytest.raises(UserError, match=r"w_gate_up_EDCF has rows that stay as they are \(experts\.frozen"):
         model(experts={"frozen": 2})
-    with pytest.raises(UserError, match=r"without dropout: set to 0 model\.lora\.dropout"):
-        model(replace(BUT_ROUTERS, dropout=0.1), experts={"bias": True})
     with pytest.raises(UserError, match=r"model\.lora\.rank=3 is of experts of one width"):
         model(expert_widths=(13, 5, 7, 11, 3))

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T = B S, D model, E experts, F hidden.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -14,7 +15,10 @@ from torch import Tensor
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.adapters import AdapterLayer
 from moetrain.moe.assignment import Assignment
+from moetrain.moe.expert_dropout import DOWN_SALT, GATE_SALT, UP_SALT
+from moetrain.moe.low_rank_experts import LowRankLayer
 from moetrain.moe.options import Keep
+from moetrain.ops.low_rank import StackedLowRank
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS = 3, 5, 7, 11, 4
 SEED, STEP, LAYER = 7, 13, 2
@@ -50,25 +54,46 @@ def mask(sample: int, position: int, expert: int, salt: int, columns: int, rate:
 
 
 def expert_by_hand(moe: MoELayer, x_D: Tensor, e: int, activation: str, token: tuple[int, int]) -> Tensor:
-    rates = moe.experts.dropout
-    up_DP, down_FD = moe.experts.w_gate_up_EDCF[e].flatten(1), moe.experts.w_down_EFD[e]
+    """Biases are a row of the first matrix that reads a one, products one that reads what is not dropped."""
+    experts, rates = moe.experts, moe.experts.dropout
+    down_FD = experts.w_down_EFD[e]
     if rates.inputs:
         x_D = x_D * mask(*token, e, 1, len(x_D), rates.inputs)
-    if not rates.hidden:
-        return oracle.feed_forward(x_D, up_DP, down_FD, activation)
     kept_F = mask(*token, e, 2, len(down_FD), rates.hidden)
-    return oracle.feed_forward(x_D, up_DP, kept_F[:, None] * down_FD, activation)
+    read, rows, down_FD = [x_D], [experts.w_gate_up_EDCF[e].flatten(1)], kept_F[:, None] * down_FD
+    if experts.bias_gate_up_ECF is not None:
+        read.append(x_D.new_ones(1))
+        rows.append(experts.bias_gate_up_ECF[e].flatten()[None])
+    if (up := experts.added("w_gate_up_EDCF")) is not None:
+        read.append(x_D * mask(*token, e, UP_SALT, len(x_D), rates.beside))
+        rows.append(product(up, e))
+    if (down := experts.added("w_down_EFD")) is not None:
+        kept_F = kept_F * mask(*token, e, DOWN_SALT, len(down_FD), rates.beside)
+        down_FD = down_FD + kept_F[:, None] * product(down, e)
+    y_D = oracle.feed_forward(torch.cat(read), torch.cat(rows), down_FD, activation)
+    return y_D if experts.bias_down_ED is None else y_D + experts.bias_down_ED[e]
 
 
-def by_hand(moe: MoELayer, x_BSD: Tensor, activation: str, before: Callable[[Tensor], Tensor]) -> Tensor:
+def product(added: StackedLowRank, e: int) -> Tensor:
+    return added.factor * added.a_EKR[e] @ added.b_ERN[e].flatten(1)
+
+
+def by_hand(
+    moe: MoELayer,
+    x_BSD: Tensor,
+    activation: str,
+    before: Callable[[Tensor], Tensor],
+    expert: Callable[..., Tensor] = expert_by_hand,
+) -> Tensor:
     """Token by token; ``before``: what an expert reads of a token, and what its result is added to."""
-    weights = oracle.Weights(moe.router.weight_ED, moe.experts.w_gate_up_EDCF, moe.experts.w_down_EFD)
+    none = x_BSD.new_empty(0)
+    weights = oracle.Weights(moe.router.weight_ED, none, none)
     rows = []
     for b, sample in enumerate(SAMPLES):
         for s in range(SEQ):
             x_D, y_D = x_BSD[b, s], before(x_BSD[b, s]) if isinstance(moe, AdapterLayer) else 0.0
             for e, g in oracle.route(x_D, weights, oracle.Spec(top_k=2)):
-                y_D = y_D + g * expert_by_hand(moe, before(x_D), e, activation, (sample, s))
+                y_D = y_D + g * expert(moe, before(x_D), e, activation, (sample, s))
             rows.append(y_D)
     return torch.stack(rows).view_as(x_BSD)  # type: ignore[arg-type]
 
@@ -106,6 +131,46 @@ def test_adapters_drop_what_they_read() -> None:
         return oracle.feed_forward(x_D, moe.w_up_FD.t(), moe.w_down_DF.t(), "relu")
 
     assert_alike(moe, lambda x_BSD: by_hand(moe, x_BSD, "gelu", network))
+
+
+def with_products(moe: MoELayer, shapes: dict[str, tuple[int, tuple[int, ...]]]) -> Any:
+    """Beside the matrices of these names, inner and outer widths; biases and products are drawn."""
+    for leaf, (inner, outer) in shapes.items():
+        moe.experts.add_module(f"lora_{leaf}", StackedLowRank(EXPERTS, inner, outer, 2, 0.7))
+    moe.experts.dropout = replace(moe.experts.dropout, beside=0.25)
+    with torch.no_grad():
+        for name, parameter in moe.double().experts.named_parameters():
+            if ".b_" in name or name.startswith("bias_"):
+                parameter.normal_()
+    return moe
+
+
+@pytest.mark.parametrize(("hidden", "read"), [(0.0, 0.0), (0.4, 0.3)])
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_biases_are_not_dropped_nor_what_others_read(hidden: float, read: float, backend: str) -> None:
+    moe = layer(hidden, read, "swiglu_clamped", bias=True, backend=backend)
+    moe = with_products(moe, {"w_gate_up_EDCF": (WIDTH, (2, HIDDEN)), "w_down_EFD": (HIDDEN, (WIDTH,))})
+    assert_alike(moe, lambda x_BSD: by_hand(moe, x_BSD, "swiglu_clamped", lambda x_D: x_D))
+
+
+def test_products_around_one_network_drop_each_its_own() -> None:
+    torch.manual_seed(3)
+    moe: Any = LowRankLayer(
+        WIDTH, HIDDEN, EXPERTS, "swiglu", "auto", Keep.inputs, router_options={"top_k": 2}
+    )
+    ups = dict.fromkeys(("w_gate_FD", "w_up_FD"), (WIDTH, (HIDDEN,)))
+    moe = with_products(moe, {**ups, "w_down_DF": (HIDDEN, (WIDTH,))})
+
+    def expert(moe: Any, x_D: Tensor, e: int, activation: str, token: tuple[int, int]) -> Tensor:
+        gate, up, down = (product(moe.experts.added(leaf), e) for leaf in (*ups, "w_down_DF"))
+        kept = (mask(*token, e, salt, WIDTH, 0.25) for salt in (GATE_SALT, UP_SALT))
+        read = torch.cat([x_D, *(x_D * kept_D for kept_D in kept)])
+        bases = torch.cat([moe.w_gate_FD, moe.w_up_FD]).t()
+        rows = torch.cat([bases, torch.block_diag(gate, up)])
+        down = moe.w_down_DF.t() + mask(*token, e, DOWN_SALT, HIDDEN, 0.25)[:, None] * down
+        return oracle.feed_forward(read, rows, down, activation)
+
+    assert_alike(moe, lambda x_BSD: by_hand(moe, x_BSD, "swiglu", lambda x_D: x_D, expert))
 
 
 def test_evaluation_drops_nothing() -> None:

@@ -88,21 +88,30 @@ def test_a_tuned_run_is_tuned_further(base: Path, corpus: Path, tmp_path: Path) 
     assert all(one[name].any() for name in one.weights if starts_at_zero(name))
 
 
+# what upcycling takes, and the first of it training
+AROUND = {
+    "adapters": ("experts=adapters", "model.d_ff_expert=5"),
+    "low_rank": ("experts.kind=low_rank", "model.lora.dropout=0.1"),
+}
+
+
 @pytest.mark.real
-def test_from_a_dense_run_to_adapters(corpus: Path, tmp_path: Path) -> None:
-    """PESC's: adapters, router, norms and products move, all else stays to the bit."""
+@pytest.mark.parametrize("method", AROUND)
+def test_from_a_dense_run_to_experts_around_its_networks(method: str, corpus: Path, tmp_path: Path) -> None:
+    """PESC's and MixLoRA's: what experts add, router, norms and products move, all else stays to the bit."""
     dense, moe, run = (tmp_path / name for name in ("dense", "moe", "run"))
     assert tiny.train(corpus, dense, "model.num_experts=0", "balance=none", "train.steps=2") == 0
     targets = "model.lora.targets=['*.attention.w_*','*.feed_forward.w_*']"
-    parts = ("experts=adapters", "model.num_experts=4", "model.d_ff_expert=5", "model.lora.rank=2", targets)
+    parts = (*AROUND[method], "model.num_experts=4", "model.lora.rank=2", targets)
     text = [f"data.path={corpus}/text", f"data.cache_dir={corpus}/cache", f"data.seq_len={tiny.SEQ}"]
-    said = [f"source={dense}", f"target={moe}", "method=adapters", *parts, "data=local", *text]
+    said = [f"source={dense}", f"target={moe}", f"method={method}", *parts, "data=local", *text]
     assert main(["upcycle", *said, "proof_tokens=32"]) == 0
     frozen = "optim.frozen=[embed_VD,'*.attention.w_*','*.feed_forward.w_*']"
-    more = ["experts=adapters", frozen, "train.micro_batch_size=2", "train.global_batch_tokens=64"]
+    more = [AROUND[method][0], frozen, "train.micro_batch_size=2", "train.global_batch_tokens=64"]
     said = [f"init_from={moe}", "data=local", *text, *more, f"run.dir={run}", "train.deterministic=true"]
     assert main(["train", *said, "train.steps=3", "checkpoint.every=2", "checkpoint.keep_last=9"]) == 0
     before, after = (open_model(path, trained_config) for path in (moe, run))
     for name in (name for name in after.weights if not name.endswith("bias_E")):
         base = "embed" in name or ".attention.w_" in name or "feed_forward.w_" in name
         assert after[name].equal(before[name]) == (base and not is_factor(name)), name
+    assert main(["generate", f"checkpoint={run}", "prompt=abc", "max_new_tokens=3"]) == 0

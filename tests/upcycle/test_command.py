@@ -18,8 +18,10 @@ from hf_family import VOCAB
 from torch import Tensor
 
 from moetrain.cli import main
+from moetrain.config.hydra.compose import compose_app
 from moetrain.config.stored import trained_config
 from moetrain.convert.open_model import open_model
+from moetrain.convert.options import UpcycleConfig
 from moetrain.upcycle.method import Method
 from moetrain.upcycle.plan import Plan
 
@@ -226,6 +228,19 @@ def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, tra
     assert open_model(on, trained_config)[step] == before[step] + 1
 
 
+@pytest.mark.parametrize(("name", "width"), [("mixlora", 24), ("pesc", 64)])
+def test_an_experiment_says_what_a_dense_source_s_experts_are(
+    dense_run: tuple[Path, Path], name: str, width: int
+) -> None:
+    """The rest is the source's; what the command line says comes last."""
+    said = [*of_run(dense_run), "target=moe", f"experiment={name}"]
+    own = [word for word in said if not word.startswith("model.num_experts")]
+    four, eight = (compose_app(UpcycleConfig, "upcycle", words) for words in (said, own))
+    assert (four.model.num_experts, eight.model.num_experts, eight.model.d_ff_expert) == (4, 8, width)
+    assert eight.experts.kind.name == {"mixlora": "low_rank", "pesc": "adapters"}[name]
+    assert (eight.model.d_model, eight.model.num_layers, eight.model.d_ff) == (16, 2, 24)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -235,6 +250,11 @@ def test_the_optimizer_goes_on(dense_run: tuple[Path, Path], tmp_path: Path, tra
         (("method=granular", "model.d_ff_expert=5"), "model.d_ff_expert=5 must divide the source's d_ff=24"),
         (("method=granular", "model.d_ff_expert=8"), "must be a multiple of d_ff / d_ff_expert"),
         (("method=adapters",), "makes experts.kind=adapters, not networks: set experts.kind=adapters"),
+        (("experts.kind=low_rank", "model.lora.rank=2"), "low_rank: set experts.kind=networks, or take "),
+        (
+            ("method=low_rank", "experts.kind=low_rank", "model.lora.rank=2", "model.d_ff_expert=7"),
+            "whole networks of d_ff=24 do not fit model.d_ff_expert=7",
+        ),
         (("method.carry=1",), "method.carry"),
         (("method=copi",), "copy"),
         (("donors=[{run}]",), "method=copy reads one model, not 2"),

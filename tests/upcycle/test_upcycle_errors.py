@@ -155,7 +155,7 @@ def test_no_tensor_is_lost_without_a_word(data: st.DataObject) -> None:
 
 
 def test_every_method_names_its_paper() -> None:
-    own = {"adapters", "copy", "diversify", "drop", "extend", "granular", "grow", "join", "split"}
+    own = {"adapters", "copy", "diversify", "drop", "extend", "granular", "grow", "join", "low_rank", "split"}
     assert set(METHODS) == own
     assert all("arXiv:" in spec.paper and spec.options.__name__ for spec in METHODS.values())
     assert all(spec.options(name=name).name == name for name, spec in METHODS.items())

@@ -73,6 +73,8 @@ def _write_routing(spec: ModelSpec) -> dict[str, Any]:
     """``router``: all options, so that the model can be read back; ``routing``: what acts in evaluation."""
     if not spec.model.num_experts:
         return {"router": None, "routing": None}
+    if spec.experts.kind is ExpertKind.low_rank:
+        raise CannotExpressError("expert_kind=low_rank has no products in it: export with merge=true")
     options = spec.router
     if not ROUTERS[options.name].exported:
         raise CannotExpressError(

@@ -16,6 +16,7 @@ from moetrain.models.feed_forward import layer_options, register_feed_forward
 from moetrain.models.layer_options import BlockWeight
 from moetrain.models.options import ModelConfig
 from moetrain.moe.context import RouterContext
+from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.mean_key_router import MeanKeyRouter
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
@@ -29,6 +30,8 @@ class AvgK(MoELayer):
 
     Where ranks share the experts, each takes the means of its own, and they exchange E D numbers a pass.
     """
+
+    experts: Experts
 
     def __init__(self, options: TopKOptions, weight: BlockWeight, **layer: Any) -> None:
         super().__init__(router_options=options, **layer)

@@ -11,6 +11,7 @@ from torch import nn
 
 from moetrain.models.feed_forward import layer_options, register_feed_forward
 from moetrain.models.options import ModelConfig
+from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.options import ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options
@@ -23,6 +24,8 @@ class MoEX(MoELayer):
     """``layer``: what ``MoELayer`` takes; ``options``: the router's."""
 
     refuses_ep = "routes by the weights of all experts"
+
+    experts: Experts
 
     def __init__(self, options: TopKOptions, **layer: Any) -> None:
         super().__init__(router_options=options, **layer)

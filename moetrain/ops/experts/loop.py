@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.ops.activations import activate, gate_and_up
 from moetrain.ops.experts.operands import Operands, Pair
+from moetrain.ops.experts.rows import Segments
 from moetrain.ops.gather_sum import gather_rows
 from moetrain.ops.grouped_mm import grouped_mm
 
@@ -20,19 +21,19 @@ def compute(operands: Operands) -> Tensor:
     x_RD = gather_rows(operands.source_XD, operands.ids_R)
     aligned = operands.segments.aligned
     z_RP = grouped_mm(x_RD, operands.w_up_EDP.to(dtype), aligned, "loop")
-    z_RP = with_product(_biased(z_RP, operands.bias_up_EP, operands), x_RD, operands.up, aligned)
+    z_RP = with_product(with_bias(z_RP, operands.bias_up_EP, operands.segments), x_RD, operands.up, aligned)
     h_RF = activate(*gate_and_up(z_RP, activation), activation)
     out_RD = grouped_mm(h_RF, operands.w_down_EFD.to(dtype), aligned, "loop")
-    out_RD = with_product(_biased(out_RD, operands.bias_down_ED, operands), h_RF, operands.down, aligned)
+    out_RD = with_bias(out_RD, operands.bias_down_ED, operands.segments)
+    out_RD = with_product(out_RD, h_RF, operands.down, aligned)
     return (out_RD * operands.weights_R[:, None]).to(dtype)
 
 
-def _biased(y_RA: Tensor, bias_EA: Tensor | None, operands: Operands) -> Tensor:
+def with_bias(y_RA: Tensor, bias_EA: Tensor | None, segments: Segments) -> Tensor:
+    """``y`` and each row's bias."""
     if bias_EA is None:
         return y_RA
-    return y_RA + bias_EA.to(y_RA.dtype).repeat_interleave(
-        operands.segments.aligned_E, 0, output_size=operands.num_rows
-    )
+    return y_RA + bias_EA.to(y_RA.dtype).repeat_interleave(segments.aligned_E, 0, output_size=len(y_RA))
 
 
 def compute_keeping_inputs(operands: Operands) -> Tensor:

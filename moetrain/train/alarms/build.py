@@ -52,6 +52,6 @@ def _ranks(model: Decoder, ep: int) -> Ranks:
     ranks = {}
     for place, layers in model.moe_layers().items():
         for layer in layers if ep > 1 else ():
-            each = layer.experts.w_down_EFD.shape[0] // ep
+            each = layer.experts.num_experts // ep
             ranks[place] = [range(rank * each, (rank + 1) * each) for rank in range(ep)]
     return ranks

@@ -8,6 +8,7 @@ from moetrain.upcycle.methods.extend import ExtendOptions
 from moetrain.upcycle.methods.granular import GranularOptions, ScaleOn
 from moetrain.upcycle.methods.grow import GrowOptions
 from moetrain.upcycle.methods.join import JoinOptions, Rest
+from moetrain.upcycle.methods.low_rank import LowRankOptions
 from moetrain.upcycle.methods.split import SplitBy, SplitOptions
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "GranularOptions",
     "GrowOptions",
     "JoinOptions",
+    "LowRankOptions",
     "Rest",
     "ScaleOn",
     "SplitBy",

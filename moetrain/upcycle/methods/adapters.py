@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moetrain.moe.options import ExpertKind
 from moetrain.upcycle.calibration import LayerCalibration
 from moetrain.upcycle.draw import generator, normal
 from moetrain.upcycle.method import Job, Method, Promise, register
@@ -26,7 +27,7 @@ class AdaptersOptions(MethodOptions):
 class Adapters(Method[AdaptersOptions]):
     """Up projections are drawn with std 1 / sqrt(D), down projections are zero: adapters add nothing yet."""
 
-    keeps_dense = True
+    makes = ExpertKind.adapters
 
     def plan(self, job: Job, layer: int, calibration: LayerCalibration | None) -> Plan:
         return whole_networks(torch.zeros(job.target.model.num_experts, dtype=torch.int64), 0)
