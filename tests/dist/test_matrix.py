@@ -44,7 +44,8 @@ def test_every_subject_can_be_laid_out():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("subject", "layout"), CASES)
-def test_every_subject_on_every_layout(subject, layout):
-    verdict = judge(subject, layout)
-    assert verdict.good, verdict
+@pytest.mark.parametrize("world", sorted({world for world, _ in LAYOUTS.values()}))
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_subject_on_every_layout(subject, world):
+    judged = judge(subject, [layout for layout, (ranks, _) in LAYOUTS.items() if ranks == world])
+    assert {layout: verdict for layout, verdict in judged.items() if not verdict.good} == {}
