@@ -214,9 +214,11 @@ def _one_step(made: Assembled, batches: list[Batch], take: Callable[[Tensor], _T
 
 
 def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Part]:
+    """Optimizer steps of two micro-batches and of one in turn, and the weights and states after them."""
     found: dict[str, Part] = {}
     for number in numbers:
-        result = made.step.run(number, split(mixed(twin.sequences, SEQ, VOCAB, seed=number + 10), 2))
+        whole = mixed(twin.sequences, SEQ, VOCAB, seed=number + 10)
+        result = made.step.run(number, split(whole, 2 - number % 2))
         found |= {f"{key} of step {number}": part_of(value) for key, value in _figures(result).items()}
     return found | _parts("weight", state_tensors(made.engine, made.controllers))
 

@@ -5,6 +5,8 @@ Its result is recorded in docs/expert_parallelism.md.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from layer_cases import COMMAND, LAYERS
 from parity_cases import CASES, LAYOUTS, SUBJECTS, judge
@@ -28,6 +30,26 @@ def test_nothing_that_is_registered_is_left_out():
     assert wirings | {Wiring.residual} == {*Wiring}  # pr_moe's is residual, by its experiment
     assert len(LAYOUTS) == 16
     assert len(CASES) == 16 * len(SUBJECTS)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        ("norm_misses_the_experts", "differs", "padded, accumulated: 1 of 2 norms differ"),
+        ("splits_swapped", "failed", ""),  # and ends the ranks that prove all of a subject's layouts
+    ],
+    ids=["differs", "fails"],
+)
+def test_a_fault_is_told_of_the_layout_that_has_it(fault, kind, text, monkeypatch):
+    """Layouts are proved by the same ranks, one after the other."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setitem(SUBJECTS, "planted", ["plugins=[faults]", "model.num_layers=1"])
+    judged = judge("planted", ["ep 2", "dp 2"])
+    assert judged["dp 2"].kind == "equal", judged
+    assert judged["ep 2"].kind == kind, judged
+    assert judged["ep 2"].text.startswith(text)
 
 
 @pytest.mark.slow
