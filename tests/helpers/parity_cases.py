@@ -6,6 +6,7 @@ A router that is registered is in ``SUBJECTS`` by itself, from its own yaml, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,9 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.moe import ROUTERS
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.ranks import RankError, RanksTimeoutError
-from moetrain.train.options import Precision
+from moetrain.train.options import Precision, TrainConfig
 from moetrain.verify.command import prove_each
 from moetrain.verify.compare import Check
 from moetrain.verify.twin import Twin, twin_of
@@ -111,9 +113,10 @@ def judge(subject: str, layouts: Sequence[str], tolerance: float = 1e-9) -> dict
     """
     verdicts: dict[str, Verdict] = {}
     twins: dict[str, Twin] = {}
+    cfg = compose_train(SUBJECTS[subject])
     for layout in layouts:
         try:
-            twins[layout] = twin(subject, layout)
+            twins[layout] = twin(cfg, layout)
         except UserError as error:
             expected = "so it has no use for parallel.ep" in str(error)
             verdicts[layout] = Verdict(REFUSED if expected else WRONGLY_REFUSED, 0, str(error))
@@ -129,13 +132,19 @@ def judge(subject: str, layouts: Sequence[str], tolerance: float = 1e-9) -> dict
     return verdicts | {layout: _verdict(checks) for layout, checks in zip(twins, found, strict=True)}
 
 
-def twin(subject: str, layout: str) -> Twin:
-    """Raises UserError for a layout that the subject refuses."""
-    world, parallel = LAYOUTS[layout]
-    cfg = compose_train([*SUBJECTS[subject], *parallel])
+def twin(subject: TrainConfig, layout: str) -> Twin:
+    """Raises UserError for a layout that the subject, which has none, refuses."""
+    assert subject.parallel == ParallelConfig()
+    world = LAYOUTS[layout][0]
+    cfg = replace(subject, parallel=_parallel(layout))
     validate(cfg, world)
     small = twin_of(cfg, world, 8)
     return replace(small, cfg=replace(small.cfg, train=replace(small.cfg.train, precision=Precision.fp64)))
+
+
+@functools.cache
+def _parallel(layout: str) -> ParallelConfig:
+    return compose_train(LAYOUTS[layout][1]).parallel
 
 
 def _verdict(checks: Sequence[Check]) -> Verdict:
