@@ -94,7 +94,9 @@ def parameter(shape: Sequence[int], initializer: Initializer) -> nn.Parameter:
 @torch.no_grad()
 def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
     """Replace a parameter's initializer, and initialise the parameter again if it has memory."""
-    if isinstance(initializer, Normal):
+    if made.is_meta:  # torch would decompose what draws nothing, in Python, for a millisecond each
+        pass
+    elif isinstance(initializer, Normal):
         made.normal_(0.0, initializer.std)
     elif isinstance(initializer, Constant):
         made.fill_(initializer.value)
@@ -105,7 +107,7 @@ def set_initializer(made: nn.Parameter, initializer: Initializer) -> None:
     elif isinstance(initializer, EqualRows):
         made.normal_()
         made.mul_(initializer.std * made.shape[1] ** 0.5 / made.norm(dim=1, keepdim=True))
-    elif not made.is_meta:
+    else:
         nn.init.orthogonal_(made, initializer.gain)
     made.initializer, made.init_version = initializer, made._version  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moetrain.errors import UserError
-from moetrain.ops.local_part import local_part, whole
+from moetrain.ops.local_part import local_part
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
 from moetrain.parallel.clip import clip_, global_norm
 from moetrain.parallel.materialize import allocate, draw
@@ -56,8 +56,11 @@ class Engine(Protocol):
     def gradients(self) -> dict[str, Tensor | None]:
         """Parameter's name in the task -> this rank's part of its gradient. Any rank may ask alone."""
 
-    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name and whole gradient, zeros where it has none, one at a time."""
+    def placed_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and gradient, zeros where it has none, one at a time.
+
+        A DTensor, where this rank holds a part of it.
+        """
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter's name in the task -> this rank's part of it. Any rank may ask alone."""
@@ -117,10 +120,9 @@ class NativeEngine:
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.task.named_parameters()}
 
-    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def placed_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.task.named_parameters():
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            yield name, whole(grad)
+            yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def weights(self) -> dict[str, Tensor]:
         return {name: local_part(parameter) for name, parameter in self.task.named_parameters()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -16,7 +16,15 @@ from moetrain.train.optim.options import MuonConfig
 from moetrain.train.options import Precision
 from moetrain.verify.certificate import certificate_path, write_certificate
 from moetrain.verify.compare import Check, compare, replicas
-from moetrain.verify.measure import MORE_STEPS, STEPS, Findings, measure, measure_rounded, resume
+from moetrain.verify.measure import (
+    MORE_STEPS,
+    STEPS,
+    Findings,
+    measure_and_resume_each,
+    measure_each,
+    measure_rounded,
+    resume_each,
+)
 from moetrain.verify.options import VerifyConfig
 from moetrain.verify.rounding import bound, compare_rounded, roundings
 from moetrain.verify.twin import Twin, dp_shard, twin_of
@@ -70,28 +78,59 @@ def prove(twin: Twin, tolerance: float | None = None) -> list[Check]:
 
     Raises RankError where a rank fails, RanksTimeoutError where one hangs.
     """
-    tolerance = TOLERANCES[twin.cfg.train.precision] if tolerance is None else tolerance
-    loose = [_AFTER, _LATER] if isinstance(twin.cfg.optim, MuonConfig) else []
+    return prove_each([twin], tolerance)[0]
 
-    def alone(fn: Callable[..., Findings], checkpoints: Path) -> Findings:
-        found: Findings = run_ranks(fn, 1, twin, checkpoints, timeout=_SECONDS, init=False)[0]
+
+def prove_each(twins: Sequence[Twin], tolerance: float | None = None) -> list[list[Check]]:
+    """:func:`prove` of ``twins``, all on as many ranks, by processes that are started once.
+
+    One process measures twins that differ in their layout alone once for all of them. The first that fails
+    ends the others too.
+    """
+    (world,) = {twin.world for twin in twins}
+    references: list[Twin] = []
+    for twin in twins:
+        if twin.reference() not in references:
+            references.append(twin.reference())
+    own = [references.index(twin.reference()) for twin in twins]
+
+    def alone(fn: Callable[..., list[Findings]], given: list[Twin], folders: list[Path]) -> list[Findings]:
+        found: list[Findings] = run_ranks(fn, 1, given, folders, timeout=_SECONDS * len(given), init=False)[0]
         return found
 
-    def together(fn: Callable[..., Findings], checkpoints: Path) -> list[Findings]:
-        return run_ranks(fn, twin.world, twin, checkpoints, timeout=_SECONDS)
-
     with tempfile.TemporaryDirectory(prefix="moetrain_verify_") as folder:
-        ours, theirs = Path(folder, "one"), Path(folder, "ranks")
-        one, ranks = alone(measure, ours), together(measure, theirs)
-        moved_here, moved_there = alone(resume, theirs), together(resume, ours)
+        ours = [Path(folder, f"one_{number}") for number in range(len(references))]
+        theirs = [Path(folder, f"ranks_{number}") for number in range(len(twins))]
+        ones = alone(measure_each, references, ours)
+        others = [ours[number] for number in own]
+        seconds = _SECONDS * len(twins)
+        ranks = run_ranks(measure_and_resume_each, world, twins, theirs, others, timeout=seconds)
+        moved_here = alone(resume_each, [references[number] for number in own], theirs)
+    return [
+        _checks(twin, ones[own[number]], [rank[number] for rank in ranks], moved_here[number], tolerance)
+        for number, twin in enumerate(twins)
+    ]
+
+
+def _checks(
+    twin: Twin,
+    one: Findings,
+    ranks: Sequence[tuple[Findings, Findings]],
+    moved_here: Findings,
+    tolerance: float | None,
+) -> list[Check]:
+    """``ranks``: what each measured, and what it found after it took the checkpoint of ``one`` over."""
+    tolerance = TOLERANCES[twin.cfg.train.precision] if tolerance is None else tolerance
+    loose = [_AFTER, _LATER] if isinstance(twin.cfg.optim, MuonConfig) else []
     saved = "checkpoint"
+    measured, moved_there = [rank[0] for rank in ranks], [rank[1] for rank in ranks]
     expected = {scenario: found for scenario, found in one.items() if scenario != saved}
-    checks = [*compare(expected, ranks, tolerance, loose), replicas(ranks, _LATER)]
-    for name, before, after in (
-        ("checkpoint of the ranks on one process", ranks[0], [moved_here]),
-        ("checkpoint of one process on the ranks", one, moved_there),
+    checks = [*compare(expected, measured, tolerance, loose), replicas(measured, _LATER)]
+    for name, whole, parts, after in (  # what one process holds of a checkpoint, and what the ranks do
+        ("checkpoint of the ranks on one process", moved_here[saved], measured, [moved_here]),
+        ("checkpoint of one process on the ranks", one[saved], moved_there, moved_there),
     ):
-        checks += compare({name: before[saved]}, [{name: found[saved]} for found in after], tolerance)
+        checks += compare({name: whole}, [{name: found[saved]} for found in parts], tolerance)
         steps = f"{name}, {MORE_STEPS} more steps"
         found = [{steps: f[_LATER]} for f in after]
         checks += compare({steps: one[_LATER]}, found, tolerance, [steps] if loose else [])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.verify.measure import Findings
+from moetrain.verify.part import Part, all_there
 
 _KINDS = {
     "loss": "losses",
@@ -57,7 +58,9 @@ class Check:
 def compare(
     reference: Findings, ranks: Sequence[Findings], tolerance: float, loose: Iterable[str] = ()
 ) -> list[Check]:
-    """Every quantity of every rank against ``reference``; ``bits`` must be equal, others to ``tolerance``.
+    """What every rank holds of every quantity against ``reference``, which is whole.
+
+    ``bits`` must be equal, others to ``tolerance``; and the ranks together must hold all of it.
 
     ``loose``: scenarios whose weights and what follows from them are reported but need not agree.
     """
@@ -76,30 +79,53 @@ def compare(
 
 
 def replicas(ranks: Sequence[Findings], scenario: str) -> Check:
-    """Whatever every rank holds of the weights and states after ``scenario`` has the same bits."""
-    first = {name: value for name, value in ranks[0][scenario].items() if name.startswith("weight: ")}
-    others = [{f"bits{name.removeprefix('weight')}": v for name, v in r[scenario].items()} for r in ranks[1:]]
-    mine = {f"bits{name.removeprefix('weight')}": value for name, value in first.items()}
-    return _check(f"{scenario}, on all ranks", "bits", list(mine), mine, others, 0.0)
+    """Ranks that hold the same part of a weight or state after ``scenario`` hold the same bits."""
+    names = [name for name in ranks[0][scenario] if name.startswith("weight: ")]
+    worst = _Worst()
+    for name in names:
+        first: dict[object, Tensor] = {}
+        for number, rank in enumerate(ranks):
+            part = rank[scenario].get(name)
+            value = None if part is None else first.setdefault(part.place, part.value)
+            worst.add(name, number, _difference(value, None if part is None else part.value, exact=True), 0.0)
+    return worst.check(f"{scenario}, on all ranks", "bits", len(names), 0.0)
 
 
 def _check(
     scenario: str,
     kind: str,
     names: Sequence[str],
-    reference: dict[str, Tensor],
-    ranks: Sequence[dict[str, Tensor]],
+    reference: dict[str, Part],
+    ranks: Sequence[dict[str, Part]],
     tolerance: float,
 ) -> Check:
-    worst, where, beyond = 0.0, "", set()
+    worst = _Worst()
     for name in names:
-        for number, found in enumerate(ranks):
-            apart = _difference(reference.get(name), found.get(name), exact=kind == "bits")
-            if apart > tolerance:
-                beyond.add(name)
-            if apart > worst:
-                worst, where = apart, f"{name.partition(': ')[2]} on rank {number}"
-    return Check(scenario, kind, len(names), len(beyond), worst, where, tolerance)
+        expected = reference.get(name)
+        parts = [found.get(name) for found in ranks]
+        complete = expected is not None and all_there([part for part in parts if part is not None])
+        for number, part in enumerate(parts):
+            apart = math.inf
+            if complete and expected is not None and part is not None and part.shape == expected.shape:
+                apart = _difference(part.of(expected.value), part.value, exact=kind == "bits")
+            worst.add(name, number, apart, tolerance)
+    return worst.check(scenario, kind, len(names), tolerance)
+
+
+class _Worst:
+    """The largest difference so far, and the quantities whose own exceeds the tolerance."""
+
+    def __init__(self) -> None:
+        self._apart, self._where, self._beyond = 0.0, "", set[str]()
+
+    def add(self, name: str, rank: int, apart: float, tolerance: float) -> None:
+        if apart > tolerance:
+            self._beyond.add(name)
+        if apart > self._apart:
+            self._apart, self._where = apart, f"{name.partition(': ')[2]} on rank {rank}"
+
+    def check(self, scenario: str, kind: str, number: int, tolerance: float) -> Check:
+        return Check(scenario, kind, number, len(self._beyond), self._apart, self._where, tolerance)
 
 
 def _difference(expected: Tensor | None, found: Tensor | None, exact: bool) -> float:

@@ -1,17 +1,18 @@
 """What one rank, or one process alone, does with the twin, and everything that came of it.
 
-Findings: scenario -> quantity -> tensor. A quantity's kind stands before its first colon: ``loss``, ``norm``,
-``gradient``, ``weight``, ``state``, ``bits``.
+Findings: scenario -> quantity -> what this rank holds of it. A quantity's kind stands before its first colon:
+``loss``, ``norm``, ``gradient``, ``weight``, ``state``, ``bits``.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,12 @@ from moetrain.train.options import Precision, TrainConfig
 from moetrain.train.state import state_tensors
 from moetrain.train.step import StepResult
 from moetrain.verify.batches import Scenario, cut, mixed, scenarios, without_targets
+from moetrain.verify.part import Part, part_of
 from moetrain.verify.twin import SEQ, VOCAB, Twin
 
-Findings = dict[str, dict[str, Tensor]]
+Findings = dict[str, dict[str, Part]]
+Wholes = dict[str, dict[str, Tensor]]  # the same of whole tensors
+_T = TypeVar("_T")
 
 DEMAND = "state: demand of each expert"
 STEPS, MORE_STEPS = 3, 2  # before the checkpoint, and after it
@@ -56,11 +60,11 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     other = replace(cfg, train=replace(cfg.train, recompute=recompute))
     again = _cases(twin)[0]
     name = f"{again.name}, recompute {'on' if recompute else 'off'}"
-    found[name] = _one_step(build(other), split(again.whole, 2))
+    found[name] = _one_step(build(other), split(again.whole, 2), part_of)
     made = build(cfg)
     found[f"{STEPS} steps"] = _steps(made, twin, split, range(STEPS))
     tensors = state_tensors(made.engine, made.controllers)
-    found["checkpoint"] = _whole("bits", tensors)
+    found["checkpoint"] = _parts("bits", tensors)
     checkpointer = Checkpointer(folder)
     checkpointer.save(STEPS, tensors, {})
     checkpointer.close()
@@ -68,13 +72,33 @@ def measure(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     return found
 
 
-def measure_rounded(rank: int, world: int, twin: Twin) -> Findings:
+def measure_each(rank: int, world: int, twins: Sequence[Twin], folders: Sequence[Path]) -> list[Findings]:
+    """:func:`measure` of one twin after the other."""
+    return [measure(rank, world, twin, folder) for twin, folder in zip(twins, folders, strict=True)]
+
+
+def resume_each(rank: int, world: int, twins: Sequence[Twin], folders: Sequence[Path]) -> list[Findings]:
+    """:func:`resume` of one twin after the other."""
+    return [resume(rank, world, twin, folder) for twin, folder in zip(twins, folders, strict=True)]
+
+
+def measure_and_resume_each(
+    rank: int, world: int, twins: Sequence[Twin], folders: Sequence[Path], others: Sequence[Path]
+) -> list[tuple[Findings, Findings]]:
+    """Both of one twin after the other; ``others``: the checkpoints to resume from, which are there."""
+    return [
+        (measure(rank, world, twin, folder), resume(rank, world, twin, other))
+        for twin, folder, other in zip(twins, folders, others, strict=True)
+    ]
+
+
+def measure_rounded(rank: int, world: int, twin: Twin) -> Wholes:
     """Gradients of every scenario in bf16, and each expert's demand."""
     cfg = _prepare(twin, world)
     made = build(replace(cfg, train=replace(cfg.train, precision=Precision.bf16)))
-    found: Findings = {}
+    found: Wholes = {}
     for case in _cases(twin):
-        found[case.name] = _one_step(made, _split(twin, rank, world, case.whole, case.micro_batches))
+        found[case.name] = _one_step(made, _split(twin, rank, world, case.whole, case.micro_batches), whole)
     return found
 
 
@@ -88,7 +112,7 @@ def resume(rank: int, world: int, twin: Twin, folder: Path) -> Findings:
     assert path is not None
     checkpointer.load(path, tensors)
     made.engine.take(tensors)
-    found = {"checkpoint": _whole("bits", tensors)}
+    found = {"checkpoint": _parts("bits", tensors)}
     found[f"{STEPS + MORE_STEPS} steps"] = _steps(made, twin, partial(_split, twin, rank, world), _later())
     return found
 
@@ -161,39 +185,42 @@ def _gradients(made: Assembled, twin: Twin, split: _Split) -> Findings:
     found: Findings = {}
     cases = _cases(twin)
     for case in cases:
-        found[case.name] = _one_step(made, split(case.whole, case.micro_batches))
+        found[case.name] = _one_step(made, split(case.whole, case.micro_batches), part_of)
     terms = made.step.terms
     made.step.needs_targets = False
     for term in terms:
         made.step.terms = [term]
-        found[f"loss {term.key} alone"] = _one_step(made, split(without_targets(cases[0].whole), 1))
+        found[f"loss {term.key} alone"] = _one_step(made, split(without_targets(cases[0].whole), 1), part_of)
     made.step.terms, made.step.needs_targets = terms, True
     return found
 
 
-def _one_step(made: Assembled, batches: list[Batch]) -> dict[str, Tensor]:
-    """Figures and gradients of one step, which leaves the weights alone."""
-    step, found = made.step, dict[str, Tensor]()
+def _one_step(made: Assembled, batches: list[Batch], take: Callable[[Tensor], _T]) -> dict[str, _T]:
+    """Figures and gradients of one step, which leaves the weights alone, as ``take`` copies them."""
+    step, found = made.step, dict[str, _T]()
 
     def record() -> None:
-        found["norm: largest"] = made.engine.norm(math.inf)
-        for name, grad in made.engine.whole_gradients():
-            found[f"gradient: {name.removeprefix('model.')}"] = grad
+        found["norm: largest"] = take(made.engine.norm(math.inf))
+        for name, grad in made.engine.placed_gradients():
+            found[f"gradient: {name.removeprefix('model.')}"] = take(grad)
 
     update, clip = step.update, step.clip_norm
     step.update, step.clip_norm = record, None
     result = step.run(0, batches)
     step.update, step.clip_norm = update, clip
     demand = list(result.routing.demand.values())
-    return _figures(result) | found | {DEMAND: torch.cat(demand) if demand else torch.zeros(0)}
+    figures = _figures(result) | {DEMAND: torch.cat(demand) if demand else torch.zeros(0)}
+    return {name: take(value) for name, value in figures.items()} | found
 
 
-def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _steps(made: Assembled, twin: Twin, split: _Split, numbers: range) -> dict[str, Part]:
+    """Optimizer steps of two micro-batches and of one in turn, and the weights and states after them."""
+    found: dict[str, Part] = {}
     for number in numbers:
-        result = made.step.run(number, split(mixed(twin.sequences, SEQ, VOCAB, seed=number + 10), 2))
-        found |= {f"{key} of step {number}": value for key, value in _figures(result).items()}
-    return found | _whole("weight", state_tensors(made.engine, made.controllers))
+        whole = mixed(twin.sequences, SEQ, VOCAB, seed=number + 10)
+        result = made.step.run(number, split(whole, 2 - number % 2))
+        found |= {f"{key} of step {number}": part_of(value) for key, value in _figures(result).items()}
+    return found | _parts("weight", state_tensors(made.engine, made.controllers))
 
 
 def _later() -> range:
@@ -210,5 +237,5 @@ def _figures(result: StepResult) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
 
-def _whole(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{kind}: {name}": whole(tensor) for name, tensor in tensors.items()}
+def _parts(kind: str, tensors: dict[str, Tensor]) -> dict[str, Part]:
+    return {f"{kind}: {name}": part_of(tensor) for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetrain.models.options import ModelConfig
 from moetrain.verify.compare import Check
-from moetrain.verify.measure import DEMAND, Findings
+from moetrain.verify.measure import DEMAND, Wholes
 
 _U = 2.0**-8
 _UNLIKELY = 1e-6  # of one quantity; a proof compares about a hundred
@@ -39,7 +39,7 @@ def bound(model: ModelConfig) -> float:
     return math.sqrt(2 * roundings(model)) * z * _U
 
 
-def compare_rounded(model: ModelConfig, reference: Findings, ranks: Sequence[Findings]) -> list[Check]:
+def compare_rounded(model: ModelConfig, reference: Wholes, ranks: Sequence[Wholes]) -> list[Check]:
     """Losses, norms and the gradient of every module, by scenario.
 
     A token whose scores are nearer to each other than their rounding may go to another expert, which no bound

@@ -34,10 +34,14 @@ class Twin:
     world: int
     sequences: int
 
+    def reference(self) -> Twin:
+        """What one process measures: nothing of a layout but the number of its ranks, which batches go by."""
+        return replace(self, cfg=replace(self.cfg, parallel=ParallelConfig(), engine=EngineConfig()))
+
     def alone(self) -> TrainConfig:
-        """The same on one process, without a layout."""
-        train = replace(self.cfg.train, recompute=False)
-        return replace(self.cfg, parallel=ParallelConfig(), engine=EngineConfig(), train=train)
+        """The config of one process."""
+        cfg = self.reference().cfg
+        return replace(cfg, train=replace(cfg.train, recompute=False))
 
 
 def twin_of(cfg: TrainConfig, world: int, most_ranks: int) -> Twin:

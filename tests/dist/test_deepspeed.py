@@ -209,7 +209,7 @@ def of_rare(rank: int, world: int, arguments: list[str]) -> list[dict[str, Tenso
         for number, batch in enumerate(batches):
             output = made.forward(batch_arguments(batch.to_train(CPU), 0, 0), last=number == len(batches) - 1)
             made.backward(output.loss_sum)
-        found.append({name: grad.clone() for name, grad in made.whole_gradients()})
+        found.append({name: whole(grad) for name, grad in made.placed_gradients()})
         built.state.loader.close()
     return found
 
@@ -235,7 +235,7 @@ def of_twice(rank: int, world: int, arguments: list[str], ep: int) -> list[list[
             for number, batch in enumerate(batches):
                 arguments_ = batch_arguments(batch.to_train(CPU), 0, 0)
                 made.backward(made.forward(arguments_, last=number == len(batches) - 1).loss_sum)
-            both.append({name: grad.clone() for name, grad in made.whole_gradients()})
+            both.append({name: whole(grad) for name, grad in made.placed_gradients()})
             made.drop_gradients()
         found.append(both)
         built.state.loader.close()

@@ -60,7 +60,7 @@ def gradients(built: Built) -> dict[str, Tensor]:
     for number, batch in enumerate(batches):
         arguments = batch_arguments(batch.to_train(CPU), 0, 0)
         engine.backward(engine.forward(arguments, last=number == len(batches) - 1).loss_sum)
-    found = {name: grad.clone() for name, grad in engine.whole_gradients()}
+    found = {name: whole(grad) for name, grad in engine.placed_gradients()}
     built.state.loader.close()
     return found
 

@@ -6,6 +6,8 @@ A router that is registered is in ``SUBJECTS`` by itself, from its own yaml, and
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layer_cases import COMMAND
@@ -15,10 +17,12 @@ from moetrain.config.hydra.compose import compose_train
 from moetrain.config.validate import validate
 from moetrain.errors import UserError
 from moetrain.moe import ROUTERS
+from moetrain.parallel.options import ParallelConfig
 from moetrain.parallel.ranks import RankError, RanksTimeoutError
-from moetrain.train.options import Precision
-from moetrain.verify.command import prove
-from moetrain.verify.twin import twin_of
+from moetrain.train.options import Precision, TrainConfig
+from moetrain.verify.command import prove_each
+from moetrain.verify.compare import Check
+from moetrain.verify.twin import Twin, twin_of
 
 MODEL = [
     "model.num_experts=8", "model.num_shared_experts=1", "model.d_ff_shared=96", "model.shared_gate=true",
@@ -86,7 +90,7 @@ SUBJECTS: dict[str, list[str]] = {
     },
 }
 CASES = [(subject, layout) for subject in SUBJECTS for layout in LAYOUTS]
-EQUAL, REFUSED = "equal", "refused"
+EQUAL, REFUSED, WRONGLY_REFUSED = "equal", "refused", "refused, and should not be"
 
 
 @dataclass(frozen=True)
@@ -102,20 +106,48 @@ class Verdict:
         return self.kind in (EQUAL, REFUSED)
 
 
-def judge(subject: str, layout: str, tolerance: float = 1e-9) -> Verdict:
-    """Prove one case, in fp64."""
-    world, parallel = LAYOUTS[layout]
+def judge(subject: str, layouts: Sequence[str], tolerance: float = 1e-9) -> dict[str, Verdict]:
+    """Prove a subject on layouts of one number of ranks, in fp64, by ranks that live on from one to the next.
+
+    Where one of them fails, each is proved by ranks of its own.
+    """
+    verdicts: dict[str, Verdict] = {}
+    twins: dict[str, Twin] = {}
+    cfg = compose_train(SUBJECTS[subject])
+    for layout in layouts:
+        try:
+            twins[layout] = twin(cfg, layout)
+        except UserError as error:
+            expected = "so it has no use for parallel.ep" in str(error)
+            verdicts[layout] = Verdict(REFUSED if expected else WRONGLY_REFUSED, 0, str(error))
     try:
-        cfg = compose_train([*SUBJECTS[subject], *parallel])
-        validate(cfg, world)
-        twin = twin_of(cfg, world, 8)
-        train = replace(twin.cfg.train, precision=Precision.fp64)
-        checks = prove(replace(twin, cfg=replace(twin.cfg, train=train)), tolerance)
-    except UserError as error:
-        expected = "so it has no use for parallel.ep" in str(error)
-        return Verdict(REFUSED if expected else "refused, and should not be", 0, str(error))
+        found = prove_each(list(twins.values()), tolerance) if twins else []
     except (RankError, RanksTimeoutError) as error:
-        return Verdict("failed", 0, str(error).strip().splitlines()[-1])
+        if len(twins) > 1:
+            for layout in twins:
+                verdicts |= judge(subject, [layout], tolerance)
+            return verdicts
+        (layout,) = twins
+        return verdicts | {layout: Verdict("failed", 0, str(error).strip().splitlines()[-1])}
+    return verdicts | {layout: _verdict(checks) for layout, checks in zip(twins, found, strict=True)}
+
+
+def twin(subject: TrainConfig, layout: str) -> Twin:
+    """Raises UserError for a layout that the subject, which has none, refuses."""
+    assert subject.parallel == ParallelConfig()
+    world = LAYOUTS[layout][0]
+    cfg = replace(subject, parallel=_parallel(layout))
+    validate(cfg, world)
+    small = twin_of(cfg, world, 8)
+    return replace(small, cfg=replace(small.cfg, train=replace(small.cfg.train, precision=Precision.fp64)))
+
+
+@functools.cache
+def _parallel(layout: str) -> ParallelConfig:
+    return compose_train(LAYOUTS[layout][1]).parallel
+
+
+def _verdict(checks: Sequence[Check]) -> Verdict:
     broken = [check.problem for check in checks if not check.holds]
     numbers = sum(check.number for check in checks)
     if broken:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetrain.checkpoint.state_dict import MODEL, OPTIM, model_tensors, optimizer_tensors
-from moetrain.ops.local_part import whole
 from moetrain.parallel.clip import all_reduce_total_, combined, local_total, scale_
 from moetrain.parallel.mesh import EP, DataGroups
 from moetrain.parallel.watchdog.flight_recorder import watched
@@ -62,7 +61,7 @@ class DeepSpeedEngine(ABC):
         """As of the interface."""
 
     @abstractmethod
-    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def placed_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """As of the interface."""
 
     def update(self) -> None:
@@ -136,10 +135,10 @@ class Replicated(DeepSpeedEngine):
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.task.named_parameters()}
 
-    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def placed_gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.task.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            yield name, whole(self._as_whole(parameter, grad))
+            yield name, self._as_whole(parameter, grad)
 
     def drop_gradients(self) -> None:
         self._runtime.zero_grad()

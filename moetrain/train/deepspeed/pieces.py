@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moetrain.checkpoint.state_dict import MODEL, OPTIM, ensure_state, model_tensors
 from moetrain.errors import UserError
-from moetrain.ops.local_part import whole
 from moetrain.parallel.clip import all_reduce_total_, combined, local_total
 from moetrain.train.deepspeed.engine import DeepSpeedEngine
 
@@ -80,14 +79,14 @@ class OfPieces(DeepSpeedEngine):
         parts = self._parts()
         return {name: parts.get(parameter) for name, parameter in self.task.named_parameters()}
 
-    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def placed_gradients(self) -> Iterator[tuple[str, Tensor]]:
         parts = self._parts()
         for name, parameter in self.task.named_parameters():
             if parameter.requires_grad:
                 local = self._put_together(parameter, parts.get(parameter), parameter.dtype)
             else:
                 local = torch.zeros(self._shape(parameter), dtype=parameter.dtype, device=parameter.device)
-            yield name, whole(self.layout.as_whole(parameter, local))
+            yield name, self.layout.as_whole(parameter, local)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Copies, cut by rows: what DeepSpeed keeps has no shape that a checkpoint could name."""
