@@ -5,6 +5,7 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     deepseek_v3,
     dots1,
     ernie4_5_moe,
+    gemma3_text,
     glm4_moe,
     gpt_oss,
     granitemoe,
