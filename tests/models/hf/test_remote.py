@@ -33,7 +33,7 @@ def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # The other cases are a marked run.
 ALWAYS = (
     *("topk", "topk_one", "groups", "sigmoid", "cosine", "grouped", "threshold", "relu", "expert_choice"),
-    *("adaptive", "gshard", "mixed", "adapters", "full_window", "rope_yarn", "act_relu2", "local"),
+    *("adaptive", "gshard", "mixed", "adapters", "full_window", "rope_yarn", "act_relu2"),
 )
 
 
