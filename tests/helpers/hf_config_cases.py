@@ -16,6 +16,7 @@ CLASSES = {
     if not family.code
 } | {  # the plain names are those of models with images
     "qwen3_5_moe_text": "Qwen3_5MoeTextConfig",
+    "qwen3_5_text": "Qwen3_5TextConfig",
     "gemma3_text": "Gemma3TextConfig",
 }
 SIZES = {

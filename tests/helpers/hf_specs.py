@@ -27,7 +27,7 @@ QK_NORM = {
     "hunyuan_v1_moe": QKNorm.head_after_rope,
 }
 GEMMA_ACTIVATIONS = (Activation.swiglu, Activation.geglu_tanh)
-HYBRID = ("qwen3_next", "qwen3_5_moe_text")
+HYBRID = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
 SIGMOID = ("dots1", "glm4_moe")
 AS_DENSE = (  # one key says both widths
     *("mixtral", "olmoe", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
@@ -92,6 +92,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name == "gemma3_text":
         model = ModelConfig(**draw(gemma(keys)))
         return ModelSpec(model, experts=replace(experts, activation=draw(st.sampled_from(GEMMA_ACTIVATIONS))))
+    if name == "qwen3_5_text":
+        return ModelSpec(ModelConfig(**keys | draw(hybrids(layers))), experts=experts)
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))
