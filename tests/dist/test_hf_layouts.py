@@ -67,7 +67,8 @@ FAMILIES = {
         "model.first_dense=1",
     ],
     "minimax_m2": [
-        "router=sigmoid", "balance=aux_free", "model.qk_norm=full", "model.rope_fraction=0.5",
+        "router=sigmoid", "router.route_scale=1", "balance=aux_free", "model.qk_norm=full",
+        "model.rope_fraction=0.5",
         "model.num_kv_heads=1",
     ],
     "dots1": [

@@ -131,7 +131,7 @@ def _read(fields: Fields) -> ModelSpec:
 
 def _read_windows(fields: Fields) -> dict[str, Any]:
     """Without a list, all layers have it, or none."""
-    none = fields.get("sliding_window") is None
+    none = fields.integer_or_none("sliding_window") is None
     usual = LayerWindow.full if none else LayerWindow.sliding
     return {"window_pattern": (), **read_windows(fields, lambda layer: usual)}
 
