@@ -9,11 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped", "geglu_tanh")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 
 _ALPHA = tl.constexpr(1.702)
 _LIMIT = tl.constexpr(7.0)
+_TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_TWICE_CUBE = tl.constexpr(0.07135481627260025)  # 0.044715 times that
 
 
 def is_gated(name: str) -> bool:
@@ -38,6 +40,8 @@ def activate(gate, up, NAME: tl.constexpr):
         h = gate * tl.sigmoid(gate) * up
     elif NAME == "geglu":
         h = _gelu(gate) * up
+    elif NAME == "geglu_tanh":
+        h = gate * _tanh_share(gate) * up
     elif NAME == "reglu":
         h = tl.where(gate <= 0, 0.0, gate) * up
     elif NAME == "drelu":
@@ -71,6 +75,10 @@ def activate_backward(dh, gate, up, NAME: tl.constexpr):
     elif NAME == "geglu":
         dgate = dh * up * _gelu_slope(gate)
         dup = dh * _gelu(gate)
+    elif NAME == "geglu_tanh":
+        s = _tanh_share(gate)
+        dgate = dh * up * s * (1 + gate * (1 - s) * (_TWICE + _TWICE_CUBE * 3 * gate * gate))
+        dup = dh * gate * s
     elif NAME == "reglu":
         dgate = tl.where(gate <= 0, 0.0, dh * up)
         dup = dh * tl.where(gate <= 0, 0.0, gate)
@@ -97,6 +105,12 @@ def activate_backward(dh, gate, up, NAME: tl.constexpr):
 @triton.jit
 def _gelu(x):
     return x * 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _tanh_share(x):
+    """(1 + tanh(u)) / 2 = sigmoid(2 u) of u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return tl.sigmoid(x * (_TWICE + _TWICE_CUBE * x * x))
 
 
 @triton.jit

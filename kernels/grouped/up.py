@@ -67,7 +67,7 @@ def _launch(
 ) -> Launch:
     """With room for two products, as gate and up are, or for four where registers spilled with two."""
     gated = is_gated(activation)
-    room = 4 if activation in ("geglu", "swiglu_clamped") or (tf32 and not gated) else 2
+    room = 4 if activation in ("geglu", "geglu_tanh", "swiglu_clamped") or (tf32 and not gated) else 2
     return row_launch(arch, dtype, block, hidden, depth, room, tf32, products=2 if gated else 1)
 
 

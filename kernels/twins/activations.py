@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped", "geglu_tanh")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 ALPHA, LIMIT = 1.702, 7.0  # of GPT-OSS
 
@@ -30,6 +30,8 @@ def activate(z_nP: Tensor, name: str) -> Tensor:
         return gate_nF * torch.sigmoid(ALPHA * gate_nF) * (up_nF + 1)
     if name == "drelu":
         return F.relu(gate_nF) * F.relu(up_nF)
+    if name == "geglu_tanh":
+        return F.gelu(gate_nF, approximate="tanh") * up_nF
     return _unary(gate_nF, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(name, name)) * up_nF
 
 

@@ -28,6 +28,7 @@ from moetrain.models.hf.carried import CONFIG
 from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
+from moetrain.models.hf.text_part import text_config
 from moetrain.models.options import attention_kinds
 from moetrain.models.wiring_rules import beyond_families
 from moetrain.moe.options import ExpertKind
@@ -206,7 +207,10 @@ def _config(
 def _config_before(model: StoredModel) -> dict[str, Any]:
     """The config.json that came with the model, empty where it came from elsewhere."""
     file = model.carried_from / CONFIG
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    config = read_json(file)
+    return text_config({k: v for k, v in config.items() if k not in _OTHER_WORDS}, str(file))
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

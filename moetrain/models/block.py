@@ -59,7 +59,10 @@ def build_block(cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, 
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    ``model.sandwich_norms``: x + norm(attention(norm(x))) and likewise (Ding et al. 2021, arXiv:2105.13290).
+    """
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, experts: ExpertsConfig, layer: int) -> None:
         super().__init__()
@@ -67,6 +70,10 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.attention = build_attention(cfg, layer)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
+        self.attention_out_norm, self.feed_forward_out_norm = (
+            RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms) if cfg.sandwich_norms else None
+            for _ in range(2)
+        )
         is_moe = is_moe_layer(cfg, layer)
         self.feed_forward = build_feed_forward(
             cfg.feed_forward if is_moe else "dense", cfg, router, experts, layer
@@ -86,7 +93,7 @@ class Block(nn.Module):
     ) -> BlockOutput:
         before_BSD = x_BSD
         attended_BSD = self.attention(self.attention_norm(x_BSD), rope, plan, cache_layer)
-        x_BSD = x_BSD + times(attended_BSD, self.residual_scale)
+        x_BSD = x_BSD + self._added(attended_BSD, self.attention_out_norm)
         if self.hands_on_attended:
             carried = carried._replace(attended_BSD=x_BSD)
         stream_BSD = self._read_at(x_BSD, carried)
@@ -117,7 +124,11 @@ class Block(nn.Module):
     def _add(
         self, x_BSD: Tensor, y_BSD: Tensor, record: RoutingRecord | None, carried: Carried
     ) -> BlockOutput:
-        return BlockOutput(x_BSD + times(y_BSD, self.residual_scale), record, carried)
+        return BlockOutput(x_BSD + self._added(y_BSD, self.feed_forward_out_norm), record, carried)
+
+    def _added(self, y_BSD: Tensor, norm: RMSNorm | None) -> Tensor:
+        """What joins the stream of a half's output."""
+        return times(y_BSD if norm is None else norm(y_BSD), self.residual_scale)
 
 
 class ResidualBlock(Block):

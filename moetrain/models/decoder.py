@@ -18,9 +18,11 @@ from moetrain.models.block import Carried, build_block, times
 from moetrain.models.cache import KVCache
 from moetrain.models.lora import add_low_rank, draw_by
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import ModelConfig, moe_layers, window_of
+from moetrain.models.options import ModelConfig, moe_layers, rope_of, window_of
 from moetrain.models.rope import Rope, rope_table
+from moetrain.models.rope_options import RopeScaling
 from moetrain.models.rules import check_model
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.models.wiring_rules import check_wiring
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
@@ -109,13 +111,11 @@ class Decoder(nn.Module):
             ctx = replace(ctx, doc_ids_T=doc_ids_BS.reshape(-1))
         ctx = replace(ctx, moe_layers=tuple(moe_layers(self.cfg)))
         x_BSD = embedding(input_ids_BS, self.embed_VD)
-        x_BSD = times(x_BSD.to(self.compute_dtype or x_BSD.dtype), self.cfg.scales.embedding)
-        compute_dtype = x_BSD.dtype
+        compute_dtype = self.compute_dtype or x_BSD.dtype
+        x_BSD = times(x_BSD.to(compute_dtype), _embedding_scale(self.cfg.scales, compute_dtype))
         attentions = self.attentions()
-        ropes = {
-            width: self._rope(positions_BS, width, compute_dtype)
-            for width in dict.fromkeys(attention.rope_dim for attention in attentions)
-        }
+        turns = [(a.rope_dim, *rope_of(self.cfg, place)) for place, a in enumerate(attentions)]
+        ropes = {turn: self._rope(positions_BS, compute_dtype, *turn) for turn in dict.fromkeys(turns)}
         kinds = [(a.heads, a.sinks, window_of(self.cfg, place)) for place, a in enumerate(attentions)]
         seen = {
             window: seen_keys(seq, cached, window, doc_ids_BS, documents)
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
         records: dict[int, RoutingRecord] = {}
         previous: RoutingRecord | None = None
         carried = Carried()
-        for layer, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
-            rope, plan = ropes[attention.rope_dim], plans[kinds[layer]]
+        for layer, block in enumerate(self.blocks):
+            rope, plan = ropes[turns[layer]], plans[kinds[layer]]
             layer_cache = None if cache is None else cache.layers[layer]
             layer_ctx = ctx.at_layer(layer, previous)
             if layer_cache is not None:
@@ -179,9 +179,18 @@ class Decoder(nn.Module):
                 projects_out = ".w_out_" in name or ".w_down_" in name
                 set_initializer(made, Normal(out_std if projects_out else std))
 
-    def _rope(self, positions_BS: Tensor, width: int, dtype: torch.dtype) -> Rope:
+    @staticmethod
+    def _rope(
+        positions_BS: Tensor, dtype: torch.dtype, width: int, theta: float, scaling: RopeScaling
+    ) -> Rope:
         wide = torch.promote_types(dtype, torch.float32)
-        return rope_table(positions_BS, width, self.cfg.rope_theta, wide, self.cfg.rope_scaling)
+        return rope_table(positions_BS, width, theta, wide, scaling)
+
+
+def _embedding_scale(scales: ScalesConfig, dtype: torch.dtype) -> float:
+    if not scales.round_embedding:
+        return scales.embedding
+    return float(torch.tensor(scales.embedding, dtype=dtype, device="cpu"))
 
 
 def _found(blocks: nn.ModuleList, kind: type[M]) -> dict[int, list[M]]:

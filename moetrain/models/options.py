@@ -109,10 +109,14 @@ class ModelConfig:
     attention_backend: AttentionBackend = AttentionBackend.auto
     rope_theta: float = field(default=10000.0, metadata=above(0))
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # of the layers with the window, which are then not scaled; null: as all layers (Gemma 3)
+    window_rope_theta: Optional[float] = field(default=None, metadata=above(0))
     # of a head's elements, the first ones: those that positions turn (partial rope); an even number of them
     rope_fraction: float = field(default=1.0, metadata=within(0, 1, open_low=True))
     rope_interleaved: bool = False  # turned pairs are neighbours (ERNIE), not elements half a width apart
     zero_centered_norms: bool = False  # norms multiply by 1 + weight, which starts at 0 (Gemma, Qwen3-Next)
+    # norms of what attention and the feed-forward layer give, besides those of what they read (Gemma)
+    sandwich_norms: bool = False
     scales: ScalesConfig = field(default_factory=ScalesConfig)
     norm_eps: float = field(default=1e-5, metadata=above(0))
     tie_embeddings: bool = True
@@ -163,3 +167,10 @@ def window_of(cfg: ModelConfig, layer: int) -> Optional[int]:
     pattern = cfg.window_pattern
     full = bool(pattern) and pattern[layer % len(pattern)] is LayerWindow.full
     return None if full else cfg.sliding_window
+
+
+def rope_of(cfg: ModelConfig, layer: int) -> tuple[float, RopeScaling]:
+    """Base and scaling by which positions turn a layer's heads."""
+    if cfg.window_rope_theta is None or window_of(cfg, layer) is None:
+        return cfg.rope_theta, cfg.rope_scaling
+    return cfg.window_rope_theta, RopeScaling()

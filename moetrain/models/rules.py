@@ -19,7 +19,8 @@ from moetrain.moe.rules import shared_refusal
 _ROPE = "model.rope_scaling"
 # key -> the kinds of attention that read it
 _OF_ATTENTIONS = dict.fromkeys(
-    ("rope_fraction", "out_bias", "attention_sinks", "attention_gate"), ("grouped_query",)
+    ("rope_fraction", "out_bias", "attention_sinks", "attention_gate", "window_rope_theta"),
+    ("grouped_query",),
 ) | {"rope_interleaved": ("grouped_query", LATENT)}
 _READ = {
     RopeKind.none: (),
@@ -56,7 +57,12 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def _check_windows(cfg: ModelConfig) -> None:
-    """A pattern is of some layers that have the window, and others that have not."""
+    """A pattern is of some layers that have the window, and others that have not; so is a base of theirs."""
+    if not cfg.window_pattern and cfg.window_rope_theta is not None:
+        raise UserError(
+            f"model.window_rope_theta={cfg.window_rope_theta} is of some layers, those with the window that "
+            "model.window_pattern names, and there is no pattern: set it too, or set model.rope_theta instead"
+        )
     if not (pattern := cfg.window_pattern):
         return
     key = f"model.window_pattern=[{','.join(window.name for window in pattern)}]"
@@ -84,6 +90,8 @@ def _check_own_attention(cfg: ModelConfig) -> None:
             f"model.scales.attention={cfg.scales.attention} would not reach "
             f"model.attention={' or '.join(others)}: leave it out"
         )
+    if cfg.scales.round_embedding and cfg.scales.embedding == 1:
+        raise UserError("model.scales.round_embedding=true rounds model.scales.embedding=1.0: leave it out")
 
 
 def _check_lora(cfg: ModelConfig) -> None:

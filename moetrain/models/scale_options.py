@@ -16,3 +16,5 @@ class ScalesConfig:
     # multiplies the products of queries and keys; null: 1 / sqrt(head_dim)
     attention: Optional[float] = field(default=None, metadata=above(0))
     logits_divisor: float = field(default=1.0, metadata=above(0))
+    # the factor of the embeddings to the dtype that it multiplies, as Gemma does
+    round_embedding: bool = False

@@ -34,6 +34,11 @@ def check_wiring(cfg: ModelConfig) -> None:
             f"model.scales.residual={cfg.scales.residual} is of plain blocks, not of model.wiring="
             f"{cfg.wiring.name}: set one of the two back"
         )
+    if cfg.sandwich_norms and cfg.wiring is not Wiring.plain:
+        raise UserError(
+            f"model.sandwich_norms=true is of plain blocks, not of model.wiring={cfg.wiring.name}: set one "
+            "of the two back"
+        )
 
 
 def beyond_families(cfg: ModelConfig) -> str | None:

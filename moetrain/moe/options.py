@@ -11,13 +11,15 @@ from moetrain.moe.evaluation import Words
 
 class Activation(Enum):
     """Gated ones multiply the activated gate by the up projection, ``drelu`` by its positive part,
-    ``swiglu_clamped`` by 1 plus what is clamped of it; plain ones have no gate."""
+    ``swiglu_clamped`` by 1 plus what is clamped of it; plain ones have no gate. ``geglu_tanh``: GELU by its
+    tanh formula."""
 
     swiglu = "swiglu"
     geglu = "geglu"
     reglu = "reglu"
     drelu = "drelu"
     swiglu_clamped = "swiglu_clamped"
+    geglu_tanh = "geglu_tanh"
     gelu = "gelu"
     relu = "relu"
     relu2 = "relu2"

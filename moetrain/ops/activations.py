@@ -3,7 +3,8 @@
 A gated activation has two pre-activations, gate and up; a plain one has ``up`` only and no gate. ``drelu``
 (Song et al. 2024, arXiv:2406.05955) is relu(gate) relu(up): it activates up too, which the others do not.
 ``swiglu_clamped`` (OpenAI 2025, arXiv:2508.10925) is g sigmoid(1.702 g) (u + 1), with g the gate clamped to
-at most 7 and u up clamped to [-7, 7].
+at most 7 and u up clamped to [-7, 7]. ``geglu_tanh`` has GELU by its tanh formula (Hendrycks and Gimpel 2016,
+arXiv:1606.08415).
 Shapes: n rows, F hidden, P = 2F (gate columns, then up columns) or F.
 """
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "reglu", "drelu", "swiglu_clamped", "geglu_tanh")
 PLAIN = ("gelu", "relu", "relu2", "silu")
 ACTIVATIONS = GATED + PLAIN
 ALPHA, LIMIT = 1.702, 7.0  # of swiglu_clamped
@@ -84,6 +85,8 @@ def _unary(x: Tensor, name: str) -> Tensor:
         return F.silu(x)
     if name in ("geglu", "gelu"):
         return F.gelu(x)
+    if name == "geglu_tanh":
+        return F.gelu(x, approximate="tanh")
     if name == "swiglu_clamped":
         x = _capped(x)
         return x * torch.sigmoid(ALPHA * x)
@@ -96,6 +99,8 @@ def _unary_backward(grad: Tensor, x: Tensor, name: str, out: Tensor) -> None:
         aten.silu_backward.grad_input(grad, x, grad_input=out)
     elif name in ("geglu", "gelu"):
         aten.gelu_backward.grad_input(grad, x, grad_input=out)
+    elif name == "geglu_tanh":
+        aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
     elif name == "relu2":
         torch.mul(grad, 2 * F.relu(x), out=out)
     elif name == "swiglu_clamped":

@@ -14,6 +14,13 @@ OPTIONS = {
         "balance=aux_free", "model.num_shared_experts=1", "model.first_dense=1", "model.rope_fraction=0.5",
         "model.qk_norm=head", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true",
     ],
+    "gemma3_text": [  # made an MoE
+        "experts=geglu_tanh", "model.qk_norm=head", "model.sliding_window=5",
+        "model.window_pattern=[sliding,full]", "model.window_rope_theta=70", "model.rope_theta=500",
+        "model.rope_scaling.kind=linear", "model.rope_scaling.factor=8", "model.zero_centered_norms=true",
+        "model.sandwich_norms=true", "model.scales.embedding=3.6", "model.scales.round_embedding=true",
+        "model.scales.attention=0.3", "model.num_kv_heads=1", "model.first_dense=1",
+    ],
     "granitemoeshared": [
         "router=mixtral", "model.num_shared_experts=1", "model.d_ff_shared=96", "model.scales.embedding=3",
         "model.scales.residual=0.4", "model.scales.attention=0.3", "model.scales.logits_divisor=0.7",

@@ -14,7 +14,11 @@ CLASSES = {
     name: family.architecture.replace("ForCausalLM", "Config")
     for name, family in FAMILIES.items()
     if not family.code
-} | {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}  # the plain name is that of the model with images
+} | {  # the plain names are those of models with images
+    "qwen3_5_moe_text": "Qwen3_5MoeTextConfig",
+    "qwen3_5_text": "Qwen3_5TextConfig",
+    "gemma3_text": "Gemma3TextConfig",
+}
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,

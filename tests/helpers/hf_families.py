@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from hf_deepseek import MODELS as DEEPSEEK_MODELS
 from hf_family import Family, scaled
+from hf_gemma import MODELS as GEMMA_MODELS
 from hf_hybrid import MODELS
 from hf_newer import (
     DOTS1,
@@ -149,6 +150,7 @@ QWEN3 = Family(
     {"d_ff": 41, "norm_eps": 1e-6, "qk_norm": QKNorm.head},
 )
 HYBRID = {name: Family(**case) for name, case in MODELS.items()}
+GEMMA = {name: Family(**case) for name, case in GEMMA_MODELS.items()}
 DEEPSEEK = {name: Family(*case) for name, case in DEEPSEEK_MODELS.items()}
 
 SCALED = {
@@ -202,6 +204,7 @@ FAMILIES = {
     "qwen2_tied": QWEN2_TIED,
     "qwen3": QWEN3,
     **HYBRID,
+    **GEMMA,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_groups": GLM4_MOE_GROUPS,
     "minimax_m2": MINIMAX_M2,

@@ -67,7 +67,8 @@ class Family:
 
     def _their_model(self, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
-        rope = {"rope_type": "default", "rope_theta": THETA, **self.rope}
+        by_kind = "full_attention" in self.rope
+        rope = self.rope if by_kind else {"rope_type": "default", "rope_theta": THETA, **self.rope}
         options = {"tie_word_embeddings": False, "initializer_range": 0.2, **SHAPE, **self.theirs}
         config = getattr(transformers, f"{self.config or self.name}Config")(**options, rope_parameters=rope)
         config._attn_implementation = config._experts_implementation = "eager"

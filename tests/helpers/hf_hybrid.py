@@ -62,6 +62,7 @@ _MIXED_OURS = {
     "num_layers": 4,
     "attention_pattern": ("grouped_query", "gated_delta", "grouped_query", "grouped_query"),
 }
+_DENSE, _DENSE_OURS = {"intermediate_size": 41}, {"d_ff": 41, "num_experts": 0}
 _ROUTER = TopKOptions(top_k=3, score=Score.softmax, renormalize=True)
 _COMMON = {"theirs": _THEIRS, "ours": _OURS, "router": _ROUTER, "rope": {"partial_rotary_factor": 0.25}}
 # name -> what hf_families.Family takes
@@ -75,6 +76,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "router": replace(_ROUTER, renormalize=False),
     },
     "qwen3_5_moe_text": {**_COMMON, "name": "Qwen3_5Moe", "config": "Qwen3_5MoeText"},
+    "qwen3_5_text": {
+        **_COMMON,
+        "name": "Qwen3_5",
+        "config": "Qwen3_5Text",
+        "theirs": {**{k: _THEIRS[k] for k in _THEIRS if "expert" not in k and "moe" not in k}, **_DENSE},
+        "ours": {**{k: _OURS[k] for k in _OURS if "expert" not in k and "shared" not in k}, **_DENSE_OURS},
+        "router": None,
+    },
 }
 LINEAR_ALONE: dict[str, Any] = {  # theirs has no cache for it
     **MODELS["qwen3_next"],
@@ -86,7 +95,7 @@ LINEAR_ALONE: dict[str, Any] = {  # theirs has no cache for it
         "rope_fraction": 1.0,
     },
 }
-MODULES = {"Qwen3Next": "qwen3_next", "Qwen3_5Moe": "qwen3_5_moe"}
+MODULES = {"Qwen3Next": "qwen3_next", "Qwen3_5Moe": "qwen3_5_moe", "Qwen3_5": "qwen3_5"}
 
 
 class _WideTorch:

@@ -21,8 +21,9 @@ from moetrain.models import Decoder
 from moetrain.models.hf import ModelSpec
 from moetrain.models.hf.own import exported_routers
 from moetrain.models.hf.source import TensorInfo
-from moetrain.models.options import ModelConfig, QKNorm
+from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.rope_options import RopeKind, RopeScaling
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS
 from moetrain.moe.routers.topk import GroupScore, Score, TopKOptions
@@ -49,6 +50,22 @@ MIXED = replace(TINY, num_layers=5, moe_every=2, first_dense=2, tie_embeddings=T
 LINEAR = RopeScaling(RopeKind.linear, 2.5)
 LLAMA3 = RopeScaling(RopeKind.llama3, 8.0, 17, low_freq_factor=0.5, high_freq_factor=3.0)
 YARN = RopeScaling(RopeKind.yarn, 4.0, 17, beta_fast=4.0, beta_slow=0.25, truncate=False)
+SCALES = ScalesConfig(embedding=4.8, residual=0.7, attention=0.2, logits_divisor=0.6, round_embedding=True)
+LOCAL = replace(  # as Gemma's
+    MIXED,
+    num_layers=4,
+    first_dense=1,
+    tie_embeddings=False,
+    sliding_window=5,
+    window_pattern=(LayerWindow.sliding, LayerWindow.full),
+    rope_theta=50.0,
+    window_rope_theta=7.0,
+    rope_scaling=LINEAR,
+    zero_centered_norms=True,
+    sandwich_norms=True,
+    qk_norm=QKNorm.head,
+    scales=SCALES,
+)
 ADAPTERS = ExpertsConfig(kind=ExpertKind.adapters, activation=Activation.geglu)
 
 
@@ -80,6 +97,7 @@ CASES = {
     "shared": ModelSpec(SHARED),
     "mixed": ModelSpec(MIXED),
     "adapters": ModelSpec(MIXED, experts=ADAPTERS),
+    "local": ModelSpec(LOCAL, experts=ExpertsConfig(activation=Activation.geglu_tanh)),
     "no_experts": ModelSpec(DENSE),
     "bias_head": ModelSpec(replace(DENSE, qkv_bias=True, qk_norm=QKNorm.head, num_kv_heads=None)),
     "norm_after_rope": ModelSpec(replace(DENSE, qk_norm=QKNorm.head_after_rope)),

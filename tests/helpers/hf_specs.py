@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_deepseek import specs as deepseek
+from hf_gemma import specs as gemma
 from hf_hybrid import hybrids
 from hypothesis import strategies as st
 
@@ -25,7 +26,8 @@ QK_NORM = {
     "dots1": QKNorm.head,
     "hunyuan_v1_moe": QKNorm.head_after_rope,
 }
-HYBRID = ("qwen3_next", "qwen3_5_moe_text")
+GEMMA_ACTIVATIONS = (Activation.swiglu, Activation.geglu_tanh)
+HYBRID = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
 SIGMOID = ("dots1", "glm4_moe")
 AS_DENSE = (  # one key says both widths
     *("mixtral", "olmoe", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
@@ -87,6 +89,11 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     if name == "llama":
         keys["qkv_bias"] = keys["out_bias"] = draw(st.booleans())
         keys["mlp_bias"] = draw(st.booleans())
+    if name == "gemma3_text":
+        model = ModelConfig(**draw(gemma(keys)))
+        return ModelSpec(model, experts=replace(experts, activation=draw(st.sampled_from(GEMMA_ACTIVATIONS))))
+    if name == "qwen3_5_text":
+        return ModelSpec(ModelConfig(**keys | draw(hybrids(layers))), experts=experts)
     if name in DENSE:
         return ModelSpec(ModelConfig(**keys), experts=experts)
     keys["num_experts"] = draw(st.integers(1, 5))

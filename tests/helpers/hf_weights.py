@@ -48,6 +48,11 @@ RENAMED = {
     "mlp.e_score_correction_bias": "feed_forward.router.bias_E",
     "mlp.gate.moe_statics.e_score_correction_bias": "feed_forward.router.bias_E",
 }
+SANDWICH = {  # where what both halves give is normalised, too
+    "post_attention_layernorm.weight": "attention_out_norm.weight_D",
+    "pre_feedforward_layernorm.weight": "feed_forward_norm.weight_D",
+    "post_feedforward_layernorm.weight": "feed_forward_out_norm.weight_D",
+}
 LATENT = {  # where keys and values are made of one vector
     "self_attn.q_proj.weight": "attention.w_q_QD",
     "self_attn.q_a_proj.weight": "attention.w_q_RD",
@@ -95,6 +100,7 @@ def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = f"model.layers.{layer}."
         theirs = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         renamed = RENAMED | LATENT if "self_attn.kv_b_proj.weight" in theirs else RENAMED
+        renamed = renamed | SANDWICH if "pre_feedforward_layernorm.weight" in theirs else renamed
         parts = {renamed[name]: t for name, t in theirs.items() if name in renamed}
         used += len(parts)
         if f"mlp.{STACKED_UP}_bias" in theirs:

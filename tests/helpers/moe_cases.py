@@ -56,7 +56,7 @@ def shape(i: int, experts: int, batch: int = 0, seq: int = 0) -> tuple[int, int,
     return (*choices[37 * i % len(choices)], experts)
 
 
-ALL = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu", "drelu", "swiglu_clamped")
+ALL = ("swiglu", "geglu", "reglu", "gelu", "relu", "relu2", "silu", "drelu", "swiglu_clamped", "geglu_tanh")
 SCORES = ("softmax", "softmax_after", "sigmoid")
 GROUPED = oracle.Spec(score="sigmoid", top_k=3, num_groups=3, top_groups=2, route_scale=2.5)
 

@@ -160,13 +160,17 @@ def feed_forward(x_D: Tensor, up_DP: Tensor, down_FD: Tensor, activation: str) -
     return (plain(GATES[activation])(z_P[:half]) * up_F) @ down_FD
 
 
-GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "drelu": "relu", "swiglu_clamped": ""}
+GATES = {
+    "swiglu": "silu", "geglu": "gelu", "reglu": "relu", "drelu": "relu", "swiglu_clamped": "",
+    "geglu_tanh": "gelu_tanh",
+}  # fmt: skip
 
 
 def plain(name: str) -> Callable[[Tensor], Tensor]:
     return {
         "silu": lambda z: z / (1 + torch.exp(-z)),
         "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+        "gelu_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
         "relu": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
         "relu2": lambda z: torch.where(z > 0, z, torch.zeros_like(z)) ** 2,
     }[name]

@@ -17,8 +17,10 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + module.eps).rsqrt() * module.weight_D
 
 
-def attention(layer: Any, x_BSD: Tensor, theta: float) -> Tensor:
-    """Causal grouped-query attention with RoPE on halves, head by head."""
+def attention(
+    layer: Any, x_BSD: Tensor, theta: float, window: int | None = None, factor: float = 1.0
+) -> Tensor:
+    """Causal grouped-query attention with RoPE on halves, head by head; angles divided by ``factor``."""
     batch, seq, _ = x_BSD.shape
     width, groups = layer.head_dim, layer.num_heads // layer.num_kv_heads
     q, k, v = (
@@ -26,6 +28,7 @@ def attention(layer: Any, x_BSD: Tensor, theta: float) -> Tensor:
         for weight in (layer.w_q_QD, layer.w_k_GD, layer.w_v_GD)
     )
     angles = torch.arange(seq)[:, None] * theta ** (-torch.arange(0, width, 2).to(x_BSD.dtype) / width)
+    angles = angles / factor
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
 
     def turned(t: Tensor) -> Tensor:
@@ -37,6 +40,7 @@ def attention(layer: Any, x_BSD: Tensor, theta: float) -> Tensor:
     for h in range(layer.num_heads):
         scores = q[:, :, h] @ k[:, :, h // groups].transpose(1, 2) / width**0.5
         mask = torch.ones(seq, seq, dtype=torch.bool).tril()
+        mask = mask if window is None else mask.triu(1 - window)
         heads.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v[:, :, h // groups])
     return torch.cat(heads, -1) @ layer.w_out_DQ.T
 

@@ -5,6 +5,7 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     deepseek_v3,
     dots1,
     ernie4_5_moe,
+    gemma3_text,
     glm4_moe,
     gpt_oss,
     granitemoe,
@@ -20,6 +21,7 @@ from moetrain.models.hf import (  # noqa: F401  (each registers its family)
     qwen2_moe,
     qwen3,
     qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
     qwen3_next,
 )

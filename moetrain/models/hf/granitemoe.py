@@ -78,6 +78,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     require("model.shared_gate", m.shared_gate, False)
     require("model.sliding_window", m.sliding_window, None)
     require("model.out_bias", m.out_bias, m.qkv_bias)
+    require("model.scales.round_embedding", m.scales.round_embedding, False)
     require("router.jitter", check_router(spec).jitter, 0.0)
     top_k, renormalized = write_topk(spec)
     require("router.renormalize", renormalized, True)

@@ -22,8 +22,10 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.pieces import Piece, Table, Tiled
-from moetrain.models.hf.translate import read_decoder, require, window, write_decoder
-from moetrain.models.options import QKNorm
+from moetrain.models.hf.translate import read_decoder, require, write_decoder
+from moetrain.models.hf.windows import read_windows, write_windows
+from moetrain.models.options import LayerWindow, QKNorm
+from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertKind, ExpertsConfig, RouterConfig
 from moetrain.moe.routers import ROUTERS, build_router, full_options
 from moetrain.moe.routers.topk import TopKOptions
@@ -37,6 +39,8 @@ _AUTO = {
     "AutoModelForCausalLM": "modeling_moetrain.MoetrainForCausalLM",
 }
 _FORMAT = 2  # 1 had gate and up, and queries, keys and values, in one matrix each
+# keys that it writes itself, and folders of before have not
+_OWN = ("window_pattern", "window_rope_theta", "zero_centered_norms", "sandwich_norms", "scales")
 _OUTER = {"embed_VD": "embed_tokens.weight", "head_VD": "lm_head.weight"}
 
 
@@ -48,7 +52,7 @@ def exported_routers() -> list[str]:
 def _write(spec: ModelSpec) -> dict[str, Any]:
     m = spec.model
     common = replace(spec, experts=replace(spec.experts, activation=Activation.swiglu))
-    written = write_decoder(common, qk_norm=m.qk_norm, qkv_bias=m.qkv_bias)
+    written = write_decoder(common, qk_norm=m.qk_norm, qkv_bias=m.qkv_bias, own=_OWN)
     del written["hidden_act"]
     adapters = spec.experts.kind is ExpertKind.adapters
     return written | _write_routing(spec) | {
@@ -57,7 +61,11 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "activation": spec.experts.activation.name,
         "qk_norm": m.qk_norm.name,
         "qkv_bias": m.qkv_bias,
-        "sliding_window": m.sliding_window,
+        **(write_windows(m, None) if m.window_pattern else {"sliding_window": m.sliding_window}),
+        "window_rope_theta": m.window_rope_theta,
+        "zero_centered_norms": m.zero_centered_norms,
+        "sandwich_norms": m.sandwich_norms,
+        "scales": asdict(m.scales),
         "num_experts": m.num_experts,
         "expert_kind": spec.experts.kind.name,
         "moe_intermediate_size": m.d_ff_expert,
@@ -96,7 +104,11 @@ def _read(fields: Fields) -> ModelSpec:
         fields,
         qk_norm=_enum(fields, "qk_norm", QKNorm),
         qkv_bias=fields.flag("qkv_bias", False),
-        sliding_window=window(fields),
+        **_read_windows(fields),
+        window_rope_theta=_number_or_none(fields, "window_rope_theta"),
+        zero_centered_norms=fields.flag("zero_centered_norms", False),
+        sandwich_norms=fields.flag("sandwich_norms", False),
+        scales=_read_scales(fields),
         num_experts=fields.integer("num_experts"),
         d_ff_expert=fields.integer("moe_intermediate_size"),
         moe_every=fields.integer("moe_every"),
@@ -117,6 +129,34 @@ def _read(fields: Fields) -> ModelSpec:
         raise fields.refuse(str(error)) from None
     fields.must_be("routing", routing)  # which transformers goes by
     return spec
+
+
+def _read_windows(fields: Fields) -> dict[str, Any]:
+    """Without a list, all layers have it, or none."""
+    none = fields.integer_or_none("sliding_window") is None
+    usual = LayerWindow.full if none else LayerWindow.sliding
+    return {"window_pattern": (), **read_windows(fields, lambda layer: usual)}
+
+
+def _number_or_none(fields: Fields, key: str) -> float | None:
+    return fields.number(key) if fields.has(key) and fields.get(key) is not None else None
+
+
+def _read_scales(fields: Fields) -> ScalesConfig:
+    given = fields.get("scales") if fields.has("scales") else {}
+    if not isinstance(given, dict):
+        raise fields.refuse(f"scales is {quoted(given)}, not an object")
+    inner = Fields(given, f"{fields.where}: scales", asdict(ScalesConfig()))
+    found = ScalesConfig(
+        embedding=inner.number("embedding"),
+        residual=inner.number("residual"),
+        attention=_number_or_none(inner, "attention"),
+        logits_divisor=inner.number("logits_divisor"),
+        round_embedding=inner.flag("round_embedding"),
+    )
+    if unknown := sorted(inner.unused()):
+        raise inner.refuse(f"{unknown[0]} is not known")
+    return found
 
 
 def _read_router(fields: Fields, num_experts: int) -> RouterConfig:

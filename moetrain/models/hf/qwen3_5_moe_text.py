@@ -40,7 +40,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return decoder | written | {"num_experts_per_tok": top_k}
 
 
-def _projections(m: ModelConfig) -> Table:
+def projections(m: ModelConfig) -> Table:
     d = m.gated_delta
     keys, values = d.num_key_heads * d.key_head_dim, d.num_value_heads * d.value_head_dim
     return {
@@ -59,6 +59,6 @@ register_family(
         _write,
         defaults=DEFAULTS | {"num_experts_per_tok": 8},
         left_out=LEFT_OUT,
-        projections=_projections,
+        projections=projections,
     )
 )

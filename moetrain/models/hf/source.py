@@ -18,6 +18,7 @@ from moetrain.models.hf.layouts import as_family, stored_layers
 from moetrain.models.hf.pieces import Table, check_source, fill_block
 from moetrain.models.hf.quantised import dequantised
 from moetrain.models.hf.tensors import DTYPES, STORED, Part, Source, TensorInfo, bytes_of, dtype_names
+from moetrain.models.hf.text_part import text_alone
 
 __all__ = [
     "INDEX",
@@ -65,7 +66,7 @@ class Opened:
 
 def read_folder_spec(path: Path) -> ModelSpec:
     """The model of a Hugging Face folder, of which no tensor is read, only what its files say of them."""
-    return _read(dequantised(SafetensorsFolder(path)))[1]
+    return _read(text_alone(dequantised(SafetensorsFolder(path)), said=False))[1]
 
 
 def open_source(source: Source) -> Opened:
@@ -74,7 +75,7 @@ def open_source(source: Source) -> Opened:
     What the config says is bounded by what the files hold before anything is built.
     """
     where = f"{source.path}: {CONFIG}"
-    source = dequantised(source)
+    source = text_alone(dequantised(source))
     family, spec = _read(source)
     for name, info in source.tensors.items():
         if info.dtype not in DTYPES.values():

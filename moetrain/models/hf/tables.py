@@ -13,6 +13,14 @@ from moetrain.models.hf.latent_table import latent_table
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.options import LATENT, ModelConfig, QKNorm, is_moe_layer
 
+_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+_SANDWICH = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "feed_forward_out_norm": "post_feedforward_layernorm",
+}
+
 
 @dataclass(frozen=True)
 class MoENames:
@@ -55,10 +63,8 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
 
 
 def _attention(cfg: ModelConfig, names: MoENames) -> Table:
-    table = {
-        "attention_norm.weight_D": _whole("input_layernorm.weight", (cfg.d_model,)),
-        "feed_forward_norm.weight_D": _whole("post_attention_layernorm.weight", (cfg.d_model,)),
-    }
+    norms = _SANDWICH if cfg.sandwich_norms else _NORMS
+    table = {f"{ours}.weight_D": _whole(f"{theirs}.weight", (cfg.d_model,)) for ours, theirs in norms.items()}
     return table | (latent_table(cfg) if cfg.attention == LATENT else _grouped_query(cfg, names))
 
 

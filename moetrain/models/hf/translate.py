@@ -27,21 +27,32 @@ SHARED = {  # what all of transformers' classes here take for a key that is abse
     "rope_theta": THETA,
     "tie_word_embeddings": False,
 }
-_ACTIVATIONS = {"silu": Activation.swiglu, "gelu": Activation.geglu, "relu": Activation.reglu}
+_ACTIVATIONS = {
+    "silu": Activation.swiglu,
+    "gelu": Activation.geglu,
+    "relu": Activation.reglu,
+    "gelu_pytorch_tanh": Activation.geglu_tanh,
+}
 # what few families have words for, who name it as their own
 _OTHERWISE = (
     *("mlp_bias", "out_bias", "attention_sinks", "window_pattern", "rope_fraction", "rope_interleaved"),
     *("attention", "attention_pattern", "attention_gate", "zero_centered_norms"),
+    *("sandwich_norms", "window_rope_theta"),
 )
 
 
 def read_decoder(
-    fields: Fields, partial_rope: float | None = None, alpha_rope: bool = False, **own: Any
+    fields: Fields,
+    partial_rope: float | None = None,
+    alpha_rope: bool = False,
+    rope: dict[str, Any] | None = None,
+    **own: Any,
 ) -> ModelConfig:
     """What all families share; ``own`` are the keys of ModelConfig that this one adds.
 
     ``partial_rope``: its ``partial_rotary_factor`` where none is said; None: a head turns as a whole.
-    ``alpha_rope``: whether it knows a dynamic scaling by a fixed ``alpha``.
+    ``alpha_rope``: whether it knows a dynamic scaling by a fixed ``alpha``. ``rope``: what it has read itself
+    of rotation.
     """
     if not {"window_pattern", "attention_pattern"} & own.keys():
         layer_types(fields)  # those of all layers alike
@@ -59,7 +70,8 @@ def read_decoder(
         "num_experts": 0,
     }
     latent, width = own.get("attention") == LATENT, _head_dim(fields) if alpha_rope else None
-    cfg = ModelConfig(**shared | read_rope(fields, partial_rope, latent, width) | own)
+    rope = read_rope(fields, partial_rope, latent, width) if rope is None else rope
+    cfg = ModelConfig(**shared | rope | own)
     try:
         check_ranges(cfg, "model")
         check_heads(cfg)
@@ -73,10 +85,11 @@ def _head_dim(fields: Fields) -> int:
     return width if width is not None else fields.integer("hidden_size") // max(heads, 1)
 
 
-def read_experts(fields: Fields) -> ExpertsConfig:
-    name = fields.get("hidden_act")
+def read_experts(fields: Fields, key: str = "hidden_act") -> ExpertsConfig:
+    """``key``: what the family calls it."""
+    name = fields.get(key)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise fields.refuse(f"hidden_act={quoted(name)} is not supported: {', '.join(_ACTIVATIONS)} are")
+        raise fields.refuse(f"{key}={quoted(name)} is not supported: {', '.join(_ACTIVATIONS)} are")
     return ExpertsConfig(activation=_ACTIVATIONS[name])
 
 

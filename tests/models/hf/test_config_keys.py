@@ -18,13 +18,22 @@ def test_an_absent_key_is_their_default(name: str) -> None:
     """The table, and a whole config against one that says the sizes only."""
     theirs = their_config(name)
     for key, value in FAMILIES[name].defaults.items():
-        found = theirs.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(theirs, key)
+        found = _default(theirs, key)
         if key == "sliding_window" and "use_sliding_window" in FAMILIES[name].defaults:
             found = getattr(their_config(name, use_sliding_window=True), key)
         assert found == value, key
     sizes = sizes_of(name)
     whole = their_config(name, **{k: v for k, v in sizes.items() if k != "model_type"}).to_dict()
     assert read(whole) == read(sizes)
+
+
+def _default(theirs: Any, key: str) -> Any:
+    ropes = theirs.rope_parameters
+    if key == "rope_theta":
+        return ropes.get("full_attention", ropes)[key]
+    if key == "rope_local_base_freq":
+        return ropes["sliding_attention"]["rope_theta"]
+    return getattr(theirs, "_sliding_window_pattern" if key == "sliding_window_pattern" else key)
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
@@ -195,6 +204,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "num_nextn_predict_layers": -1, "n_group": None, "rope_interleave": 1,
         },
     ),
+    "gemma3_text": (
+        {
+            "sliding_window_pattern": 6, "layer_types": ["sliding_attention"] * 2, "rope_scaling": None,
+            "rope_theta": 1e6, "rope_local_base_freq": 1e4, "cache_implementation": "hybrid",
+            "_sliding_window_pattern": 6, "use_bidirectional_attention": False, "head_dim": 16,
+            "final_logit_softcapping": None, "attn_logit_softcapping": None, "query_pre_attn_scalar": 256,
+        },
+        {
+            "use_bidirectional_attention": True, "final_logit_softcapping": 30.0, "hidden_activation": "tanh",
+            "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 0, "sliding_window_pattern": 0,
+            "sliding_window": None, "rope_scaling": {"type": "linear", "factor": 8.0}, "hidden_act": "silu",
+            "rope_parameters": {"rope_type": "default"}, "rope_local_base_freq": 0.0,
+        },
+    ),
     "kimi_k2": (
         {**DEEPSEEK_KEYS, **their_code("V3"), "scoring_func": "sigmoid", "num_nextn_predict_layers": 0},
         {"topk_method": "greedy"},
@@ -209,5 +232,5 @@ def test_keys_of_the_published_files(name: str) -> None:
     given = sizes_of(name)
     assert read(given | same) == read(given)
     for key, value in others.items():
-        with pytest.raises(UserError, match=f"{key}|rope_fraction|model.scales"):
+        with pytest.raises(UserError, match=f"{key}|rope_fraction|model.scales|rope_theta"):
             read(given | {key: value})

@@ -10,6 +10,7 @@ import torch
 from hf_config_cases import SIZES, read, sizes_of, their_config
 from hf_family import transformers
 
+from moetrain.models.options import rope_of
 from moetrain.models.rope import rope_table, rope_width
 
 LINEAR = {"type": "linear", "factor": 3.0}
@@ -49,6 +50,22 @@ ALPHA: dict[str, dict[str, Any]] = {
     "no alpha": {},
     "alpha": {"rope_theta": 70.0, "rope_scaling": {"type": "dynamic", "alpha": 30.0, "factor": 1.0}},
 }
+OF_KINDS: dict[str, dict[str, Any]] = {  # of a family whose layers with a window turn by a base of their own
+    "nothing": {},
+    "both at the top": {"rope_theta": 500.0, "rope_local_base_freq": 70.0},
+    "scaled": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "empty scaling": {"rope_scaling": {}, "rope_theta": 500.0},
+    "within": {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 9.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
+    }},
+    "some at the top": {
+        "rope_theta": 500.0, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": None},
+    },
+    "scaling over within": {
+        "rope_scaling": {"factor": 2.0}, "rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 9.0}},
+    },
+}  # fmt: skip
 WHOLE, PARTLY = ("deepseek_v3", "llama", "mixtral", "qwen3_moe"), ("glm4_moe", "minimax_m2")
 PART = "partial_rotary_factor"
 PARTS: dict[str, dict[str, Any]] = {  # of families that turn a part of a head
@@ -92,3 +109,21 @@ def test_positions_rotate_as_theirs(name: str, values: dict[str, Any]) -> None:
     ours = rope_table(positions_BS, width, m.rope_theta, torch.float32, m.rope_scaling)
     torch.testing.assert_close(ours.cos_BS1H[:, :, 0], cos_BSH, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.sin_BS1h[:, :, 0], sin_BSH[..., : width // 2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", OF_KINDS)
+def test_layers_with_a_window_rotate_as_theirs(what: str) -> None:
+    """And the others; the sixth is the first of them."""
+    given = json.loads(json.dumps({**sizes_of("gemma3_text"), **OF_KINDS[what], "num_hidden_layers": 7}))
+    config = their_config("gemma3_text", **{k: v for k, v in given.items() if k != "model_type"})
+    rotary = transformers.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(config)
+    m, positions_BS = read(given).model, torch.arange(50)[None]
+    for layer, kind in ((0, "sliding_attention"), (5, "full_attention")):
+        cos_BSH, sin_BSH = rotary(torch.zeros(1), positions_BS, kind)
+        theta, scaling = rope_of(m, layer)
+        ours = rope_table(positions_BS, SIZES["head_dim"], theta, torch.float32, scaling)
+        torch.testing.assert_close(ours.cos_BS1H[:, :, 0], cos_BSH, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            ours.sin_BS1h[:, :, 0], sin_BSH[..., : SIZES["head_dim"] // 2], rtol=0, atol=1e-5
+        )

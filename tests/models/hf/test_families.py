@@ -51,6 +51,7 @@ class Moved:
 # The same rule as in a case of a neighbouring family.
 REPEATS = {
     "deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "dots1", "dots1_window", "ernie4_5_moe_yarn",
+    "gemma3_text_plain", "qwen3_5_text",
     "glm4_moe_groups", "glm4_moe_yarn", "gpt_oss_plain", "granitemoe", "hunyuan_v1_moe_alpha",
     "llama_biased", "llama_llama3", "mixtral_window", "moonlight", "olmoe_tied", "qwen2_moe_mixed",
     "qwen2_tied", "qwen2_yarn", "qwen3_moe_window", "qwen3_next_mixed", "qwen3_tied",

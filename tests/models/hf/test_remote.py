@@ -92,10 +92,13 @@ SPECS = {
     "topk": CASES["topk"],
     "window": ModelSpec(replace(MIXED, sliding_window=5, rope_scaling=YARN), TopKOptions(top_k=3)),
     "adapters": CASES["adapters"],
+    "local": CASES["local"],
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.real] * (name == "local")) for name in SPECS]
+)
 def test_generation_is_ours(name: str, tmp_path: Path) -> None:
     """With and without the cache, alone and in a batch that is padded on the left."""
     ours, folder = exported(SPECS[name], tmp_path)
@@ -201,7 +204,7 @@ def test_weights_of_another_format_are_refused(given: dict[str, int]) -> None:
 @pytest.mark.real
 def test_it_is_read_back(tmp_path: Path) -> None:
     """Every key and bit: by transformers, by export and by import, which do not run its code."""
-    for name in ("groups", "cosine", "adapters", "rope_yarn", "full_window"):
+    for name in ("groups", "cosine", "adapters", "rope_yarn", "full_window", "local"):
         folder = tmp_path / name
         folder.mkdir()
         _, out = exported(CASES[name], folder)

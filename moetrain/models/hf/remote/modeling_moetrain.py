@@ -19,7 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .configuration_moetrain import MoetrainConfig
 from .routing_moetrain import RULES, wide
 
-GATES = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "drelu": F.relu, "swiglu_clamped": None}
+GATES = {
+    "swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "drelu": F.relu, "swiglu_clamped": None,
+    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}  # fmt: skip
 PLAIN = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
 
 
@@ -67,12 +70,14 @@ class Router(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, cfg: MoetrainConfig) -> None:
         super().__init__()
-        self.weight_D, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.eps, self.added = cfg.rms_norm_eps, float(cfg.zero_centered_norms)
+        self.weight_D = nn.Parameter(torch.full((width,), 1 - self.added))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(wide(x), self.weight_D.shape, wide(self.weight_D), self.eps).to(x.dtype)
+        weight_D = wide(self.weight_D) + self.added
+        return F.rms_norm(wide(x), weight_D.shape, weight_D, self.eps).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -131,7 +136,8 @@ class MoE(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg: MoetrainConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window = layer, cfg.sliding_window
+        self.layer, self.window = layer, window_of(cfg, layer)
+        self.scale = cfg.scales["attention"]
         self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
         queries, keys = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
         self.w_q_QD = nn.Parameter(torch.empty(queries, cfg.hidden_size))
@@ -143,7 +149,7 @@ class Attention(nn.Module):
         self.w_out_DQ = nn.Parameter(torch.empty(cfg.hidden_size, queries))
         if cfg.qk_norm != "none":
             widths = (queries, keys) if cfg.qk_norm == "full" else [cfg.head_dim] * 2
-            self.q_norm, self.k_norm = (RMSNorm(width, cfg.rms_norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (RMSNorm(width, cfg) for width in widths)
 
     def forward(self, x_BSD: Tensor, rope: Any, real_BK: Any, past: int, cache: Any) -> Tensor:
         q = F.linear(x_BSD, self.w_q_QD, self.b_q_Q)
@@ -160,7 +166,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         seen = self.seen(past, q.shape[2], k.shape[2], real_BK, x_BSD.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=True)
         return F.linear(y.transpose(1, 2).flatten(2), self.w_out_DQ)
 
     def seen(self, past: int, new: int, keys: int, real_BK: Any, device: torch.device) -> Tensor:
@@ -175,6 +181,12 @@ class Attention(nn.Module):
         return seen & (real_BK[:, None, None, -keys:].bool() | (key_K == query_S1))  # no row of nothing
 
 
+def window_of(cfg: MoetrainConfig, layer: int) -> int | None:
+    """Of a layer, in tokens; None: it sees all before."""
+    kinds = getattr(cfg, "layer_types", None)
+    return cfg.sliding_window if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
 def rotate(x_BSNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Each element of the first half together with its like in the second."""
     cos, sin = rope
@@ -185,17 +197,22 @@ def rotate(x_BSNH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Block(nn.Module):
     def __init__(self, cfg: MoetrainConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.attention_norm = RMSNorm(cfg.hidden_size, cfg)
         self.attention = Attention(cfg, layer)
-        self.feed_forward_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.feed_forward_norm = RMSNorm(cfg.hidden_size, cfg)
+        self.scale, sandwich = cfg.scales["residual"], cfg.sandwich_norms
+        self.attention_out_norm = RMSNorm(cfg.hidden_size, cfg) if sandwich else nn.Identity()
+        self.feed_forward_out_norm = RMSNorm(cfg.hidden_size, cfg) if sandwich else nn.Identity()
         sparse = cfg.num_experts and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
         self.feed_forward = (
             MoE(cfg) if sparse else MLP(cfg.hidden_size, cfg.intermediate_size, cfg.activation)
         )
 
     def forward(self, x_BSD: Tensor, *attention: Any) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), *attention)
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD).flatten(0, 1)).view_as(x_BSD)
+        y_BSD = self.attention(self.attention_norm(x_BSD), *attention)
+        x_BSD = x_BSD + self.attention_out_norm(y_BSD) * self.scale
+        y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD).flatten(0, 1)).view_as(x_BSD)
+        return x_BSD + self.feed_forward_out_norm(y_BSD) * self.scale
 
 
 class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
@@ -208,13 +225,14 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             mean = float(parameter.ndim == 1 and not name.startswith("b_"))
+            mean = 1 - module.added if isinstance(module, RMSNorm) else mean
             nn.init.normal_(parameter, mean, self.config.initializer_range * (parameter.ndim > 1))
 
     def forward(
@@ -231,18 +249,26 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
         x_BSD = self.embed_tokens(input_ids)
-        rope = self.rope(position_ids, wide(x_BSD).dtype)
+        scales, dtype = self.config.scales, wide(x_BSD).dtype
+        factor = torch.tensor(scales["embedding"], dtype=x_BSD.dtype if scales["round_embedding"] else dtype)
+        x_BSD = x_BSD * factor.item()
+        own = self.config.window_rope_theta is not None
+        ropes = {local: self.rope(position_ids, dtype, local) for local in {False, own}}
         for block in self.blocks:
+            rope = ropes[own and block.attention.window is not None]
             x_BSD = block(x_BSD, rope, attention_mask, past, past_key_values)
-        logits = self.lm_head(self.norm(x_BSD)[:, -logits_to_keep:])
+        hidden_BSD = self.norm(x_BSD)[:, -logits_to_keep:] * (1 / scales["logits_divisor"])
+        logits = self.lm_head(hidden_BSD)
         loss = (
             None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), [B or 1, S, 1, H / 2]."""
+    def rope(self, position_ids: Tensor, dtype: torch.dtype, local: bool) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [B or 1, S, 1, H / 2]; ``local``: of the layers with a window, by their own base."""
         values, width, size = self.config.rope_parameters, self.config.head_dim, 1.0
+        if local:
+            values = {"rope_type": "default", "rope_theta": self.config.window_rope_theta}
         if values["rope_type"] == "default":
             steps = torch.arange(0, width, 2, device=position_ids.device).to(dtype)
             frequency = 1.0 / values["rope_theta"] ** (steps / width)
