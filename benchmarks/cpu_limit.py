@@ -35,6 +35,7 @@ from torch import Tensor
 from moetrain.moe import MoELayer
 from moetrain.moe.context import RouterContext
 from moetrain.moe.dispatch import ExpertRows
+from moetrain.moe.experts import Experts
 from moetrain.moe.routers.topk import TopKOptions, TopKRouter
 from moetrain.moe.routing import Routing
 from moetrain.ops import expert_mlp
@@ -87,10 +88,14 @@ class Runs:
         d, f, p = shape.d_model, shape.d_ff, 2 * shape.d_ff
         widths = {"x": d, "z": p, "h": f, "out": d, "dout": d, "dh": f, "dz": p, "dx": d}
         self.rows = {name: torch.randn(most, width).to(dtype) for name, width in widths.items()}
-        experts = self.layer.experts
+        experts = self.networks()
         self.up_EDP = experts.w_gate_up_EDCF.detach().flatten(2).to(dtype)
         self.down_EFD = experts.w_down_EFD.detach().to(dtype)
         self.dup_EDP, self.ddown_EFD = torch.empty_like(self.up_EDP), torch.empty_like(self.down_EFD)
+
+    def networks(self) -> Experts:
+        assert isinstance(self.layer.experts, Experts)
+        return self.layer.experts
 
     def _case(self) -> Case:
         s = self.shape
@@ -124,7 +129,7 @@ class Runs:
             torch.mm(r["dz"], self.up_EDP[e].t(), out=r["dx"])
 
     def experts(self, repetition: int) -> None:
-        case, experts = self.cases[repetition], self.layer.experts
+        case, experts = self.cases[repetition], self.networks()
         x_TD = case.x_BSD.view(-1, self.shape.d_model).detach().requires_grad_()
         weights_R = case.chunk.weights_R.detach().requires_grad_()
         out_RD = expert_mlp(
