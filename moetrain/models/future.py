@@ -63,6 +63,11 @@ class FutureBlock(Block):
         return BlockOutput(x_BSD if self.norm is None else self.norm(x_BSD), record, carried)
 
 
+def is_join(name: str) -> bool:
+    """Whether a tensor of this name belongs to a layer that predicts further tokens, to a :class:`Join`."""
+    return ".join." in name
+
+
 def shifted(x_BSX: Tensor, depth: int) -> Tensor:
     """What stands ``depth`` places on; at the last places, where nothing does, anything."""
     return x_BSX.roll(-depth, 1)

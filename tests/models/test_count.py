@@ -171,7 +171,7 @@ def test_windows_of_some_layers_and_biases_in_the_operations() -> None:
     assert found == full
 
 
-def test_layers_that_look_ahead_are_held_and_cost_in_training_alone() -> None:
+def test_layers_that_look_ahead_cost_in_training_alone() -> None:
     cfg = replace(TINY, num_shared_experts=1)
     plain, further = (
         abstract_decoder(replace(cfg, future=FutureConfig(layers=n)), TopKOptions(top_k=2), None, VOCAB)
@@ -185,9 +185,7 @@ def test_layers_that_look_ahead_are_held_and_cost_in_training_alone() -> None:
     block = (before.active - before.embedding - before.head - width) // TINY.num_layers  # all alike
     assert counts.ahead == 2 * (block + 2 * width * width + 3 * width)
     assert counts.experts == before.experts * 5 // 3
-    flops = [
-        flops_breakdown(m.cfg, TopKOptions(top_k=2), 7, VOCAB, causal=False) for m in (plain, further)
-    ]
+    flops = [flops_breakdown(m.cfg, TopKOptions(top_k=2), 7, VOCAB, causal=False) for m in (plain, further)]
     assert flops[0].forward == flops[1].forward
     norms = 2 * (2 + 1) * width + 2 * 2 * width
     scores = 2 * flops[0].scores / 3
