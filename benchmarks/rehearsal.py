@@ -184,6 +184,7 @@ class Rehearsal(TrainStep):
 
     def _global_counts(self, batches: Any) -> tuple[int, int]:
         tokens = self.world * sum(b.input_ids_BS.numel() for b in batches)
+        self._future.start([tokens] * (2 * len(self._future.places)))
         return tokens, tokens
 
     def _finish(self, *args: Any) -> None:  # type: ignore[override]

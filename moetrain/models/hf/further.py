@@ -1,8 +1,9 @@
 """Layers that predict further tokens, in families' own names.
 
-transformers' classes leave these tensors out, so that names and function are those of what serves them: vLLM
-(``deepseek_mtp.py``, ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``, ``ernie_mtp.py``).
-There the matrix that joins the two streams reads the embedding first and then the state after the last norm.
+transformers' classes leave these tensors out, so that names and function are those of what serves them:
+vLLM (``deepseek_mtp.py``, ``glm4_moe_mtp.py``, ``qwen3_next_mtp.py``, ``qwen3_5_mtp.py``) and FastDeploy
+(``ernie4_5_mtp.py``). There the matrix that joins the two streams reads the embedding first, and then the
+state after the last norm.
 
 Shapes: D model, C = 2 D.
 """
