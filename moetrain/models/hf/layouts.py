@@ -18,6 +18,7 @@ from torch import Tensor
 from moetrain.errors import UserError
 from moetrain.models.hf.family import Family, ModelSpec
 from moetrain.models.hf.fields import MAX_LAYERS
+from moetrain.models.hf.folder import MAX_TENSORS
 from moetrain.models.hf.further import copies, with_layers
 from moetrain.models.hf.tensors import Part, Source, TensorInfo
 from moetrain.terminal import tell
@@ -125,6 +126,8 @@ def with_further(source: Source, family: Family, spec: ModelSpec) -> ModelSpec:
     held = (start.startswith(beginnings) and _holds(source, start) for start in starts)
     layers = len(list(takewhile(bool, held)))
     if not 0 < layers <= min(names.most or MOST_LAYERS, MOST_LAYERS):
+        return spec
+    if 3 * (m.num_layers + layers) * m.num_experts > MAX_TENSORS:  # refused before a table of them is made
         return spec
     further = replace(spec, model=with_layers(m, names, layers))
     pieces = (piece for tiled in family.table(further).values() for piece in tiled.pieces)
