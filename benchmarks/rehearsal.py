@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moetrain.errors import UserError
-from moetrain.moe import MoELayer
+from moetrain.moe import MoELayer, RouterContext, Routing
 from moetrain.moe.assignment import Assignment
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
 from moetrain.moe.dispatch.collectives import Exchange
@@ -43,6 +43,7 @@ def in_turn(assignments: int, num_experts: int) -> list[int]:
 def deal_in_turn(layer: MoELayer) -> None:
     """Experts in turn, whatever the scores; the router keeps its weights, its scores and their gradients.
 
+    The last places of a sequence, of which a layer that predicts further tokens makes nothing, are dealt too.
     Raises UserError for a router that does not choose a fixed number of experts.
     """
     router = layer.router
@@ -57,7 +58,13 @@ def deal_in_turn(layer: MoELayer) -> None:
         scores_TE = scores(logits_TE, router.rule)
         return Chosen(ids_TK, weigh(scores_TE, logits_TE, ids_TK, router.rule), scores_TE)
 
+    forward = router.forward
+
+    def of_all(x_TD: Tensor, ctx: RouterContext) -> Routing:
+        return forward(x_TD, replace(ctx, valid_T=None))
+
     router.choose = choose  # type: ignore[method-assign]
+    router.forward = of_all  # type: ignore[method-assign]
 
 
 def tell_counts(layer: MoELayer, tokens: int) -> None:
@@ -184,6 +191,7 @@ class Rehearsal(TrainStep):
 
     def _global_counts(self, batches: Any) -> tuple[int, int]:
         tokens = self.world * sum(b.input_ids_BS.numel() for b in batches)
+        self._future.start([tokens] * (2 * len(self._future.places)))
         return tokens, tokens
 
     def _finish(self, *args: Any) -> None:  # type: ignore[override]

@@ -147,10 +147,12 @@ def fill(
     peers: Peers,
     cast: bool = False,
     check: Check = lambda extra: None,
+    without: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Fill ``tensors`` in place from the intact checkpoint ``path``; returns its extra.
 
-    Only names that start with ``prefix`` count, and among them the two sides must agree in names, global
+    Only names that start with ``prefix`` count, less those that start with one of ``without``, and among them
+    the two sides must agree in names, global
     shapes and, without ``cast``, dtypes; else one UserError lists what differs and nothing has been changed.
     So it is where ``check``, which is shown the extra first, raises UserError.
     """
@@ -163,7 +165,9 @@ def fill(
     metadata, complaint = read_metadata(path)
     peers.raise_together(complaint)
     extra = peers.together(checked)
-    fill_from(JsonReader(path, metadata), metadata, f"checkpoint {path}", tensors, prefix, peers, cast)
+    fill_from(
+        JsonReader(path, metadata), metadata, f"checkpoint {path}", tensors, prefix, peers, cast, without
+    )
     return extra
 
 
@@ -175,9 +179,10 @@ def fill_from(
     prefix: str,
     peers: Peers,
     cast: bool,
+    without: tuple[str, ...] = (),
 ) -> None:
     """Fill ``tensors`` from ``reader``. ``where``: its name in messages."""
-    peers.raise_together(_difference(where, metadata, tensors, prefix, cast))
+    peers.raise_together(_difference(where, metadata, tensors, prefix, cast, without))
     try:
         with torch.no_grad(), raising_peer_lost(f"loading {where}"):
             dcp_load(
@@ -204,10 +209,16 @@ def read_metadata(path: Path) -> tuple[Metadata, str | None]:
 
 
 def _difference(
-    where: str, metadata: Metadata, tensors: Mapping[str, Tensor], prefix: str, cast: bool
+    where: str,
+    metadata: Metadata,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    cast: bool,
+    without: tuple[str, ...],
 ) -> str | None:
     """One line on how the stored names, shapes and dtypes differ from ``tensors``; None if they agree."""
-    stored: dict[str, Any] = {n: e for n, e in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+    entries = metadata.state_dict_metadata.items()
+    stored: dict[str, Any] = {n: e for n, e in entries if n.startswith(prefix) and not n.startswith(without)}
     complaints = [f"{name} is not in the checkpoint" for name in tensors if name not in stored]
     complaints += [f"{name} is in the checkpoint only" for name in stored if name not in tensors]
     for name, tensor in tensors.items():

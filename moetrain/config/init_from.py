@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,9 @@ def source_overrides(
     own = _begun_run(root, overrides, value, config_name, config_dir) if key == "init_from" else None
     path = own or Path(value).expanduser()
     spec = read_spec(path, str(key))
+    if own is None:  # layers that predict further tokens are taken by as many as the user says
+        future = replace(spec.model.future, layers=0)
+        spec = replace(spec, model=replace(spec.model, future=future))
     found = spec_overrides(spec)
     if root is UpcycleConfig and not spec.model.num_experts:
         said = _experiment_keys(given.get("experiment", ""), config_dir) & _OF_EXPERTS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moetrain.bounds import check_ranges
 from moetrain.config.rules.balance import balance_fits_the_router, balance_is_accepted
+from moetrain.config.rules.future import future_layers_are_proved
 from moetrain.config.rules.layers import (
     attention_accepts_its_options,
     attention_is_known,
@@ -39,6 +40,7 @@ from moetrain.data.rules import check_data, check_paths
 from moetrain.errors import UserError
 from moetrain.evaluation.options import EvalConfig
 from moetrain.evaluation.rules import check_eval
+from moetrain.models.future_rules import check_future
 from moetrain.models.rules import check_model
 from moetrain.models.wiring_rules import check_wiring
 from moetrain.parallel.options import ParallelConfig
@@ -71,6 +73,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     recomputes_once(cfg)
     engine_of(cfg.engine.name)
     check_engine(cfg)
+    future_layers_are_proved(cfg)
     check_tracker(cfg.tracker)
     check_run(cfg.run)
     start_exists(cfg)
@@ -99,6 +102,7 @@ def validate_verify(cfg: VerifyConfig) -> None:
     _check_layers(cfg)
     _check_layout(cfg, world)
     check_engine(cfg)
+    future_layers_are_proved(cfg)
 
 
 def validate_upcycle(cfg: UpcycleConfig) -> None:
@@ -118,6 +122,7 @@ def validate_stored(cfg: TrainConfig, where: str) -> None:
             check_ranges(getattr(cfg, section), section)
         check_model(cfg.model)
         check_wiring(cfg.model)
+        check_future(cfg.model)
         router_accepts_its_options(cfg)
         _check_layers(cfg)
     except UserError as e:
@@ -148,6 +153,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 def _check_model(cfg: TrainConfig, world: int) -> None:
     check_model(cfg.model)
     check_wiring(cfg.model)
+    check_future(cfg.model)
     vocabulary_is_large_enough(cfg)
     router_accepts_its_options(cfg)
     routing_group_divides_micro_batch(cfg, world)

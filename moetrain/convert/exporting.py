@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import SHIPPED
 from moetrain.models.hf import FAMILIES, Family, ModelSpec, families_for
 from moetrain.models.hf.carried import CONFIG
+from moetrain.models.hf.further import copies
 from moetrain.models.hf.pieces import Piece, by_theirs, joined
 from moetrain.models.hf.shards import write_shards
 from moetrain.models.hf.source import TensorInfo, read_json
@@ -159,7 +161,11 @@ def _pieces(family: Family, model: StoredModel) -> dict[str, list[tuple[str, Pie
             )
     if complaints:
         raise UserError(f"{model.path} cannot be exported: {'; '.join(complaints[:_LISTED])}")
-    return by_theirs(table)
+    pieces = by_theirs(table)
+    for name, ours in copies(model.spec.model, family.further).items():
+        (piece,) = table[ours].pieces
+        pieces[name] = [(ours, replace(piece, theirs=name))]
+    return pieces
 
 
 def _reader(

@@ -26,6 +26,7 @@ from moetrain.convert.products import Factors, factors_of, require_only_products
 from moetrain.errors import UserError
 from moetrain.models.hf import Family
 from moetrain.models.hf.pieces import Piece
+from moetrain.models.options import future_layers
 from moetrain.terminal import tell
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -65,7 +66,13 @@ def export_adapters(
     require_only_products_trained(model)
     table = family.table(base.spec)
     adapters: list[Adapter] = []
+    further = tuple(f"blocks.{layer}." for layer in future_layers(base.spec.model))
     for matrix, factors in factors_of(model.weights).items():
+        if matrix.startswith(further):
+            raise UserError(
+                f"{model.path}: {matrix} has a product, and peft's base has no layers that predict further "
+                "tokens: merge=true exports the whole model"
+            )
         if matrix not in table or not table[matrix].pieces:
             raise UserError(
                 f"{model.path}: {matrix} has a product, but {family.model_type} has no such matrix"

@@ -5,17 +5,23 @@ Shapes: E experts, K experts per token, S sequence, D model, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from moetrain.models.decoder import Decoder
-from moetrain.models.options import ModelConfig, window_of
+from moetrain.models.options import ModelConfig, future_layers, window_of
 from moetrain.moe import MoELayer, Router
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.ops.uses import Use
 
 _WHOLE = Use(1.0, 1.0)
+_AHEAD = True
+_Part = bool | None  # of a model: the layers that predict further tokens, or what is no such layer; None: all
+T = TypeVar("T", nn.Parameter, nn.Module)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Counts:
 
     ``experts_active`` are those of the K of E experts that one token passes through, of their mean width
     where they differ. ``shared`` includes the shared experts' gate and what experts without a feed-forward
-    network hold: each process has all of it.
+    network hold: each process has all of it. Layers that predict further tokens count by kind as the others;
+    ``ahead`` is what a token passes through of them, which it does in training alone.
     """
 
     embedding: int = 0
@@ -37,16 +44,17 @@ class Counts:
     router: int = 0
     norms: int = 0
     biases: int = 0
+    ahead: int = 0
 
     @property
     def total(self) -> int:
-        return self.active - self.experts_active + self.experts
+        return self.active + self.ahead - self.experts_active + self.experts
 
     @property
     def active(self) -> int:
         """What one token passes through, the whole embedding and head included, as model cards count it."""
         inner = self.attention + self.dense + self.shared + self.experts_active + self.router
-        return inner + self.norms + self.biases + self.embedding + self.head
+        return inner + self.norms + self.biases + self.embedding + self.head - self.ahead
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Flops:
     ``scores``: queries by keys, and weights by values; of a recurrence, its products with the state, as it
     goes token by token. Embedding look-ups, norms, biases, rotations, activations, softmax and the sorting
     of tokens are left out. Training costs three times the forward pass (two products in the backward pass
-    for each forward one), recomputation not included.
+    for each forward one), recomputation not included. ``ahead``: all of the layers that predict further
+    tokens, each with a pass through the head: training has them, evaluation and generation have not.
     """
 
     projections: int
@@ -66,6 +75,7 @@ class Flops:
     experts: int
     router: int
     head: int
+    ahead: float = 0
 
     @property
     def forward(self) -> float:
@@ -74,7 +84,7 @@ class Flops:
 
     @property
     def training(self) -> float:
-        return 3 * self.forward
+        return 3 * (self.forward + self.ahead)
 
 
 def abstract_decoder(
@@ -87,11 +97,15 @@ def abstract_decoder(
 
 def count_parameters(model: Decoder) -> Counts:
     """Exact counts of a model on any device; sharded parameters count in their global shape."""
+    return replace(_counts(model), ahead=_counts(model, _AHEAD).active)
+
+
+def _counts(model: Decoder, part: _Part = None) -> Counts:
     layers = [layer for found in model.moe_layers().values() for layer in found]
     holders = {id(p): layer for layer in layers for p in layer.experts.parameters()}
     told = uses(model)
     counts = dict.fromkeys(Counts.__dataclass_fields__, 0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _of(part, model, model.named_parameters()):
         kind = _kind(name, parameter.ndim)
         counts[kind] += parameter.numel()
         if kind == "experts":
@@ -102,6 +116,12 @@ def count_parameters(model: Decoder) -> Counts:
             else:  # a layer without dispatch, or a plug-in's own
                 counts["experts_active"] += round(parameter.numel() * told.get(name, _WHOLE).share)
     return Counts(**counts)
+
+
+def _of(part: _Part, model: Decoder, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Those that lie in the layers that predict further tokens, or those that do not; None: all."""
+    further = tuple(f"blocks.{layer}." for layer in future_layers(model.cfg))
+    return ((name, one) for name, one in named if part is None or name.startswith(further) is part)
 
 
 def uses(model: Decoder) -> dict[str, Use]:
@@ -146,20 +166,25 @@ def flops_breakdown(
     if vocab_size is None:
         raise ValueError("the config leaves vocab_size to the tokenizer: give vocab_size")
     model = abstract_decoder(cfg, router, experts, vocab_size)
-    counts, repeated = count_parameters(model), _repeated(model)
-    pairs = (_pairs(seq_len, window_of(cfg, layer), causal) for layer in range(cfg.num_layers))
-    scores = (
-        attention.score_flops(seen / seq_len)
-        for attention, seen in zip(model.attentions(), pairs, strict=True)
-    )
+    scores = [
+        attention.score_flops(_pairs(seq_len, window_of(cfg, layer), causal) / seq_len)
+        for layer, attention in enumerate(model.attentions())
+    ]
+    head, own = 2 * vocab_size * cfg.d_model, cfg.num_layers
+    further = _flops(model, _AHEAD, sum(scores[own:]), head * cfg.future.layers)
+    return replace(_flops(model, not _AHEAD, sum(scores[:own]), head), ahead=further.forward)
+
+
+def _flops(model: Decoder, part: bool, scores: float, head: int) -> Flops:
+    counts, repeated = _counts(model, part), _repeated(model, part)
     return Flops(
         projections=2 * counts.attention,
-        scores=sum(scores),
+        scores=scores,
         dense=2 * counts.dense,
         shared=2 * counts.shared,
         experts=2 * (counts.experts_active + repeated["experts"]),
-        router=2 * (counts.router + repeated["router"] + _saved_products(model)),
-        head=2 * vocab_size * cfg.d_model,
+        router=2 * (counts.router + repeated["router"] + _saved_products(model, part)),
+        head=head,
     )
 
 
@@ -169,9 +194,9 @@ def _pairs(seq_len: int, window: int | None, causal: bool) -> int:
     return window * (window + 1) // 2 + (seq_len - window) * window if causal else seq_len * seq_len
 
 
-def _saved_products(model: Decoder) -> int:
+def _saved_products(model: Decoder, part: bool) -> int:
     """What routers multiply a token by, less their parameters: negative where most of them are looked up."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = [m for _, m in _of(part, model, model.named_modules()) if isinstance(m, Router)]
     return sum(r.products_per_token() - sum(p.numel() for p in r.parameters()) for r in routers)
 
 
@@ -186,11 +211,11 @@ def flops_per_token(
     return flops_breakdown(cfg, router, seq_len, vocab_size, experts).forward
 
 
-def _repeated(model: Decoder) -> dict[str, int]:
+def _repeated(model: Decoder, part: bool) -> dict[str, int]:
     """Multiply-adds of a token beyond one for each active parameter, where modules tell of any; by kind."""
     extra = {"experts": 0, "router": 0}
     told = uses(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _of(part, model, model.named_parameters()):
         use = told.get(name, _WHOLE)
         if use.products != use.share:
             extra[_kind(name, parameter.ndim)] += round(parameter.numel() * (use.products - use.share))

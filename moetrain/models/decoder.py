@@ -16,9 +16,11 @@ from moetrain.bounds import check_ranges
 from moetrain.models.attention import AttentionLayer, plan_of
 from moetrain.models.block import Carried, build_block, times
 from moetrain.models.cache import KVCache
+from moetrain.models.future import FutureBlock, context_ahead, shifted
+from moetrain.models.future_rules import check_future
 from moetrain.models.lora import add_low_rank, draw_by
 from moetrain.models.norm import RMSNorm
-from moetrain.models.options import ModelConfig, moe_layers, rope_of, window_of
+from moetrain.models.options import ModelConfig, future_layers, moe_layers, rope_of, window_of
 from moetrain.models.rope import Rope, rope_table
 from moetrain.models.rope_options import RopeScaling
 from moetrain.models.rules import check_model
@@ -27,7 +29,7 @@ from moetrain.models.wiring_rules import check_wiring
 from moetrain.moe import MoELayer, Router, RouterContext, RoutingRecord
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.moe.routers import full_options
-from moetrain.ops.attention import seen_keys
+from moetrain.ops.attention import Plan, seen_keys
 from moetrain.ops.embedding import embedding
 from moetrain.ops.init import Constant, Normal, parameter, set_initializer
 
@@ -35,10 +37,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class DecoderOutput(NamedTuple):
-    """A pytree, as FSDP2 wants of a module's output. ``records``: a block's place -> what its layer told."""
+    """A pytree, as FSDP2 wants of a module's output. ``records``: a block's place -> what its layer told.
+
+    ``ahead``: the hidden states of the layers that predict further tokens, one after the other.
+    """
 
     hidden_BSD: Tensor
     records: dict[int, RoutingRecord]
+    ahead: tuple[Tensor, ...] = ()
 
 
 class Decoder(nn.Module):
@@ -62,6 +68,7 @@ class Decoder(nn.Module):
         super().__init__()
         check_model(cfg)
         check_wiring(cfg)
+        check_future(cfg)
         check_ranges(experts, "experts")
         self.cfg, self.vocab_size = cfg, vocab_size
         if cfg.num_experts:
@@ -69,6 +76,7 @@ class Decoder(nn.Module):
         shape, initializer = (vocab_size, cfg.d_model), Normal(cfg.init_std)
         self.embed_VD = parameter(shape, initializer)
         self.blocks = nn.ModuleList(build_block(cfg, router, experts, i) for i in range(cfg.num_layers))
+        self.blocks.extend(FutureBlock(cfg, router, experts, i) for i in future_layers(cfg))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.zero_centered_norms)
         self.head_VD = None if cfg.tie_embeddings else parameter(shape, initializer)
         self.reset_parameters()
@@ -87,8 +95,11 @@ class Decoder(nn.Module):
         positions_BS: Tensor | None = None,
         cache: KVCache | None = None,
         documents: int | None = None,
+        look_ahead: bool = False,
     ) -> DecoderOutput:
         """Hidden states after the last norm, and what layers told of their routing.
+
+        ``look_ahead``: the layers that predict further tokens compute too, which changes nothing of the rest.
 
         They are divided by ``model.scales.logits_divisor``, and so is what any head makes of them.
 
@@ -113,7 +124,8 @@ class Decoder(nn.Module):
         x_BSD = embedding(input_ids_BS, self.embed_VD)
         compute_dtype = self.compute_dtype or x_BSD.dtype
         x_BSD = times(x_BSD.to(compute_dtype), _embedding_scale(self.cfg.scales, compute_dtype))
-        attentions = self.attentions()
+        embedded_BSD, own = x_BSD, self.cfg.num_layers
+        attentions = self.attentions()[: None if look_ahead else own]
         turns = [(a.rope_dim, *rope_of(self.cfg, place)) for place, a in enumerate(attentions)]
         ropes = {turn: self._rope(positions_BS, compute_dtype, *turn) for turn in dict.fromkeys(turns)}
         kinds = [(a.heads, a.sinks, window_of(self.cfg, place)) for place, a in enumerate(attentions)]
@@ -130,26 +142,61 @@ class Decoder(nn.Module):
         records: dict[int, RoutingRecord] = {}
         previous: RoutingRecord | None = None
         carried = Carried()
-        for layer, block in enumerate(self.blocks):
-            rope, plan = ropes[turns[layer]], plans[kinds[layer]]
+        ways = [(ropes[turn], plans[kind]) for turn, kind in zip(turns, kinds, strict=True)]
+        for layer, (block, (rope, plan)) in enumerate(zip(self.blocks, ways[:own], strict=False)):
             layer_cache = None if cache is None else cache.layers[layer]
             layer_ctx = ctx.at_layer(layer, previous)
             if layer_cache is not None:
                 layer_ctx = replace(layer_ctx, seen=cached, memory=layer_cache.memory)
-            if self.training and self.cfg.lora.dropout:
-                draw_by(block, layer_ctx.uniform)
+            self._draw(block, layer_ctx)
             x_BSD, record, carried = block(x_BSD, rope, plan, layer_ctx, layer_cache, carried)
             if record is not None:
                 records[layer] = previous = record
         hidden_BSD = self.norm(x_BSD, compute_dtype)
-        return DecoderOutput(times(hidden_BSD, 1 / self.cfg.scales.logits_divisor), records)
+        states = [hidden_BSD]
+        if look_ahead:
+            further, more = self._look_ahead(hidden_BSD, embedded_BSD, ctx, doc_ids_BS, ways[own:])
+            states, records = [*states, *further], records | more
+        hidden_BSD, *ahead = (times(state_BSD, 1 / self.cfg.scales.logits_divisor) for state_BSD in states)
+        return DecoderOutput(hidden_BSD, records, tuple(ahead))
+
+    def _look_ahead(
+        self,
+        state_BSD: Tensor,
+        embedded_BSD: Tensor,
+        ctx: RouterContext,
+        doc_ids_BS: Tensor | None,
+        ways: list[tuple[Rope, Plan]],
+    ) -> tuple[list[Tensor], dict[int, RoutingRecord]]:
+        """The states of the layers that predict further tokens, normalised, and what they told.
+
+        Places, documents and what is attended to are the decoder's own; tokens stand some places on.
+        """
+        dtype, states, records = state_BSD.dtype, list[Tensor](), dict[int, RoutingRecord]()
+        for depth, (layer, (rope, plan)) in enumerate(zip(future_layers(self.cfg), ways, strict=True), 1):
+            layer_ctx = context_ahead(ctx, depth, doc_ids_BS).at_layer(layer, None)
+            self._draw(self.blocks[layer], layer_ctx)
+            token_BSD = shifted(embedded_BSD, depth)
+            read_BSD = state_BSD.to(self.residual_dtype or dtype)
+            state_BSD, record, _ = self.blocks[layer](read_BSD, token_BSD, rope, plan, layer_ctx)
+            if self.cfg.future.shared_norm:
+                state_BSD = self.norm(state_BSD, dtype)
+            states.append(state_BSD)
+            if record is not None:
+                records[layer] = record
+        return states, records
+
+    def _draw(self, block: nn.Module, ctx: RouterContext) -> None:
+        """Noise for the dropout of low-rank products in ``block``, where there is any."""
+        if self.training and self.cfg.lora.dropout:
+            draw_by(block, ctx.uniform)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the products."""
         return F.linear(hidden_BSD, self.head_weight.to(hidden_BSD.dtype))
 
     def attentions(self) -> list[AttentionLayer]:
-        """Each block's, by its place."""
+        """Each block's, by its place; so here and below those of layers that predict further tokens."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
 
     def moe_layers(self) -> dict[int, list[MoELayer]]:

@@ -41,7 +41,7 @@ def generate(
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p)
     device = model.embed_VD.device
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(len(model.blocks), len(prompt_ids) + max_new_tokens)
+    cache = KVCache(model.cfg.num_layers, len(prompt_ids) + max_new_tokens)
     ids_BS = torch.tensor([list(prompt_ids)], device=device)
     new_ids: list[int] = []
     was_training = model.training

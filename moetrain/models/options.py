@@ -6,6 +6,7 @@ from typing import Optional
 
 from moetrain.bounds import above, at_least, within
 from moetrain.models.attention_options import GatedDeltaConfig
+from moetrain.models.future_options import FutureConfig
 from moetrain.models.latent_options import LatentConfig
 from moetrain.models.layer_options import (
     AvgKConfig,
@@ -122,6 +123,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_std: float = field(default=0.02, metadata=at_least(0))
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank products beside matrices
+    future: FutureConfig = field(default_factory=FutureConfig)  # layers that predict further tokens
 
     @property
     def shared_width(self) -> int:
@@ -132,18 +134,25 @@ class ModelConfig:
 
 
 def is_moe_layer(cfg: ModelConfig, layer: int) -> bool:
-    """Whether layer ``layer`` (from 0) is MoE."""
+    """Whether layer ``layer`` (from 0) is MoE; those from ``num_layers`` on predict further tokens."""
+    if layer >= cfg.num_layers:
+        return cfg.num_experts > 0 and not cfg.future.dense
     return cfg.num_experts > 0 and layer >= cfg.first_dense and (layer + 1) % cfg.moe_every == 0
 
 
 def moe_layers(cfg: ModelConfig) -> list[int]:
-    """The places of the MoE layers."""
+    """The places of the MoE layers, without those that predict further tokens."""
     return [layer for layer in range(cfg.num_layers) if is_moe_layer(cfg, layer)]
 
 
+def future_layers(cfg: ModelConfig) -> range:
+    """The places of the layers that predict further tokens: they follow the decoder's."""
+    return range(cfg.num_layers, cfg.num_layers + cfg.future.layers)
+
+
 def attention_of(cfg: ModelConfig, layer: int) -> str:
-    """The name of a layer's attention."""
-    pattern = cfg.attention_pattern
+    """The name of a layer's attention; of one that predicts further tokens, the last layer's."""
+    pattern, layer = cfg.attention_pattern, min(layer, cfg.num_layers - 1)
     return pattern[layer % len(pattern)] if pattern else cfg.attention
 
 
@@ -163,8 +172,8 @@ def width_of(cfg: ModelConfig, layer: int) -> int:
 
 
 def window_of(cfg: ModelConfig, layer: int) -> Optional[int]:
-    """``sliding_window`` of a layer; None where it has none."""
-    pattern = cfg.window_pattern
+    """``sliding_window`` of a layer; None where it has none. As :func:`attention_of` after the last."""
+    pattern, layer = cfg.window_pattern, min(layer, cfg.num_layers - 1)
     full = bool(pattern) and pattern[layer % len(pattern)] is LayerWindow.full
     return None if full else cfg.sliding_window
 

@@ -102,7 +102,14 @@ def with_step(
     controllers = build_controllers(cfg.balance.controllers, terms, routers)
     monitor = LossMonitor(cfg.train.spike_factor)
     step = make_step(
-        engine, terms, controllers, monitor, cfg.optim.clip_norm, cfg.train.seed, engine.data.loss
+        engine,
+        terms,
+        controllers,
+        monitor,
+        cfg.optim.clip_norm,
+        cfg.train.seed,
+        engine.data.loss,
+        cfg.train.future,
     )
     return Assembled(engine, controllers, monitor, step, counts)
 

@@ -56,7 +56,7 @@ RULES = (
         Change.free,
         "a checkpoint loads under any layout, on any machine",
     ),
-    Rule(("train.task",), Change.named, "decides the loss that is minimised"),
+    Rule(("train.task", "train.future"), Change.named, "decides the loss that is minimised"),
     Rule(("optim", "schedule", "train.global_batch_tokens"), Change.named, "decides the steps to come"),
     Rule(
         ("data", "data.cache_dir"),

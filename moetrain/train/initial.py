@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from moetrain.checkpoint.read import fill, fill_from, find_checkpoint, read_meta
 from moetrain.checkpoint.state_dict import MODEL, OPTIM
 from moetrain.data import Tokenizer, load_tokenizer
 from moetrain.errors import UserError
+from moetrain.models.future import is_join
 from moetrain.models.hf.carried import CARRIED, carry_files
 from moetrain.models.hf.pieces import fill_block
 from moetrain.models.hf.source import Opened, SafetensorsFolder, open_source
+from moetrain.models.options import future_layers
 from moetrain.ops.low_rank import factor_start, is_factor
 from moetrain.parallel.materialize import draw_tensor
+from moetrain.terminal import tell
 from moetrain.train.identity import require_same_files
 from moetrain.train.run_files import CONFIG, TOKENIZER, ReadConfig
 
@@ -56,17 +60,32 @@ def load_initial(
         peers.from_first(lambda: require_same_files(checkpoint, read))
         stored, complaint = read_metadata(checkpoint)
         peers.raise_together(complaint)
+        further = peers.from_first(lambda: _not_taken(path, read, model))
         model = _without_new(model, stored.state_dict_metadata, seed)
-        fill(checkpoint, model, MODEL, peers, cast=True)
+        fill(checkpoint, model, MODEL, peers, cast=True, without=further)
         if optimizer:
-            fill(checkpoint, optimizer, OPTIM, peers, cast=True)
+            fill(checkpoint, optimizer, OPTIM, peers, cast=True, without=further)
         return
     if optimizer:
         raise UserError(f"init_optimizer=true, but init_from={path} is a Hugging Face folder: it holds none")
-    opened = peers.together(lambda: open_source(SafetensorsFolder(path)))
+    taken = any(is_join(name) for name in model)
+    opened = peers.together(lambda: open_source(SafetensorsFolder(path), taken))
     reader = _PiecesReader(opened)
     model = _without_new(model, (), seed)
     fill_from(reader, reader.read_metadata(), f"init_from={path}", model, MODEL, peers, cast=True)
+
+
+def _not_taken(path: Path, read: ReadConfig, model: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """How the names begin of layers of ``path`` that predict further tokens, where ``model`` has none."""
+    layers = future_layers(read(path / CONFIG).model)
+    if not layers or any(is_join(name) for name in model):
+        return ()
+    tell(
+        f"left out of {path}: {len(layers)} layer(s) that predict further tokens: "
+        f"model.future.layers={len(layers)} would take them",
+        sys.stderr,
+    )
+    return tuple(f"{kind}blocks.{layer}." for layer in layers for kind in (MODEL, OPTIM))
 
 
 def _without_new(model: Mapping[str, Tensor], stored: Collection[str], seed: int) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ class Loop:
             routing=result.routing,
             aux=result.aux,
             control=result.control,
+            ahead=result.ahead,
         )
         services.run_dir.metrics.append(row)
         loads = None

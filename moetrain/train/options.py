@@ -13,6 +13,7 @@ from moetrain.moe.balance.settings import BalanceConfig
 from moetrain.moe.options import ExpertsConfig, RouterConfig
 from moetrain.parallel.options import ParallelConfig
 from moetrain.train.alarms.options import AlarmsConfig
+from moetrain.train.future_options import FutureLossConfig
 from moetrain.train.log.options import TrackerConfig
 from moetrain.train.optim.options import OptimConfig, ScheduleConfig
 
@@ -64,6 +65,7 @@ class LoopConfig:
     """The ``train`` section. ``micro_batch_size`` is in sequences per rank, at most."""
 
     task: str = "next_token"  # what the loss is of; a plug-in may register another
+    future: FutureLossConfig = field(default_factory=FutureLossConfig)  # of model.future's layers
     steps: int = field(default=400, metadata=at_least(1, why=_NO_STEPS))
     seed: int = field(default=0, metadata=at_least(0))
     deterministic: bool = False

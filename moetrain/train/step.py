@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetrain.data import Batch
 from moetrain.errors import TrainingError, UserError
-from moetrain.models.options import moe_layers
+from moetrain.models.options import future_layers, moe_layers
 from moetrain.moe import Router, RoutingRecord
 from moetrain.moe.balance import (
     Controller,
@@ -35,6 +35,8 @@ from moetrain.ops.transfer import to_device
 from moetrain.parallel.distributed import all_reduce_sum_, rank
 from moetrain.parallel.watchdog.flight_recorder import watched
 from moetrain.train.engine import Engine
+from moetrain.train.future import FutureLoss, counts_ahead
+from moetrain.train.future_options import FutureLossConfig
 from moetrain.train.log.metrics import RoutingStats, RoutingSummary
 from moetrain.train.log.monitor import LossMonitor
 from moetrain.train.replay import Replay
@@ -57,6 +59,7 @@ class StepResult:
     messages: list[str]  # of controllers, for the user
     problem: str | None
     applied: bool  # the update was made; with a problem: it broke the weights
+    ahead: tuple[float, ...] = ()  # nats per target of each layer that predicts further tokens
 
 
 class TrainStep:
@@ -74,6 +77,7 @@ class TrainStep:
         clip_norm: float | None,
         seed: int,
         group: dist.ProcessGroup | None = None,
+        future: FutureLossConfig | None = None,
     ) -> None:
         self.engine, self.task, self.terms, self.controllers = engine, engine.task, terms, controllers
         self.monitor, self.clip_norm, self.seed = monitor, clip_norm, seed
@@ -88,6 +92,8 @@ class TrainStep:
         self._measured = Measured(controllers)
         self.replay = Replay()
         self._has_moe_layers = bool(moe_layers(self.task.model.cfg))
+        places = future_layers(self.task.model.cfg)
+        self._future = FutureLoss(future or FutureLossConfig(), places, self.device)
         self._signals: _Counts = {}  # of controllers for losses, on the device, as the step begins
 
     def run(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -114,7 +120,9 @@ class TrainStep:
             assert output.loss_sum is not None  # a batch has labels
             extra, raw = self._balance(step, tokens, output.records, counts)
             loss = output.loss_sum / max(targets, 1)
-            self.engine.backward(loss if extra is None else loss + extra)
+            for part in (extra, self._future.add(step, output.ahead_sums)):
+                loss = loss if part is None else loss + part
+            self.engine.backward(loss)
             loss_sum += output.loss_sum.detach()
             records = {layer: record.detach() for layer, record in output.records.items()}
             self.stats.add(records)
@@ -128,11 +136,14 @@ class TrainStep:
         return self._finish(loss_sum, aux_sums, targets, tokens)
 
     def _finish(self, loss_sum: Tensor, aux_sums: dict[str, Tensor], targets: int, tokens: int) -> StepResult:
-        all_reduce_sum_(loss_sum, *aux_sums.values(), name="the losses", group=self.group)
+        ahead_K = self._future.sums_K
+        all_reduce_sum_(loss_sum, *aux_sums.values(), ahead_K, name="the losses", group=self.group)
         routing = self.stats.reduce(self.group)
         norm = self.engine.clip(self.clip_norm)
         # The first of two waits: whether to update at all. What else is read of the step comes along.
-        total, norm, sums_F, *aux_L = _on_host([loss_sum, norm, routing.sums_F, *aux_sums.values()])
+        total, norm, sums_F, ahead_K, *aux_L = _on_host(
+            [loss_sum, norm, routing.sums_F, ahead_K, *aux_sums.values()]
+        )
         routing, aux_sums = replace(routing, sums_F=sums_F), dict(zip(aux_sums, aux_L, strict=True))
         loss, grad_norm = float(total) / max(targets, 1), float(norm)
         problem = self.monitor.check(loss, grad_norm)
@@ -151,14 +162,16 @@ class TrainStep:
         aux = {key: values_L.tolist() for key, values_L in aux_sums.items()}
         control = {k: v for controller in self.controllers for k, v in controller.metrics().items()}
         messages = [line for controller in self.controllers if applied for line in controller.messages()]
-        return StepResult(loss, grad_norm, tokens, aux, routing, control, messages, problem, applied)
+        ahead = self._future.means(ahead_K.tolist())
+        return StepResult(loss, grad_norm, tokens, aux, routing, control, messages, problem, applied, ahead)
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """(target tokens, valid tokens) of the whole step."""
-        counts = torch.tensor(
-            [sum(b.num_targets for b in batches), sum(_valid_tokens(b) for b in batches)], dtype=torch.int64
-        )
+        """(target tokens, valid tokens) of the whole step; layers that look ahead have their own."""
+        layers = len(self._future.places)
+        rows = [[b.num_targets, _valid_tokens(b), *counts_ahead(b, layers)] for b in batches]
+        counts = torch.tensor(rows, dtype=torch.int64).sum(0)
         all_reduce_sum_(counts, name="the step's tokens", group=self.group)
+        self._future.start(counts[2:].tolist())
         return int(counts[0]), int(counts[1])
 
     def _add_router_stats(self, records: Mapping[int, RoutingRecord]) -> None:
@@ -197,7 +210,8 @@ class TrainStep:
             if counts is None:  # one micro-batch: its own forward has the counts
                 counts = self._summed(step, [records])
             factors = all_factors(self.controllers)
-            totals = StepTotals(max(tokens, 1), counts, self._signals, factors, step)
+            ahead = self._future.layer_tokens
+            totals = StepTotals(max(tokens, 1), counts, self._signals, factors, step, ahead)
             return total_loss(records, self.terms, totals)
 
     @torch.no_grad()

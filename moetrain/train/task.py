@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moetrain.errors import UserError
 from moetrain.models.cache import KVCache
 from moetrain.models.decoder import Decoder
+from moetrain.models.future import nll_sums
 from moetrain.models.loss import cross_entropy_sum, token_nll
 from moetrain.moe import RouterContext, RoutingRecord
 from moetrain.nearest import nearest
@@ -30,6 +31,7 @@ class TaskOutput(NamedTuple):
     nll_BS: Tensor | None
     logits_BSV: Tensor | None
     records: dict[int, RoutingRecord]  # a block's place -> what its layer told
+    ahead_sums: tuple[Tensor, ...] = ()  # of each layer that predicts further tokens, the sum of its nats
 
 
 class Inputs(NamedTuple):
@@ -75,14 +77,20 @@ class Task(nn.Module):
         documents: int | None = None,
     ) -> TaskOutput:
         """With labels: the summed loss, or each token's nats (``per_token``, no gradient); else logits."""
-        hidden_BSD, records = self.model(input_ids_BS, ctx, doc_ids_BS, positions_BS, cache, documents)
+        trains = labels_BS is not None and not per_token and self.model.cfg.future.layers > 0
+        hidden_BSD, records, ahead = self.model(
+            input_ids_BS, ctx, doc_ids_BS, positions_BS, cache, documents, look_ahead=trains
+        )
         if labels_BS is None:
             return TaskOutput(None, None, self.model.logits(hidden_BSD), records)
         if per_token:
             nll_BS = token_nll(hidden_BSD, self.model.head_weight, labels_BS)
             return TaskOutput(None, nll_BS, None, records)
         inputs = Inputs(input_ids_BS, labels_BS, doc_ids_BS, positions_BS, documents)
-        return TaskOutput(self.loss_sum(hidden_BSD, inputs), None, None, records)
+        valid_T = None if ctx is None else ctx.valid_T
+        valid_BS = None if valid_T is None else valid_T.view_as(labels_BS)
+        sums = nll_sums(ahead, self.model.head_weight, labels_BS, valid_BS, doc_ids_BS)
+        return TaskOutput(self.loss_sum(hidden_BSD, inputs), None, None, records, sums)
 
 
 Builder = Callable[[Decoder], Task]

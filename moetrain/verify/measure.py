@@ -230,6 +230,7 @@ def _later() -> range:
 def _figures(result: StepResult) -> dict[str, Tensor]:
     """Losses as of the whole step, and both norms."""
     figures = {"loss: nats": result.loss, "norm: L2": result.grad_norm, "loss: tokens": float(result.tokens)}
+    figures |= {f"loss: nats {depth} ahead": nats for depth, nats in enumerate(result.ahead, 1)}
     for key, values_L in result.aux.items():
         values = zip(result.routing.layers, values_L, strict=True)
         figures |= {f"loss: {key} in layer {layer}": value for layer, value in values}

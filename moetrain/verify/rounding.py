@@ -30,7 +30,7 @@ _OF_THE_REST = 6  # embedding, norm, logits, their gradient; a weight's gradient
 
 def roundings(model: ModelConfig) -> int:
     """R: forward and back through every block."""
-    return 2 * _OF_A_BLOCK * model.num_layers + _OF_THE_REST
+    return 2 * _OF_A_BLOCK * (model.num_layers + model.future.layers) + _OF_THE_REST
 
 
 def bound(model: ModelConfig) -> float:

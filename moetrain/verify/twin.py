@@ -126,6 +126,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         rope_fraction=1.0 if m.rope_fraction == 1 else 0.5,  # of a head_dim of 4
         sliding_window=None if m.sliding_window is None else min(m.sliding_window, 5),
         window_pattern=tuple(dict.fromkeys(m.window_pattern)),
+        future=replace(m.future, layers=min(m.future.layers, 2)),
         rope_scaling=m.rope_scaling if length is None else replace(m.rope_scaling, original_max_positions=5),
     )
 

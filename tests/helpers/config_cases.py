@@ -97,6 +97,8 @@ REFUSED = [
     ({"model.rope_scaling": YARN, "model.rope_theta": 1.0}, "model.rope_theta=1.0 must be above 1"),
     ({"model.norm_eps": NAN}, "model.norm_eps=nan"),
     ({"model.wiring": Wiring.shortcut}, "model.wiring=shortcut: shared experts", "num_shared_experts=1"),
+    ({"model.future.layers": 1, "model.wiring": Wiring.momentum}, "model.wiring=momentum", "future.layers=1"),
+    ({"train.future.weight": 0.1}, "train.future is of model.future.layers"),
     ({"model.layer_experts": (12, 6)}, "layer_experts=[12,6] has 2 numbers, but there are 4 MoE layers"),
     ({"model.layer_experts": (6, 6, 6, 6)}, "the largest is 6, but model.num_experts=12"),
     ({"model.layer_experts": (12, 12, 2, 12), "router.top_k": 3}, "layer 2: router.top_k=3 must lie between"),

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moetrain.config.hydra.compose import compose_train
 from moetrain.models import count_parameters, flops_per_token
 from moetrain.models.count import abstract_decoder, flops_breakdown
+from moetrain.models.future_options import FutureConfig
 from moetrain.models.options import LayerWindow, ModelConfig, QKNorm
 from moetrain.models.scale_options import ScalesConfig
 from moetrain.moe.options import Activation, ExpertsConfig
@@ -168,3 +169,25 @@ def test_windows_of_some_layers_and_biases_in_the_operations() -> None:
     biased = replace(TINY, num_layers=3, qkv_bias=True, out_bias=True, attention_sinks=True)
     found = flops_breakdown(biased, replace(router, logit_bias=True), 11, VOCAB, replace(plain, bias=True))
     assert found == full
+
+
+def test_layers_that_look_ahead_cost_in_training_alone() -> None:
+    cfg = replace(TINY, num_shared_experts=1)
+    plain, further = (
+        abstract_decoder(replace(cfg, future=FutureConfig(layers=n)), TopKOptions(top_k=2), None, VOCAB)
+        for n in (0, 2)
+    )
+    before, counts = count_parameters(plain), count_parameters(further)
+    assert counts.total == sum(p.numel() for p in further.parameters())
+    assert counts.active == before.active
+    assert before.ahead == 0
+    width = TINY.d_model
+    block = (before.active - before.embedding - before.head - width) // TINY.num_layers  # all alike
+    assert counts.ahead == 2 * (block + 2 * width * width + 3 * width)
+    assert counts.experts == before.experts * 5 // 3
+    flops = [flops_breakdown(m.cfg, TopKOptions(top_k=2), 7, VOCAB, causal=False) for m in (plain, further)]
+    assert flops[0].forward == flops[1].forward
+    norms = 2 * (2 + 1) * width + 2 * 2 * width
+    scores = 2 * flops[0].scores / 3
+    assert flops[1].ahead == 2 * (counts.ahead - norms) + scores + 2 * 2 * VOCAB * width
+    assert flops[1].training == 3 * (flops[1].forward + flops[1].ahead)

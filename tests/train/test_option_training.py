@@ -20,6 +20,7 @@ OPTIONS = {
     "dynmoe for deepspeed": ["router=dynmoe_deepspeed", "router.interval=2"],
     "adapters and products": ["experts=adapters", "model.lora.rank=2"],
     "products around one network": ["experts.kind=low_rank", "model.lora.rank=2", "model.lora.dropout=0.1"],
+    "layers that look ahead": ["router=topk_sigmoid", "balance=aux_free", "model.future.layers=2"],
 }
 THREE = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_every=3"]
 

@@ -110,6 +110,10 @@ def feed_forward_is_own(cfg: TrainConfig) -> None:
     """What upcycling fills are the tensors of our own layers, in plain blocks."""
     if key := beyond_families(cfg.model):
         raise UserError(f"{key}: upcycling makes plain blocks of equal layers only; leave it out")
+    if layers := cfg.model.future.layers:
+        raise UserError(
+            f"model.future.layers={layers}: upcycling fills the decoder's own layers only; leave it out"
+        )
     router = full_options(cfg.router)
     for key, biased in (
         ("experts.bias", cfg.experts.bias),

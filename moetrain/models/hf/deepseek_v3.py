@@ -6,6 +6,7 @@ from typing import Any
 
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.further import BY_PLACE
 from moetrain.models.hf.latent import DEFAULTS, FUTURE, read_latent_decoder, write_latent_decoder
 from moetrain.models.hf.sigmoid_moe import NAMES, read_layers, read_router, write_layers, write_router
 from moetrain.models.hf.translate import read_experts
@@ -25,7 +26,6 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "rope_interleave": spec.model.rope_interleaved,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
-        FUTURE: 0,
     }  # fmt: skip
 
 
@@ -49,5 +49,6 @@ register_family(
         NAMES,
         defaults=V3_DEFAULTS,
         future_layers=FUTURE,
+        further=BY_PLACE,
     )
 )

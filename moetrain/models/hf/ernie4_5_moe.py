@@ -8,6 +8,7 @@ from typing import Any
 
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.further import FutureNames
 from moetrain.models.hf.tables import MoENames
 from moetrain.models.hf.translate import (
     SHARED,
@@ -28,6 +29,14 @@ _NAMES = MoENames(
     bias_rows=1,
     shared="mlp.shared_experts",
     aliases={"mlp.gate.moe_statics.e_score_correction_bias": _BIAS},
+)
+_FURTHER = FutureNames(  # dense, before the decoder's own last norm
+    block="model.mtp_block.{}.",
+    token_norm="model.mtp_emb_norm.{}.weight",
+    hidden_norm="model.mtp_hidden_norm.{}.weight",
+    join="model.mtp_linear_proj.{}.weight",
+    dense=True,
+    key="num_nextn_predict_layers",
 )
 _ONLY = {  # what the router computes; the last two are not keys of transformers' class
     "moe_norm_min": 1e-12,
@@ -117,6 +126,7 @@ register_family(
         _NAMES,
         defaults=_DEFAULTS,
         left_out=("model.mtp_",),
+        further=_FURTHER,
         fp32=(".router.weight_ED",),
     )
 )

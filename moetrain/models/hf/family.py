@@ -12,6 +12,7 @@ from typing import Any
 
 from moetrain.errors import UserError, quoted
 from moetrain.models.hf.fields import MAX_LAYERS, Fields
+from moetrain.models.hf.further import FutureNames, refusal
 from moetrain.models.hf.keys import check_keys
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.tables import MoENames, decoder_table
@@ -44,8 +45,9 @@ class Family:
 
     ``code``: files that transformers needs beside the weights; such a family is taken by name only.
     ``defaults``: what transformers takes for a key that is absent. Sizes have none: they must be said.
-    Layers that predict further tokens are left out: ``future_layers`` is the key that says how many come
-    after the last, ``left_out`` are beginnings of names. ``fp32``: ends of our names, of tensors that keep
+    Layers that predict further tokens: ``further`` are their names, None where they are not read and so left
+    out; ``future_layers`` is the key that says how many come after the last, ``left_out`` are beginnings of
+    names. ``fp32``: ends of our names, of tensors that keep
     their dtype in any export, as they do in transformers; the bias of a choice does in all families.
     """
 
@@ -59,15 +61,19 @@ class Family:
     future_layers: str | None = None
     left_out: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
+    further: FutureNames | None = None
 
     def table(self, spec: ModelSpec) -> Table:
         """Which of their tensors fill which block of ours."""
-        return decoder_table(spec.model, spec.vocab_size, self.names)
+        return decoder_table(spec.model, spec.vocab_size, self.names, self.further)
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """``config.json`` of ``spec``, without what concerns no weight (token ids, lengths)."""
+        if line := refusal(spec.model, self.further):
+            raise CannotExpressError(line)
         head = {"architectures": [self.architecture], "model_type": self.model_type}
-        return head | self.write(spec)
+        key = None if self.further is None else self.further.key
+        return head | self.write(spec) | ({} if key is None else {key: spec.model.future.layers})
 
 
 FAMILIES: dict[str, Family] = {}

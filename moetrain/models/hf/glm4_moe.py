@@ -8,6 +8,7 @@ from typing import Any
 
 from moetrain.models.hf.family import Family, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.further import BY_PLACE
 from moetrain.models.hf.sigmoid_moe import NAMES, read_layers, read_router, write_layers, write_router
 from moetrain.models.hf.translate import SHARED, read_decoder, read_experts, require, write_decoder
 from moetrain.models.options import QKNorm
@@ -35,7 +36,6 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     return written | write_layers(m) | write_router(spec) | {
         "use_qk_norm": qk_norm is QKNorm.head,
         "attention_bias": m.qkv_bias,
-        _FUTURE: 0,
     }  # fmt: skip
 
 
@@ -54,5 +54,14 @@ _DEFAULTS = SHARED | {
     "use_qk_norm": False,
 }
 register_family(
-    Family("glm4_moe", "Glm4MoeForCausalLM", _read, _write, NAMES, defaults=_DEFAULTS, future_layers=_FUTURE)
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        _read,
+        _write,
+        NAMES,
+        defaults=_DEFAULTS,
+        future_layers=_FUTURE,
+        further=BY_PLACE,
+    )
 )

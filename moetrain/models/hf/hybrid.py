@@ -15,9 +15,10 @@ from moetrain.models.attention import head_shape
 from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.hf.family import CannotExpressError, Family, ModelSpec
 from moetrain.models.hf.fields import Fields
+from moetrain.models.hf.further import FutureNames, block_names
 from moetrain.models.hf.pieces import Piece, Table, Tiled
 from moetrain.models.hf.translate import SHARED, read_decoder, require, write_decoder
-from moetrain.models.options import ModelConfig, QKNorm, attention_kinds, attention_of
+from moetrain.models.options import ModelConfig, QKNorm, attention_kinds, attention_of, future_layers
 
 DELTA, FULL = "gated_delta", "grouped_query"
 _KINDS = {"linear_attention": DELTA, "full_attention": FULL}
@@ -31,6 +32,14 @@ _SIZES = {
 }
 _OWN = ("rope_fraction", "attention", "attention_pattern", "attention_gate", "zero_centered_norms")
 LEFT_OUT = ("mtp.",)  # a layer that predicts a further token
+FURTHER = FutureNames(
+    block="mtp.layers.{}.",
+    token_norm="mtp.pre_fc_norm_embedding.weight",
+    hidden_norm="mtp.pre_fc_norm_hidden.weight",
+    join="mtp.fc.weight",
+    norm="mtp.norm.weight",
+    most=1,  # several would share what has no number
+)
 _UNREAD = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 DEFAULTS = SHARED | {
     "linear_conv_kernel_dim": 4,
@@ -118,7 +127,7 @@ class HybridFamily(Family):
 
     def table(self, spec: ModelSpec) -> Table:
         table, m = super().table(spec), spec.model
-        for layer in range(m.num_layers):
+        for layer in (*range(m.num_layers), *future_layers(m)):
             start = f"blocks.{layer}.attention."
             if attention_of(m, layer) == DELTA:
                 table = {name: tiled for name, tiled in table.items() if not name.startswith(start)}
@@ -126,9 +135,8 @@ class HybridFamily(Family):
             else:
                 parts = _gated_queries(m)
             for name, tiled in parts.items():
-                pieces = tuple(
-                    replace(piece, theirs=f"model.layers.{layer}.{piece.theirs}") for piece in tiled.pieces
-                )
+                begin = block_names(m, self.further, layer)
+                pieces = tuple(replace(piece, theirs=begin + piece.theirs) for piece in tiled.pieces)
                 table[start + name] = replace(tiled, pieces=pieces)
         return table
 

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moetrain.models.hf.family import ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
 from moetrain.models.hf.hybrid import (
     DEFAULTS,
+    FURTHER,
     LEFT_OUT,
     HybridFamily,
     read_hybrid,
@@ -59,6 +61,7 @@ register_family(
         _write,
         defaults=DEFAULTS | {"num_experts_per_tok": 8},
         left_out=LEFT_OUT,
+        further=replace(FURTHER, key="mtp_num_hidden_layers"),
         projections=projections,
     )
 )

@@ -8,7 +8,15 @@ from typing import Any
 
 from moetrain.models.hf.family import CannotExpressError, ModelSpec, register_family
 from moetrain.models.hf.fields import Fields
-from moetrain.models.hf.hybrid import DEFAULTS, LEFT_OUT, HybridFamily, read_hybrid, stacked, write_hybrid
+from moetrain.models.hf.hybrid import (
+    DEFAULTS,
+    FURTHER,
+    LEFT_OUT,
+    HybridFamily,
+    read_hybrid,
+    stacked,
+    write_hybrid,
+)
 from moetrain.models.hf.pieces import Table
 from moetrain.models.hf.translate import (
     read_experts,
@@ -87,6 +95,7 @@ register_family(
         _write,
         defaults=_DEFAULTS,
         left_out=LEFT_OUT,
+        further=FURTHER,
         projections=_projections,
     )
 )

@@ -14,7 +14,7 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.hf.family import Family, ModelSpec, read_model
 from moetrain.models.hf.fields import MAX_LAYERS
 from moetrain.models.hf.folder import CONFIG, INDEX, MAX_TENSORS, SINGLE, SafetensorsFolder, read_json
-from moetrain.models.hf.layouts import as_family, stored_layers
+from moetrain.models.hf.layouts import as_family, stored_layers, take_copies, with_further
 from moetrain.models.hf.pieces import Table, check_source, fill_block
 from moetrain.models.hf.quantised import dequantised
 from moetrain.models.hf.tensors import DTYPES, STORED, Part, Source, TensorInfo, bytes_of, dtype_names
@@ -66,12 +66,16 @@ class Opened:
 
 def read_folder_spec(path: Path) -> ModelSpec:
     """The model of a Hugging Face folder, of which no tensor is read, only what its files say of them."""
-    return _read(text_alone(dequantised(SafetensorsFolder(path)), said=False))[1]
+    source = text_alone(dequantised(SafetensorsFolder(path)), said=False)
+    family, spec = _read(source)
+    return with_further(source, family, spec)
 
 
-def open_source(source: Source) -> Opened:
+def open_source(source: Source, further: bool = True) -> Opened:
     """Raises UserError unless every tensor of ``source`` has one place and every tensor of ours is filled.
 
+    ``further``: layers that predict further tokens are taken, if the family's names describe them; else, and
+    where their copies of the embedding or the head are none, they are left out, which is said.
     What the config says is bounded by what the files hold before anything is built.
     """
     where = f"{source.path}: {CONFIG}"
@@ -86,7 +90,7 @@ def open_source(source: Source) -> Opened:
         raise UserError(
             f"{where}: num_experts={m.num_experts} in {m.num_layers} layers are more than possible"
         )
-    source = as_family(source, family, spec)
+    source, spec = _with_further(source, family, spec, further)
     table = _table(family, spec, where)
     check_source(table, {name: info.shape for name, info in source.tensors.items()}, str(source.path))
     for name, tiled in table.items():
@@ -98,6 +102,21 @@ def open_source(source: Source) -> Opened:
                 f"{source.path}: the parts of {name} ({first} ...) are of several dtypes: {named}"
             )
     return Opened(source, family, spec, table)
+
+
+def _with_further(source: Source, family: Family, spec: ModelSpec, further: bool) -> tuple[Source, ModelSpec]:
+    """The source under the family's names, and the model with what it holds and what is wanted."""
+    larger = with_further(source, family, spec)
+    layers, why = larger.model.future.layers, ", which are not read in this form"
+    if layers and further:
+        view = as_family(source, family, larger, why)
+        other = take_copies(view, family, larger)
+        if other is None:
+            return view, larger
+        why = f": {other} is another than the decoder's own, which such layers have here"
+    elif layers:
+        why = f": model.future.layers={layers} would take them"
+    return as_family(source, family, spec, why), spec
 
 
 def _read(source: Source) -> tuple[Family, ModelSpec]:

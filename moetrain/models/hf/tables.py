@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moetrain.models.attention import head_shape
+from moetrain.models.hf.further import FutureNames, block_names, joins
 from moetrain.models.hf.latent_table import latent_table
 from moetrain.models.hf.pieces import Piece, Table, Tiled
-from moetrain.models.options import LATENT, ModelConfig, QKNorm, is_moe_layer
+from moetrain.models.options import LATENT, ModelConfig, QKNorm, future_layers, is_moe_layer
 
 _NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 _SANDWICH = {
@@ -45,7 +46,9 @@ class MoENames:
     stacked: bool = False
 
 
-def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
+def decoder_table(
+    cfg: ModelConfig, vocab_size: int, names: MoENames, future: FutureNames | None = None
+) -> Table:
     """The table of a whole decoder, dense or MoE per layer."""
     table = {
         "embed_VD": _whole("model.embed_tokens.weight", (vocab_size, cfg.d_model)),
@@ -53,13 +56,13 @@ def decoder_table(cfg: ModelConfig, vocab_size: int, names: MoENames) -> Table:
     }
     if not cfg.tie_embeddings:
         table["head_VD"] = _whole("lm_head.weight", (vocab_size, cfg.d_model))
-    for layer in range(cfg.num_layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+    for layer in (*range(cfg.num_layers), *future_layers(cfg)):
+        ours, theirs = f"blocks.{layer}.", block_names(cfg, future, layer)
         parts = _attention(cfg, names) | (_moe(cfg, names) if is_moe_layer(cfg, layer) else _biased(cfg))
         for name, tiled in parts.items():
             pieces = tuple(replace(piece, theirs=theirs + piece.theirs) for piece in tiled.pieces)
             table[ours + name] = replace(tiled, pieces=pieces)
-    return table
+    return table | joins(cfg, future)
 
 
 def _attention(cfg: ModelConfig, names: MoENames) -> Table:

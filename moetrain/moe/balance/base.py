@@ -26,7 +26,8 @@ class Seen(Generic[Opts]):
     layer       the layer's place in the decoder.
     scope       over which tokens loads and means are taken: one of the loss's, if it has any.
     options     the loss's options, of its own class.
-    num_tokens  valid tokens of the global batch (all ranks, all micro-batches): what the value is divided by.
+    num_tokens  valid tokens that the layer sees of the global batch (all ranks, all micro-batches): what the
+                value is divided by.
     ahead       what the loss counts ahead, summed over the global batch; None where it counts nothing.
     signals     tensors of this layer that controllers give: name -> tensor.
     """

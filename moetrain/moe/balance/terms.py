@@ -32,6 +32,7 @@ class StepTotals:
     signals      tensors that controllers give: name -> a tensor a layer.
     factors      a loss's name -> what controllers multiply its coefficient with, a layer.
     step         the optimizer step, from 0, for coefficients that change.
+    layer_tokens a layer's place -> the valid tokens that it sees, where these are fewer.
     """
 
     num_tokens: float
@@ -39,6 +40,7 @@ class StepTotals:
     signals: Mapping[str, ByLayer] = field(default_factory=dict)
     factors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     step: int = 0
+    layer_tokens: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class LossTerm:
         """This micro-batch's contribution in layer ``layer``, a scalar without coefficient."""
         signals = {name: by_layer[layer] for name, by_layer in totals.signals.items() if layer in by_layer}
         ahead = totals.counts.get(self.key, {}).get(layer)
-        seen = Seen(layer, self.scope, self.options, totals.num_tokens, ahead, signals)
+        num_tokens = totals.layer_tokens.get(layer, totals.num_tokens)
+        seen = Seen(layer, self.scope, self.options, num_tokens, ahead, signals)
         return self.spec.value(routing, seen)
 
     def count(self, routing: RoutingRecord) -> Tensor:

@@ -161,10 +161,12 @@ def step_row(
     routing: RoutingSummary | None = None,
     aux: Mapping[str, Sequence[float]] | None = None,
     control: Mapping[str, float] | None = None,
+    ahead: Sequence[float] = (),
 ) -> dict[str, float]:
     """A row of ``metrics.jsonl`` for one optimizer step.
 
     ``aux``: loss name -> one value per MoE layer. ``control``: figures of the balance controllers.
+    ``ahead``: nats of each layer that predicts further tokens.
     """
     row: dict[str, float] = {
         "step": step,
@@ -174,6 +176,7 @@ def step_row(
         "train/grad_norm": grad_norm,
         "tokens_per_second": tokens_per_second,
     }
+    row |= {f"train/loss_future_{depth}": nats for depth, nats in enumerate(ahead, 1)}
     if routing is not None:
         row |= routing.metrics()
         for name, values in (aux or {}).items():
@@ -247,6 +250,7 @@ def key_pattern(key: str) -> str:
     """The documented form of a key: ``moe/3/entropy`` -> ``moe/<layer>/entropy``."""
     key = re.sub(r"^moe/\d+/", "moe/<layer>/", key)
     key = re.sub(r"^moe/<layer>/aux/.+", "moe/<layer>/aux/<loss>", key)
+    key = re.sub(r"^train/loss_future_\d+$", "train/loss_future_<depth>", key)
     key = re.sub(r"^val/loss_.+$", "val/loss_<mode>", key)
     return re.sub(r"^val/.+/(loss|bits_per_byte)$", r"val/<domain>/\1", key)
 

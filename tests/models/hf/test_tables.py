@@ -16,6 +16,7 @@ from torch import Tensor
 from moetrain.models import Decoder
 from moetrain.models.hf import FAMILIES, Fields, ModelSpec
 from moetrain.models.hf.family import CannotExpressError
+from moetrain.models.hf.further import with_layers
 from moetrain.models.hf.pieces import Piece, Table, Tiled, fill_block
 from moetrain.models.hf.tensors import Part
 from moetrain.models.latent_options import LatentConfig
@@ -66,6 +67,26 @@ def test_a_table_fills_the_model_once_and_a_config_says_it_again(name: str, data
     assert not any(moe[first:last])  # several say the same, where the layers between are dense anyway
     again = replace(again, model=replace(again.model, first_dense=spec.model.first_dense))
     assert again == spec
+
+
+@pytest.mark.parametrize("name", [n for n in WRITTEN if FAMILIES[n].further])
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_names_fill_such_layers_and_others_are_refused(name: str, data: st.DataObject) -> None:
+    spec, family = data.draw(specs(name)), FAMILIES[name]
+    most = 1 if family.further.most else 2
+    larger = replace(spec, model=with_layers(spec.model, family.further, most))
+    with torch.device("meta"):
+        model = Decoder(larger.model, larger.router, larger.experts, larger.vocab_size)
+    check_table(family.table(larger), model.state_dict())
+    assert family.further.key is None or family.config(larger)[family.further.key] == most
+    other = replace(larger.model.future, shared_norm=family.further.norm is not None)
+    more = replace(larger.model.future, layers=2)
+    for future in [other, more] if family.further.most else [other]:
+        with pytest.raises(CannotExpressError, match=r"model\.future"):
+            family.config(replace(larger, model=replace(larger.model, future=future)))
+    with pytest.raises(CannotExpressError, match=r"model\.future\.layers=.*no such layers"):
+        replace(family, further=None).config(larger)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

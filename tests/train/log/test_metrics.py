@@ -242,6 +242,7 @@ def emitted_rows(layers: int, domains: int) -> tuple[dict[str, float], dict[str,
         routing=stats.reduce(),
         aux={"switch": [1.0] * layers},
         control={name: 1.0 for controller in CONTROLLERS for name in controller.metrics()},
+        ahead=[1.0],
     )
     sums = {f"domain {i}/x": EvalSums(float(i), i + 1, 3 * i + 1) for i in range(domains)}
     modes = {"group": EvalSums(1.0, 2, 3)}
@@ -257,7 +258,7 @@ def test_documented_keys_are_the_emitted_ones() -> None:
 
 def test_the_number_of_keys_is_bounded() -> None:
     step, evaluation = emitted_rows(layers=64, domains=1000)
-    assert len(step) == 7 + 4 + 64 * (9 + 1)
+    assert len(step) == 7 + 1 + 4 + 64 * (9 + 1)
     assert len(evaluation) == 6 + 1 + 2 * 32 + 2 * 64
 
 
