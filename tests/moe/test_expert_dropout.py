@@ -154,6 +154,7 @@ def test_biases_are_not_dropped_nor_what_others_read(hidden: float, read: float,
 
 
 def test_products_around_one_network_drop_each_its_own() -> None:
+    assert len({GATE_SALT, UP_SALT, DOWN_SALT}) == 3
     torch.manual_seed(3)
     moe: Any = LowRankLayer(
         WIDTH, HIDDEN, EXPERTS, "swiglu", "auto", Keep.inputs, router_options={"top_k": 2}

@@ -109,7 +109,7 @@ class WandbRun:
         if before.id != run_id:
             _log.warning(
                 "tracker=wandb: steps %d to %d are in the run %s with another config: this run goes on as %s",
-                step + 1, before.train, before.id, run_id,
+                min(step + 1, before.train), before.train, before.id, run_id,
             )  # fmt: skip
         elif before.train > step:
             _log.info("tracker=wandb: the run %s has the rows up to step %d already", run_id, before.train)
