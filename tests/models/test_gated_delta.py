@@ -22,6 +22,7 @@ from moetrain.models.attention_options import GatedDeltaConfig
 from moetrain.models.count import count_parameters, flops_breakdown
 from moetrain.models.gated_delta import GatedDelta
 from moetrain.models.options import QKNorm
+from moetrain.models.rope import rope_table
 from moetrain.moe.options import ExpertsConfig
 from moetrain.moe.routers.topk import TopKOptions
 from moetrain.ops import delta_rule
@@ -96,9 +97,9 @@ def test_a_gate_multiplies_what_attention_gives() -> None:
     assert isinstance(gated, Attention)
     plain.load_state_dict({k: v for k, v in gated.state_dict().items() if k != "w_gate_QD"})
     plain.w_out_DQ.data = gated.w_out_DQ.data = torch.eye(60, dtype=torch.float64)
-    model = decoder()
     x_BSD = torch.randn(2, 7, TINY.d_model, dtype=torch.float64)
-    rope, plan = model._rope(torch.arange(7)[None], 10, torch.float64), Plan("sdpa", None)
+    rope = rope_table(torch.arange(7)[None], 10, TINY.rope_theta, torch.float64, TINY.rope_scaling)
+    plan = Plan("sdpa", None)
     expected = plain(x_BSD, rope, plan) * (x_BSD @ gated.w_gate_QD.T).sigmoid()
     torch.testing.assert_close(gated(x_BSD, rope, plan), expected, rtol=1e-12, atol=1e-12)
 
