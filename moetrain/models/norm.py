@@ -24,18 +24,18 @@ class _RMSNormCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = _wide(x)
         x_wide = x.to(wide)
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
         y: Tensor = (x_wide * rstd).mul_(weight_D.to(wide))
-        return y.to(weight_D.dtype)
+        return y.to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight_D, rstd = ctx.saved_tensors
         width, wide = x.shape[-1], _wide(x)
         grad_wide, weight_wide_D = grad.to(wide), weight_D.to(wide)
@@ -50,31 +50,32 @@ class _RMSNormCPU(torch.autograd.Function):
             [True, True, False],
         )
         centring = (grad_wide @ weight_wide_D).unsqueeze(-1).mul_(rstd).div_(width)
-        return dx.add_(centring).to(x.dtype), dweight_D.to(weight_D.dtype), None
+        return dx.add_(centring).to(x.dtype), dweight_D.to(weight_D.dtype), None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight in the weight's dtype; x is kept for backward as it is."""
-    normed = _on_cpu if x.device.type == "cpu" else _fused
-    y = normed(x, weight_D, eps)
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) * weight in ``dtype``, None: the weight's; x is kept for backward as it is."""
+    normed, dtype = _on_cpu if x.device.type == "cpu" else _fused, dtype or weight_D.dtype
+    y = normed(x, weight_D, eps, dtype)
     if not dropping():
         return y
     x_again, weight_again_D = source(x), weight_D.detach()
-    return cheap(y, lambda: normed(x_again(), weight_again_D, eps))
+    return cheap(y, lambda: normed(x_again(), weight_again_D, eps, dtype))
 
 
-def _on_cpu(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    y: Tensor = _RMSNormCPU.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
+def _on_cpu(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    y: Tensor = _RMSNormCPU.apply(x, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
     return y
 
 
-def _fused(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def _fused(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     # torch's own computes in fp32 at least where both have one dtype
-    return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps).to(weight_D.dtype)
+    one = torch.promote_types(x.dtype, weight_D.dtype)
+    return F.rms_norm(x.to(one), weight_D.shape, weight_D.to(one), eps).to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -91,10 +92,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.weight_D.dtype
-        weight_D: Tensor = self.weight_D
-        if self.zero_centered:
-            weight_D = 1 + weight_D.to(_wide(weight_D))  # rounded as any weight, but only then
-        return rms_norm(x, weight_D.to(dtype), self.eps)
+        if self.zero_centered:  # the sum stays wide: near 1 a bf16 has no bits for a small weight
+            return rms_norm(x, 1 + self.weight_D.to(_wide(self.weight_D)), self.eps, dtype)
+        return rms_norm(x, self.weight_D.to(dtype), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight_D.shape[0]}, eps={self.eps}"

@@ -64,6 +64,23 @@ def test_norm_computes_in_fp32_for_bf16_input() -> None:
     torch.testing.assert_close(norm.float()(x), exact.float(), rtol=1e-6, atol=1e-6)
 
 
+def test_a_norm_around_one_adds_its_weight_in_fp32() -> None:
+    """A bf16 sum with 1 would lose most of what a small weight says."""
+    torch.manual_seed(0)
+    norm = RMSNorm(257, 1e-3, zero_centered=True).to(torch.bfloat16)
+    norm.weight_D.data.normal_(0, 1e-3)
+    x = torch.randn(5, 257).bfloat16().requires_grad_()
+    wide = x.detach().double()
+    rms = (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    expected = wide / rms * (1 + norm.weight_D.detach().double())
+    out = norm(x)
+    assert out.dtype is torch.bfloat16
+    others = (out != expected.bfloat16()).double().mean()
+    assert others < 0.01, "rounded once; with the sum rounded too, one in seven differs"
+    out.float().square().sum().backward()
+    assert x.grad is not None and x.grad.dtype is norm.weight_D.grad.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_rope_turns_pairs_as_complex_numbers(shared: bool) -> None:
     torch.manual_seed(0)
