@@ -1,4 +1,5 @@
-# `make demo` trains the default model; `make test` runs the tests. Both make a virtual environment first.
+# `make demo` trains the default model; `make test` runs the tests. Both make a virtual environment first, as
+# `make install` does alone.
 # `make test TORCH=2.11.0` does so with that version of torch, in .venv-2.11.0: docs/compatibility.md.
 PYTHON ?= python3
 VENV ?= .venv$(TORCH:%=-%)
@@ -6,7 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-.PHONY: demo test test-real test-variants kernels-static gpu lint clean
+.PHONY: install demo test test-real test-variants kernels-static gpu lint clean
+
+install: $(VENV)/.installed-plot
 
 demo: $(VENV)/.installed-plot
 	$(BIN)/moetrain train
