@@ -19,6 +19,7 @@ from moetrain.models import Decoder
 from moetrain.models.block import Block
 from moetrain.models.hf.family import CannotExpressError, ModelSpec
 from moetrain.models.hf.own import _write_routing
+from moetrain.models.lora_options import LoraConfig
 from moetrain.moe import MoELayer, RouterContext
 from moetrain.moe.options import Backend, ExpertKind, ExpertsConfig
 from moetrain.moe.routers.base_layers import Affinity, BaseOptions
@@ -29,7 +30,8 @@ STREAM = BaseOptions(affinity=Affinity.stream)
 
 def model(options: BaseOptions = STREAM, kind: ExpertKind = ExpertKind.networks) -> Decoder:
     torch.manual_seed(3)
-    made = Decoder(TINY, options, ExpertsConfig(kind=kind, backend=Backend.loop), VOCAB).double()
+    cfg = replace(TINY, lora=LoraConfig(rank=2)) if kind is ExpertKind.low_rank else TINY
+    made = Decoder(cfg, options, ExpertsConfig(kind=kind, backend=Backend.loop), VOCAB).double()
     with torch.no_grad():
         for block in made.blocks:
             block.feed_forward_norm.weight_D.add_(torch.randn(TINY.d_model))
@@ -82,7 +84,7 @@ def test_a_block_is_the_published_one(training: bool) -> None:
 
 @pytest.mark.parametrize("kind", list(ExpertKind))
 def test_the_stream_decides_and_not_its_norm(kind: ExpertKind) -> None:
-    """Only with the option, also for adapters, and in a whole model."""
+    """Only with the option, also for adapters and products, and in a whole model."""
     decoder, plain = model(kind=kind).eval(), model(BaseOptions(), kind).eval()
     plain.load_state_dict(decoder.state_dict())
     seen: dict[str, list[Tensor]] = {"normed": [], "stream": []}
