@@ -183,7 +183,7 @@ def deepspeed_moe(s: Shape) -> nn.Module:
     if not deepspeed.comm.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29511")
-        # of inference, compiled where it can be: that waits without end for the lock of a build that was killed
+        # of inference, compiled where it can be: which waits without end for the lock of a killed build
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, rank=0, world_size=1)
     layer = MoE(s.d_model, Expert(), num_experts=s.experts, ep_size=1, k=s.top_k, drop_tokens=False)
