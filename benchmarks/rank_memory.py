@@ -145,7 +145,7 @@ def rehearse(cfg: TrainConfig, world: int) -> dict[str, Any]:
     # Whether oneDNN's product may be used is found out with values, once a process.
     product(torch.ones(2048, 2), torch.ones(2, 1024))
     if isinstance(cfg.optim, AdamW8bitConfig):
-        tables()  # likewise
+        tables(torch.device("cpu"))  # likewise
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         # allow_non_fake_inputs: the meta tensors that become fake ones, and the meshes' rank tables

@@ -48,6 +48,7 @@ def parts(rank: int, world: int) -> dict[str, tuple[int, bool, float]]:
         steps_of(net, optimizer, grads[:2])
         saved = optimizer_tensors(net, optimizer)
         assert saved["optim.weight.exp_avg"].placements == net.weight.placements
+        assert saved["optim.weight.step"] == 2  # also where there is nothing to update
         copy = Net(net.weight.detach().clone())
         copies = build_optimizer(copy, CFG)
         filled = optimizer_tensors(copy, copies)

@@ -268,10 +268,7 @@ REFUSED = [
     ({"optim": MuonConfig(ns_steps=0)}, "optim.ns_steps=0"),
     ({"optim": MuonConfig(momentum=1.0)}, "optim.momentum=1.0"),
     ({"optim": MuonConfig(adamw_lr=0.0)}, "optim.adamw_lr=0.0"),
-    (
-        {"optim": AdamW8bitConfig(), "train.precision": Precision.fp64},
-        "train.precision=fp64 with optim=adamw_8bit",
-    ),
+    ({"optim": AdamW8bitConfig(), "train.precision": Precision.fp64}, "=fp64 with optim=adamw_8bit"),
     ({"schedule.horizon": 0, "schedule.warmup_steps": 0}, "schedule.horizon=0"),
     ({"schedule.warmup_steps": 101}, "schedule.warmup_steps=101 exceeds schedule.horizon=100"),
     ({"schedule.decay_fraction": 0.0}, "schedule.decay_fraction=0.0 must lie in (0, 1]"),

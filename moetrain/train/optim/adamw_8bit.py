@@ -84,12 +84,12 @@ class AdamW8bit(Optimizer):
     def decoded(self, p: Tensor) -> dict[str, Tensor]:
         """AdamW's state of ``p``, fp32 copies on the CPU, placed as ``p`` is; zeros before a first step."""
         found = {"step": torch.tensor(float(self._steps.get(p, 0)))}
-        for key, table in zip(_MOMENTS, _checkpoint_tables(), strict=True):
+        for key, table in zip(_MOMENTS, _checkpoint_tables(p.device), strict=True):
             found[key] = torch.zeros_like(p, device="cpu", memory_format=torch.contiguous_format)
             flat_N = local_part(found[key]).view(-1)
             if p in self._steps:
                 for codes, absmax, values in self._pieces(p, key, flat_N):
-                    values.copy_(decode(codes, absmax, table.to(codes.device)))
+                    values.copy_(decode(codes, absmax, table))
         return found
 
     @torch.no_grad()
@@ -97,10 +97,10 @@ class AdamW8bit(Optimizer):
         """Take over what :meth:`decoded` gives, with other values."""
         self._steps[p] = int(state["step"])
         self._make_state(p)
-        for key, table in zip(_MOMENTS, _checkpoint_tables(), strict=True):
+        for key, table in zip(_MOMENTS, _checkpoint_tables(p.device), strict=True):
             flat_N = local_part(state[key]).reshape(-1)
             for codes, absmax, values in self._pieces(p, key, flat_N):
-                new_codes, new_absmax = encode(values.to(codes.device), table.to(codes.device))
+                new_codes, new_absmax = encode(values.to(codes.device), table)
                 codes.copy_(new_codes)
                 absmax.copy_(new_absmax)
 
@@ -163,18 +163,18 @@ def _library() -> Any:
 
 
 @cache
-def tables() -> tuple[Tensor, Tensor]:
-    """bitsandbytes' 256 values of signed and of unsigned codes, fp32, ascending, on the CPU."""
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' 256 values of signed and of unsigned codes, fp32, ascending; made once a device."""
     create = _library().create_dynamic_map
-    return create(signed=True), create(signed=False)
+    return create(signed=True).to(device), create(signed=False).to(device)
 
 
-def _checkpoint_tables() -> tuple[Tensor, Tensor]:
+def _checkpoint_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The same, where the lowest signed code stands for -1.
 
     It is the code of whatever element made its block's scale, if that is negative.
     """
-    signed, unsigned = tables()
+    signed, unsigned = tables(device)
     return torch.cat([signed.new_tensor([-1.0]), signed[1:]]), unsigned
 
 
@@ -187,7 +187,7 @@ def _update(
     absmax_B: tuple[Tensor, Tensor],
 ) -> None:
     """In place, of all but the gradients; ``codes_N`` and ``absmax_B`` of the first and the second moment."""
-    signed, unsigned = (table.to(weights_N.device) for table in tables())
+    signed, unsigned = tables(weights_N.device)
     beta1, beta2 = group["betas"]
     _library().optimizer_update_8bit_blockwise(
         "adam",

@@ -92,6 +92,14 @@ def test_an_update_is_adamws_with_moments_rounded_by_the_library() -> None:
             assert (expected - by_rounding(start, grads, CFG.weight_decay, False)).abs().max() > 1e-5
 
 
+def test_a_moment_of_zero_stays_small_beside_others() -> None:
+    model, optimizer = stepped(CFG, 3)
+    moment = optimizer_tensors(model, optimizer)["optim.matrix.exp_avg"].view(-1)
+    rows = moment[4 * 41 : 20 * 41]  # without any gradient
+    largest = torch.nn.functional.pad(moment, (0, -moment.numel() % 256)).view(-1, 256).abs().amax(1)
+    assert (rows.abs() <= 3e-5 * largest.repeat_interleave(256)[4 * 41 : 20 * 41]).all()
+
+
 def test_pieces_and_strides_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = stepped(CFG, 3)
     monkeypatch.setattr(adamw_8bit, "_PIECE", 512)
@@ -121,7 +129,7 @@ def test_state_is_two_bytes_an_element_and_a_scale_for_each_256() -> None:
 
 def test_codes_come_back_from_fp32_to_the_bit() -> None:
     """All of them, whether the block's largest value is positive or negative; a block of zeros too."""
-    signed, unsigned = adamw_8bit._checkpoint_tables()
+    signed, unsigned = adamw_8bit._checkpoint_tables(torch.device("cpu"))
     every = torch.arange(256, dtype=torch.uint8)
     for table, ends in ((signed, (0, 255)), (unsigned, (255, 255))):
         for scale in (1.0, 0.37, 3.3e-20):
@@ -177,10 +185,10 @@ def test_a_checkpoint_is_adamws_near_the_same_values() -> None:
     for name, taken in optimizer_tensors(model, optimizer).items():
         blocks = torch.nn.functional.pad(theirs[name].reshape(-1), (0, -theirs[name].numel() % 256))
         largest = blocks.view(-1, 256).abs().amax(1).repeat_interleave(256)[: taken.numel()]
-        assert ((taken - theirs[name]).reshape(-1).abs() <= 0.015 * largest).all(), name
+        assert ((taken - theirs[name]).reshape(-1).abs() <= 0.011 * largest).all(), name
 
 
-def test_asking_for_state_changes_nothing_and_a_first_step_is_the_same() -> None:
+def test_asking_for_state_changes_no_step() -> None:
     model, (twin, twins) = Net(), stepped(CFG, 2)
     optimizer = build_optimizer(model, CFG)
     take_optimizer_tensors(model, optimizer, optimizer_tensors(model, optimizer))
@@ -226,7 +234,7 @@ def losses(cfg: OptimConfig) -> list[float]:
 
 
 def test_losses_are_near_adamws() -> None:
-    """From 5.80 to 0.07 nats, never further apart than 0.0077."""
+    """From 5.80 to 0.09 nats, never further apart than 0.0077."""
     ours, theirs = losses(AdamW8bitConfig(lr=5e-4, min_8bit_size=256)), losses(AdamWConfig(lr=5e-4))
     assert theirs[-1] < 0.02 * theirs[0]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02
