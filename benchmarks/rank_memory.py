@@ -42,7 +42,9 @@ from moetrain.ops.cpu.product import product
 from moetrain.parallel.materialize import allocate
 from moetrain.train.assemble import Assembled, build_task, with_step
 from moetrain.train.engine import NativeEngine, lay_out
+from moetrain.train.optim.adamw_8bit import tables
 from moetrain.train.optim.build import build_optimizer
+from moetrain.train.optim.options import AdamW8bitConfig
 from moetrain.train.options import Precision, TrainConfig
 
 GATHERED = "Unsharded Param"  # FSDPMemTracker's names
@@ -142,6 +144,8 @@ def rehearse(cfg: TrainConfig, world: int) -> dict[str, Any]:
     validate(cfg, world)
     # Whether oneDNN's product may be used is found out with values, once a process.
     product(torch.ones(2048, 2), torch.ones(2, 1024))
+    if isinstance(cfg.optim, AdamW8bitConfig):
+        tables(torch.device("cpu"))  # likewise
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         # allow_non_fake_inputs: the meta tensors that become fake ones, and the meshes' rank tables

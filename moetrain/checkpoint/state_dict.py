@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,20 @@ from moetrain.errors import UserError
 MODEL, OPTIM = "model.", "optim."
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _WORD = np.dtype("<u4")
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """An optimizer that keeps the state of some parameters in another form than checkpoints do."""
+
+    def encodes(self, p: Tensor) -> bool:
+        """Whether it does so with ``p``."""
+
+    def decoded(self, p: Tensor) -> dict[str, Tensor]:
+        """Copies of the state of ``p`` as a checkpoint holds it."""
+
+    def encode(self, p: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Take over what a load has filled."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -43,11 +57,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     """``optim.<parameter name>.<key>`` -> state tensor, for every parameter that the optimizer updates.
 
     State that does not exist yet, because no step was taken, is made: zeros, in the shapes of a first step.
-    Parameters, gradients and random generators stay as they are. Learning rates and the like are not state:
-    they come from the config. Raises TypeError for state that is not a tensor and ValueError for a parameter
-    that is not the model's.
+    What the optimizer :class:`Encodes` comes as copies; :func:`take_optimizer_tensors` gives them back after
+    a load. Parameters, gradients and random generators stay as they are. Learning rates and the like are not
+    state: they come from the config. Raises TypeError for state that is not a tensor and ValueError for a
+    parameter that is not the model's.
     """
-    names = {id(p): name.removeprefix(MODEL) for name, p in model_tensors(model).items()}
+    names = _names(model)
     named: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -55,9 +70,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
                 raise ValueError(
                     f"the optimizer updates a parameter of shape {list(p.shape)} not in the model"
                 )
-            if p.requires_grad:
-                ensure_state(optimizer, group, p)
-            for key, value in optimizer.state.get(p, {}).items():
+            for key, value in _state(optimizer, group, p).items():
                 if value is None:
                     continue
                 if not isinstance(value, Tensor):
@@ -65,6 +78,33 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
                     raise TypeError(f"optimizer state {key} of {names[id(p)]} is a {kind}, not a tensor")
                 named[f"{OPTIM}{names[id(p)]}.{key}"] = value
     return named
+
+
+def take_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Go on from ``tensors`` of :func:`optimizer_tensors`, if they are there, which a load has filled."""
+    if not isinstance(optimizer, Encodes):
+        return  # they are the live ones
+    names = _names(model)
+    for group in optimizer.param_groups:
+        for p in filter(optimizer.encodes, group["params"]):
+            start = f"{OPTIM}{names[id(p)]}."
+            state = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+            if state:
+                optimizer.encode(p, state)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name.removeprefix(MODEL) for name, p in model_tensors(model).items()}
+
+
+def _state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """As a checkpoint holds it."""
+    if isinstance(optimizer, Encodes) and optimizer.encodes(p):
+        return optimizer.decoded(p)
+    if p.requires_grad:
+        ensure_state(optimizer, group, p)
+    state: dict[str, Any] = optimizer.state.get(p, {})
+    return state
 
 
 def ensure_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> None:

@@ -34,6 +34,7 @@ _OPTIONAL = {
     "tensorboard": "tracker=tensorboard (moetrain[tensorboard])",
     "transformers": "tests against transformers (moetrain[hf])",
     "deepspeed": "engine=deepspeed (moetrain[deepspeed])",
+    "bitsandbytes": "optim=adamw_8bit (moetrain[bitsandbytes])",
     "triton": "experts.backend=triton, train.compile on a GPU (moetrain[triton])",
     "stanford-stk": "experts.backend=megablocks (moetrain[megablocks])",
     "scattermoe": "experts.backend=scattermoe (github.com/shawntan/scattermoe)",

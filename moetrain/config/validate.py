@@ -31,6 +31,7 @@ from moetrain.config.rules.router import (
 from moetrain.config.rules.train import (
     attention_fits_device,
     ends_with_its_schedule,
+    moments_fit_8_bits,
     products_train_alone,
     recomputes_once,
     start_exists,
@@ -48,6 +49,7 @@ from moetrain.parallel.rules import check_layout
 from moetrain.train.deepspeed.rules import check_engine
 from moetrain.train.engine import engine_of
 from moetrain.train.log.rules import check_tracker
+from moetrain.train.optim.options import AdamW8bitConfig
 from moetrain.train.optim.rules import check_optim, check_schedule
 from moetrain.train.options import GenerateConfig, TrainConfig
 from moetrain.train.replay import check_replay
@@ -63,6 +65,7 @@ def validate(cfg: TrainConfig, world: int = 1) -> list[str]:
     _check_layers(cfg)
     check_data(cfg.data)
     check_paths(cfg.data)
+    moments_fit_8_bits(cfg)
     check_schedule(cfg.schedule)
     _check_layout(cfg, world)
     check_batch(cfg.train, cfg.data.seq_len, world)
@@ -91,6 +94,11 @@ def validate_verify(cfg: VerifyConfig) -> None:
         raise UserError(
             "router.group=all couples all ranks, and a loss of scope=micro tells them apart: no single "
             "process does the same; take another scope"
+        )
+    if isinstance(cfg.optim, AdamW8bitConfig):
+        raise UserError(
+            "optim=adamw_8bit is not verified: a proof is in fp64, of parameters too small for 8-bit "
+            "moments; prove the layout with optim=adamw"
         )
     for name in ("record", "force"):
         if (folder := getattr(cfg.replay, name)) is not None:

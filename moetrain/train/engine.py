@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors
+from moetrain.checkpoint.state_dict import model_tensors, optimizer_tensors, take_optimizer_tensors
 from moetrain.errors import UserError
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.apply import parallelize, reshard, sync_gradients
@@ -148,7 +148,7 @@ class NativeEngine:
         return optimizer_tensors(self.task.model, self.optimizer)
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing: they are the live ones."""
+        take_optimizer_tensors(self.task.model, self.optimizer, tensors)
 
     @contextmanager
     def forward_only(self) -> Iterator[None]:

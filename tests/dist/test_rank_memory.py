@@ -18,6 +18,7 @@ import rehearsal
 from moetrain.config.hydra.compose import compose_train
 from moetrain.errors import UserError
 from moetrain.models.count import abstract_decoder, count_parameters
+from moetrain.packages import is_installed
 from moetrain.parallel.ranks import run_ranks
 from moetrain.train.options import TrainConfig
 
@@ -51,6 +52,8 @@ CASES = {
         "parallel.node_sums=false",
     ],
 }  # fmt: skip
+if is_installed("bitsandbytes"):
+    CASES["8-bit moments"] = ["optim=adamw_8bit", "optim.min_8bit_size=100"]
 EVEN = [
     "model.vocab_size=264", "model.d_model=16", "model.d_ff_expert=8", "model.head_dim=4",
     "model.num_experts=8", "model.first_dense=0",

@@ -18,8 +18,8 @@ from moetrain.models.rope_options import RopeKind, RopeScaling
 from moetrain.models.wiring_options import Wiring
 from moetrain.moe.balance.settings import LossConfig, LossScope
 from moetrain.moe.options import Backend, ExpertKind, Keep
-from moetrain.train.optim.options import MuonConfig
-from moetrain.train.options import EngineConfig, Residual
+from moetrain.train.optim.options import AdamW8bitConfig, MuonConfig
+from moetrain.train.options import EngineConfig, Precision, Residual
 
 SHAPE = {"model.d_model": 240, "model.num_heads": 6, "model.num_layers": 4, "model.num_experts": 12}
 LOOP = {
@@ -268,6 +268,7 @@ REFUSED = [
     ({"optim": MuonConfig(ns_steps=0)}, "optim.ns_steps=0"),
     ({"optim": MuonConfig(momentum=1.0)}, "optim.momentum=1.0"),
     ({"optim": MuonConfig(adamw_lr=0.0)}, "optim.adamw_lr=0.0"),
+    ({"optim": AdamW8bitConfig(), "train.precision": Precision.fp64}, "=fp64 with optim=adamw_8bit"),
     ({"schedule.horizon": 0, "schedule.warmup_steps": 0}, "schedule.horizon=0"),
     ({"schedule.warmup_steps": 101}, "schedule.warmup_steps=101 exceeds schedule.horizon=100"),
     ({"schedule.decay_fraction": 0.0}, "schedule.decay_fraction=0.0 must lie in (0, 1]"),

@@ -28,7 +28,9 @@ NEEDS = {
     ("balance", "competesmoe_v1"): ["router=competesmoe_v1"],
     ("balance", "s2moe"): ["model=s2moe"],
     ("balance", "remoe"): ["router=relu"],
+    ("optim", "adamw_8bit"): ["optim.min_8bit_size=100"],
 }  # fmt: skip
+PACKAGES = {("optim", "adamw_8bit"): "bitsandbytes"}
 # Elsewhere: routers (test_router_training.py); what is too large, needs a network, takes hours, or (wandb)
 # starts a process of its own.
 ELSEWHERE = {
@@ -57,6 +59,8 @@ def two_steps(group: str, name: str, corpus: Path, run: Path) -> list[str]:
 def test_every_small_option_takes_two_steps(group, name, corpus, tmp_path):
     from moetrain.cli import main
 
+    if package := PACKAGES.get((group, name)):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra: {package})")
     run = tmp_path / "run"
     assert main(["train", *two_steps(group, name, corpus, run)]) == 0
     rows = tiny.steps(run)
@@ -69,7 +73,7 @@ def test_every_small_option_takes_two_steps(group, name, corpus, tmp_path):
 
 def test_what_is_left_out_exists():
     assert ELSEWHERE <= SHIPPED
-    assert NEEDS.keys() <= set(SMALL)
+    assert NEEDS.keys() | PACKAGES.keys() <= set(SMALL)
 
 
 @pytest.mark.slow  # test_trackers.py writes and reads a wandb run in every run of the tests

@@ -24,6 +24,7 @@ VARIANTS = {
     "running": ["balance=running"],
     "follower": ["router=blockffn", "balance=blockffn"],
     "muon": ["optim=muon"],
+    "adamw_8bit": ["optim=adamw_8bit", "optim.min_8bit_size=100"],
     "capacity": ["router=switch", "router.capacity_factor=1.0", "router.drop_order=random"],
     "accumulation": [f"train.global_batch_tokens={2 * tiny.BATCH * tiny.SEQ}", "schedule=wsd"],
     "fp64": ["train.precision=fp64", "balance=sequence"],
@@ -66,6 +67,8 @@ def test_a_killed_run_continues_bit_for_bit(step, corpus, trained, tmp_path, cap
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_state_continues_bit_for_bit(variant, corpus, tmp_path):
+    if variant == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bitsandbytes)")
     whole = tmp_path / "whole"
     options = [*tiny.TRAINED, *VARIANTS[variant]]
     assert tiny.train(corpus, whole, *options) == 0
@@ -97,6 +100,22 @@ def test_grown_steps_are_the_run_that_was_longer_from_the_start(corpus, trained,
     assert tiny.steps(run) == tiny.steps(trained)
     tiny.assert_same_state(tiny.checkpoint(run, 12), tiny.checkpoint(trained, 12))
     assert len((run / "environment.json").read_text().split('"argv"')) == 4  # all three starts
+
+
+@pytest.mark.real
+def test_moments_may_change_between_32_and_8_bits(corpus, trained, tmp_path, capsys):
+    """A change of the optimizer, which is to be named; names, shapes and dtypes are the same."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bitsandbytes)")
+    eight, accepted = ["optim=adamw_8bit", "optim.min_8bit_size=100"], "resume_changes=[optim]"
+    run = interrupted(trained, tmp_path / "run", 5)
+    assert tiny.train(corpus, run, *tiny.TRAINED, *eight) == 2
+    assert "optim.name=adamw, and now optim.name=adamw_8bit" in capsys.readouterr().err
+    assert tiny.train(corpus, run, *tiny.TRAINED, *eight, accepted, "train.steps=10") == 0
+    assert tiny.train(corpus, run, *tiny.TRAINED, accepted) == 0
+    pairs = list(zip(tiny.steps(run), tiny.steps(trained), strict=True))
+    apart = [abs(ours["train/loss"] - theirs["train/loss"]) for ours, theirs in pairs]
+    assert apart[:5] == [0] * 5
+    assert 0 < max(apart) < 1e-3, max(apart)
 
 
 def test_a_finished_run_started_again_stays_as_it_is(corpus, trained, tmp_path):

@@ -28,7 +28,7 @@ from moetrain.flat import TAGS
 from moetrain.nearest import nearest
 from moetrain.train.deepspeed.options import DeepSpeedConfig
 from moetrain.train.log.options import JsonlTracker, TensorboardTracker, WandbTracker
-from moetrain.train.optim.options import AdamWConfig, MuonConfig
+from moetrain.train.optim.options import AdamW8bitConfig, AdamWConfig, MuonConfig
 from moetrain.train.options import EngineConfig, GenerateConfig, TrainConfig
 from moetrain.verify.options import VerifyConfig
 
@@ -57,7 +57,7 @@ def variants() -> dict[str, dict[str, type]]:
             "chat": ChatData,
             "prompt_completion": PromptCompletionData,
         },
-        "optim": {"adamw": AdamWConfig, "muon": MuonConfig},
+        "optim": {"adamw": AdamWConfig, "adamw_8bit": AdamW8bitConfig, "muon": MuonConfig},
         "engine": {"native": EngineConfig, "deepspeed": DeepSpeedConfig},
         "tracker": {"jsonl": JsonlTracker, "wandb": WandbTracker, "tensorboard": TensorboardTracker},
         "method": {name: spec.options for name, spec in METHODS.items()},

@@ -10,6 +10,7 @@ from moetrain.errors import UserError
 from moetrain.models.attention import require_backend
 from moetrain.models.options import AttentionBackend
 from moetrain.moe.options import Keep
+from moetrain.train.optim.options import AdamW8bitConfig
 from moetrain.train.options import Precision, TrainConfig
 
 
@@ -30,6 +31,15 @@ def recomputes_once(cfg: TrainConfig) -> None:
         raise UserError(
             "experts.keep=inputs with train.recompute=true: a block that is recomputed as a whole keeps only "
             "its own input, and would compute the experts' up projection a third time; leave one of them out"
+        )
+
+
+def moments_fit_8_bits(cfg: TrainConfig) -> None:
+    """Their update is in fp32."""
+    if isinstance(cfg.optim, AdamW8bitConfig) and cfg.train.precision is Precision.fp64:
+        raise UserError(
+            "train.precision=fp64 with optim=adamw_8bit, which updates in fp32: set train.precision=fp32, or "
+            "optim=adamw"
         )
 
 

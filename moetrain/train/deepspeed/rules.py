@@ -7,7 +7,7 @@ from moetrain.moe.routers import ROUTERS
 from moetrain.packages import is_installed
 from moetrain.train.deepspeed.config import merged_config
 from moetrain.train.deepspeed.options import DeepSpeedConfig
-from moetrain.train.optim.options import MuonConfig, Tables
+from moetrain.train.optim.options import AdamW8bitConfig, MuonConfig, Tables
 from moetrain.train.options import Precision, TrainConfig
 
 
@@ -45,6 +45,8 @@ def _check_settings(cfg: TrainConfig, engine: DeepSpeedConfig) -> None:
             f"engine.zero_stage={stage} keeps its master weights in fp32, and train.precision=fp64 cannot: "
             "set engine.zero_stage=0, or train.precision=fp32"
         )
+    if isinstance(cfg.optim, AdamW8bitConfig):
+        raise UserError("optim=adamw_8bit is of engine=native: set engine=native, or optim=adamw")
     if isinstance(cfg.optim, MuonConfig) and stage:
         raise UserError(
             f"optim=muon needs whole matrices, which engine.zero_stage={stage} cuts at any element: set "

@@ -12,8 +12,9 @@ from torch.optim import AdamW, Optimizer
 from moetrain.errors import UserError
 from moetrain.ops.held import is_held
 from moetrain.ops.rows import is_row_table
+from moetrain.train.optim.adamw_8bit import AdamW8bit
 from moetrain.train.optim.muon import MATRIX_DIMS, Muon, matrix_shape
-from moetrain.train.optim.options import MuonConfig, OptimConfig, Tables
+from moetrain.train.optim.options import AdamW8bitConfig, MuonConfig, OptimConfig, Tables
 from moetrain.train.optim.row_wise import RowWise
 from moetrain.train.optim.rules import check_optim
 
@@ -24,7 +25,7 @@ MUON, DECAY, NO_DECAY, TABLES = "muon", "decay", "no_decay", "tables"
 def build_optimizer(
     model: nn.Module, cfg: OptimConfig, groups: dict[str, list[Named]] | None = None
 ) -> Optimizer:
-    """AdamW or Muon over the trainable parameters of ``model``; call it after ``parallelize``.
+    """AdamW, its 8-bit form or Muon over the trainable parameters of ``model``; after ``parallelize``.
 
     Every group carries ``name`` (muon, decay, no_decay or tables) and ``peak_lr``; :func:`set_lr` follows the
     schedule. Matrices decay, embeddings and router weights too; biases, norms and other vectors do not,
@@ -78,6 +79,8 @@ def build_optimizer(
             adamw_options=options,
             name=MUON,
         )
+    elif isinstance(cfg, AdamW8bitConfig):
+        optimizer = AdamW8bit(*_by_size(adamw_groups, cfg.min_8bit_size), options)
     else:
         optimizer = AdamW(adamw_groups, **options) if adamw_groups else None
     if by_row:
@@ -154,6 +157,21 @@ def check_groups(model: nn.Module, groups: dict[str, list[Named]]) -> None:
         where = seen.get(id(parameter), [])
         if parameter.requires_grad and len(where) != 1:
             raise ValueError(f"parameter {name} is in {len(where)} optimizer groups {where}, not in one")
+
+
+def _by_size(groups: list[dict[str, Any]], least: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """``groups`` of what has ``least`` elements, on whatever ranks, and of what is smaller.
+
+    What holds some of its rows counts as smaller: rounding may make a moment of zero another one.
+    """
+    large: list[dict[str, Any]] = []
+    small: list[dict[str, Any]] = []
+    for group in groups:
+        for kind, where in ((True, large), (False, small)):
+            own = [p for p in group["params"] if (p.numel() >= least and not is_held(p)) is kind]
+            if own:
+                where.append({**group, "params": own})
+    return large, small
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:

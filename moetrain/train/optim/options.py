@@ -38,6 +38,14 @@ class AdamWConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
+class AdamW8bitConfig(OptimConfig):
+    """AdamW whose two moments are kept in 8 bits by bitsandbytes."""
+
+    name: str = "adamw_8bit"
+    min_8bit_size: int = field(default=4096, metadata=at_least(1))  # of whole parameters; smaller ones: fp32
+
+
+@dataclass(frozen=True)
 class MuonConfig(OptimConfig):
     """Muon on hidden matrices, expert by expert; AdamW (``adamw_lr``) on embeddings, norms, routers."""
 
