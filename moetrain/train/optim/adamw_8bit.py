@@ -14,23 +14,24 @@ Shapes: N elements of this rank's part, B blocks of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, overload
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from moetrain.errors import UserError
 from moetrain.ops.local_part import local_part
+from moetrain.train.optim.beside import Beside
 
 BLOCK = 256  # bitsandbytes' for optimizer states
 _PIECE = 2**26  # elements at once: less temporary memory, and CUDA's kernel counts them in int32
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(Beside):
     """8-bit AdamW on ``groups``, torch's AdamW on ``adamw_groups``; both are ordinary parameter groups.
 
     State of a parameter of ``groups``, of its part on this rank: ``exp_avg_codes`` and ``exp_avg_sq_codes``,
@@ -43,38 +44,15 @@ class AdamW8bit(Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], adamw_options: dict[str, Any]
     ) -> None:
-        self._adamw = AdamW(adamw_groups, **adamw_options) if adamw_groups else None
+        adamw = AdamW(adamw_groups, **adamw_options) if adamw_groups else None
         own = [
             {**group, **{key: adamw_options[key] for key in ("betas", "eps")}, "bits": 8} for group in groups
         ]
-        super().__init__([*own, *(self._adamw.param_groups if self._adamw else [])], {})
+        super().__init__([*own, *(adamw.param_groups if adamw else [])], adamw, "bits")
         self._encoded = {p for group in own for p in group["params"]}
         self._steps: dict[Tensor, int] = {}
         for device in {p.device for p in self._encoded}:
             _try_on(device)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. Parameters without a gradient are left alone, as in torch's optimizers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._adamw is not None:
-            # ensure_state replaces the parameters of groups, so they are handed over at every step.
-            self._adamw.state = self.state
-            self._adamw.param_groups = [group for group in self.param_groups if "bits" not in group]
-            self._adamw.step()
-        for group in self.param_groups:
-            for p in group["params"] if "bits" in group else ():
-                if p.grad is not None:
-                    self._step_encoded(p, p.grad, group)
-        return loss
 
     def encodes(self, p: Tensor) -> bool:
         """Whether the moments of ``p`` are kept in 8 bits."""
@@ -116,7 +94,7 @@ class AdamW8bit(Optimizer):
         codes_N, absmax_B = self.state[p][f"{key}_codes"], self.state[p][f"{key}_absmax"]
         return zip(codes_N.split(_PIECE), absmax_B.split(_PIECE // BLOCK), flat_N.split(_PIECE), strict=True)
 
-    def _step_encoded(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step_own(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         if p not in self._steps:
             self._make_state(p)
         self._steps[p] = self._steps.get(p, 0) + 1  # of ranks that hold nothing of it, too

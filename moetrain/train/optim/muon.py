@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.optim.beside import Beside
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, the quintic torch.optim.Muon uses too
 _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens gets a zero update, not 0/0
@@ -31,7 +32,7 @@ _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens
 MATRIX_DIMS = (2, 3, 4)
 
 
-class Muon(Optimizer):
+class Muon(Beside):
     """Muon on ``matrices``, torch's AdamW on ``adamw_groups`` (its ordinary parameter groups).
 
     State, in the parameter's own shape, dtype and placement: ``momentum`` for a matrix parameter; AdamW's
@@ -60,7 +61,7 @@ class Muon(Optimizer):
                     "Muon takes matrices [O, I] and stacks [E, I, O] or [E, I, C, O], not shape "
                     f"{tuple(matrix.shape)}"
                 )
-        self._adamw = AdamW(adamw_groups, **(adamw_options or {})) if adamw_groups else None
+        adamw = AdamW(adamw_groups, **(adamw_options or {})) if adamw_groups else None
         group = {
             "params": matrices,
             "name": name,
@@ -70,36 +71,11 @@ class Muon(Optimizer):
             "nesterov": nesterov,
             "ns_steps": ns_steps,
         }
-        others = self._adamw.param_groups if self._adamw else []
-        super().__init__([*([group] if matrices else []), *others], {})
+        others = adamw.param_groups if adamw else []
+        super().__init__([*([group] if matrices else []), *others], adamw, "momentum")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. Parameters without a gradient are left alone, as in torch's optimizers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if "momentum" in group:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._step_matrix(parameter, group)
-        if self._adamw is not None:
-            # Loading a state dict replaces both, so they are handed over at every step.
-            self._adamw.state = self.state
-            self._adamw.param_groups = [group for group in self.param_groups if "betas" in group]
-            self._adamw.step()
-        return loss
-
-    def _step_matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        grad, state = parameter.grad, self.state[parameter]
+    def _step_own(self, parameter: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]

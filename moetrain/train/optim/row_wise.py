@@ -12,8 +12,8 @@ Shapes: N rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.watchdog.flight_recorder import watched
+from moetrain.train.optim.beside import Beside
 
 
-class RowWise(Optimizer):
+class RowWise(Beside):
     """Row-wise Adam or Adagrad on ``tables``, ``others`` on what it was built with; one optimizer.
 
     State of a table: ``row_square`` [N, 1], and for Adam ``step`` and ``exp_avg`` in the table's own shape;
@@ -47,7 +48,6 @@ class RowWise(Optimizer):
         for table in tables:
             if table.ndim != 2:
                 raise ValueError(f"a table has rows and columns, not shape {tuple(table.shape)}")
-        self._others = others
         group = {
             "params": tables,
             "name": name,
@@ -56,32 +56,9 @@ class RowWise(Optimizer):
             "row_betas": betas if momentum else None,
             "eps": eps,
         }
-        super().__init__([*(others.param_groups if others else []), group], {})
+        super().__init__([*(others.param_groups if others else []), group], others, "row_betas")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. Parameters without a gradient are left alone, as in torch's optimizers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._others is not None:
-            # Loading a state dict replaces both, so they are handed over at every step.
-            self._others.state = self.state
-            self._others.param_groups = [group for group in self.param_groups if "row_betas" not in group]
-            self._others.step()
-        for group in self.param_groups:
-            for table in group["params"] if "row_betas" in group else ():
-                if table.grad is not None:
-                    self._step_table(table, table.grad, group)
-        return loss
-
-    def _step_table(self, table: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step_own(self, table: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         lr, decay, eps = (float(group[key]) for key in ("lr", "weight_decay", "eps"))
         state, square_N1 = self.state[table], mean_squares(grad)
         if "row_square" not in state:
