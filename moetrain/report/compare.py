@@ -64,11 +64,15 @@ def comparison_figure(arms: Mapping[str, Sequence[Path]], out: Path) -> Path:
 def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
     """Markdown: one row per arm, mean and sample standard deviation over its runs of the last evaluation.
 
-    Where an arm has routers, their figures follow (``figures.py``), as means over layers and the last tenth
-    of the steps.
+    The second column is of differences to the first arm's runs, run by run: seeds move all arms alike. Where
+    an arm has routers, their figures follow (``figures.py``), as means over layers and the last tenth of the
+    steps.
     """
+    found = {name: [read_run(path) for path in paths] for name, paths in arms.items()}
+    first = next(iter(found), "")
     columns: list[tuple[str, Callable[[list[RunData]], str]]] = [
         ("validation bits per byte", lambda runs: _mean_std([r.last(KEY) for r in runs], 4)),
+        (f"minus {_cell(first)}", lambda runs: _mean_std(_differences(runs, found[first]), 4)),
         ("validation loss (nats/token)", lambda runs: _mean_std([r.last("val/loss") for r in runs], 4)),
         ("parameters", lambda runs: _millions([fact(r, "params_total") for r in runs])),
         ("active parameters", lambda runs: _millions([fact(r, "params_active") for r in runs])),
@@ -76,16 +80,26 @@ def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
         ("training tokens", lambda runs: _millions([r.last("tokens") for r in runs])),
         ("tokens/s", lambda runs: _mean_std([speed(r) for r in runs], 0)),
     ]
-    found = {name: [read_run(path) for path in paths] for name, paths in arms.items()}
     if any(run.layers("load_cv") for runs in found.values() for run in runs):
         columns += [(title, partial(_routing_cell, key=key)) for key, title in ROUTING.items()]
         columns.append(("ms/step", lambda runs: _mean_std([step_time(r) for r in runs], 0)))
     lines = ["| | runs | " + " | ".join(name for name, _ in columns) + " |"]
     lines.append("|---|" + "---:|" * (len(columns) + 1))
     for name, runs in found.items():
-        cells = [name.replace("|", "\\|"), str(len(runs)), *(text(runs) for _, text in columns)]
+        cells = [_cell(name), str(len(runs)), *(text(runs) for _, text in columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
+def _differences(runs: Sequence[RunData], others: Sequence[RunData]) -> list[float]:
+    """Of bits per byte, run by run; none of a run to itself, or where the arms have other numbers of runs."""
+    if runs is others or len(runs) != len(others):
+        return []
+    return [run.last(KEY) - other.last(KEY) for run, other in zip(runs, others, strict=True)]
 
 
 def _routing_cell(runs: Sequence[RunData], key: str) -> str:

@@ -12,10 +12,10 @@ import pytest
 from report_cases import make_run
 
 from moetrain.errors import UserError
-from moetrain.report import comparison_figure, comparison_table, heatmap, report_command, status_command
+from moetrain.report import comparison_figure, comparison_table, dots, heatmap, report_command, status_command
 from moetrain.report.commands import last_checkpoint
 from moetrain.report.dots import dots_figure
-from moetrain.report.plotting import label, robust_limits, running_mean, spread, thin
+from moetrain.report.plotting import label, new_figure, robust_limits, running_mean, spread, thin
 from moetrain.report.runs import Loads, read_run
 
 
@@ -128,6 +128,18 @@ def test_the_comparison_table(tmp_path: Path) -> None:
     assert "±" not in table[3]
 
 
+def test_differences_to_the_first_arm_are_run_by_run(tmp_path: Path) -> None:
+    moe, (other,) = arms(tmp_path).values()
+    made = [make_run(tmp_path / f"more{s}", steps=20, seed=s + 5, layers=()) for s in range(3)]
+    rows = comparison_table({"a|b": made, "moe": moe, "other": [other]}).splitlines()
+    last = [read_run(path).last("val/bits_per_byte") for path in [*moe, *made]]
+    differences = np.subtract(last[:3], last[3:])
+    title, cells = "minus a\\|b", [[cell.strip() for cell in row.split(" | ")] for row in rows]
+    assert cells[0].index(title) == 3
+    assert cells[3][3] == f"{np.mean(differences):.4f} ± {np.std(differences, ddof=1):.4f}"
+    assert [cells[2][3], cells[4][3]] == ["-", "-"]  # to itself; of other numbers of runs
+
+
 def test_the_comparison_has_routing_figures_of_routers(tmp_path: Path) -> None:
     compared = arms(tmp_path)
     header, _, moe, dense = comparison_table(compared).splitlines()
@@ -151,8 +163,17 @@ def test_many_arms_are_dots_from_the_best_up(tmp_path: Path) -> None:
     best = {name: np.mean([run.last("val/bits_per_byte") for run in runs]) for name, runs in compared.items()}
     expected = ["empty", *sorted(best, key=best.__getitem__, reverse=True)]
     assert [t.get_text().strip() for t in axes[0].get_yticklabels()] == expected
+    dashed = [line.get_xdata()[0] for line in axes[0].lines if line.get_linestyle() == "--"]
+    assert dashed == pytest.approx([best["moe"]])  # of the first arm
     many = {f"arm{i}": paths for i, paths in enumerate([arms(tmp_path)["moe"]] * 8)}
     assert comparison_figure(many, tmp_path / "many.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(30.0, "linear"), (300.0, "symlog")])
+def test_a_panel_of_a_few_far_values_goes_by_logarithms(largest: float, scale: str) -> None:
+    axes = new_figure(3, 3).subplots()
+    dots._spread(axes, [0.0, 1.0, 2.0, 3.0, largest])
+    assert axes.get_xscale() == scale
 
 
 def test_a_run_without_an_evaluation_leaves_a_gap(tmp_path: Path) -> None:
