@@ -8,8 +8,7 @@ from functools import partial
 from moetrain.models.count import Flops
 from moetrain.models.decoder import Decoder
 from moetrain.moe.balance import CONTROLLERS
-from moetrain.moe.balance.settings import BalanceConfig
-from moetrain.moe.routers import Router
+from moetrain.moe.routers import ROUTERS, Router
 from moetrain.train.alarms.routing import Ranks
 from moetrain.train.alarms.watch import AlarmWatch
 from moetrain.train.options import TrainConfig
@@ -32,19 +31,23 @@ def suggestion(cfg: TrainConfig, routers: Sequence[Router], alarm: str) -> str |
         has_z = any(loss.name == "z" for loss in cfg.balance.losses)
         return "balance=switch" if balances and not has_z else f"optim.lr={cfg.optim.lr / 2:g}"
     if alarm in ("collapse", "dead_experts", "imbalance_cost", "low_entropy"):
-        return _balance(cfg.balance, routers)
+        return _balance(cfg, routers)
     return None
 
 
-def _balance(cfg: BalanceConfig, routers: Sequence[Router]) -> str:
-    """A balance that these routers can have and the run has not, else a router that balances itself."""
-    moved = any(CONTROLLERS[name].moves_bias for name in cfg.controllers)
+def _balance(cfg: TrainConfig, routers: Sequence[Router]) -> str | None:
+    """A balance that these routers can have and the run has not, else a router that balances itself.
+
+    Neither where layers have a choice of their own and take no router.
+    """
+    moved = any(CONTROLLERS[name].moves_bias for name in cfg.balance.controllers)
     if all(router.reads_bias and router.has_scores for router in routers) and not moved:
         return "balance=aux_free"
-    losses = {loss.name for loss in cfg.losses}
+    losses = {loss.name for loss in cfg.balance.losses}
     if all(router.has_scores and router.has_logits for router in routers) and "switch" not in losses:
         return "balance=switch"
-    return "router=topk_sigmoid balance=aux_free"
+    chosen = all(type(router) is ROUTERS[cfg.router.name].cls for router in routers)
+    return "router=topk_sigmoid balance=aux_free" if chosen else None
 
 
 def _ranks(model: Decoder, ep: int) -> Ranks:
