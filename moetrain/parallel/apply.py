@@ -9,6 +9,7 @@ number of valid tokens of the whole step, so the sum is the gradient that one pr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,6 +38,9 @@ from moetrain.parallel.rules import check_layer
 from moetrain.parallel.watchdog.fsdp_comms import observe_fsdp
 
 M = TypeVar("M", bound=nn.Module)
+
+# Some routers and layers return views. No operation in place is made on what a module returned.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def parallelize(

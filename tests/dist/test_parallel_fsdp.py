@@ -5,13 +5,14 @@ Shapes: B batch, S sequence, T = B S, D model, F hidden, E experts, V vocabulary
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from stand_in import PARTS, STEPS, StandIn, loss_of, model, step_data
+from stand_in import PARTS, STEPS, Block, StandIn, loss_of, model, step_data
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,6 +66,26 @@ def train(
             reshard(net)
     weights = {name: full(p) for name, p in net.named_parameters()}
     return {"losses": losses, "norms": norms, "grads": grads, "weights": weights}
+
+
+class ViewBlock(Block):
+    def forward(self, x_BSD: Tensor, prev: Any = None) -> Any:
+        y_BSD, routing = super().forward(x_BSD, prev)
+        return y_BSD.view(y_BSD.shape), routing
+
+
+def warned(rank: int, world: int) -> list[str]:
+    net = model()
+    net.blocks[0].__class__ = ViewBlock
+    ids, labels = step_data(0)
+    with warnings.catch_warnings(record=True) as caught:
+        net = parallelize(net, build_meshes(ParallelConfig(), world))
+        loss_of(net, ids[0], labels[0], 1).backward()
+    return [str(warning.message) for warning in caught]
+
+
+def test_blocks_that_return_views_do_so_without_a_word():
+    assert run_ranks(warned, 2) == [[], []]
 
 
 ADAMW = AdamWConfig(lr=0.01)
