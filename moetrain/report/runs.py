@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from moetrain.report.columns import Array, Columns, Loads, read_columns, read_lo
 from moetrain.train.log.jsonl import read_lines
 
 _SAMPLES, _SAMPLE = 1000, 1 << 16  # the newest, and bytes of each
-_ALARMS = 1000  # lines
+_ALARMS = 1000  # rows, the newest
 _MARKS = ("metrics.jsonl", "config.yaml", "environment.json", "checkpoints")
 
 
@@ -146,15 +146,29 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_alarms(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The first rows of the file; lines that hold none are passed over."""
+    """The newest rows of the file, and before them what was raised earlier and is not over.
+
+    Lines that hold no row are passed over.
+    """
     if not path.exists():  # nothing was wrong
         return []
+    rows, number = deque[dict[str, Any]](maxlen=_ALARMS), 0
+    raised: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     try:
-        rows = [line.row for line in itertools.islice(read_lines(path), _ALARMS) if line.row is not None]
+        for number, row in enumerate((line.row for line in read_lines(path) if line.row is not None), 1):
+            rows.append(row)
+            layers = row.get("layers")
+            for layer in layers if isinstance(layers, list) and layers else [None]:
+                key = str(row.get("alarm")), str(layer)
+                raised.pop(key, None)
+                if row.get("raised") is True and len(raised) < _ALARMS:
+                    raised[key] = number, {**row, "layers": [] if layer is None else [layer]}
     except UserError as error:
         notes.append(str(error))
         return []
-    return rows
+    if number > _ALARMS:
+        notes.append(f"{path.name} has {number:,} rows: the last {_ALARMS:,} and what is not over are shown")
+    return [*(row for at, row in raised.values() if at <= number - _ALARMS), *rows]
 
 
 def _read_samples(folder: Path, notes: list[str]) -> list[tuple[str, str]]:

@@ -57,3 +57,19 @@ def test_of_many_alarms_those_that_last_are_kept(tmp_path, capsys):
     assert lines[0].split()[:4] == ["1", "collapse", "layer", "63"]
     assert lines[1].split()[:4] == ["2", "collapse", "layer", "19"]
     assert lines[-1] == "... and 5 more"
+
+
+def test_alarms_behind_a_thousand_others_are_not_lost(tmp_path, capsys):
+    run = make_run(tmp_path / "a", steps=20)
+    rows = [{"step": 1, "layers": [62, 63], **RAISED}, {"step": 2, "layers": [62], **OVER}]
+    rows += [{"step": n, "layers": [0], **(OVER if n % 2 else RAISED)} for n in range(4, 1004)]
+    rows += [{**SPIKE, "step": 1004}]
+    write_lines(run / "alarms.jsonl", rows)
+    lines = said(run, capsys=capsys)
+    shown = [line.split()[:4] for line in lines if "loss_spike" in line or "collapse" in line]
+    assert shown[:3] == [
+        ["1004", "loss_spike", "the", "run"],
+        ["1", "collapse", "layer", "63"],
+        ["1002", "collapse", "layer", "0"],
+    ]
+    assert ["1", "collapse", "layer", "62"] not in shown
