@@ -72,7 +72,7 @@ def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
     first = next(iter(found), "")
     columns: list[tuple[str, Callable[[list[RunData]], str]]] = [
         ("validation bits per byte", lambda runs: _mean_std([r.last(KEY) for r in runs], 4)),
-        (f"minus {_cell(first)}", lambda runs: _mean_std(_differences(runs, found[first]), 4)),
+        (f"minus {_escaped(first)}", lambda runs: _mean_std(_differences(runs, found[first]), 4)),
         ("validation loss (nats/token)", lambda runs: _mean_std([r.last("val/loss") for r in runs], 4)),
         ("parameters", lambda runs: _millions([fact(r, "params_total") for r in runs])),
         ("active parameters", lambda runs: _millions([fact(r, "params_active") for r in runs])),
@@ -86,12 +86,12 @@ def comparison_table(arms: Mapping[str, Sequence[Path]]) -> str:
     lines = ["| | runs | " + " | ".join(name for name, _ in columns) + " |"]
     lines.append("|---|" + "---:|" * (len(columns) + 1))
     for name, runs in found.items():
-        cells = [_cell(name), str(len(runs)), *(text(runs) for _, text in columns)]
+        cells = [_escaped(name), str(len(runs)), *(text(runs) for _, text in columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(name: str) -> str:
+def _escaped(name: str) -> str:
     return name.replace("|", "\\|")
 
 

@@ -37,7 +37,7 @@ def dots_figure(arms: Mapping[str, Sequence[RunData]]) -> Any:
             reference = _mean(shown[next(iter(arms))])
             if math.isfinite(reference):
                 axes.axvline(reference, color=COLOURS[1], linewidth=0.8, linestyle="--", zorder=0)
-            _spread(axes, [v for values in shown.values() for v in values])
+            _log_where_wide(axes, [v for values in shown.values() for v in values])
             axes.set_title(title)
             axes.margins(x=0.08)
         all_axes[0].set_yticks(range(len(order)), [label(name) for name in order])
@@ -45,7 +45,7 @@ def dots_figure(arms: Mapping[str, Sequence[RunData]]) -> Any:
     return figure
 
 
-def _spread(axes: Any, values: Sequence[float]) -> None:
+def _log_where_wide(axes: Any, values: Sequence[float]) -> None:
     """Few values far above all others would press these into one line."""
     middle = float(np.median(values)) if values else 0.0
     if middle > 0 and min(values) >= 0 and max(values) > WIDE * middle:

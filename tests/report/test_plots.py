@@ -172,7 +172,7 @@ def test_many_arms_are_dots_from_the_best_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("largest", "scale"), [(30.0, "linear"), (300.0, "symlog")])
 def test_a_panel_of_a_few_far_values_goes_by_logarithms(largest: float, scale: str) -> None:
     axes = new_figure(3, 3).subplots()
-    dots._spread(axes, [0.0, 1.0, 2.0, 3.0, largest])
+    dots._log_where_wide(axes, [0.0, 1.0, 2.0, 3.0, largest])
     assert axes.get_xscale() == scale
 
 

@@ -24,14 +24,14 @@ from torch.optim import AdamW
 
 from moetrain.errors import UserError
 from moetrain.ops.local_part import local_part
-from moetrain.train.optim.beside import Beside
+from moetrain.train.optim.chained import ChainedOptimizer
 
 BLOCK = 256  # bitsandbytes' for optimizer states
 _PIECE = 2**26  # elements at once: less temporary memory, and CUDA's kernel counts them in int32
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamW8bit(Beside):
+class AdamW8bit(ChainedOptimizer):
     """8-bit AdamW on ``groups``, torch's AdamW on ``adamw_groups``; both are ordinary parameter groups.
 
     State of a parameter of ``groups``, of its part on this rank: ``exp_avg_codes`` and ``exp_avg_sq_codes``,

@@ -24,7 +24,7 @@ from torch.optim import AdamW
 
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.watchdog.flight_recorder import watched
-from moetrain.train.optim.beside import Beside
+from moetrain.train.optim.chained import ChainedOptimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, the quintic torch.optim.Muon uses too
 _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens gets a zero update, not 0/0
@@ -32,7 +32,7 @@ _EPS = 1e-7  # a matrix of smaller norm counts as zero: an expert without tokens
 MATRIX_DIMS = (2, 3, 4)
 
 
-class Muon(Beside):
+class Muon(ChainedOptimizer):
     """Muon on ``matrices``, torch's AdamW on ``adamw_groups`` (its ordinary parameter groups).
 
     State, in the parameter's own shape, dtype and placement: ``momentum`` for a matrix parameter; AdamW's

@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 
 from moetrain.ops.local_part import local_part
 from moetrain.parallel.watchdog.flight_recorder import watched
-from moetrain.train.optim.beside import Beside
+from moetrain.train.optim.chained import ChainedOptimizer
 
 
-class RowWise(Beside):
+class RowWise(ChainedOptimizer):
     """Row-wise Adam or Adagrad on ``tables``, ``others`` on what it was built with; one optimizer.
 
     State of a table: ``row_square`` [N, 1], and for Adam ``step`` and ``exp_avg`` in the table's own shape;

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class Beside(Optimizer):
-    """One optimizer of ``groups``: its own, which have the key ``mark``, and those of ``others``."""
+class ChainedOptimizer(Optimizer):
+    """One optimizer of ``groups``: those with the key ``own_key`` by its own rule, the rest by ``others``."""
 
-    def __init__(self, groups: list[dict[str, Any]], others: Optimizer | None, mark: str) -> None:
-        self._others, self._mark = others, mark
+    def __init__(self, groups: list[dict[str, Any]], others: Optimizer | None, own_key: str) -> None:
+        self._others, self._own_key = others, own_key
         super().__init__(groups, {})
 
     @overload
@@ -33,10 +33,10 @@ class Beside(Optimizer):
         if self._others is not None:
             # Loading a state dict, and ensure_state, replace both, so they are handed over at every step.
             self._others.state = self.state
-            self._others.param_groups = [group for group in self.param_groups if self._mark not in group]
+            self._others.param_groups = [group for group in self.param_groups if self._own_key not in group]
             self._others.step()
         for group in self.param_groups:
-            for parameter in group["params"] if self._mark in group else ():
+            for parameter in group["params"] if self._own_key in group else ():
                 if parameter.grad is not None:
                     self._step_own(parameter, parameter.grad, group)
         return loss
