@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.cpu.product import product
+from moetrain.ops.cpu.product import add_outer, product
 from moetrain.ops.precision import product_dtype
 
 IGNORED = -100  # a label that asks for nothing
@@ -115,7 +115,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 # p - 1 at the label, without cancellation, before any rounding to bf16.
                 dlogits_cV = p_cV.scatter_(-1, c.label_c1, torch.expm1(-nll_c1)).to(narrow_VD.dtype)
                 dhidden_nD[c.at] = product(dlogits_cV, narrow_VD).mul_(c.valid_c1)
-                _add_product(dweight_VD, dlogits_cV, c.hidden_cD * c.valid_c1)
+                add_outer(dweight_VD, dlogits_cV, c.hidden_cD * c.valid_c1)
         ctx.save_for_backward(dhidden_nD, dweight_VD.to(weight_VD.dtype))
         return total
 
@@ -124,11 +124,3 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dhidden_nD, dweight_VD = ctx.saved_tensors
         return dhidden_nD * grad, dweight_VD * grad, None, None
-
-
-def _add_product(total_VD: Tensor, left_cV: Tensor, right_cD: Tensor) -> None:
-    """total += left.T @ right; where the product is bf16, the sum over chunks is still fp32."""
-    if left_cV.dtype is total_VD.dtype:
-        total_VD.addmm_(left_cV.t(), right_cD)
-    else:
-        total_VD.add_(left_cV.t() @ right_cD)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moetrain.ops.activations import activate, activate_again, activate_backward
-from moetrain.ops.cpu.product import product
+from moetrain.ops.cpu.product import outer, product
 
 
 def dense_mlp(
@@ -49,14 +49,14 @@ class _DenseMLP(torch.autograd.Function):
         _, gate_wanted, up_wanted, down_wanted, _ = ctx.needs_input_grad
         dtype = x_nD.dtype
         h_nF, active_nF = activate_again(gate_nF, up_nF, ctx.activation)
-        dw_down_DF = (dy_nD.t() @ h_nF).to(w_down_DF.dtype) if down_wanted else None
+        dw_down_DF = outer(dy_nD, h_nF).to(w_down_DF.dtype) if down_wanted else None
         dgate_nF, dup_nF = None if gate_nF is None else torch.empty_like(gate_nF), torch.empty_like(up_nF)
         dh_nF = product(dy_nD, w_down_DF.to(dtype))
         activate_backward(dh_nF, gate_nF, up_nF, active_nF, ctx.activation, dgate_nF, dup_nF)
-        dw_up_FD = (dup_nF.t() @ x_nD).to(w_up_FD.dtype) if up_wanted else None
+        dw_up_FD = outer(dup_nF, x_nD).to(w_up_FD.dtype) if up_wanted else None
         dx_nD = product(dup_nF, w_up_FD.to(dtype))
         if dgate_nF is None:
             return dx_nD, None, dw_up_FD, dw_down_DF, None
         dx_nD += product(dgate_nF, w_gate_FD.to(dtype))
-        dw_gate_FD = (dgate_nF.t() @ x_nD).to(w_gate_FD.dtype) if gate_wanted else None
+        dw_gate_FD = outer(dgate_nF, x_nD).to(w_gate_FD.dtype) if gate_wanted else None
         return dx_nD, dw_gate_FD, dw_up_FD, dw_down_DF, None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moetrain.ops.cpu.product import product
+from moetrain.ops.cpu.product import outer, product
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def wide_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """``x @ weight.T`` in fp32 at least; x is kept for backward as it is, without a wider copy."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype is wide:
-        return F.linear(x, weight_NK.to(wide))
+        return linear(x, weight_NK.to(wide))
     y: Tensor = _WideLinear.apply(x, weight_NK.to(wide))  # type: ignore[no-untyped-call]
     return y
 
@@ -46,14 +46,16 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_NK)
-        return F.linear(x.to(weight_NK.dtype), weight_NK)
+        y_nN = product(x.reshape(-1, x.shape[-1]).to(weight_NK.dtype), weight_NK.t())
+        return y_nN.view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight_NK = ctx.saved_tensors
         dy_nN, x_nK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        return (dy @ weight_NK).to(x.dtype), dy_nN.t() @ x_nK.to(weight_NK.dtype)
+        dx_nK = product(dy_nN, weight_NK).to(x.dtype)
+        return dx_nK.view_as(x), outer(dy_nN, x_nK.to(weight_NK.dtype))
 
 
 class _Linears(torch.autograd.Function):
@@ -72,6 +74,6 @@ class _Linears(torch.autograd.Function):
             part_nK = product(dy_nN, weight_NK)
             dx_nK = part_nK if dx_nK is None else dx_nK.add_(part_nK)
         dweights = [
-            dy_nN.t() @ x_nK if wanted else None for dy_nN, wanted in zip(grads, for_weights, strict=True)
+            outer(dy_nN, x_nK) if wanted else None for dy_nN, wanted in zip(grads, for_weights, strict=True)
         ]
         return dx_nK, *dweights

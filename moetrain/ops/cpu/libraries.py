@@ -69,6 +69,8 @@ def has_onednn() -> bool:
 
 
 def by_onednn(a_nK: Tensor, b_KN: Tensor) -> Tensor:
+    if not (b_KN.is_contiguous() or b_KN.t().is_contiguous()):
+        b_KN = b_KN.contiguous()  # of some columns of a wider matrix, the operator is a thousand times slower
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a_nK, b_KN.t(), None, "none", [], "")
     return result
 
