@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import as_trainer  # noqa: F401  # before torch
 import torch
 from peers import SHAPES, Shape
 from timing import interleaved, machine, medians, ratio, write_json

@@ -16,6 +16,7 @@ import logging
 from functools import partial
 from typing import Any
 
+import as_trainer  # noqa: F401  # before torch
 import torch
 from kept import saved_bytes
 from peers import DENSE, OURS, PRECISIONS, SHAPES, TINY, Shape, build, call

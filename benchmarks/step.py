@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import as_trainer  # noqa: F401  # before torch
 import torch
 from timing import device_of, finish, interleaved, machine, medians, ratio, write_json
 from torch import Tensor, nn

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's names for them, of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # mallopt's names for them, of glibc's malloc.h
 _KEEP = 2**31 - 1  # bytes at the heap's end that are kept before any is given back
+_ONE = 1  # heap for all threads, so that one uses again what another freed
 _NONE = 0  # blocks outside the heap, which go back to the system as they are freed, whatever their size
 
 
@@ -22,4 +23,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_TRIM_THRESHOLD, _KEEP)) and bool(mallopt(_MMAP_MAX, _NONE))
+    options = ((_TRIM_THRESHOLD, _KEEP), (_MMAP_MAX, _NONE), (_ARENA_MAX, _ONE))
+    return all(bool(mallopt(name, value)) for name, value in options)

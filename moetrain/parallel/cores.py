@@ -10,10 +10,10 @@ import os
 import time
 from pathlib import Path
 
+from moetrain import openmp_waits
+
 _SAMPLE = 0.2  # seconds; /proc/stat counts hundredths
 _SPARE = 0.5  # of a core that others may use before the machine counts as shared
-_SPINS = "30000"  # about a millisecond; libgomp's own 300,000 is longer than a scheduler's time slice
-_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -42,12 +42,12 @@ def choose_waiting(local_ranks: int) -> None:
     Threads sleep if other processes use the cores, which is measured; otherwise they first spin for 1 ms.
     """
     threads = threads_per_rank(local_ranks)
-    if threads == 1 or any(name in os.environ for name in _POLICIES):
+    if threads == 1 or any(name in os.environ for name in openmp_waits.VARIABLES):
         return
     if local_ranks == 1 and usable_cores() - busy_cores(_SAMPLE) < threads - _SPARE:
         os.environ["OMP_WAIT_POLICY"] = "passive"
     else:  # local ranks would find each other busy, starting
-        os.environ["GOMP_SPINCOUNT"] = _SPINS
+        os.environ["GOMP_SPINCOUNT"] = str(openmp_waits.SHORT_SPINS)
 
 
 def busy_cores(seconds: float) -> float:

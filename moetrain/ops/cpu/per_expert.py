@@ -7,12 +7,14 @@ matmul kernel for every new row count and keeps it, with about 0.3 MB, for as lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moetrain.ops.activations import activate, activate_again, activate_backward, gate_and_up
 from moetrain.ops.cpu.product import outer, product
+from moetrain.ops.cpu.threads import for_each
 from moetrain.ops.experts.case import TILE, Case
 from moetrain.ops.experts.operands import Operands
 from moetrain.ops.experts.pairs import add_backward, add_product
@@ -21,6 +23,9 @@ from moetrain.ops.experts.rows import Segments
 ON_DEVICE, WIDTH_UNIT = False, TILE
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
+_Segment = tuple[
+    int, int, int, int, int
+]  # expert, first row, useful rows, rows to compute, the segment's end
 
 
 def refusal(case: Case) -> str | None:
@@ -28,8 +33,8 @@ def refusal(case: Case) -> str | None:
     return None
 
 
-def _segments(segments: Segments, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
-    """(expert, first row, useful rows, rows to compute, end of the segment) of each non-empty expert."""
+def _segments(segments: Segments, dtype: torch.dtype) -> Iterator[_Segment]:
+    """Those of the non-empty experts."""
     start = 0
     for expert, (rows, width) in enumerate(zip(segments.on_host, segments.aligned, strict=True)):
         if rows:
@@ -52,6 +57,12 @@ def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
 def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
     """The rows of each pre-activation that :func:`forward` returns: one per non-empty expert."""
     return [width for _, _, _, width, _ in _segments(segments, dtype)]
+
+
+def _work(operands: Operands, segments: Sequence[_Segment]) -> list[int]:
+    """Multiplications of each segment's up projection; none where the device has threads of its own."""
+    each = operands.source_XD.shape[1] * operands.columns if operands.source_XD.device.type == "cpu" else 0
+    return [width * each for _, _, _, width, _ in segments]
 
 
 def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:
@@ -81,68 +92,113 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """(out [R, D], the pre-activations [n, P] of the non-empty experts, each where its product wrote it; none
     of them if not ``keep``).
     """
-    dtype, activation = operands.dtype, operands.activation
-    out_RD, kept = operands.empty_out(), list[Tensor]()
+    out_RD = operands.empty_out()
     w_downs = operands.w_down_EFD.unbind()
-    for e, start, rows, width, end in _segments(operands.segments, dtype):
-        stop = start + width
-        z_nP = _pre_activation(operands, e, start, rows, width)
-        if keep:
-            kept.append(z_nP)
-        h_nF = activate(*gate_and_up(z_nP, activation), activation)
-        h_nF = _weighted(h_nF, operands.weights_R[start:stop])
-        product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
-        if operands.bias_down_ED is not None:
-            weights_n1 = operands.weights_R[start:stop, None].to(dtype)
-            out_RD[start:stop].addcmul_(weights_n1, operands.bias_down_ED[e].to(dtype))
-        add_product(out_RD[start:stop], h_nF, operands.down, e)
-        if stop < end:
-            out_RD[stop:end].zero_()
-    return out_RD, kept
+    segments = list(_segments(operands.segments, operands.dtype))
+
+    def one(number: int) -> Tensor | None:
+        z_nP = _forward_one(operands, segments[number], w_downs, out_RD)
+        return z_nP if keep else None
+
+    kept = for_each(one, _work(operands, segments))
+    return out_RD, [z_nP for z_nP in kept if z_nP is not None]
+
+
+def _forward_one(operands: Operands, segment: _Segment, w_downs: Sequence[Tensor], out_RD: Tensor) -> Tensor:
+    """Write one expert's rows of ``out_RD``; its pre-activation."""
+    dtype, activation = operands.dtype, operands.activation
+    e, start, rows, width, end = segment
+    stop = start + width
+    z_nP = _pre_activation(operands, e, start, rows, width)
+    h_nF = activate(*gate_and_up(z_nP, activation), activation)
+    h_nF = _weighted(h_nF, operands.weights_R[start:stop])
+    product(h_nF, w_downs[e].to(dtype), out=out_RD[start:stop])
+    if operands.bias_down_ED is not None:
+        weights_n1 = operands.weights_R[start:stop, None].to(dtype)
+        out_RD[start:stop].addcmul_(weights_n1, operands.bias_down_ED[e].to(dtype))
+    add_product(out_RD[start:stop], h_nF, operands.down, e)
+    if stop < end:
+        out_RD[stop:end].zero_()
+    return z_nP
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """What a backward pass fills; of matrices that are not trained, empty tensors."""
+
+    dx_RD: Tensor
+    dweights_R: Tensor
+    dw_up_EDP: Tensor
+    dw_down_EFD: Tensor
+    dbiases: list[Tensor]
+
+    @classmethod
+    def of(cls, operands: Operands) -> _Gradients:
+        """Zeros for experts without rows; of all others unset."""
+        source_XD, trained = operands.source_XD, operands.trained
+        dmatrices = [
+            torch.empty_like(w) if trained else w.new_empty(0)
+            for w in (operands.w_up_EDP, operands.w_down_EFD)
+        ]
+        for e, rows in enumerate(operands.segments.on_host if trained else ()):
+            if not rows:
+                for dmatrix in dmatrices:
+                    dmatrix[e].zero_()
+        dbiases = [torch.zeros_like(b) for b in operands.biases] if trained else []
+        dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
+        return cls(dx_RD, torch.zeros_like(operands.weights_R), dmatrices[0], dmatrices[1], dbiases)
 
 
 def backward(dout_RD: Tensor, operands: Operands, kept: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     """(dx [R, D], dweights [R], dw_up, dw_down, and the biases'); experts without rows get zero gradients."""
-    dtype, activation, source_XD = operands.dtype, operands.activation, operands.source_XD
-    w_up_EDP, w_down_EFD, weights_R = operands.w_up_EDP, operands.w_down_EFD, operands.weights_R
-    dx_RD = source_XD.new_empty(operands.num_rows, source_XD.shape[1])
-    dweights_R = torch.zeros_like(weights_R)
-    up, down, trained = operands.up, operands.down, operands.trained
-    dw_up_EDP, dw_down_EFD = (
-        torch.empty_like(w) if trained else w.new_empty(0) for w in (w_up_EDP, w_down_EFD)
-    )
-    dbiases = [torch.zeros_like(b) for b in operands.biases] if trained else []
-    for e, rows in enumerate(operands.segments.on_host):
-        if not rows and trained:
-            dw_up_EDP[e].zero_()
-            dw_down_EFD[e].zero_()
-    w_ups, w_downs = w_up_EDP.unbind(), w_down_EFD.unbind()
-    for number, (e, start, rows, width, _) in enumerate(_segments(operands.segments, dtype)):
-        stop = start + width
-        z_nP = _pre_activation(operands, e, start, rows, width) if kept is None else kept[number]
-        dout_nD, weights_n = dout_RD[start:stop], weights_R[start:stop]
-        gate_nF, up_nF = gate_and_up(z_nP, activation)
-        h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
-        dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
-        if down is not None:
-            add_backward(dh_nF, _weighted(h_nF.clone(), weights_n), dout_nD, down, e)
-        # sum of products without a rounded product: the weight's gradient stays at least fp32
-        dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_R.dtype), h_nF.to(weights_R.dtype))
-        scaled_nD = dout_nD * weights_n.to(dtype)[:, None] if trained else dout_nD
-        if trained:
-            outer(h_nF, scaled_nD, dw_down_EFD[e])
-        dz_nP = torch.empty_like(z_nP)
-        dh_nF = _weighted(dh_nF, weights_n)
-        dz_parts = gate_and_up(dz_nP, activation)
-        activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *dz_parts)
-        x_nD = _gather(source_XD, operands.ids_R, start, rows, width) if trained or up else source_XD[:0]
-        if trained:
-            outer(x_nD, dz_nP, dw_up_EDP[e])
-        product(dz_nP, w_ups[e].to(dtype).t(), out=dx_RD[start:stop])
-        add_backward(dx_RD[start:stop], x_nD, dz_nP, up, e)
-        if operands.bias_down_ED is not None:
-            bias_D = operands.bias_down_ED[e].to(weights_n.dtype)
-            dweights_R[start:stop] += dout_nD.to(weights_n.dtype) @ bias_D
-        for dbias_EA, dy_nA in zip(dbiases, (dz_nP, scaled_nD), strict=False):
-            dbias_EA[e] = dy_nA.sum(0, dtype=torch.promote_types(dtype, torch.float32))
-    return dx_RD, dweights_R, dw_up_EDP, dw_down_EFD, *dbiases
+    found = _Gradients.of(operands)
+    matrices = operands.w_up_EDP.unbind(), operands.w_down_EFD.unbind()
+    segments = list(_segments(operands.segments, operands.dtype))
+
+    def one(number: int) -> None:
+        z_nP = None if kept is None else kept[number]
+        _backward_one(operands, segments[number], matrices, dout_RD, z_nP, found)
+
+    for_each(one, _work(operands, segments))
+    return found.dx_RD, found.dweights_R, found.dw_up_EDP, found.dw_down_EFD, *found.dbiases
+
+
+def _backward_one(
+    operands: Operands,
+    segment: _Segment,
+    matrices: tuple[Sequence[Tensor], Sequence[Tensor]],
+    dout_RD: Tensor,
+    z_nP: Tensor | None,
+    found: _Gradients,
+) -> None:
+    """Write one expert's gradients and its rows' to ``found``; without ``z_nP``, that is computed again."""
+    dtype, activation, trained = operands.dtype, operands.activation, operands.trained
+    e, start, rows, width, _ = segment
+    stop, (w_ups, w_downs) = start + width, matrices
+    z_nP = _pre_activation(operands, e, start, rows, width) if z_nP is None else z_nP
+    dout_nD, weights_n = dout_RD[start:stop], operands.weights_R[start:stop]
+    gate_nF, up_nF = gate_and_up(z_nP, activation)
+    h_nF, active_nF = activate_again(gate_nF, up_nF, activation)
+    dh_nF = product(dout_nD, w_downs[e].to(dtype).t())
+    if operands.down is not None:
+        add_backward(dh_nF, _weighted(h_nF.clone(), weights_n), dout_nD, operands.down, e)
+    # sum of products without a rounded product: the weight's gradient stays at least fp32
+    found.dweights_R[start:stop] = torch.linalg.vecdot(dh_nF.to(weights_n.dtype), h_nF.to(weights_n.dtype))
+    scaled_nD = dout_nD * weights_n.to(dtype)[:, None] if trained else dout_nD
+    if trained:
+        outer(h_nF, scaled_nD, found.dw_down_EFD[e])
+    dz_nP = torch.empty_like(z_nP)
+    dh_nF = _weighted(dh_nF, weights_n)
+    activate_backward(dh_nF, gate_nF, up_nF, active_nF, activation, *gate_and_up(dz_nP, activation))
+    x_nD = operands.source_XD[:0]
+    if trained or operands.up:
+        x_nD = _gather(operands.source_XD, operands.ids_R, start, rows, width)
+    if trained:
+        outer(x_nD, dz_nP, found.dw_up_EDP[e])
+    product(dz_nP, w_ups[e].to(dtype).t(), out=found.dx_RD[start:stop])
+    add_backward(found.dx_RD[start:stop], x_nD, dz_nP, operands.up, e)
+    if operands.bias_down_ED is not None:
+        bias_D = operands.bias_down_ED[e].to(weights_n.dtype)
+        found.dweights_R[start:stop] += dout_nD.to(weights_n.dtype) @ bias_D
+    for dbias_EA, dy_nA in zip(found.dbiases, (dz_nP, scaled_nD), strict=False):
+        dbias_EA[e] = dy_nA.sum(0, dtype=torch.promote_types(dtype, torch.float32))
