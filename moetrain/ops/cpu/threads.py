@@ -20,9 +20,7 @@ from moetrain import openmp_waits
 
 T = TypeVar("T")
 
-_MIN_WORK = (
-    2**21
-)  # multiplications of a piece, on average, below which handing it over costs more than it saves
+_MIN_WORK = 2**21  # multiplications of a mean piece: below, handing pieces over costs more than it saves
 _UNEVEN = 1.1  # how much longer than the mean the busiest thread may take
 
 
