@@ -4,7 +4,8 @@
                                [--repetitions 30] [--out FILE]
 
 Every repetition draws a new input, so new expert loads, as training does; all layers see the same one. All
-layers are timed in one interleaved pass, from the call until the device has finished. bf16 is autocast over
+layers are timed in one interleaved pass, from the call until the device has finished. On a CPU the C library keeps freed
+memory and threads wait as in ``moetrain train``, for all layers alike. bf16 is autocast over
 fp32 weights; in pure_bf16 weights and inputs are bf16, which layers made for GPUs need. The balance loss is
 left out.
 """
@@ -21,6 +22,8 @@ import torch
 from kept import saved_bytes
 from peers import DENSE, OURS, PRECISIONS, SHAPES, TINY, Shape, build, call
 from timing import device_of, interleaved, machine, medians, ratio, write_json
+
+from moetrain.parallel.allocator import keep_freed_memory
 
 
 def measure(shape: Shape, precision: str, device: str, repetitions: int) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def main() -> None:
     device = device_of(parser, args.device)
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
+    if device == "cpu":
+        keep_freed_memory()
     result: dict[str, Any] = {"machine": machine(), "repetitions": args.repetitions, "shapes": {}}
     print(result["machine"])
     shapes = SHAPES | TINY

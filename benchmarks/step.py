@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import as_trainer  # noqa: F401  # before torch
 import torch
 from timing import device_of, finish, interleaved, machine, medians, ratio, write_json
 from torch import Tensor, nn
@@ -205,6 +204,8 @@ def main() -> None:
     parser.add_argument("--before", metavar="FOLDER")
     parser.add_argument("--out")
     args = parser.parse_args()
+    import as_trainer  # noqa: F401  # here: the models' processes get its environment, not the package
+
     device = device_of(parser, args.device)
     result: dict[str, Any] = {
         "machine": machine(), "repetitions": args.repetitions, "tokens": args.sequences * SEQ, "dtypes": {},
