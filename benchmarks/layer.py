@@ -4,10 +4,9 @@
                                [--repetitions 30] [--out FILE]
 
 Every repetition draws a new input, so new expert loads, as training does; all layers see the same one. All
-layers are timed in one interleaved pass, from the call until the device has finished. On a CPU the C library keeps freed
-memory and threads wait as in ``moetrain train``, for all layers alike. bf16 is autocast over
-fp32 weights; in pure_bf16 weights and inputs are bf16, which layers made for GPUs need. The balance loss is
-left out.
+layers are timed in one interleaved pass, from the call until the device has finished. On a CPU the C library
+keeps freed memory and threads wait as in ``moetrain train``, for all layers alike. bf16 is autocast over fp32
+weights; in pure_bf16 weights and inputs are bf16, which layers made for GPUs need. There is no balance loss.
 """
 
 from __future__ import annotations
