@@ -51,6 +51,16 @@ def test_each_piece_once_in_order_on_one_thread(number):
     assert torch.is_grad_enabled()
 
 
+def test_a_new_thread_takes_one_thread_whatever_torchs_number(number):
+    """Torch gives a thread, when first asked, the number that was set last for any thread."""
+    threads._pool.cache_clear()
+    pool = threads._pool(number - 1)
+    assert torch.get_num_threads() == number
+    together = threading.Barrier(number - 1)
+    asked = [pool.submit(lambda: (together.wait(30), torch.get_num_threads())) for _ in range(number - 1)]
+    assert {one.result()[1] for one in asked} == {1}
+
+
 @pytest.mark.parametrize("sizes", [
     [LARGE], [LARGE // 2] * 12, [LARGE, LARGE * 100, LARGE], [], [0] * 7,
 ], ids=["one piece", "little work", "one piece has most", "none", "another device's"])  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,16 @@ from moetrain.ops.experts.rows import Segments
 ON_DEVICE, WIDTH_UNIT = False, TILE
 _HANDFUL = 32
 _FP32_STEPS = 16  # row counts that are told apart between a power of two and the next
-_Segment = tuple[
-    int, int, int, int, int
-]  # expert, first row, useful rows, rows to compute, the segment's end
+
+
+class _Segment(NamedTuple):
+    """The rows of one expert that has some: ``rows`` useful ones from ``start`` on, ``width`` to compute."""
+
+    expert: int
+    start: int
+    rows: int
+    width: int
+    end: int  # of all that are the expert's, padding included
 
 
 def refusal(case: Case) -> str | None:
@@ -34,11 +42,11 @@ def refusal(case: Case) -> str | None:
 
 
 def _segments(segments: Segments, dtype: torch.dtype) -> Iterator[_Segment]:
-    """Those of the non-empty experts."""
+    """Of each non-empty expert."""
     start = 0
     for expert, (rows, width) in enumerate(zip(segments.on_host, segments.aligned, strict=True)):
         if rows:
-            yield expert, start, rows, min(_computed(rows, width, dtype), width), start + width
+            yield _Segment(expert, start, rows, min(_computed(rows, width, dtype), width), start + width)
         start += width
 
 
@@ -56,13 +64,13 @@ def _computed(rows: int, width: int, dtype: torch.dtype) -> int:
 
 def kept_rows(segments: Segments, rows: int, dtype: torch.dtype) -> list[int]:
     """The rows of each pre-activation that :func:`forward` returns: one per non-empty expert."""
-    return [width for _, _, _, width, _ in _segments(segments, dtype)]
+    return [segment.width for segment in _segments(segments, dtype)]
 
 
 def _work(operands: Operands, segments: Sequence[_Segment]) -> list[int]:
     """Multiplications of each segment's up projection; none where the device has threads of its own."""
     each = operands.source_XD.shape[1] * operands.columns if operands.source_XD.device.type == "cpu" else 0
-    return [width * each for _, _, _, width, _ in segments]
+    return [segment.width * each for segment in segments]
 
 
 def _gather(source_XD: Tensor, ids_R: Tensor, start: int, rows: int, width: int) -> Tensor:

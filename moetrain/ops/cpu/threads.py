@@ -69,11 +69,17 @@ def _may_start() -> bool:
     return torch.backends.openmp.is_available() and openmp_waits.are_short()
 
 
+def _alone() -> None:
+    """This thread's operations take one thread. When first asked, torch sets what was set last for any thread."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     """Threads whose own operations take one thread each."""
     started = threading.Barrier(workers + 1)
-    pool = ThreadPoolExecutor(workers, "experts", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(workers, "experts", _alone)
     before = torch.get_num_threads()
     for _ in range(workers):
         pool.submit(started.wait)
