@@ -70,8 +70,8 @@ def _may_start() -> bool:
 
 
 def _alone() -> None:
-    """This thread's operations take one thread. When first asked, torch sets what was set last for any thread."""
-    torch.get_num_threads()
+    """This thread's operations take one thread."""
+    torch.get_num_threads()  # when first asked, torch sets the number that was set last for any thread
     torch.set_num_threads(1)
 
 
